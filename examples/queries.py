@@ -1,0 +1,762 @@
+"""The worked example's task: a question and the columns at hand become an observability query in JSON.
+
+Knows how such questions are worded, which query each one means, and when two queries mean the same; writes seeded
+training and test files from that. Leaves chat templates, training and serving to the package, and models to the user.
+
+Test rows are made to show what was learnt rather than remembered: all of their column names and about half of their
+combinations of clauses (`HELD_OUT`) appear in no training row. Values of filters differ as well; the words around
+them are the same, because a question in words never seen would test the base model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+TEMPLATE = "{question}\nColumns: {columns}"
+"""How a row becomes a prompt when nobody says otherwise."""
+
+
+class Row(TypedDict):
+    """One question, the columns it may use, and the one right query as compact JSON."""
+
+    question: str
+    columns: list[str]
+    answer: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The query: its parts, its schema and its meaning
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PERCENTILES = {"P50": "50th", "P90": "90th", "P95": "95th", "P99": "99th"}
+_NUMERIC = ("SUM", "AVG", "MAX", "MIN", *_PERCENTILES, "HEATMAP")
+_OF_COLUMN = ("COUNT_DISTINCT", *_NUMERIC)
+_PRESENCE = ("exists", "does-not-exist")
+_COMPARISONS = ("=", "!=", ">", ">=", "<", "contains", "starts-with")
+
+OPS = ("COUNT", *_OF_COLUMN)
+"""What a query can calculate; COUNT alone takes no column."""
+
+FILTER_OPS = (*_COMPARISONS, *_PRESENCE)
+"""What a filter can demand of a column; the last two take no value."""
+
+DEFAULTS: dict[str, Any] = {"limit": 100, "time_range": 7200}
+"""What a query that leaves these out means: 100 groups, two hours (in seconds). No generated row asks for them, so an
+answer that forgets a limit or a time range can never be right by default."""
+
+_NAME = {"type": "string", "minLength": 1}
+_SCALAR = {"type": ["string", "number", "boolean"]}
+_COUNTING = {"type": "integer", "minimum": 1}
+
+
+def _object(required: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": required, "required": list(required), "additionalProperties": False}
+
+
+def _list(*items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": {"anyOf": list(items)}}
+
+
+_DIRECTION = {"enum": ["descending", "ascending"]}
+
+QUERY_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "calculations": _list(
+            _object({"op": {"enum": ["COUNT"]}}),
+            _object({"op": {"enum": list(_OF_COLUMN)}, "column": _NAME}),
+        ),
+        "breakdowns": {"type": "array", "items": _NAME},
+        "filters": _list(
+            _object({"column": _NAME, "op": {"enum": list(_PRESENCE)}}),
+            _object({"column": _NAME, "op": {"enum": list(_COMPARISONS)}, "value": _SCALAR}),
+        ),
+        "orders": _list(
+            _object({"column": _NAME, "order": _DIRECTION}),
+            _object({"op": {"enum": ["COUNT"]}, "order": _DIRECTION}),
+            _object({"op": {"enum": list(_OF_COLUMN)}, "column": _NAME, "order": _DIRECTION}),
+        ),
+        "limit": _COUNTING,
+        "time_range": _COUNTING,
+    },
+    "additionalProperties": False,
+}
+"""JSON schema of a query; its `properties` are in the order in which answers are written. `time_range` is in seconds."""
+
+_UNORDERED = ("calculations", "breakdowns", "filters")
+"""Lists whose order means nothing. The order of `orders` does: the first one counts most."""
+
+
+def normalize(text: str) -> dict[str, Any] | None:
+    """What a query means, in a form that is equal for queries that mean the same.
+
+    The order of keys, calculations, breakdowns and filters is settled, whole numbers are ints, and empty lists and
+    default values are left out. Only JSON is accepted, with JSON's own whitespace around it.
+
+    Returns:
+        The query, or None if the text is not one: invalid JSON, NaN, a key given twice with different values, or
+        anything that `QUERY_SCHEMA` refuses. Compare results as `score` does: for Python, 1 and True are equal.
+    """
+    try:
+        query = json.loads(text, object_pairs_hook=_unique, parse_float=_number, parse_constant=_no_number)
+    except (ValueError, RecursionError):  # RecursionError: brackets nested without end are a model's failure, not ours
+        return None
+    if not _fits(query, QUERY_SCHEMA):
+        return None
+    meant = {key: sorted(value, key=_bytes) if key in _UNORDERED else value for key, value in sorted(query.items())}
+    return {key: value for key, value in meant.items() if value != [] and value != DEFAULTS.get(key)}
+
+
+def score(expected: str, answer: str) -> bool:
+    """Whether two texts are queries that mean the same; never raises, and False if either is not a query."""
+    wanted, got = normalize(expected), normalize(answer)
+    return wanted is not None and got is not None and _bytes(wanted) == _bytes(got)
+
+
+def _bytes(value: Any) -> str:
+    """A text that tells apart what `==` does not: 1 and True."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and _bytes(found[key]) != _bytes(value):
+            raise ValueError(f"{key} is given twice")
+        found[key] = value
+    return found
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is too large")
+    return int(number) if number.is_integer() else number
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "number": (int, float),
+    "integer": (int,),
+    "boolean": (bool,),
+}
+
+
+def _fits(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a parsed value fits a schema; knows the keywords `QUERY_SCHEMA` uses and no others.
+
+    Written here because the scorer must run wherever Python does, and because one schema cannot contradict itself.
+    """
+    kinds = schema.get("type", [])
+    names: list[str] = [kinds] if isinstance(kinds, str) else kinds
+    if names and not any(_is(value, name) for name in names):
+        return False
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    if "anyOf" in schema and not any(_fits(value, option) for option in schema["anyOf"]):
+        return False
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        known = schema.get("additionalProperties", True) or value.keys() <= properties.keys()
+        complete = all(key in value for key in schema.get("required", []))
+        return known and complete and all(_fits(item, properties.get(key, {})) for key, item in value.items())
+    if isinstance(value, list):
+        return all(_fits(item, schema.get("items", {})) for item in value)
+    if isinstance(value, str):
+        return len(value) >= int(schema.get("minLength", 0))
+    return not isinstance(value, int | float) or bool(value >= schema.get("minimum", value))
+
+
+def _is(value: Any, name: str) -> bool:
+    # a bool is an int to Python but not to JSON
+    return isinstance(value, _TYPES[name]) and (name == "boolean" or not isinstance(value, bool))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column that questions can be about.
+
+    `kind` says what may be asked of it: `number` is measured, `code` is a label made of digits, `text` a label, `flag`
+    true or false, `prose` free text, `id` names one thing. `values` are filter values as a question writes them.
+    """
+
+    name: str
+    kind: str
+    values: tuple[str, ...]
+
+
+_TRAIN_COLUMNS = (  # kind, values, names
+    ("number", "50 100 200 250 500", "duration_ms db.duration_ms rpc.duration_ms dns.lookup_ms tls.handshake_ms"),
+    ("number", "100 400 600 1000 2000", "queue.wait_ms render_ms gc.pause_ms http.latency job.runtime span.self_ms"),
+    ("number", "1 2 5 10 20", "retry_count retries db.rows db.connections error_count http.redirects span.links"),
+    ("number", "5 10 16 25 60", "queue.depth pool.active thread.count worker.count batch.size cache.misses"),
+    ("number", "0.1 0.25 0.5 0.9", "cpu.load cpu.usage cache.ratio sample_rate heap.ratio disk.usage load_avg"),
+    ("number", "64 128 256 512 1024", "memory_mb heap.used disk.free http.request.size http.body_size response.bytes"),
+    ("number", "80 450 800 4096", "net.bytes_in net.bytes_out message.size file.size"),
+    ("code", "200 201 301 404 429 500 503", "http.status_code status_code http.status response.code"),
+    ("code", "0 1 13 14 137", "rpc.grpc.code exit_code process.exit"),
+    ("code", "80 443 5432 8080", "server.port net.port client.port"),
+    ("text", "checkout billing frontend auth orders", "service.name service app.name peer.service caller team.name"),
+    ("text", "GET POST PUT DELETE PATCH", "http.method http.request.method method"),
+    ("text", "prod staging dev canary", "env deployment.env service.env cloud.account"),
+    ("text", "us-east us-west eu-west eu-north", "cloud.region region aws.region dc.name cloud.zone"),
+    ("text", "web-1 web-2 api-1 api-7 db-3", "host.name host node.name server.name k8s.node k8s.pod container.name"),
+    ("text", "default system jobs ingress", "k8s.namespace k8s.cluster service.namespace"),
+    ("text", "postgres mysql redis sqlite", "db.system db.type db.driver"),
+    ("text", "users items invoices events", "db.table db.name db.collection queue.name"),
+    ("text", "SELECT INSERT UPDATE", "db.operation sql.verb"),
+    ("text", "timeout refused reset denied", "error.type error.kind exception.type status.reason"),
+    ("text", "v1 v2 v3 v4", "service.version app.version release api.version"),
+    ("text", "info warn error debug", "log.level severity"),
+    ("text", "free pro team enterprise", "user.plan account.tier customer.plan"),
+    ("text", "US DE FR JP", "user.country client.country geo.country"),
+    ("text", "ios android linux windows", "os.name client.os platform device.os"),
+    ("text", "Chrome Firefox Safari", "browser.name browser client.name"),
+    ("text", "List Get Create Delete", "rpc.method rpc.service span.name operation"),
+    ("text", "server client producer internal", "span.kind rpc.role"),
+    ("text", "hit miss stale", "cache.result cache.state"),
+    ("text", "edge core mesh", "nginx.upstream envoy.cluster istio.route consul.peer"),
+    ("text", "shard-1 shard-2 shard-6", "mongo.shard redis.keyspace elastic.index"),
+    ("number", "70 110 700 950", "nginx.conns envoy.retries mongo.docs redis.keys"),
+    ("text", "gzip br zstd", "http.encoding net.encoding"),
+    ("prose", "/api /v1 /admin /health /login", "http.route http.url url.path http.target request.path"),
+    ("prose", "failed denied timeout invalid", "error.message exception.message log.message log.body message"),
+    ("prose", "SELECT JOIN users", "db.statement sql.query"),
+    ("prose", "Mozilla curl bot", "user_agent http.user_agent"),
+    ("flag", "true false", "error cache.hit is_root user.beta tls.enabled job.success http.retried feature.enabled"),
+    ("id", "", "user.id session.id request.id customer.id account.id tenant.id device.id job.id client.ip"),
+    ("id", "", "trace.id span.id trace.parent_id"),
+)
+
+_TEST_COLUMNS = (
+    ("number", "15 40 75 300 750 1500", "lambda.billed_ms video.stall_ms llm.delay gpu.idle ci.elapsed"),
+    ("number", "3 4 6 8 12 30", "kafka.lag kafka.age cart.items llm.tokens game.score vm.cores shipment.weight"),
+    ("number", "0.2 0.7 0.95 1.5", "gpu.util wifi.signal tax.rate llm.cost sensor.drift robot.battery"),
+    ("number", "35 90 350 900", "cart.total payment.amount gpu.temp s3.size video.bitrate gpu.fan"),
+    ("code", "7 9 11 33", "kafka.partition wifi.channel robot.axis video.track"),
+    ("text", "stripe paypal adyen", "payment.provider payment.gateway"),
+    ("text", "visa amex maestro", "payment.card"),
+    ("text", "EUR USD GBP", "cart.currency tax.currency"),
+    ("text", "clicks signups refunds", "kafka.topic kafka.group s3.bucket"),
+    ("text", "A100 H100 L4", "gpu.model gpu.class vm.flavor"),
+    ("text", "h264 vp9 av1", "video.codec"),
+    ("text", "resize notify thumbs", "lambda.name lambda.handler"),
+    ("text", "main nightly hotfix", "ci.branch ci.pipeline"),
+    ("text", "dhl ups fedex", "shipment.carrier"),
+    ("text", "urgent normal low", "ticket.priority ticket.queue"),
+    ("text", "desert castle arena", "game.map game.mode"),
+    ("text", "llama qwen mistral", "llm.engine llm.finish"),
+    ("prose", "refund delayed broken", "ticket.subject email.subject chat.text"),
+    ("prose", "/media /backup /tmp", "s3.prefix lambda.arn"),
+    ("prose", "viewer product author", "graphql.field graphql.document"),
+    ("flag", "true false", "lambda.cold payment.declined email.bounced ci.passed shipment.delayed cart.expired"),
+    ("id", "", "player.uid cart.uid payment.ref sensor.serial email.recipient shipment.parcel"),
+)
+
+
+def _columns(table: Iterable[tuple[str, str, str]]) -> tuple[Column, ...]:
+    return tuple(Column(name, kind, tuple(values.split())) for kind, values, names in table for name in names.split())
+
+
+COLUMNS = {"train": _columns(_TRAIN_COLUMNS), "test": _columns(_TEST_COLUMNS)}
+"""Every column of a split; the splits share no name, and each test name has a word that no training name has."""
+
+_FITTING: dict[str, tuple[str, ...]] = {
+    "breakdown": ("text", "code", "flag", "id"),
+    "COUNT_DISTINCT": ("text", "id", "prose"),
+    **dict.fromkeys(_NUMERIC, ("number",)),
+    "=": ("text", "code", "flag"),
+    "!=": ("text", "code"),  # "is not true" could as well mean false
+    **dict.fromkeys((">", ">=", "<"), ("number", "code")),
+    **dict.fromkeys(("contains", "starts-with"), ("prose", "text")),
+    **dict.fromkeys(_PRESENCE, ("number", "code", "text", "prose", "id")),  # "is set" could as well mean true
+}
+"""The kinds of column that a part of a query makes sense for."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words. Each phrase means one thing wherever it stands; none that could be read in two ways is here.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_CALCULATION: dict[str, tuple[str, ...]] = {
+    "COUNT": ("number of events", "number of requests", "number of spans", "event count", "request count"),
+    "COUNT_DISTINCT": ("number of distinct {c}", "number of unique {c}", "distinct {c} count", "count of unique {c}"),
+    "SUM": ("total {c}", "sum of {c}", "{c} sum", "combined {c}"),
+    "AVG": ("average {c}", "mean {c}", "avg {c}", "average of {c}"),
+    "MAX": ("maximum {c}", "max {c}", "peak {c}", "max of {c}"),
+    "MIN": ("minimum {c}", "min {c}", "min of {c}", "{c} minimum"),
+    "HEATMAP": ("heatmap of {c}", "distribution of {c}", "{c} heatmap", "histogram of {c}"),
+    **{
+        op: (f"{op.lower()} of {{c}}", f"{op.lower()} {{c}}", f"{op} of {{c}}", f"{rank} percentile of {{c}}")
+        for op, rank in _PERCENTILES.items()
+    },
+}
+_CALCULATION["P50"] += ("median {c}", "median of {c}", "median {c}")
+
+_EXTREME = {"MAX": ("largest {c}", "highest {c}"), "MIN": ("smallest {c}", "lowest {c}")}
+"""Only without an order and a limit: "the 5 hosts with the highest lowest load" is a riddle."""
+
+_HOW_MANY = {
+    "COUNT": ("How many events", "How many requests", "How many spans"),
+    "COUNT_DISTINCT": ("How many distinct {c}", "How many unique {c}", "How many different {c}"),
+}
+
+_ASKING = ("", "", "What is the ", "What was the ", "Show the ", "Show me the ", "Give me the ", "Get the ")
+_ASKING_BOTH = ("", "", "What are the ", "Show the ", "Show me the ", "Give me the ", "Get the ")
+_ASKING_RANKED = ("", "", "What are the ", "Show the ", "Show me the ", "List the ", "Find the ")
+
+_GROUPED = (" by {b}", " by {b}", " per {b}", " for each {b}", " grouped by {b}", " broken down by {b}")
+_GROUPED_LATE = (", grouped by {b}", ", broken down by {b}", ", split by {b}")
+"""After a filter, where a plain "by" could seem to belong to the filter's value."""
+
+_RANKED = (  # direction, words
+    ("descending", "top {n} {b} by {calc}"),
+    ("descending", "top {n} {b} by {calc}"),
+    ("descending", "{n} {b} with the highest {calc}"),
+    ("ascending", "bottom {n} {b} by {calc}"),
+    ("ascending", "{n} {b} with the lowest {calc}"),
+)
+_RANKED_COUNT = (
+    ("descending", "top {n} {b} by count"),
+    ("descending", "{n} {b} with the most events"),
+    ("descending", "{n} {b} with the most requests"),
+    ("ascending", "bottom {n} {b} by count"),
+    ("ascending", "{n} {b} with the fewest events"),
+)
+_SORTED = (
+    ("descending", ", highest first"),
+    ("descending", ", largest first"),
+    ("ascending", ", lowest first"),
+    ("ascending", ", smallest first"),
+)
+_SORTED_BY_COLUMN = (
+    ("ascending", ", ordered by {b} ascending"),
+    ("descending", ", ordered by {b} descending"),
+    ("ascending", ", sorted by {b} ascending"),
+    ("descending", ", sorted by {b} descending"),
+)
+_LIMITED = (", limit {n}", ", limited to {n}", ", at most {n} rows", ", only {n} rows")
+
+_CLAUSE: dict[str, tuple[str, ...]] = {  # after "where" or "when"
+    "=": ("{c} is {v}", "{c} is {v}", "{c} = {v}", "{c} equals {v}"),
+    "!=": ("{c} is not {v}", "{c} is not {v}", "{c} != {v}", "{c} isn't {v}"),
+    ">": ("{c} is above {v}", "{c} > {v}", "{c} is over {v}", "{c} exceeds {v}"),
+    ">=": ("{c} is at least {v}", "{c} >= {v}", "{c} is {v} or more"),
+    "<": ("{c} is below {v}", "{c} < {v}", "{c} is under {v}", "{c} is less than {v}"),
+    "contains": ("{c} contains {v}", "{c} includes {v}", "{c} has {v} in it"),
+    "starts-with": ("{c} starts with {v}", "{c} begins with {v}"),
+    "exists": ("{c} exists", "{c} is present", "{c} is set"),
+    "does-not-exist": ("{c} does not exist", "{c} is missing", "{c} is not set"),
+}
+_ATTRIBUTE: dict[str, tuple[str, ...]] = {  # after "with"
+    "=": ("{c} equal to {v}", "{c} = {v}"),
+    "!=": ("{c} other than {v}", "{c} not equal to {v}"),
+    ">": ("{c} above {v}", "{c} greater than {v}"),
+    ">=": ("{c} of at least {v}", "{c} of {v} or more"),
+    "<": ("{c} below {v}", "{c} less than {v}"),
+    "contains": ("{c} containing {v}",),
+    "starts-with": ("{c} starting with {v}", "{c} beginning with {v}"),
+    "exists": ("{c} present", "{c} set"),
+    "does-not-exist": ("{c} missing", "{c} absent"),
+}
+
+_PERIODS: dict[int, tuple[str, ...]] = {  # seconds
+    600: ("10 minutes",),
+    1800: ("30 minutes", "half hour"),
+    3600: ("hour", "60 minutes"),
+    10800: ("3 hours",),
+    21600: ("6 hours",),
+    43200: ("12 hours",),
+    86400: ("day", "24 hours"),
+    604800: ("week", "7 days"),
+}
+_DURING = ("in the last {t}", "over the last {t}", "for the last {t}", "in the past {t}", "over the past {t}")
+_LEADING = ("In the last {t}, ", "Over the last {t}, ", "In the past {t}, ")
+
+_LIMITS = {"train": (3, 5, 10, 20, 25, 50), "test": (3, 4, 5, 7, 8, 10, 12, 15, 30)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which clauses stand together
+# ---------------------------------------------------------------------------------------------------------------------
+
+_HELD_OUT = {  # calculation: filter ops withheld from questions without an order, and from those with one
+    "COUNT": ("contains <", "= exists"),
+    "COUNT_DISTINCT": ("!= >", "< starts-with does-not-exist"),
+    "SUM": ("exists >=", "= contains <"),
+    "AVG": ("< starts-with", ">= != exists"),
+    "MAX": ("= does-not-exist", "> exists contains"),
+    "MIN": ("> contains", "= != does-not-exist"),
+    "P50": (">= !=", "starts-with > ="),
+    "P90": ("= starts-with", "contains >= <"),
+    "P95": ("does-not-exist <", "!= > exists"),
+    "P99": ("!= exists", "= < starts-with"),
+    "HEATMAP": ("> =", ""),
+}
+
+HELD_OUT: frozenset[tuple[str, str, bool]] = frozenset(
+    (op, filter_op, ordered)
+    for op, (without, with_order) in _HELD_OUT.items()
+    for ordered, filter_ops in ((False, without), (True, with_order))
+    for filter_op in filter_ops.split()
+)
+"""(calculation, filter op, has an order) that no training row holds and half of the test rows do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Which clauses a question has, before any column or word is chosen."""
+
+    ops: tuple[str, ...]
+    breakdowns: int
+    filter_ops: tuple[str, ...]
+    order: str
+    """`ranked` (top 5 by ...), `sorted` (by the calculation), `column` (by a breakdown) or empty."""
+    limited: bool
+    timed: bool
+
+
+def combinations(ops: Iterable[str], filter_ops: Iterable[str], ordered: bool) -> set[tuple[str, str, bool]]:
+    """What `HELD_OUT` holds, for one query: each of its calculations with each of its filter ops."""
+    filter_ops = tuple(filter_ops)
+    return {(op, filter_op, ordered) for op in ops for filter_op in filter_ops}
+
+
+def _weighted(rng: random.Random, weights: Sequence[float]) -> int:
+    return rng.choices(range(len(weights)), weights)[0]
+
+
+def _shape(rng: random.Random, split: str) -> _Shape:
+    """A shape for a split: never a held-out combination in train, one in every second test row."""
+    held_out = split == "test" and rng.random() < 0.5
+    # At most one kind of clause is doubled and ordered questions are timed less, so that the longest stay short;
+    # a share as low as 3 % is still tens of training rows.
+    doubled = ("", "calculation", "breakdown", "filter")[_weighted(rng, (0.71, 0.12, 0.08, 0.09))]
+    several = doubled == "calculation"
+    breakdowns = 2 if doubled == "breakdown" else int(rng.random() < 0.5)
+    filters = 2 if doubled == "filter" else int(held_out or rng.random() < 0.46)
+    order = ""
+    if breakdowns:
+        order = ("", "ranked", "sorted", "column")[_weighted(rng, (0.64, 0.21, 0.08, 0.07))]
+    if several and order in ("ranked", "sorted"):  # by which of the two?
+        order = ""
+    limited = order == "ranked" or (breakdowns > 0 and rng.random() < (0.3 if order else 0.1))
+    timed = rng.random() < (0.2 if order else 0.5)
+    while True:  # only the ops are drawn anew, or long questions would be rarer in train and commoner in test
+        ops = _distinct(rng, 1 + several, heatmap=not order)
+        filter_ops = tuple(rng.choices(FILTER_OPS, _FILTER_WEIGHTS, k=filters))
+        if bool(combinations(ops, filter_ops, bool(order)) & HELD_OUT) == held_out:
+            return _Shape(ops, breakdowns, filter_ops, order, limited, timed)
+
+
+_FILTER_WEIGHTS = [{"=": 1.8, ">": 1.5}.get(op, 1.0) for op in FILTER_OPS]
+
+
+def _distinct(rng: random.Random, count: int, heatmap: bool) -> tuple[str, ...]:
+    """Calculations without repetition; a heatmap is no number to sort by, so not all questions can have one."""
+    weights = {"COUNT": 2.0, "COUNT_DISTINCT": 1.5, "HEATMAP": 1.0 if heatmap else 0.0}
+    ops: list[str] = []
+    while len(ops) < count:
+        op = OPS[_weighted(rng, [0.0 if op in ops else weights.get(op, 1.0) for op in OPS])]
+        ops.append(op)
+    return tuple(ops)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Calculation:
+    op: str
+    column: str
+
+    @property
+    def json(self) -> dict[str, str]:
+        return {"op": self.op, "column": self.column} if self.column else {"op": self.op}
+
+
+@dataclass(frozen=True, slots=True)
+class _Filter:
+    column: str
+    op: str
+    value: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        value = {} if self.op in _PRESENCE else {"value": literal(self.value)}
+        return {"column": self.column, "op": self.op, **value}
+
+
+def literal(text: str) -> str | int | float | bool:
+    """The JSON value a question's word stands for: numbers and true or false are themselves, the rest is text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float | bool) else text
+
+
+def generate(count: int, split: str, seed: int = 0) -> list[Row]:
+    """Seeded rows of one split; the same arguments give the same rows in any process.
+
+    A smaller count gives the beginning of a larger one. No two rows share both question and columns, within a split
+    or across the two.
+
+    Args:
+        count: number of rows.
+        split: `train` or `test`.
+        seed: another seed gives other rows from the same columns and words.
+
+    Raises:
+        ValueError: the split is unknown or the count is negative.
+    """
+    if split not in COLUMNS:
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(COLUMNS)}")
+    if count < 0:
+        raise ValueError(f"count is {count}; it must not be negative")
+    # a string seed is hashed with SHA-512, which no process randomizes
+    rng = random.Random(f"{split}:{seed}")
+    rows: list[Row] = []
+    seen: set[tuple[str, ...]] = set()
+    while len(rows) < count:
+        row = _row(rng, split)
+        key = (row["question"], *sorted(row["columns"]))
+        if key not in seen:
+            seen.add(key)
+            rows.append(row)
+    return rows
+
+
+def fields(row: Row) -> dict[str, str]:
+    """A row's values for the placeholders of a prompt template: `question`, and `columns` as `a, b, c`."""
+    return {"question": row["question"], "columns": ", ".join(row["columns"])}
+
+
+def _row(rng: random.Random, split: str) -> Row:
+    shape = _shape(rng, split)
+    free = list(COLUMNS[split])
+    calculations: list[_Calculation] = []
+    for op in shape.ops:
+        previous = next((known.column for known in calculations if known.op in _NUMERIC), "")
+        if op == "COUNT":
+            calculations.append(_Calculation(op, ""))
+        elif op in _NUMERIC and previous and rng.random() < 0.4:  # "average x and maximum x" is common
+            calculations.append(_Calculation(op, previous))
+        else:
+            calculations.append(_Calculation(op, _take(rng, free, op).name))
+    breakdowns = [_take(rng, free, "breakdown").name for _ in range(shape.breakdowns)]
+    filters = []
+    for op in shape.filter_ops:
+        column = _take(rng, free, op)
+        filters.append(_Filter(column.name, op, "" if op in _PRESENCE else rng.choice(column.values)))
+    limit = rng.choice(_LIMITS[split]) if shape.limited else None
+    period = rng.choice(list(_PERIODS)) if shape.timed else None
+
+    question, orders = _words(rng, shape.order, calculations, breakdowns, filters, limit, period)
+    query = {
+        "calculations": [calculation.json for calculation in calculations],
+        "breakdowns": breakdowns,
+        "filters": [each.json for each in filters],
+        "orders": orders,
+        "limit": limit,
+        "time_range": period,
+    }
+    answer = json.dumps({key: value for key, value in query.items() if value}, separators=(",", ":"))
+    used = [name for name in [*(known.column for known in calculations), *breakdowns] if name]
+    used += [each.column for each in filters]
+    return {"question": question, "columns": _listed(rng, list(dict.fromkeys(used)), split), "answer": answer}
+
+
+def _take(rng: random.Random, free: list[Column], part: str) -> Column:
+    """Remove and return a column that fits a part of a query, so that each column has one role in a question."""
+    column = rng.choice([column for column in free if column.kind in _FITTING[part]])
+    free.remove(column)
+    return column
+
+
+def _listed(rng: random.Random, used: list[str], split: str) -> list[str]:
+    """The used columns among 6 to 9, in random order; some of the others look like a used one."""
+    others = [column.name for column in COLUMNS[split] if column.name not in used]
+    words = {word for name in used for word in name.split(".")}
+    similar = [name for name in others if words & set(name.split("."))]
+    wanted = 6 + _weighted(rng, (0.45, 0.3, 0.15, 0.1)) - len(used)
+    alike = rng.sample(similar, min(len(similar), (wanted + 1) // 2, wanted))
+    rest = rng.sample([name for name in others if name not in alike], wanted - len(alike))
+    columns = used + alike + rest
+    rng.shuffle(columns)
+    return columns
+
+
+def _words(
+    rng: random.Random,
+    order: str,
+    calculations: Sequence[_Calculation],
+    breakdowns: Sequence[str],
+    filters: Sequence[_Filter],
+    limit: int | None,
+    period: int | None,
+) -> tuple[str, list[dict[str, str]]]:
+    """The question, and the query's `orders`, whose direction the words choose."""
+    first = calculations[0]
+    single = len(calculations) == 1
+    groups = " and ".join(breakdowns)
+    orders: list[dict[str, str]] = []
+    opening, suffix = "", ""
+    late = bool(filters and groups and order != "ranked" and rng.random() < 0.2)
+    grouping = "" if not groups else rng.choice(_GROUPED_LATE if late else _GROUPED).format(b=groups)
+
+    if order == "ranked":
+        direction, words = rng.choice(_RANKED_COUNT if first.op == "COUNT" and rng.random() < 0.5 else _RANKED)
+        orders.append({**first.json, "order": direction})
+        pairs = groups + " pairs" if len(breakdowns) > 1 else groups
+        opening = rng.choice(_ASKING_RANKED)
+        core, grouping = words.format(n=limit, b=pairs, calc=_named(rng, first, plain=True)), ""
+    elif single and first.op in _HOW_MANY and rng.random() < 0.5:
+        core = rng.choice(_HOW_MANY[first.op]).format(c=first.column)
+    else:
+        opening = rng.choice(_ASKING if single else _ASKING_BOTH)
+        plain = bool(order) or limit is not None
+        core = " and ".join(_named(rng, calculation, plain) for calculation in calculations)
+
+    if order == "sorted":
+        direction, suffix = rng.choice(_SORTED)
+        orders.append({**first.json, "order": direction})
+    elif order == "column":
+        column = rng.choice(breakdowns)
+        direction, words = rng.choice(_SORTED_BY_COLUMN)
+        suffix = words.format(b=column)
+        orders.append({"column": column, "order": direction})
+    if limit is not None and order != "ranked":
+        suffix += rng.choice(_LIMITED).format(n=limit)
+
+    # "with the highest load with error set" is hard to read, so a ranking's filters come after "where"
+    condition = _condition(rng, filters, attributes=order != "ranked" and rng.random() < 0.35)
+    lead, during = "", ""
+    if period is not None:
+        time = rng.choice(_PERIODS[period])
+        if rng.random() < 0.12:
+            lead = rng.choice(_LEADING).format(t=time)
+            opening = opening[:1].lower() + opening[1:]
+            core = core.replace("How", "how", 1) if core.startswith("How") else core
+        else:
+            during = " " + rng.choice(_DURING).format(t=time)
+    if late:
+        parts = [condition, during, grouping]
+    else:
+        parts = [grouping, during, condition] if rng.random() < 0.3 else [grouping, condition, during]
+    asks = opening.lower().startswith("what") or core.lower().startswith("how many")
+    return f"{lead}{opening}{core}{''.join(parts)}{suffix}{'?' if asks else ''}", orders
+
+
+def _named(rng: random.Random, calculation: _Calculation, plain: bool) -> str:
+    phrases = _CALCULATION[calculation.op] + (() if plain else _EXTREME.get(calculation.op, ()))
+    return rng.choice(phrases).format(c=calculation.column)
+
+
+def _condition(rng: random.Random, filters: Sequence[_Filter], attributes: bool) -> str:
+    if not filters:
+        return ""
+    table, joint = (_ATTRIBUTE, "with") if attributes else (_CLAUSE, rng.choice(("where", "where", "when")))
+    phrases = (rng.choice(table[each.op]).format(c=each.column, v=each.value) for each in filters)
+    return f" {joint} {' and '.join(phrases)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, train: int, test: int, seed: int, template: str = TEMPLATE) -> tuple[Path, Path]:
+    """Write `train.jsonl` and `test.jsonl`; each appears whole or not at all.
+
+    Each line has `prompt` and `completion`, which training reads, and the row's `question` and `columns`, which
+    serving takes instead of a prompt.
+
+    Args:
+        folder: made if missing.
+        train: number of training rows.
+        test: number of test rows.
+        seed: as in `generate`.
+        template: a prompt with the placeholders `{question}` and `{columns}`.
+
+    Returns:
+        The paths of the two files, train first.
+
+    Raises:
+        ValueError: a count is negative, or the template has other placeholders.
+    """
+    # both texts before either file, so that a wrong argument leaves no half of a data set
+    counts = {"train": train, "test": test}
+    texts = {split: _lines(generate(count, split, seed), template) for split, count in counts.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [_replace(folder / f"{split}.jsonl", text) for split, text in texts.items()]
+    return paths[0], paths[1]
+
+
+def _lines(rows: Iterable[Row], template: str) -> str:
+    lines = []
+    for row in rows:
+        try:
+            prompt = template.format(**fields(row))
+        except (LookupError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"The template {template!r} cannot be filled ({error}); its placeholders must be {{question}} and "
+                "{columns}, and other braces doubled."
+            ) from None
+        line = {"prompt": prompt, "completion": row["answer"], "question": row["question"], "columns": row["columns"]}
+        lines.append(json.dumps(line) + "\n")
+    return "".join(lines)
+
+
+def _replace(path: Path, text: str) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    part = Path(name)
+    try:
+        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        part.chmod(0o644)  # temporary files are their owner's alone
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the two files from the command line: `python -m examples.queries --out FOLDER`."""
+    parser = argparse.ArgumentParser(prog="python -m examples.queries", description="Write train.jsonl and test.jsonl.")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files go")
+    parser.add_argument("--train", type=int, default=1000, metavar="N", help="training rows (default 1000)")
+    parser.add_argument("--test", type=int, default=200, metavar="N", help="test rows (default 200)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other rows (default 0)")
+    parser.add_argument("--template", default=TEMPLATE, help="prompt with {question} and {columns}")
+    chosen = parser.parse_args(arguments)
+    try:
+        for path in write(chosen.out, chosen.train, chosen.test, chosen.seed, chosen.template):
+            print(path)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

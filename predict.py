@@ -1,0 +1,123 @@
+"""What runs on Replicate: the form that people see, and the stream that programs read."""
+
+from pathlib import Path
+from typing import Optional
+
+import cog
+from cog import BaseRunner, ConcatenateIterator, Input
+
+ROOT = Path(__file__).resolve().parent
+
+
+class Runner(BaseRunner):
+    """Serves one model; see README for each input by example."""
+
+    def setup(self, weights: Optional[cog.Path] = None) -> None:
+        """Load `weights` (a folder, a tar or a URL), by default the folder weights/."""
+        from cogpress import config, serving, streaming
+
+        streaming.install()
+        self.server = serving.Server(
+            weights, config.load(ROOT / "model.yaml"), ROOT, concurrency=type(self).run.__cog_concurrent_max__
+        )
+
+    def healthcheck(self) -> bool:
+        """Whether the engine can answer."""
+        return not self.server.engine.dead
+
+    @cog.streaming
+    @cog.concurrent(max=64)
+    async def run(
+        self,
+        prompt: str = Input(description="What to ask the model.", default=""),
+        system_prompt: Optional[str] = Input(
+            description="Instructions that hold for the whole conversation. Empty: the ones the model was trained with.",
+            default=None,
+        ),
+        fields: Optional[str] = Input(
+            description="Values for the prompt template of this model, as a JSON object, such as "
+            '{"question": "slowest endpoints in the last hour", "columns": ["http.route", "duration_ms"]}. '
+            "Takes the place of the prompt.",
+            default=None,
+        ),
+        messages: Optional[str] = Input(
+            description='A whole conversation as a JSON list of {"role": "user" | "assistant" | "system", "content": '
+            '"..."}, ending with the user. Takes the place of prompt and fields.',
+            default=None,
+        ),
+        max_tokens: int = Input(
+            description="The most tokens to generate; a token is about four characters.", default=512, ge=1, le=131072
+        ),
+        temperature: float = Input(
+            description="Randomness: 0 always gives the most likely answer, 1 follows the model's own probabilities.",
+            default=0.0,
+            ge=0.0,
+            le=5.0,
+        ),
+        top_p: float = Input(
+            description="Choose among the most likely tokens that together have this probability; 1 for all.",
+            default=1.0,
+            ge=0.01,
+            le=1.0,
+        ),
+        top_k: int = Input(
+            description="Choose among this many of the most likely tokens; 0 for all.", default=0, ge=0, le=1000
+        ),
+        min_p: float = Input(
+            description="Leave out tokens less likely than this share of the most likely one; 0 for none.",
+            default=0.0,
+            ge=0.0,
+            le=1.0,
+        ),
+        stop: str = Input(
+            description='Text that ends the answer and is left out of it; several as a JSON list, such as ["END", "--"].',
+            default="",
+        ),
+        seed: Optional[int] = Input(
+            description="The same seed gives the same answer again when temperature is above 0. Empty: random.",
+            default=None,
+            ge=0,
+            le=9223372036854775807,
+        ),
+        min_tokens: int = Input(
+            description="The fewest tokens to generate before the answer may end.", default=0, ge=0, le=131072
+        ),
+        repetition_penalty: float = Input(
+            description="Above 1, tokens already in the prompt or the answer become less likely.",
+            default=1.0,
+            ge=0.1,
+            le=5.0,
+        ),
+        presence_penalty: float = Input(
+            description="Above 0, tokens already in the answer become less likely, however often they came.",
+            default=0.0,
+            ge=-2.0,
+            le=2.0,
+        ),
+        frequency_penalty: float = Input(
+            description="Above 0, tokens become less likely with each time they came in the answer.",
+            default=0.0,
+            ge=-2.0,
+            le=2.0,
+        ),
+    ) -> ConcatenateIterator[str]:
+        """Stream an answer."""
+        from cogpress.engine import Sampling
+        from cogpress.serving import Request, parse_stop
+        from cogpress.streaming import stream
+
+        request = Request(prompt=prompt, system_prompt=system_prompt, fields=fields, messages=messages)
+        sampling = Sampling(
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            stop=parse_stop(stop),
+            seed=seed,
+        )
+        return stream(self.server.answer(request, sampling, self.scope.record_metric))  # type: ignore[return-value]

@@ -1,0 +1,80 @@
+"""Fixtures that are expensive, made once a run; every folder is the tests' own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def cache() -> Path:
+    """Where models and trained weights are kept between runs, each under a key of all that made it."""
+    folder = ROOT / ".cache"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_folder(cache: Path) -> Path:
+    """The embedded base model, converted once."""
+    from cogpress import base
+
+    return base.fetch("embedded", cache)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_folder: Path) -> PreTrainedTokenizerBase:
+    from cogpress import base
+
+    return base.tokenizer(base_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 7 M parameters with the embedded model's tokenizer: real code paths in milliseconds."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from cogpress import base, manifest
+
+    folder = tmp_path_factory.mktemp("tiny-base")
+    config = AutoConfig.from_pretrained(base_folder)
+    config.update(
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+        }
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    base.tokenizer(base_folder).save_pretrained(folder)
+    manifest.write(folder, "base", {"source": {"package": "test"}})
+    return folder
+
+
+@pytest.fixture
+def examples_file(tmp_path: Path) -> Iterator[Path]:
+    """Forty short examples, as a user would bring them."""
+    path = tmp_path / "examples.jsonl"
+    with path.open("w") as file:
+        for number in range(40):
+            row = {"prompt": f"Say the number after {number}.", "completion": f"It is {number + 1}, of course."}
+            file.write(json.dumps(row) + "\n")
+    yield path

@@ -1,0 +1,225 @@
+"""QLoRA on a tiny model: the loss is TRL's, evaluation harms nothing, an interrupted run ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from cogpress import base, config, data, manifest, training
+from cogpress.errors import CogpressError
+from cogpress.trainer import AnswerTrainer, Collator, LengthGroupedSampler, Recorder, Rows
+
+pytestmark = pytest.mark.train
+
+QUIET = Console(quiet=True)
+
+
+def settings(**train: Any) -> config.Config:
+    options = {"max_steps": 6, "batch_size": 4, "rank": 4, "learning_rate": 0.01, "max_length": 128, "evaluations": 1}
+    return config.Config().override(options | train).override({"validation_share": 0.1})
+
+
+@pytest.fixture
+def prepared(examples_file: Path, tokenizer: Any) -> data.Prepared:
+    return data.prepare(
+        examples_file,
+        tokenizer=tokenizer,
+        prompt=config.Prompt(),
+        data=config.Data(validation_share=0.1),
+        max_length=128,
+        seed=0,
+    )
+
+
+def gradients(model: torch.nn.Module, rows: list[data.Row]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model.train()
+    batch = Collator(0)(rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_evaluation_between_steps_leaves_gradients_as_they_were(tiny_base: Path, prepared: data.Prepared) -> None:
+    # bitsandbytes repacks 4-bit weights for inference on AVX512-BF16 CPUs, and repacked weights train wrongly.
+    torch.manual_seed(0)
+    model = training.adapted(settings(), tiny_base)
+    with torch.no_grad():  # a fresh adapter's B is zero, which would hide wrong gradients of A
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    before = gradients(model, prepared.train[:4])
+    model.eval()
+    with torch.no_grad():
+        model(**Collator(0)(prepared.train[:4]))
+        model.generate(input_ids=torch.tensor([prepared.train[0].input_ids]), max_new_tokens=2, do_sample=False)
+    after = gradients(model, prepared.train[:4])
+    assert before.keys() == after.keys()
+    assert sum("lora_A" in name for name in before) == 14
+    for name, gradient in before.items():
+        assert torch.equal(gradient, after[name]), name
+        assert gradient.abs().max() > 0, name
+
+
+def test_loss_is_the_models_own_on_the_answer_tokens(tiny_base: Path, prepared: data.Prepared, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    chosen = settings()
+    model = training.adapted(chosen, tiny_base)
+    trainer = AnswerTrainer(
+        model=model,
+        args=training.arguments(chosen.train, tmp_path, 36, validation=False),
+        train_dataset=Rows(prepared.train),
+        data_collator=Collator(0),
+        lengths=[1] * len(prepared.train),
+    )
+    batch = Collator(0)(prepared.train[:3])
+    model.eval()
+    with torch.no_grad():
+        total, count = trainer.answer_loss(model, dict(batch))
+        whole = model(**batch)
+    trainer.release()
+    assert count == int((batch["labels"] != -100).sum())
+    assert count < batch["attention_mask"].sum()
+    assert (total / count).item() == pytest.approx(whole.loss.item(), rel=1e-4)
+    assert whole.logits.shape[:2] == batch["input_ids"].shape  # all logits again outside of the loss
+
+
+def test_padding_changes_nothing(tiny_base: Path, prepared: data.Prepared, tmp_path: Path) -> None:
+    chosen = settings()
+    torch.manual_seed(0)
+    model = training.adapted(chosen, tiny_base, attention="eager").eval()
+    row = prepared.train[0]
+    long = data.Row(row.input_ids * 3, row.labels * 3)
+    with torch.no_grad():
+        alone = model(**Collator(0)([row])).logits[0]
+        padded = model(**Collator(0)([row, long])).logits[0, : len(row.input_ids)]
+    assert torch.allclose(alone.float(), padded.float(), atol=0.05)
+
+
+def test_batches_hold_rows_of_like_length_and_change_with_the_epoch() -> None:
+    lengths = [(7 * number) % 101 + 1 for number in range(803)]
+    sampler = LengthGroupedSampler(lengths, batch_size=8, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(803))
+    assert list(sampler) == first  # nothing of the global random state
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    batches = [[lengths[index] for index in first[at : at + 8]] for at in range(0, 803, 8)]
+    padding = sum(max(batch) * len(batch) - sum(batch) for batch in batches)
+    assert padding / sum(lengths) < 0.06
+    assert len(batches[-1]) == 3
+
+
+def test_a_run_leaves_everything_and_is_reused(tiny_base: Path, prepared: data.Prepared, tmp_path: Path) -> None:
+    result = training.train(settings(), prepared, tiny_base, tmp_path / "run", console=QUIET)
+    assert result.steps == 6
+    assert not result.reused
+    assert result.validation_loss is not None
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"adapter", "answers.json", "config.json", "loss.png", "metrics.jsonl", "result.json"} <= names
+    assert "checkpoints" not in names
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "validation_loss" in row][-1] == 6
+    assert all(row["tokens_per_second"] > 0 and row["memory_gb"] > 0 for row in rows if "loss" in row)
+    facts = manifest.read(tmp_path / "run" / "adapter")
+    assert facts is not None
+    assert facts["quantization"] == "nf4"
+    assert len(facts["quantized_modules"]) == 14
+    assert str(tiny_base) not in (tmp_path / "run" / "adapter" / "adapter_config.json").read_text()
+    again = training.train(settings(), prepared, tiny_base, tmp_path / "run", console=QUIET)
+    assert again.reused
+    other = training.train(settings(learning_rate=0.02), prepared, tiny_base, tmp_path / "run", console=QUIET)
+    assert not other.reused
+
+
+class _Interrupt(Recorder):
+    """Stops the run as Ctrl-C does, in the middle of a step after a checkpoint."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        super().on_step_begin(args, state, control, **rest)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_an_interrupted_run_resumes_to_the_same_adapter(
+    tiny_base: Path,
+    prepared: data.Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dropout: float,
+) -> None:
+    import cogpress.trainer
+
+    chosen = settings(max_steps=14, dropout=dropout)  # more than an epoch of 9 batches
+    whole = training.train(chosen, prepared, tiny_base, tmp_path / "whole", console=QUIET)
+    with monkeypatch.context() as patch:
+        patch.setattr(cogpress.trainer, "Recorder", _Interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(chosen, prepared, tiny_base, tmp_path / "cut", console=QUIET)
+    assert not (tmp_path / "cut" / "adapter").exists()
+    with pytest.raises(CogpressError, match=r"interrupted run, at checkpoint \d+.*--resume"):
+        training.train(chosen, prepared, tiny_base, tmp_path / "cut", console=QUIET)
+    with pytest.raises(CogpressError, match=r"another train\.rank"):
+        training.train(settings(max_steps=14, rank=2), prepared, tiny_base, tmp_path / "cut", console=QUIET, resume=True)
+    resumed = training.train(chosen, prepared, tiny_base, tmp_path / "cut", console=QUIET, resume=True)
+    assert resumed.steps == whole.steps
+    assert manifest.fingerprint(resumed.adapter) == manifest.fingerprint(whole.adapter)
+    losses = [
+        [json.loads(line).get("loss") for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_nothing_to_resume_is_said(tiny_base: Path, prepared: data.Prepared, tmp_path: Path) -> None:
+    with pytest.raises(CogpressError, match="no interrupted run"):
+        training.train(settings(), prepared, tiny_base, tmp_path / "run", console=QUIET, resume=True)
+
+
+def test_wrong_options_are_named(tiny_base: Path, prepared: data.Prepared, tmp_path: Path) -> None:
+    with pytest.raises(CogpressError, match="target_modules 'nonsense'"):
+        training.train(settings(target_modules="nonsense"), prepared, tiny_base, tmp_path / "a", console=QUIET)
+    if not torch.cuda.is_available():
+        with pytest.raises(CogpressError, match="needs a GPU"):
+            training.train(settings(optimizer="paged_adamw_8bit"), prepared, tiny_base, tmp_path / "b", console=QUIET)
+
+
+def test_norms_compute_in_float32_and_layers_in_16_bits(tiny_base: Path) -> None:
+    model = base.load(tiny_base, "nf4")
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith(("input_layernorm", "q_proj")):
+            module.register_forward_hook(lambda m, i, o, name=name: seen.setdefault(name, (i[0].dtype, o.dtype)))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert model.model.layers[0].input_layernorm.weight.dtype == torch.float32
+    assert set(seen.values()) == {(torch.bfloat16, torch.bfloat16)}
+    assert len(base.quantized_modules(model)) == 14
+
+
+@pytest.fixture
+def losses_after() -> Callable[[config.Config, data.Prepared, Path, Path], float]:
+    def run(chosen: config.Config, prepared: data.Prepared, folder: Path, out: Path) -> float:
+        return training.train(chosen, prepared, folder, out, console=QUIET).train_loss
+
+    return run
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_each_quantization_learns(
+    quantization: str, tiny_base: Path, prepared: data.Prepared, tmp_path: Path, losses_after: Any
+) -> None:
+    chosen = settings(max_steps=12).override({"quantization": quantization})
+    training.train(chosen, prepared, tiny_base, tmp_path, console=QUIET)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0] - 1

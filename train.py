@@ -1,0 +1,102 @@
+"""Training as Cog and Replicate run it; `scripts/train` is the same thing from a shell."""
+
+from pathlib import Path
+from typing import Optional
+
+import cog
+from cog import BaseModel, Input
+
+ROOT = Path(__file__).resolve().parent
+
+
+class TrainingOutput(BaseModel):
+    """What Replicate keeps of a training."""
+
+    weights: cog.Path
+
+
+def train(
+    train_data: cog.Path = Input(
+        description="Examples: JSONL or Parquet with messages, prompt and completion, instruction and output, or text.",
+    ),
+    base_model: Optional[str] = Input(
+        description="The model to tune: hf://organisation/name@revision, https://….tar, a folder, or embedded. "
+        "Empty: model.yaml's.",
+        default=None,
+    ),
+    epochs: Optional[float] = Input(
+        description="How often training goes through the examples. Empty: model.yaml's.", default=None, ge=0.01, le=100
+    ),
+    max_steps: Optional[int] = Input(
+        description="Optimizer steps; wins over epochs. Empty: model.yaml's.", default=None, ge=1, le=1000000
+    ),
+    learning_rate: Optional[float] = Input(
+        description="Peak learning rate, typically 0.0001 to 0.002 for LoRA. Empty: model.yaml's.",
+        default=None,
+        ge=0.0000001,
+        le=1.0,
+    ),
+    rank: Optional[int] = Input(
+        description="Rank of the adapter: how much it can learn, and how large it is. Empty: model.yaml's.",
+        default=None,
+        ge=1,
+        le=512,
+    ),
+    alpha: Optional[float] = Input(
+        description="Scale of the adapter times its rank. Empty: model.yaml's, or twice the rank.",
+        default=None,
+        ge=0.01,
+        le=2048,
+    ),
+    dropout: Optional[float] = Input(
+        description="Share of the adapter's inputs dropped in training. Empty: model.yaml's.",
+        default=None,
+        ge=0.0,
+        le=0.9,
+    ),
+    target_modules: Optional[str] = Input(
+        description="Layers to adapt: all-linear, or names such as q_proj,v_proj. Empty: model.yaml's.", default=None
+    ),
+    max_length: Optional[int] = Input(
+        description="The longest example in tokens; longer ones are left out and counted. Empty: model.yaml's.",
+        default=None,
+        ge=8,
+        le=131072,
+    ),
+    batch_size: Optional[int] = Input(
+        description="Examples per forward pass. Empty: model.yaml's.", default=None, ge=1, le=1024
+    ),
+    gradient_accumulation: Optional[int] = Input(
+        description="Forward passes per optimizer step. Empty: model.yaml's.", default=None, ge=1, le=1024
+    ),
+    validation_share: Optional[float] = Input(
+        description="Share of the examples held out to measure the validation loss. Empty: model.yaml's.",
+        default=None,
+        ge=0.0,
+        le=0.5,
+    ),
+    seed: Optional[int] = Input(
+        description="Decides the order of the examples and the adapter's start. Empty: model.yaml's.",
+        default=None,
+        ge=0,
+        le=4294967295,
+    ),
+    quantization: str = Input(
+        description="How training holds the base: nf4 (QLoRA, least memory), int8, none, or as model.yaml says.",
+        default="model.yaml",
+        choices=["model.yaml", "nf4", "int8", "none"],
+    ),
+    optimizer: str = Input(
+        description="paged_adamw_8bit needs a GPU; auto takes it there and adamw on a CPU; or as model.yaml says.",
+        default="model.yaml",
+        choices=["model.yaml", "auto", "adamw", "paged_adamw_8bit"],
+    ),
+    skip_bad_lines: bool = Input(
+        description="Leave bad lines out, with a count, instead of refusing the file.", default=False
+    ),
+) -> TrainingOutput:
+    """Fine-tune the base on the examples; the output is one tar that predict.py serves."""
+    inputs = dict(locals())  # the inputs alone, as nothing else has a name yet
+    from cogpress import recipe
+
+    return TrainingOutput(weights=cog.Path(recipe.from_inputs(ROOT, inputs, fresh=True).tar))
