@@ -1,8 +1,8 @@
 """Messages to token ids, in one place, so that training and serving feed the model the same ids.
 
 Knows the tokenizer's chat template, which of its tokens are control tokens, and how to keep text that merely looks
-like one from becoming one. Knows nothing of files, examples or losses, and imports nothing that a server does not have, so
-that serving does not need what training needs.
+like one from becoming one. Knows nothing of files, examples or losses, and imports nothing that a server does not
+have, so that serving does not need what training needs.
 """
 
 from __future__ import annotations

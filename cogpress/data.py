@@ -437,8 +437,8 @@ def split(examples: Sequence[Example], share: float, seed: int) -> set[int]:
         if len(chosen) + len(groups[prompt]) <= wanted:
             chosen.update(groups[prompt])
     if wanted and not chosen and len(groups) > 1:
-        # More than asked for, at most half, and better than none
-        chosen.update(min(groups.values(), key=lambda group: len(group)))
+        smallest = min(groups.values(), key=len)
+        chosen.update(smallest)  # more than asked for, at most half, and better than none
     return chosen
 
 
@@ -746,7 +746,7 @@ def _one_line(error: Exception) -> str:
 
 def _example(item: Any, line: int, source: str, prompt: config.Prompt, task: str) -> Example:
     if not isinstance(item, dict):
-        raise _BadExample(f"a JSON {_kind(item)} and not an object")
+        raise _BadExample(f"{_kind(item)} and not a JSON object")
     has = {name: value for name, value in item.items() if value is not None}
     if "messages" in has:
         return _chat_example(_turns(has["messages"], "messages"), 0, "messages", line, source, prompt, task)
@@ -813,7 +813,7 @@ def _check_order(turns: Sequence[Turn]) -> None:
 
 def _turns(value: Any, name: str) -> tuple[Turn, ...]:
     if not isinstance(value, list):
-        raise _BadExample(f"{name} is a {_kind(value)} and not a list")
+        raise _BadExample(f"{name} is {_kind(value)} and not a list")
     if not value:
         raise _BadExample(f"{name} is empty")
     return tuple(_turn(item, f"{name}[{index}]") for index, item in enumerate(value))
@@ -821,7 +821,7 @@ def _turns(value: Any, name: str) -> tuple[Turn, ...]:
 
 def _turn(value: Any, name: str) -> Turn:
     if not isinstance(value, dict):
-        raise _BadExample(f"{name} is a {_kind(value)} and not an object")
+        raise _BadExample(f"{name} is {_kind(value)} and not an object")
     role = value.get("role")
     if not isinstance(role, str) or not role or role not in _MAY_FOLLOW:
         raise _BadExample(f"{name} has the role {_short(role)}, not system, user, assistant or tool")
@@ -852,7 +852,7 @@ def _fill(prompt: config.Prompt, text: str, task: str) -> str:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise _BadExample(f"{name} is a {_kind(value)} and not a string")
+        raise _BadExample(f"{name} is {_kind(value)} and not a string")
     if "\0" in value:
         raise _BadExample(f"{name} contains a NUL character")
     try:
@@ -863,8 +863,9 @@ def _text(value: Any, name: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    kinds = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return "null" if value is None else kinds.get(type(value), type(value).__name__)
+    """What a value is, for a reason, with its article."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def _keys(names: Sequence[str]) -> str:

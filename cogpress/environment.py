@@ -19,9 +19,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, NoReturn, Tuple
 
 from cogpress.errors import CogpressError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,16 +51,13 @@ def enter() -> None:
     Otherwise replaces the process by the same command in `.venv`. A user's mistake ends it with its text.
     """
     environment = Environment(ROOT)
-    inside = Path(sys.prefix).resolve() == environment.venv.resolve()
-    if inside and environment.ready():
-        # Programs of the environment (ninja, which vLLM's kernels are compiled with) are looked up on PATH.
-        programs, path = str(environment.python.parent), os.environ.get("PATH", "")
-        if path.split(os.pathsep)[0] != programs:
-            os.environ["PATH"] = programs + os.pathsep + path
-        return
-    if not inside and all(importlib.util.find_spec(name) for name in ("vllm", "peft", "cog")):
-        return
     try:
+        if Path(sys.prefix).resolve() == environment.venv.resolve():
+            if environment.ready():
+                _put_first_on_path(environment.python.parent)
+                return
+        elif all(importlib.util.find_spec(name) for name in ("vllm", "peft", "cog")):
+            return
         if not environment.ready():
             environment.setup()
         _continue_in(environment)
@@ -65,7 +65,7 @@ def enter() -> None:
         sys.exit(str(error))
 
 
-def setup(gpu: Optional[bool] = None) -> None:
+def setup(gpu: bool | None = None) -> None:
     """Make `.venv` or bring it up to date with the lock files.
 
     Args:
@@ -77,15 +77,21 @@ def setup(gpu: Optional[bool] = None) -> None:
     Environment(ROOT).setup(gpu)
 
 
+def _put_first_on_path(folder: Path) -> None:
+    """For what looks its programs up there: vLLM compiles kernels with the environment's ninja."""
+    folders = os.environ.get("PATH", "").split(os.pathsep)
+    if folders[0] != str(folder):
+        os.environ["PATH"] = os.pathsep.join([str(folder), *folders])
+
+
 def _continue_in(environment: Environment) -> NoReturn:
     # The process keeps its id across exec, so a mark with this id means that exec did not lead into .venv.
     if os.environ.get(_ENTERED) == str(os.getpid()):
-        raise CogpressError(f"{environment.python} does not run in {environment.venv}. Delete that folder and run again.")
+        raise CogpressError(f"{environment.python} does not run in {environment.venv}. Delete that folder, run again.")
     os.environ[_ENTERED] = str(os.getpid())
-    arguments: List[str] = getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(str(environment.python), [str(environment.python), *arguments])
+    os.execv(str(environment.python), [str(environment.python), *sys.argv])
 
 
 class Environment:
@@ -100,9 +106,9 @@ class Environment:
         self.venv = root / ".venv"
         self.python = self.venv / "bin" / "python"
         self.log = root / ".cache" / "setup.log"
-        self._lock_file: Optional[int] = None
+        self._lock_file: int | None = None
 
-    def locks(self, kind: str) -> List[Path]:
+    def locks(self, kind: str) -> list[Path]:
         """The lock files of the `cpu` or the `gpu` environment, in the order they are installed."""
         names = ["cpu.lock"] if kind == "cpu" else ["gpu.lock", "gpu-dev.lock"]
         return [self.root / "requirements" / name for name in names]
@@ -122,7 +128,7 @@ class Environment:
             content.update(path.read_bytes())
         return content.hexdigest()
 
-    def state(self) -> Optional[Dict[str, str]]:
+    def state(self) -> dict[str, str] | None:
         """What the environment says of itself; None where it was not made here."""
         try:
             state = json.loads((self.venv / STATE).read_text(encoding="utf-8"))
@@ -130,14 +136,14 @@ class Environment:
             return None
         return state if isinstance(state, dict) else None
 
-    def ready(self, kind: Optional[str] = None) -> bool:
+    def ready(self, kind: str | None = None) -> bool:
         """Whether it is complete, as the lock files say, and of the kind asked for."""
         state = self.state() or {}
         if state.get("state") != "complete" or kind not in (None, state.get("kind")) or not self.python.exists():
             return False
         return state.get("locks") == self.digest(state["kind"])
 
-    def setup(self, gpu: Optional[bool] = None) -> None:
+    def setup(self, gpu: bool | None = None) -> None:
         """See `setup`."""
         check_platform(sys.platform, platform.machine(), platform.libc_ver())
         try:
@@ -146,13 +152,14 @@ class Environment:
         except KeyboardInterrupt:
             raise CogpressError("Interrupted; the next command starts the set-up again.") from None
         except PermissionError as error:
-            raise CogpressError(f"{error.filename} can not be written. Make {self.root} writable, or copy it.") from None
+            raise CogpressError(f"{error.filename} can not be written. Make {self.root} writable.") from None
 
-    def _setup(self, gpu: Optional[bool]) -> None:
+    def _setup(self, gpu: bool | None) -> None:
         state = self.state()
         kind = (state or {}).get("kind", "cpu") if gpu is None else ("gpu" if gpu else "cpu")
         if self.ready(kind):
-            return say(f"{self.venv} is up to date.")
+            say(f"{self.venv} is up to date.")
+            return
         started = time.monotonic()
         self.log.write_text("", encoding="utf-8")
         reason = why_anew(state, kind, self.venv, self.python)
@@ -175,7 +182,7 @@ class Environment:
         self._run([interpreter, "-m", "venv", "--prompt", "cogpress", str(self.venv)], f"Python {dotted(version)}")
         self._install(kind)
 
-    def _update(self, state: Dict[str, str], kind: str) -> None:
+    def _update(self, state: dict[str, str], kind: str) -> None:
         say(f"The lock files have changed: updating {self.venv}")
         self._mark({"state": "incomplete", "kind": kind})
         try:
@@ -198,12 +205,13 @@ class Environment:
 
     def _install_torch(self) -> None:
         version = self.torch_version()
-        attempts = torch_attempts(version)
-        for attempt in attempts[:-1]:
-            with contextlib.suppress(CogpressError):
-                return self._run(self._pip("install", *attempt), f"torch {version} for CPU")
+        configured, pytorch = torch_attempts(version)
+        label = f"torch {version} for CPU"
+        try:
+            self._run(self._pip("install", *configured), label)
+        except CogpressError:
             say(f"  not in the configured package index: trying {PYTORCH_CPU_INDEX}")
-        self._run(self._pip("install", *attempts[-1]), f"torch {version} for CPU")
+            self._run(self._pip("install", *pytorch), label)
 
     def _uninstall_others(self, kind: str) -> None:
         """An update leaves what the locks no longer name: take it out, so that it equals a new one."""
@@ -215,10 +223,10 @@ class Environment:
         if others:
             self._run(self._pip("uninstall", "--yes", *others), f"removing {', '.join(others)}")
 
-    def _pip(self, command: str, *arguments: str) -> List[str]:
+    def _pip(self, command: str, *arguments: str) -> list[str]:
         return [str(self.python), "-m", "pip", command, "--no-input", "--disable-pip-version-check", *arguments]
 
-    def _mark(self, state: Dict[str, str]) -> None:
+    def _mark(self, state: dict[str, str]) -> None:
         """Written beside and moved into place, so that it is never half there."""
         draft = self.venv / (STATE + ".new")
         draft.write_text(json.dumps(state), encoding="utf-8")
@@ -255,7 +263,7 @@ class Environment:
             errors="replace",
             pass_fds=holding,
         )
-        lines: List[str] = []
+        lines: list[str] = []
         reader = threading.Thread(target=self._read, args=(process, lines), daemon=True)
         reader.start()
         progress = Progress(label)
@@ -272,7 +280,7 @@ class Environment:
         if process.returncode:
             raise CogpressError(explain(label, lines, self.log))
 
-    def _read(self, process: subprocess.Popen[str], lines: List[str]) -> None:
+    def _read(self, process: subprocess.Popen[str], lines: list[str]) -> None:
         assert process.stdout is not None
         with open(self.log, "a", encoding="utf-8") as log:
             for line in process.stdout:
@@ -281,7 +289,7 @@ class Environment:
                 log.write(line)
                 log.flush()
 
-    def _installed(self, lines: List[str]) -> str:
+    def _installed(self, lines: list[str]) -> str:
         """How far pip is. While it installs, it prints nothing: count what has appeared on disk."""
         if any(line.startswith("Installing collected packages") for line in lines):
             return f"{len(list(self.venv.glob('lib/python*/site-packages/*.dist-info')))} installed"
@@ -322,7 +330,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def check_platform(system: str, machine: str, libc: Tuple[str, str]) -> None:
+def check_platform(system: str, machine: str, libc: tuple[str, str]) -> None:
     """The locked packages exist as binaries for Linux on x86-64 with glibc only.
 
     Raises:
@@ -346,11 +354,11 @@ def check_disk(free_bytes: int, needed_gb: int, place: Path) -> None:
     """
     if free_bytes < needed_gb * 1e9:
         raise CogpressError(
-            f"The environment needs {needed_gb} GB at {place}, where {free_bytes / 1e9:.1f} GB are free. Make room there."
+            f"The environment needs {needed_gb} GB at {place}; {free_bytes / 1e9:.1f} GB are free. Make room there."
         )
 
 
-def why_anew(state: Optional[Dict[str, str]], kind: str, venv: Path, python: Path) -> Optional[str]:
+def why_anew(state: dict[str, str] | None, kind: str, venv: Path, python: Path) -> str | None:
     """Why an environment must be made from nothing, in words; None where an update will do.
 
     Raises:
@@ -371,7 +379,7 @@ def why_anew(state: Optional[Dict[str, str]], kind: str, venv: Path, python: Pat
     return None
 
 
-def find_interpreter() -> Tuple[str, Version]:
+def find_interpreter() -> tuple[str, Version]:
     """A Python to make the environment with: the running one, or else one on PATH.
 
     Raises:
@@ -395,13 +403,14 @@ def find_interpreter() -> Tuple[str, Version]:
             "then run again."
         )
     wanted = f"{', '.join(map(dotted, PYTHONS[:-1]))} or {dotted(PYTHONS[-1])}"
+    first = f"python{dotted(PYTHONS[0])}"
     raise CogpressError(
         f"cogpress needs Python {wanted}; this is {platform.python_version()}, and none of those is on PATH. Install "
-        f"one (Debian, Ubuntu: apt-get install python{dotted(PYTHONS[0])} python{dotted(PYTHONS[0])}-venv), then run again."
+        f"one (Debian, Ubuntu: apt-get install {first} {first}-venv), then run again."
     )
 
 
-def probe(python: str) -> Tuple[Optional[Version], bool]:
+def probe(python: str) -> tuple[Version | None, bool]:
     """An interpreter's version and whether it can make environments; no version where it does not even start."""
     code = "import sys; print(*sys.version_info[:2], flush=True); import venv, ensurepip, ssl"
     try:
@@ -412,7 +421,7 @@ def probe(python: str) -> Tuple[Optional[Version], bool]:
     return ((int(numbers[0]), int(numbers[1])), done.returncode == 0) if len(numbers) == 2 else (None, False)
 
 
-def torch_attempts(version: str) -> List[List[str]]:
+def torch_attempts(version: str) -> list[list[str]]:
     """pip's arguments for torch's CPU build, in the order they are tried.
 
     The configured index first: it may be a mirror that has it, and where it has not, the answer comes at once.
@@ -422,7 +431,7 @@ def torch_attempts(version: str) -> List[List[str]]:
     return [torch, ["--index-url", PYTORCH_CPU_INDEX, "--timeout", "15", *torch]]
 
 
-def locked_names(lock: str) -> List[str]:
+def locked_names(lock: str) -> list[str]:
     """The packages that a lock file names."""
     return [normalized(name) for name in re.findall(r"^([A-Za-z0-9._-]+)==", lock, re.M)]
 
@@ -432,7 +441,7 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def clean_environment(variables: "os._Environ[str] | Dict[str, str]") -> Dict[str, str]:
+def clean_environment(variables: Mapping[str, str]) -> dict[str, str]:
     """Without the settings that would make pip or Python work in another place than the new environment."""
     unwanted = {"PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"}
     kept = {name: value for name, value in variables.items() if name not in unwanted}
@@ -477,7 +486,9 @@ def explain(label: str, output: Sequence[str], log: Path) -> str:
             cause = words.format(*match.groups())
             break
     tail = "\n".join("  " + line for line in [line for line in output if line.strip()][-6:])
-    return f"Setting up the environment stopped at '{label}': {cause} All of its output is in {log}; the end is:\n{tail}"
+    return (
+        f"Setting up the environment stopped at '{label}': {cause} All of its output is in {log}; the end is:\n{tail}"
+    )
 
 
 def dotted(version: Version) -> str:

@@ -6,8 +6,9 @@ pyplot, whose current figure is state of the process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -77,3 +78,29 @@ def _figure() -> tuple[Figure, Axes]:
     axes.spines[["left", "bottom"]].set_color("#999999")
     axes.tick_params(colors=_INK)
     return figure, axes
+
+
+def losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a PNG of a run's training and validation loss by step.
+
+    Args:
+        rows: the rows of `metrics.jsonl`.
+        path: the picture, replaced if it exists; its folder must exist.
+    """
+    figure, axes = _figure()
+    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    validation = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    for points, name, style in (
+        (training, "training", {"color": _BLUE, "linewidth": 1.4}),
+        (validation, "validation", {"color": _ORANGE, "linewidth": 1.4, "marker": "o", "markersize": 5}),
+    ):
+        if points:
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, label=f"{name}, {values[-1]:.4f} at the end", **style)
+    axes.set_title(f"Loss over {max((row['step'] for row in rows), default=0):,} steps", loc="left", color=_INK)
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean negative log-likelihood per answer token (nats)")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)

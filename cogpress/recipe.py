@@ -82,6 +82,17 @@ def from_inputs(
     )
 
 
+def install(weights: Path, place: Path) -> None:
+    """Copy finished weights to the folder that `predict.py` serves by default, replacing what was there.
+
+    The folder's README stays.
+    """
+    with archive.new_folder(place) as part:
+        shutil.copytree(weights, part, dirs_exist_ok=True)
+        if (place / "README.md").is_file():
+            shutil.copyfile(place / "README.md", part / "README.md")
+
+
 def prepare(config: Config, path: Path, base_folder: Path, run: Path, console: Console, *, skip_bad: bool) -> Prepared:
     """Check and tokenize the examples; write `data.json` and `lengths.png` into the run folder, and print the report.
 

@@ -173,10 +173,10 @@ def _train(
     started = time.perf_counter()
     try:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        validation_loss = trainer.evaluate()["eval_loss"] if prepared.validation else None
     finally:
         recorder.close()
         trainer.release()
-    validation_loss = trainer.evaluate()["eval_loss"] if prepared.validation else None
     facts = {
         "base": {"source": config.base.source, "fingerprint": fingerprint},
         "quantization": config.base.quantization,
@@ -355,7 +355,7 @@ def _answers(
 
     from cogpress.chat import encode_prompt
 
-    prompts = [encode_prompt(tokenizer, list(example.messages or ())[:-1]) for example in examples]
+    prompts = [encode_prompt(tokenizer, example.asked) for example in examples]
     longest = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     # Padded on the left, so that every answer starts at the same place.

@@ -89,7 +89,7 @@ QUERY_SCHEMA: dict[str, Any] = {
     },
     "additionalProperties": False,
 }
-"""JSON schema of a query; its `properties` are in the order in which answers are written. `time_range` is in seconds."""
+"""JSON schema of a query; `properties` are in the order in which answers are written. `time_range` is in seconds."""
 
 _UNORDERED = ("calculations", "breakdowns", "filters")
 """Lists whose order means nothing. The order of `orders` does: the first one counts most."""
@@ -445,6 +445,9 @@ def _weighted(rng: random.Random, weights: Sequence[float]) -> int:
     return rng.choices(range(len(weights)), weights)[0]
 
 
+_FILTER_WEIGHTS = [{"=": 1.8, ">": 1.5}.get(op, 1.0) for op in FILTER_OPS]
+
+
 def _shape(rng: random.Random, split: str) -> _Shape:
     """A shape for a split: never a held-out combination in train, one in every second test row."""
     held_out = split == "test" and rng.random() < 0.5
@@ -468,16 +471,12 @@ def _shape(rng: random.Random, split: str) -> _Shape:
             return _Shape(ops, breakdowns, filter_ops, order, limited, timed)
 
 
-_FILTER_WEIGHTS = [{"=": 1.8, ">": 1.5}.get(op, 1.0) for op in FILTER_OPS]
-
-
 def _distinct(rng: random.Random, count: int, heatmap: bool) -> tuple[str, ...]:
     """Calculations without repetition; a heatmap is no number to sort by, so not all questions can have one."""
     weights = {"COUNT": 2.0, "COUNT_DISTINCT": 1.5, "HEATMAP": 1.0 if heatmap else 0.0}
     ops: list[str] = []
     while len(ops) < count:
-        op = OPS[_weighted(rng, [0.0 if op in ops else weights.get(op, 1.0) for op in OPS])]
-        ops.append(op)
+        ops.append(OPS[_weighted(rng, [0.0 if op in ops else weights.get(op, 1.0) for op in OPS])])
     return tuple(ops)
 
 

@@ -1,0 +1,183 @@
+"""`model.yaml`: every option has bounds, a misspelt one is an error, and an error names option, place and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cogpress import config
+from cogpress.errors import CogpressError
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[str | bytes], config.Config]:
+    def of(text: str | bytes) -> config.Config:
+        path = tmp_path / "model.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return config.load(path)
+
+    return of
+
+
+def parse(data: Any) -> config.Config:
+    return config.parse(data, "model.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "train: {}\n"])
+def test_everything_has_a_default(load: Callable[[str], config.Config], text: str) -> None:
+    assert load(text) == config.Config()
+
+
+def test_what_is_given_is_read(load: Callable[[str], config.Config]) -> None:
+    read = load(
+        """
+        name: tea-1.0
+        base: {source: hf://org/name@main, quantization: int8}
+        prompt: {system: Be brief., template: "About {topic} in {style}"}
+        data: {train: data/train.jsonl, validation_share: 0, task: reversed}
+        train: {max_steps: 10, learning_rate: 1e-4, alpha: 8, optimizer: paged_adamw_8bit}
+        merge: original
+        serve: {cpu_threads: 2, max_context: 2048, dtype: float32}
+        """
+    )
+    assert read.name == "tea-1.0"
+    assert (read.base.source, read.base.quantization) == ("hf://org/name@main", "int8")
+    assert read.prompt.fields == ["topic", "style"]
+    assert (read.data.validation_share, read.data.task) == (0, "reversed")
+    assert read.train.learning_rate == pytest.approx(1e-4), "YAML 1.1 reads 1e-4 as text"
+    assert (read.train.max_steps, read.train.lora_alpha, read.merge) == (10, 8, "original")
+    assert (read.serve.cpu_threads, read.serve.max_context) == (2, 2048)
+    assert config.parse(read.model_dump(mode="json"), "again") == read
+
+
+def test_alpha_follows_the_rank() -> None:
+    assert config.Train(rank=8).lora_alpha == 16
+    assert config.Train(rank=8, alpha=3).lora_alpha == 3
+
+
+def test_nothing_can_be_changed_afterwards() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        config.Config().train.rank = 3
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"trian": {}}, "trian is not an option"),
+        ({"train": {"lr": 1}}, "train.lr is not an option"),
+        ({"train": {"rank": 0}}, "train.rank: Input should be greater than or equal to 1 (got 0)"),
+        ({"train": {"rank": "many"}}, "train.rank: Input should be a valid integer"),
+        ({"train": {"rank": 1.5}}, "train.rank: Input should be a valid integer"),
+        ({"train": {"learning_rate": float("nan")}}, "train.learning_rate: Input should be"),
+        ({"train": {"learning_rate": 0}}, "train.learning_rate"),
+        ({"train": {"epochs": 101}}, "train.epochs"),
+        ({"train": {"max_length": 7}}, "train.max_length"),
+        ({"train": {"dropout": 1}}, "train.dropout"),
+        ({"train": {"seed": -1}}, "train.seed"),
+        ({"train": {"schedule": "exponential"}}, "'cosine', 'linear' or 'constant' (got 'exponential')"),
+        ({"train": [1]}, "train: "),
+        ({"data": {"validation_share": 0.6}}, "data.validation_share: Input should be less than or equal to 0.5"),
+        ({"data": {"task": "backwards"}}, "data.task"),
+        ({"base": {"quantization": "int4"}}, "base.quantization"),
+        ({"base": {"source": 3}}, "base.source: Input should be a valid string (got 3)"),
+        ({"merge": "none"}, "merge: "),
+        ({"serve": {"engine": "tgi"}}, "serve.engine"),
+        ({"serve": {"gpu_memory_share": 1.1}}, "serve.gpu_memory_share"),
+        ({"serve": {"cpu_threads": 0}}, "serve.cpu_threads"),
+        ({"name": "My model"}, "name: "),
+        ({"name": "-a"}, "name: "),
+        ({"name": ""}, "name: "),
+        ({"prompt": {"template": "no field"}}, "prompt.template: needs at least one {field}"),
+        ({"prompt": {"template": "{}"}}, "prompt.template: needs at least one {field}"),
+        ({"prompt": {"template": "{0}"}}, "prompt.template: needs at least one {field}"),
+        ({"prompt": {"template": "{a.b}"}}, "prompt.template: needs at least one {field}"),
+        ({"prompt": {"template": "{a[0]}"}}, "prompt.template: needs at least one {field}"),
+        ({"prompt": {"template": "a { brace"}}, "prompt.template: "),
+        ([1, 2], "the file: "),
+        ("text", "the file: "),
+    ],
+)
+def test_what_is_wrong_is_named(data: Any, said: str) -> None:
+    with pytest.raises(CogpressError) as raised:
+        parse(data)
+    text = str(raised.value)
+    assert said in text
+    assert text.startswith("model.yaml is not valid: ")
+    assert text.endswith("README lists every option.")
+
+
+def test_all_problems_are_named_at_once() -> None:
+    with pytest.raises(CogpressError, match=r"train.rank.*; serve.engine"):
+        parse({"train": {"rank": 0}, "serve": {"engine": "tgi"}})
+
+
+@pytest.mark.parametrize(
+    "text", ["train: {", "a: b: c", "\ttrain: 1", "!!python/object/apply:os.getcwd []", b"name: \xff", "a: &a [*b]"]
+)
+def test_what_is_not_yaml(load: Callable[[str | bytes], config.Config], text: str | bytes) -> None:
+    with pytest.raises(CogpressError, match=r"model\.yaml is not YAML: ") as raised:
+        load(text)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CogpressError, match=r"nothing\.yaml does not exist"):
+        config.load(tmp_path / "nothing.yaml")
+
+
+def test_the_inputs_of_a_training_take_their_places() -> None:
+    given = config.Config().override(
+        {
+            "base_model": "hf://org/name",
+            "quantization": "none",
+            "train_data": "a.jsonl",
+            "validation_share": 0.1,
+            "rank": 4,
+            "epochs": None,
+            "seed": 0,
+        }
+    )
+    assert given.base == config.Base(source="hf://org/name", quantization="none")
+    assert given.data == config.Data(train="a.jsonl", validation_share=0.1)
+    assert given.train == config.Train(rank=4)
+
+
+def test_no_inputs_change_nothing() -> None:
+    changed = parse({"train": {"rank": 4}, "base": {"source": "elsewhere"}})
+    assert changed.override({}) == changed.override({"rank": None, "base_model": None}) == changed
+
+
+@pytest.mark.parametrize("inputs", [{"rank": 0}, {"unheard_of": 1}, {"validation_share": 2}])
+def test_inputs_are_checked(inputs: dict[str, Any]) -> None:
+    with pytest.raises(CogpressError, match="is not valid"):
+        config.Config().override(inputs)
+
+
+def test_fields_and_braces() -> None:
+    prompt = config.Prompt(template="{b} {a} {b} {{a}} {{}}")
+    assert prompt.fields == ["b", "a"]
+    assert prompt.render({"a": "{x}", "b": [1, 2.5, True, ["y"]]}) == "1, 2.5, True, y {x} 1, 2.5, True, y {a} {}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "lacks a, b"),
+        ({"a": "x"}, "lacks b"),
+        ({"a": "x", "b": "y", "c": "z"}, "has the unknown c"),
+        ({"a": "x", "b": None}, "Field b must be text, a number or a list of these, not NoneType"),
+        ({"a": "x", "b": [{}]}, "Field b must be text, a number or a list of these, not dict"),
+    ],
+)
+def test_fields_that_do_not_fit(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(CogpressError, match=said):
+        config.Prompt(template="{a}{b}").render(fields)
+
+
+def test_one_text_fills_one_field() -> None:
+    assert config.Prompt().fill("{a}") == "{a}"
+    assert config.Prompt(template="Q: {question}").fill("Why?") == "Q: Why?"
+    assert config.Prompt(template="{a} {b}").fill("as it is") == "as it is"

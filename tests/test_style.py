@@ -1,0 +1,46 @@
+"""Lint, format and types: what scripts/test promises of every file."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("arguments", ["ruff check .", "ruff format --check .", "mypy"])
+def test_tool_has_nothing_to_say(arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", *arguments.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{arguments}:\n{done.stdout}{done.stderr}"
+
+
+def test_scripts_are_python_and_can_be_run() -> None:
+    for path in sorted((ROOT / "scripts").iterdir()):
+        if path.is_file():
+            assert path.read_text().startswith("#!/usr/bin/env python3\n"), path
+            assert path.stat().st_mode & 0o111, f"{path} is not executable"
+
+
+def test_no_file_names_a_package_registry_or_a_machine() -> None:
+    """What is written here must hold on any machine, with any package index."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    hosts = r"pypi\.(org|python)|files\.python" + "hosted"
+    folders = r"(?<![\w.])/(work|root|opt)/"
+    found = []
+    for name in filter(None, tracked.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file() and path.suffix not in {".png", ".gz", ".safetensors", ".parquet"}:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            found += [f"{name}: {match.group()}" for match in re.finditer(f"{hosts}|{folders}", text)]
+    assert found == []
