@@ -214,7 +214,7 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
 
 
 def load(folder: Path, quantization: Quantization, *, attention: str = "sdpa") -> PreTrainedModel:
-    """Load a base as training sees it: quantized linear layers, the rest in the compute dtype, norms in float32.
+    """Load a base as training sees it: quantized linear layers, the rest in the compute dtype, norms computed in float32.
 
     Args:
         folder: a model folder in safetensors.
@@ -236,8 +236,10 @@ def load(folder: Path, quantization: Quantization, *, attention: str = "sdpa") -
     )
     keep_training_layout(model)
     for module in model.modules():
-        if type(module).__name__.endswith(("Norm", "LayerNorm")):
+        # RMS norms compute in float32 by themselves, whatever their dtype; layer norms compute in theirs.
+        if isinstance(module, torch.nn.LayerNorm):
             module.to(torch.float32)
+            module.register_forward_pre_hook(_to_float32)
             module.register_forward_hook(_cast_to_input)
     return model
 
@@ -253,6 +255,10 @@ def keep_training_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _to_float32(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (inputs[0].float(), *inputs[1:])
 
 
 def _cast_to_input(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ _PERCENTILES = {"P50": "50th", "P90": "90th", "P95": "95th", "P99": "99th"}
 _NUMERIC = ("SUM", "AVG", "MAX", "MIN", *_PERCENTILES, "HEATMAP")
 _OF_COLUMN = ("COUNT_DISTINCT", *_NUMERIC)
 _PRESENCE = ("exists", "does-not-exist")
-_COMPARISONS = ("=", "!=", ">", ">=", "<", "contains", "starts-with")
+_COMPARISONS = ("=", "!=", ">", "<")
 
 OPS = ("COUNT", *_OF_COLUMN)
 """What a query can calculate; COUNT alone takes no column."""
@@ -286,8 +286,7 @@ _FITTING: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_NUMERIC, ("number",)),
     "=": ("text", "code", "flag"),
     "!=": ("text", "code"),  # "is not true" could as well mean false
-    **dict.fromkeys((">", ">=", "<"), ("number", "code")),
-    **dict.fromkeys(("contains", "starts-with"), ("prose", "text")),
+    **dict.fromkeys((">", "<"), ("number", "code")),
     **dict.fromkeys(_PRESENCE, ("number", "code", "text", "prose", "id")),  # "is set" could as well mean true
 }
 """The kinds of column that a part of a query makes sense for."""
@@ -298,99 +297,51 @@ _FITTING: dict[str, tuple[str, ...]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 _CALCULATION: dict[str, tuple[str, ...]] = {
-    "COUNT": ("number of events", "number of requests", "number of spans", "event count", "request count"),
-    "COUNT_DISTINCT": ("number of distinct {c}", "number of unique {c}", "distinct {c} count", "count of unique {c}"),
-    "SUM": ("total {c}", "sum of {c}", "{c} sum", "combined {c}"),
-    "AVG": ("average {c}", "mean {c}", "avg {c}", "average of {c}"),
-    "MAX": ("maximum {c}", "max {c}", "peak {c}", "max of {c}"),
-    "MIN": ("minimum {c}", "min {c}", "min of {c}", "{c} minimum"),
-    "HEATMAP": ("heatmap of {c}", "distribution of {c}", "{c} heatmap", "histogram of {c}"),
-    **{
-        op: (f"{op.lower()} of {{c}}", f"{op.lower()} {{c}}", f"{op} of {{c}}", f"{rank} percentile of {{c}}")
-        for op, rank in _PERCENTILES.items()
-    },
+    "COUNT": ("number of events", "event count"),
+    "COUNT_DISTINCT": ("number of distinct {c}", "number of unique {c}"),
+    "SUM": ("total {c}", "sum of {c}"),
+    "AVG": ("average {c}", "mean {c}"),
+    "MAX": ("maximum {c}", "max {c}"),
+    "MIN": ("minimum {c}", "min {c}"),
+    "HEATMAP": ("heatmap of {c}", "distribution of {c}"),
+    **{op: (f"{op.lower()} of {{c}}", f"{rank} percentile of {{c}}") for op, rank in _PERCENTILES.items()},
 }
-_CALCULATION["P50"] += ("median {c}", "median of {c}", "median {c}")
-
-_EXTREME = {"MAX": ("largest {c}", "highest {c}"), "MIN": ("smallest {c}", "lowest {c}")}
-"""Only without an order and a limit: "the 5 hosts with the highest lowest load" is a riddle."""
+_CALCULATION["P50"] += ("median {c}", "median {c}")
 
 _HOW_MANY = {
-    "COUNT": ("How many events", "How many requests", "How many spans"),
-    "COUNT_DISTINCT": ("How many distinct {c}", "How many unique {c}", "How many different {c}"),
+    "COUNT": ("How many events", "How many events"),
+    "COUNT_DISTINCT": ("How many distinct {c}", "How many unique {c}"),
 }
 
-_ASKING = ("", "", "What is the ", "What was the ", "Show the ", "Show me the ", "Give me the ", "Get the ")
-_ASKING_BOTH = ("", "", "What are the ", "Show the ", "Show me the ", "Give me the ", "Get the ")
-_ASKING_RANKED = ("", "", "What are the ", "Show the ", "Show me the ", "List the ", "Find the ")
+_ASKING = ("", "", "What is the ", "Show the ", "Give me the ")
+_ASKING_RANKED = ("", "", "Show the ", "Give me the ")
 
-_GROUPED = (" by {b}", " by {b}", " per {b}", " for each {b}", " grouped by {b}", " broken down by {b}")
-_GROUPED_LATE = (", grouped by {b}", ", broken down by {b}", ", split by {b}")
-"""After a filter, where a plain "by" could seem to belong to the filter's value."""
+_GROUPED = (" by {b}", " by {b}", " per {b}", " for each {b}", " grouped by {b}")
 
 _RANKED = (  # direction, words
     ("descending", "top {n} {b} by {calc}"),
     ("descending", "top {n} {b} by {calc}"),
-    ("descending", "{n} {b} with the highest {calc}"),
     ("ascending", "bottom {n} {b} by {calc}"),
-    ("ascending", "{n} {b} with the lowest {calc}"),
 )
-_RANKED_COUNT = (
-    ("descending", "top {n} {b} by count"),
-    ("descending", "{n} {b} with the most events"),
-    ("descending", "{n} {b} with the most requests"),
-    ("ascending", "bottom {n} {b} by count"),
-    ("ascending", "{n} {b} with the fewest events"),
-)
-_SORTED = (
-    ("descending", ", highest first"),
-    ("descending", ", largest first"),
-    ("ascending", ", lowest first"),
-    ("ascending", ", smallest first"),
-)
-_SORTED_BY_COLUMN = (
-    ("ascending", ", ordered by {b} ascending"),
-    ("descending", ", ordered by {b} descending"),
-    ("ascending", ", sorted by {b} ascending"),
-    ("descending", ", sorted by {b} descending"),
-)
-_LIMITED = (", limit {n}", ", limited to {n}", ", at most {n} rows", ", only {n} rows")
 
 _CLAUSE: dict[str, tuple[str, ...]] = {  # after "where" or "when"
-    "=": ("{c} is {v}", "{c} is {v}", "{c} = {v}", "{c} equals {v}"),
-    "!=": ("{c} is not {v}", "{c} is not {v}", "{c} != {v}", "{c} isn't {v}"),
-    ">": ("{c} is above {v}", "{c} > {v}", "{c} is over {v}", "{c} exceeds {v}"),
-    ">=": ("{c} is at least {v}", "{c} >= {v}", "{c} is {v} or more"),
-    "<": ("{c} is below {v}", "{c} < {v}", "{c} is under {v}", "{c} is less than {v}"),
-    "contains": ("{c} contains {v}", "{c} includes {v}", "{c} has {v} in it"),
-    "starts-with": ("{c} starts with {v}", "{c} begins with {v}"),
-    "exists": ("{c} exists", "{c} is present", "{c} is set"),
-    "does-not-exist": ("{c} does not exist", "{c} is missing", "{c} is not set"),
-}
-_ATTRIBUTE: dict[str, tuple[str, ...]] = {  # after "with"
-    "=": ("{c} equal to {v}", "{c} = {v}"),
-    "!=": ("{c} other than {v}", "{c} not equal to {v}"),
-    ">": ("{c} above {v}", "{c} greater than {v}"),
-    ">=": ("{c} of at least {v}", "{c} of {v} or more"),
-    "<": ("{c} below {v}", "{c} less than {v}"),
-    "contains": ("{c} containing {v}",),
-    "starts-with": ("{c} starting with {v}", "{c} beginning with {v}"),
-    "exists": ("{c} present", "{c} set"),
-    "does-not-exist": ("{c} missing", "{c} absent"),
+    "=": ("{c} is {v}", "{c} = {v}"),
+    "!=": ("{c} is not {v}", "{c} != {v}"),
+    ">": ("{c} is above {v}", "{c} > {v}"),
+    "<": ("{c} is below {v}", "{c} < {v}"),
+    "exists": ("{c} exists", "{c} is present"),
+    "does-not-exist": ("{c} does not exist", "{c} is missing"),
 }
 
-_PERIODS: dict[int, tuple[str, ...]] = {  # seconds
-    600: ("10 minutes",),
-    1800: ("30 minutes", "half hour"),
-    3600: ("hour", "60 minutes"),
-    10800: ("3 hours",),
-    21600: ("6 hours",),
-    43200: ("12 hours",),
-    86400: ("day", "24 hours"),
-    604800: ("week", "7 days"),
+_PERIODS: dict[int, str] = {  # seconds
+    600: "10 minutes",
+    1800: "30 minutes",
+    3600: "hour",
+    21600: "6 hours",
+    86400: "day",
+    604800: "week",
 }
-_DURING = ("in the last {t}", "over the last {t}", "for the last {t}", "in the past {t}", "over the past {t}")
-_LEADING = ("In the last {t}, ", "Over the last {t}, ", "In the past {t}, ")
+_DURING = ("in the last {t}", "over the past {t}")
 
 _LIMITS = {"train": (3, 5, 10, 20, 25, 50), "test": (3, 4, 5, 7, 8, 10, 12, 15, 30)}
 
@@ -400,17 +351,17 @@ _LIMITS = {"train": (3, 5, 10, 20, 25, 50), "test": (3, 4, 5, 7, 8, 10, 12, 15, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 _HELD_OUT = {  # calculation: filter ops withheld from questions without an order, and from those with one
-    "COUNT": ("contains <", "= exists"),
-    "COUNT_DISTINCT": ("!= >", "< starts-with does-not-exist"),
-    "SUM": ("exists >=", "= contains <"),
-    "AVG": ("< starts-with", ">= != exists"),
-    "MAX": ("= does-not-exist", "> exists contains"),
-    "MIN": ("> contains", "= != does-not-exist"),
-    "P50": (">= !=", "starts-with > ="),
-    "P90": ("= starts-with", "contains >= <"),
-    "P95": ("does-not-exist <", "!= > exists"),
-    "P99": ("!= exists", "= < starts-with"),
-    "HEATMAP": ("> =", ""),
+    "COUNT": ("<", "= exists"),
+    "COUNT_DISTINCT": ("!=", "< does-not-exist"),
+    "SUM": ("exists", "="),
+    "AVG": ("<", "!= exists"),
+    "MAX": ("does-not-exist", ">"),
+    "MIN": (">", "= !="),
+    "P50": ("!=", ">"),
+    "P90": ("=", "<"),
+    "P95": ("does-not-exist", "!="),
+    "P99": ("exists", "= <"),
+    "HEATMAP": (">", ""),
 }
 
 HELD_OUT: frozenset[tuple[str, str, bool]] = frozenset(
@@ -426,12 +377,12 @@ HELD_OUT: frozenset[tuple[str, str, bool]] = frozenset(
 class _Shape:
     """Which clauses a question has, before any column or word is chosen."""
 
-    ops: tuple[str, ...]
+    op: str
     breakdowns: int
-    filter_ops: tuple[str, ...]
-    order: str
-    """`ranked` (top 5 by ...), `sorted` (by the calculation), `column` (by a breakdown) or empty."""
-    limited: bool
+    filter_op: str
+    """Empty where nothing is filtered."""
+    ranked: bool
+    """Whether it asks for the top or the bottom so many, which gives the query an order and a limit."""
     timed: bool
 
 
@@ -445,39 +396,19 @@ def _weighted(rng: random.Random, weights: Sequence[float]) -> int:
     return rng.choices(range(len(weights)), weights)[0]
 
 
-_FILTER_WEIGHTS = [{"=": 1.8, ">": 1.5}.get(op, 1.0) for op in FILTER_OPS]
-
-
 def _shape(rng: random.Random, split: str) -> _Shape:
     """A shape for a split: never a held-out combination in train, one in every second test row."""
     held_out = split == "test" and rng.random() < 0.5
-    # At most one kind of clause is doubled and ordered questions are timed less, so that the longest stay short;
-    # a share as low as 3 % is still tens of training rows.
-    doubled = ("", "calculation", "breakdown", "filter")[_weighted(rng, (0.71, 0.12, 0.08, 0.09))]
-    several = doubled == "calculation"
-    breakdowns = 2 if doubled == "breakdown" else int(rng.random() < 0.5)
-    filters = 2 if doubled == "filter" else int(held_out or rng.random() < 0.46)
-    order = ""
-    if breakdowns:
-        order = ("", "ranked", "sorted", "column")[_weighted(rng, (0.64, 0.21, 0.08, 0.07))]
-    if several and order in ("ranked", "sorted"):  # by which of the two?
-        order = ""
-    limited = order == "ranked" or (breakdowns > 0 and rng.random() < (0.3 if order else 0.1))
-    timed = rng.random() < (0.2 if order else 0.5)
+    filtered = held_out or rng.random() < 0.5
+    breakdowns = _weighted(rng, (0.45, 0.47, 0.08))
+    ranked = breakdowns > 0 and rng.random() < 0.35
+    timed = rng.random() < (0.3 if ranked else 0.5)
+    weights = {"COUNT": 2.0, "COUNT_DISTINCT": 1.5, "HEATMAP": 0.0 if ranked else 1.0}  # a heatmap has no rank
     while True:  # only the ops are drawn anew, or long questions would be rarer in train and commoner in test
-        ops = _distinct(rng, 1 + several, heatmap=not order)
-        filter_ops = tuple(rng.choices(FILTER_OPS, _FILTER_WEIGHTS, k=filters))
-        if bool(combinations(ops, filter_ops, bool(order)) & HELD_OUT) == held_out:
-            return _Shape(ops, breakdowns, filter_ops, order, limited, timed)
-
-
-def _distinct(rng: random.Random, count: int, heatmap: bool) -> tuple[str, ...]:
-    """Calculations without repetition; a heatmap is no number to sort by, so not all questions can have one."""
-    weights = {"COUNT": 2.0, "COUNT_DISTINCT": 1.5, "HEATMAP": 1.0 if heatmap else 0.0}
-    ops: list[str] = []
-    while len(ops) < count:
-        ops.append(OPS[_weighted(rng, [0.0 if op in ops else weights.get(op, 1.0) for op in OPS])])
-    return tuple(ops)
+        op = OPS[_weighted(rng, [weights.get(op, 1.0) for op in OPS])]
+        filter_op = rng.choice(FILTER_OPS) if filtered else ""
+        if bool(combinations([op], [filter_op], ranked) & HELD_OUT) == held_out:
+            return _Shape(op, breakdowns, filter_op, ranked, timed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -555,36 +486,29 @@ def fields(row: Row) -> dict[str, str]:
 def _row(rng: random.Random, split: str) -> Row:
     shape = _shape(rng, split)
     free = list(COLUMNS[split])
-    calculations: list[_Calculation] = []
-    for op in shape.ops:
-        previous = next((known.column for known in calculations if known.op in _NUMERIC), "")
-        if op == "COUNT":
-            calculations.append(_Calculation(op, ""))
-        elif op in _NUMERIC and previous and rng.random() < 0.4:  # "average x and maximum x" is common
-            calculations.append(_Calculation(op, previous))
-        else:
-            calculations.append(_Calculation(op, _take(rng, free, op).name))
+    calculation = _Calculation(shape.op, "" if shape.op == "COUNT" else _take(rng, free, shape.op).name)
     breakdowns = [_take(rng, free, "breakdown").name for _ in range(shape.breakdowns)]
-    filters = []
-    for op in shape.filter_ops:
-        column = _take(rng, free, op)
-        filters.append(_Filter(column.name, op, "" if op in _PRESENCE else rng.choice(column.values)))
-    limit = rng.choice(_LIMITS[split]) if shape.limited else None
+    condition = None
+    if shape.filter_op:
+        column = _take(rng, free, shape.filter_op)
+        condition = _Filter(
+            column.name, shape.filter_op, "" if shape.filter_op in _PRESENCE else rng.choice(column.values)
+        )
+    limit = rng.choice(_LIMITS[split]) if shape.ranked else None
     period = rng.choice(list(_PERIODS)) if shape.timed else None
 
-    question, orders = _words(rng, shape.order, calculations, breakdowns, filters, limit, period)
+    question, orders = _words(rng, calculation, breakdowns, condition, limit, period)
     query = {
-        "calculations": [calculation.json for calculation in calculations],
+        "calculations": [calculation.json],
         "breakdowns": breakdowns,
-        "filters": [each.json for each in filters],
+        "filters": [condition.json] if condition else [],
         "orders": orders,
         "limit": limit,
         "time_range": period,
     }
     answer = json.dumps({key: value for key, value in query.items() if value}, separators=(",", ":"))
-    used = [name for name in [*(known.column for known in calculations), *breakdowns] if name]
-    used += [each.column for each in filters]
-    return {"question": question, "columns": _listed(rng, list(dict.fromkeys(used)), split), "answer": answer}
+    used = [name for name in [calculation.column, *breakdowns, condition.column if condition else ""] if name]
+    return {"question": question, "columns": _listed(rng, used, split), "answer": answer}
 
 
 def _take(rng: random.Random, free: list[Column], part: str) -> Column:
@@ -609,76 +533,32 @@ def _listed(rng: random.Random, used: list[str], split: str) -> list[str]:
 
 def _words(
     rng: random.Random,
-    order: str,
-    calculations: Sequence[_Calculation],
+    calculation: _Calculation,
     breakdowns: Sequence[str],
-    filters: Sequence[_Filter],
+    condition: _Filter | None,
     limit: int | None,
     period: int | None,
 ) -> tuple[str, list[dict[str, str]]]:
     """The question, and the query's `orders`, whose direction the words choose."""
-    first = calculations[0]
-    single = len(calculations) == 1
     groups = " and ".join(breakdowns)
+    named = rng.choice(_CALCULATION[calculation.op]).format(c=calculation.column)
     orders: list[dict[str, str]] = []
-    opening, suffix = "", ""
-    late = bool(filters and groups and order != "ranked" and rng.random() < 0.2)
-    grouping = "" if not groups else rng.choice(_GROUPED_LATE if late else _GROUPED).format(b=groups)
-
-    if order == "ranked":
-        direction, words = rng.choice(_RANKED_COUNT if first.op == "COUNT" and rng.random() < 0.5 else _RANKED)
-        orders.append({**first.json, "order": direction})
-        pairs = groups + " pairs" if len(breakdowns) > 1 else groups
-        opening = rng.choice(_ASKING_RANKED)
-        core, grouping = words.format(n=limit, b=pairs, calc=_named(rng, first, plain=True)), ""
-    elif single and first.op in _HOW_MANY and rng.random() < 0.5:
-        core = rng.choice(_HOW_MANY[first.op]).format(c=first.column)
+    if limit is not None:
+        direction, words = rng.choice(_RANKED)
+        orders.append({**calculation.json, "order": direction})
+        asked = rng.choice(_ASKING_RANKED) + words.format(n=limit, b=groups, calc=named)
     else:
-        opening = rng.choice(_ASKING if single else _ASKING_BOTH)
-        plain = bool(order) or limit is not None
-        core = " and ".join(_named(rng, calculation, plain) for calculation in calculations)
-
-    if order == "sorted":
-        direction, suffix = rng.choice(_SORTED)
-        orders.append({**first.json, "order": direction})
-    elif order == "column":
-        column = rng.choice(breakdowns)
-        direction, words = rng.choice(_SORTED_BY_COLUMN)
-        suffix = words.format(b=column)
-        orders.append({"column": column, "order": direction})
-    if limit is not None and order != "ranked":
-        suffix += rng.choice(_LIMITED).format(n=limit)
-
-    # "with the highest load with error set" is hard to read, so a ranking's filters come after "where"
-    condition = _condition(rng, filters, attributes=order != "ranked" and rng.random() < 0.35)
-    lead, during = "", ""
-    if period is not None:
-        time = rng.choice(_PERIODS[period])
-        if rng.random() < 0.12:
-            lead = rng.choice(_LEADING).format(t=time)
-            opening = opening[:1].lower() + opening[1:]
-            core = core.replace("How", "how", 1) if core.startswith("How") else core
+        if calculation.op in _HOW_MANY and rng.random() < 0.5:
+            asked = rng.choice(_HOW_MANY[calculation.op]).format(c=calculation.column)
         else:
-            during = " " + rng.choice(_DURING).format(t=time)
-    if late:
-        parts = [condition, during, grouping]
-    else:
-        parts = [grouping, during, condition] if rng.random() < 0.3 else [grouping, condition, during]
-    asks = opening.lower().startswith("what") or core.lower().startswith("how many")
-    return f"{lead}{opening}{core}{''.join(parts)}{suffix}{'?' if asks else ''}", orders
-
-
-def _named(rng: random.Random, calculation: _Calculation, plain: bool) -> str:
-    phrases = _CALCULATION[calculation.op] + (() if plain else _EXTREME.get(calculation.op, ()))
-    return rng.choice(phrases).format(c=calculation.column)
-
-
-def _condition(rng: random.Random, filters: Sequence[_Filter], attributes: bool) -> str:
-    if not filters:
-        return ""
-    table, joint = (_ATTRIBUTE, "with") if attributes else (_CLAUSE, rng.choice(("where", "where", "when")))
-    phrases = (rng.choice(table[each.op]).format(c=each.column, v=each.value) for each in filters)
-    return f" {joint} {' and '.join(phrases)}"
+            asked = rng.choice(_ASKING) + named
+        asked += rng.choice(_GROUPED).format(b=groups) if groups else ""
+    where = ""
+    if condition:
+        clause = rng.choice(_CLAUSE[condition.op]).format(c=condition.column, v=condition.value)
+        where = f" {rng.choice(('where', 'where', 'when'))} {clause}"
+    during = "" if period is None else " " + rng.choice(_DURING).format(t=_PERIODS[period])
+    return f"{asked}{where}{during}{'?' if asked.startswith(('What', 'How')) else ''}", orders
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -389,3 +389,12 @@ def test_torch_is_looked_for_in_two_places_and_missed_in_plain_words(small: Smal
     assert "torch==2.13.0+cpu" in messages
     assert "Traceback" not in messages
     assert str(small.repository / ".cache" / "setup.log") in messages
+
+
+@pytest.mark.parametrize("name", ["setup", "test", "lock"])
+def test_help_needs_no_environment(name: str, small: Small) -> None:
+    shutil.copytree(ROOT / "scripts", small.repository / "scripts")
+    base = getattr(sys, "_base_executable", sys.executable)
+    command = [base, "-S", str(small.repository / "scripts" / name), "--help"]
+    assert f"usage: scripts/{name}" in subprocess.check_output(command, text=True)
+    assert not (small.repository / ".venv").exists()
