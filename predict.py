@@ -31,7 +31,7 @@ class Runner(BaseRunner):
         self,
         prompt: str = Input(description="What to ask the model.", default=""),
         system_prompt: Optional[str] = Input(
-            description="Instructions that hold for the whole conversation. Empty: the ones the model was trained with.",
+            description="Instructions for the whole conversation. Empty: the ones that the model was trained with.",
             default=None,
         ),
         fields: Optional[str] = Input(
@@ -70,7 +70,7 @@ class Runner(BaseRunner):
             le=1.0,
         ),
         stop: str = Input(
-            description='Text that ends the answer and is left out of it; several as a JSON list, such as ["END", "--"].',
+            description='Text that ends the answer and is left out; several as a JSON list, such as ["END", "##"].',
             default="",
         ),
         seed: Optional[int] = Input(

@@ -99,4 +99,4 @@ def train(
     inputs = dict(locals())  # the inputs alone, as nothing else has a name yet
     from cogpress import recipe
 
-    return TrainingOutput(weights=cog.Path(recipe.from_inputs(ROOT, inputs, fresh=True).tar))
+    return TrainingOutput(weights=cog.Path(recipe.from_inputs(ROOT, inputs, run=recipe.new_run(ROOT)).tar))

@@ -214,7 +214,7 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
 
 
 def load(folder: Path, quantization: Quantization, *, attention: str = "sdpa") -> PreTrainedModel:
-    """Load a base as training sees it: quantized linear layers, the rest in the compute dtype, norms computed in float32.
+    """Load a base as training sees it: linear layers quantized, norms computed in float32.
 
     Args:
         folder: a model folder in safetensors.
@@ -271,7 +271,5 @@ def quantized_modules(model: torch.nn.Module) -> list[str]:
     import bitsandbytes as bnb
 
     return sorted(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+        name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
     )

@@ -5,10 +5,12 @@ Knows the routes and the stream's events; leaves what is asked to its callers.
 
 from __future__ import annotations
 
+import ipaddress
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -16,6 +18,10 @@ from cogpress.errors import CogpressError
 
 _TIMEOUT = httpx.Timeout(10.0, read=None)
 """Connecting is quick or fails; an answer takes as long as it takes."""
+
+
+_AROUND_ERRORS = ("Prediction failed: ", "Training failed: ", "Generator iteration error: ", "CogpressError: ")
+"""What the runtime puts before the text of what a runner raised, in this order."""
 
 
 @dataclass(frozen=True)
@@ -32,74 +38,124 @@ class Event:
 
 
 def health(url: str) -> dict[str, Any] | None:
-    """What a server says of itself; None where none answers."""
+    """What a server says of itself; None where none answers within two seconds."""
     try:
-        answer = httpx.get(f"{url}/health-check", timeout=2).json()
-    except (httpx.HTTPError, ValueError):
+        with _http(url, timeout=httpx.Timeout(2.0)) as http:
+            answer = http.get(f"{url}/health-check").json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None
     return answer if isinstance(answer, dict) and "status" in answer else None
 
 
 def openapi(url: str) -> dict[str, Any]:
-    """A server's OpenAPI document."""
-    response = _request("GET", f"{url}/openapi.json")
-    return dict(response.json())
+    """A server's OpenAPI document.
+
+    Raises:
+        CogpressError: no server answers, or it has none.
+    """
+    return dict(_request("GET", url, "/openapi.json").json())
 
 
 def predict(url: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Run a prediction to its end and return it whole.
+    """Run a prediction to its end and return it whole, succeeded or canceled. An input that is None is left out.
 
     Raises:
         CogpressError: the input is refused, every slot is taken, or the prediction fails.
     """
-    return _finished(_request("POST", f"{url}/predictions", json={"input": inputs}).json())
+    return _finished(_request("POST", url, "/predictions", _body(inputs)).json())
 
 
 def train(url: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Run a training on a server in training mode to its end and return it whole; raises as `predict` does."""
-    return _finished(_request("POST", f"{url}/trainings", json={"input": inputs}).json())
+    """Run a training on a server in training mode to its end and return it whole; raises as `predict` does.
+
+    Files of the output come as data URLs.
+    """
+    return _finished(_request("POST", url, "/trainings", _body(inputs)).json())
 
 
 def cancel(url: str, identifier: str) -> bool:
     """Cancel a running prediction; False where there is none of that id."""
-    return httpx.post(f"{url}/predictions/{identifier}/cancel", timeout=_TIMEOUT).status_code == 200
+    try:
+        _request("POST", url, f"/predictions/{identifier}/cancel")
+    except _NotFound:
+        return False
+    return True
 
 
 def stream(url: str, inputs: dict[str, Any], identifier: str | None = None) -> Iterator[Event]:
     """Run a prediction and yield its events as they arrive. Closing the iterator cancels the prediction.
 
+    Args:
+        url: a Cog server whose runner streams.
+        inputs: the prediction's input; one that is None is left out.
+        identifier: the prediction's id, to `cancel` it by.
+
     Raises:
-        CogpressError: as `predict`.
+        CogpressError: as `predict`, or the stream breaks off.
     """
-    route = f"{url}/predictions/{identifier}" if identifier else f"{url}/predictions"
+    method, route = ("PUT", f"/predictions/{identifier}") if identifier else ("POST", "/predictions")
     headers = {"Accept": "text/event-stream"}
     try:
-        with httpx.stream(
-            "PUT" if identifier else "POST", route, json={"input": inputs}, headers=headers, timeout=_TIMEOUT
-        ) as response:
+        with (
+            _http(url) as http,
+            http.stream(method, f"{url}{route}", json=_body(inputs), headers=headers) as response,
+        ):
             if response.status_code != 200:
                 response.read()
                 raise _refused(response)
-            for name, data in _events(response.iter_lines()):
+            for name, data in _events(response.iter_bytes()):
                 yield _event(name, data)
-    except httpx.HTTPError as error:
+                if name == "completed":
+                    return
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _unreachable(url, error) from None
+    raise CogpressError(f"{url} broke the stream off before its end. The server's log tells why.")
 
 
-def _events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _http(url: str, timeout: httpx.Timeout = _TIMEOUT) -> httpx.Client:
+    # A proxy set for the internet can not reach this machine's own servers, and loading certificates for plain HTTP
+    # would take longer than the rest of a request.
+    parts = urlsplit(url)
+    return httpx.Client(timeout=timeout, trust_env=not _is_loopback(parts.hostname), verify=parts.scheme == "https")
+
+
+def _is_loopback(host: str | None) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def _body(inputs: dict[str, Any]) -> dict[str, Any]:
+    # The runtime refuses null, even for an input that may be left out.
+    return {"input": {name: value for name, value in inputs.items() if value is not None}}
+
+
+def _events(chunks: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Server-sent events: name and parsed data."""
-    name, data = "message", []
-    for line in lines:
+    name = "message"
+    data: list[bytes] = []
+    for line in _lines(chunks):
         if not line and data:
-            yield name, json.loads("\n".join(data))
+            yield name, json.loads(b"\n".join(data))
             name, data = "message", []
-        elif line.startswith("event:"):
-            name = line.removeprefix("event:").strip()
-        elif line.startswith("data:"):
-            data.append(line.removeprefix("data:").removeprefix(" "))
+        elif line.startswith(b"event:"):
+            name = line.removeprefix(b"event:").strip().decode()
+        elif line.startswith(b"data:"):
+            data.append(line.removeprefix(b"data:").removeprefix(b" "))
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines by newline alone: a model's text may hold characters that Unicode counts as line breaks, such as U+2028."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
 
 
 def _event(name: str, data: dict[str, Any]) -> Event:
+    if name == "error":
+        raise CogpressError(f"The stream is not whole: {data.get('error') or data}. Ask again.")
     if name == "output":
         return Event(name, text=str(data["chunk"]), data=data)
     if name == "completed":
@@ -109,31 +165,44 @@ def _event(name: str, data: dict[str, Any]) -> Event:
 
 def _finished(prediction: dict[str, Any]) -> dict[str, Any]:
     if prediction.get("status") == "failed":
-        raise CogpressError(str(prediction.get("error") or "The prediction failed; the server's log tells why."))
+        error = str(prediction.get("error") or "The prediction failed; the server's log tells why.")
+        for words in _AROUND_ERRORS:
+            error = error.removeprefix(words)
+        raise CogpressError(error)
     return prediction
 
 
-def _request(method: str, url: str, **options: Any) -> httpx.Response:
+class _NotFound(CogpressError):
+    """The server has nothing there."""
+
+
+def _request(method: str, url: str, route: str, body: dict[str, Any] | None = None) -> httpx.Response:
     try:
-        response = httpx.request(method, url, timeout=_TIMEOUT, **options)
-    except httpx.HTTPError as error:
+        with _http(url) as http:
+            response = http.request(method, f"{url}{route}", json=body)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _unreachable(url, error) from None
     if response.status_code >= 400:
         raise _refused(response)
     return response
 
 
-def _unreachable(url: str, error: httpx.HTTPError) -> CogpressError:
+def _unreachable(url: str, error: Exception) -> CogpressError:
     return CogpressError(f"{url} does not answer ({error or type(error).__name__}). Start a server with scripts/serve.")
 
 
 def _refused(response: httpx.Response) -> CogpressError:
+    try:
+        answer = response.json()
+        detail = answer.get("detail") or answer.get("error") or answer
+    except (ValueError, AttributeError):
+        detail = response.text
+    if isinstance(detail, list) and all(isinstance(item, dict) for item in detail):
+        detail = "; ".join(f"{'.'.join(map(str, item.get('loc', ())[2:]))}: {item.get('msg')}" for item in detail)
     if response.status_code == 409:
         return CogpressError("The server is busy: every slot is taken. Try again when a prediction has ended.")
-    try:
-        detail = response.json().get("detail") or response.json().get("error")
-    except ValueError:
-        detail = response.text
-    if isinstance(detail, list):
-        detail = "; ".join(f"{'.'.join(map(str, item.get('loc', ())))}: {item.get('msg')}" for item in detail)
-    return CogpressError(f"The server refuses the input ({response.status_code}): {detail}")
+    if response.status_code == 404:
+        return _NotFound(f"The server has no {response.request.url.path}.")
+    if response.status_code == 422:
+        return CogpressError(f"The server refuses the input (422): {detail}")
+    return CogpressError(f"The server answers {response.status_code}: {detail}")

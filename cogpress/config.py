@@ -60,7 +60,7 @@ class Prompt(_Section):
         return self.render({self.fields[0]: text}) if len(self.fields) == 1 else text
 
     def render(self, fields: dict[str, Any]) -> str:
-        """Fill the template; a list is written as `a, b, c`.
+        """Fill the template; a list is written with one item a line.
 
         Raises:
             CogpressError: a field is missing, unknown, or neither text, number, boolean nor a list of these.
@@ -78,7 +78,7 @@ class Prompt(_Section):
 
 def _as_text(name: str, value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(_as_text(name, item) for item in value)
+        return "\n".join(_as_text(name, item) for item in value)
     if isinstance(value, str | int | float):
         return str(value)
     raise CogpressError(f"Field {name} must be text, a number or a list of these, not {type(value).__name__}.")

@@ -186,12 +186,11 @@ def ask(url: str, row: dict[str, Any], show: Callable[[str], None] = lambda _chu
         row: a held-out example.
         show: takes each piece of the answer as it arrives.
     """
-    fields = {"question": row["question"], "columns": row["columns"]}
     started = time.perf_counter()
     first = 0.0
     text = ""
     tokens = 0
-    for event in client.stream(url, {"fields": json.dumps(fields), "max_tokens": MAX_TOKENS}):
+    for event in client.stream(url, {"fields": json.dumps(row["prompt"]), "max_tokens": MAX_TOKENS}):
         if event.kind == "output":
             first = first or time.perf_counter() - started
             text += event.text
@@ -200,11 +199,9 @@ def ask(url: str, row: dict[str, Any], show: Callable[[str], None] = lambda _chu
     return Answer(text, first, time.perf_counter() - started, tokens)
 
 
-def _ask_all(
-    url: str, held_out: Sequence[dict[str, Any]], task: Task, ready: float, console: Console
-) -> Served:
+def _ask_all(url: str, held_out: Sequence[dict[str, Any]], task: Task, ready: float, console: Console) -> Served:
     for row in held_out[:SHOWN]:
-        console.print(Text(f"  {row['question']}", style="bold"))
+        console.print(Text(f"  {row['prompt']['question']}", style="bold"))
         console.print("  ", end="")
         ask(url, row, lambda chunk: console.print(Text(chunk), end="", soft_wrap=True))
         console.print()
@@ -222,7 +219,7 @@ def _ask_all(
         concurrent_tokens_per_second=sum(answer.tokens for answer in answers) / seconds,
         ready_seconds=ready,
         examples=[
-            {"question": row["question"], "expected": row["completion"], "answer": answer.text}
+            {"question": row["prompt"]["question"], "expected": row["completion"], "answer": answer.text}
             for row, answer in zip(held_out, answers, strict=True)
         ],
     )
@@ -247,7 +244,11 @@ def _table(base: Served, tuned: Served, report: dict[str, Any]) -> Table:
     rows: list[tuple[str, str, str]] = [
         (f"exact match, {tuned.questions} held-out questions", f"{base.exact_match:.1%}", f"{tuned.exact_match:.1%}"),
         ("time to first token, 1 stream", f"{base.ttft_seconds:.3f} s", f"{tuned.ttft_seconds:.3f} s"),
-        ("tokens per second, 1 stream", f"{base.stream_tokens_per_second:.0f}", f"{tuned.stream_tokens_per_second:.0f}"),
+        (
+            "tokens per second, 1 stream",
+            f"{base.stream_tokens_per_second:.0f}",
+            f"{tuned.stream_tokens_per_second:.0f}",
+        ),
         (
             f"tokens per second, {CONCURRENT} streams",
             f"{base.concurrent_tokens_per_second:.0f}",

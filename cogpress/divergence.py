@@ -131,9 +131,7 @@ def answer_loss(model: torch.nn.Module, rows: Sequence[Row], pad_token_id: int) 
     return total / max(count, 1)
 
 
-def _log_probs(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], labelled: torch.Tensor
-) -> torch.Tensor:
+def _log_probs(model: torch.nn.Module, inputs: dict[str, torch.Tensor], labelled: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of the tokens before each labelled one, shape (labelled tokens, vocabulary), float32."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
     selected: torch.Tensor = logits[:, :-1][labelled].float()

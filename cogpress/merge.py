@@ -159,7 +159,7 @@ def merge(
     with archive.new_folder(target) as part:
         done = _write_shards(adapter, shards, part, onto, dtype, progress)
         _copy_settings(base_folder, part, dtype)
-        content = manifest.write(
+        return manifest.write(
             part,
             "weights",
             {
@@ -171,7 +171,6 @@ def merge(
                 **(facts or {}),
             },
         )
-    return content
 
 
 def _check_fit(adapter: Adapter, shards: list[Path]) -> None:
@@ -243,7 +242,9 @@ def _write_shards(
         if module in adapter.pairs:
             tensor = (tensor.to(device).float() + adapter.delta(module, device)).to(dtype)
             if not torch.isfinite(tensor).all():
-                raise CogpressError(f"{module} is not finite after the merge: the training diverged. Nothing is written.")
+                raise CogpressError(
+                    f"{module} is not finite after the merge: the training diverged. Nothing is written."
+                )
             merged += 1
         pending[name] = tensor.cpu().contiguous()
         where[name] = shard.name

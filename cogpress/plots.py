@@ -90,10 +90,11 @@ def losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = _figure()
     training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     validation = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
-    for points, name, style in (
+    styled: list[tuple[list[tuple[int, float]], str, dict[str, Any]]] = [
         (training, "training", {"color": _BLUE, "linewidth": 1.4}),
         (validation, "validation", {"color": _ORANGE, "linewidth": 1.4, "marker": "o", "markersize": 5}),
-    ):
+    ]
+    for points, name, style in styled:
         if points:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, label=f"{name}, {values[-1]:.4f} at the end", **style)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,9 @@ def from_inputs(
     inputs["train_data"] = str(inputs["train_data"]) if inputs.get("train_data") else None
     config = load(root / "model.yaml").override(inputs)
     if config.data.train is None:
-        raise CogpressError("There are no examples to train on. Give --train-data FILE, or set data.train in model.yaml.")
+        raise CogpressError(
+            "There are no examples to train on. Give --train-data FILE, or set data.train in model.yaml."
+        )
     run = run or root / "runs" / config.name
     if fresh:
         shutil.rmtree(run, ignore_errors=True)
@@ -91,6 +94,11 @@ def install(weights: Path, place: Path) -> None:
         shutil.copytree(weights, part, dirs_exist_ok=True)
         if (place / "README.md").is_file():
             shutil.copyfile(place / "README.md", part / "README.md")
+
+
+def new_run(root: Path) -> Path:
+    """A run folder of its own for a training that Cog asks for, so that no other run is touched."""
+    return root / "runs" / time.strftime("training-%Y%m%d-%H%M%S", time.gmtime())
 
 
 def prepare(config: Config, path: Path, base_folder: Path, run: Path, console: Console, *, skip_bad: bool) -> Prepared:

@@ -139,6 +139,7 @@ class Server:
         finally:
             await outputs.aclose()  # type: ignore[attr-defined]
 
+
 def _json(text: str, name: str) -> Any:
     try:
         return json.loads(text)

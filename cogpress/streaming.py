@@ -57,7 +57,7 @@ def install() -> None:
         return future
 
     run_coroutine_threadsafe.reaches_pumps = True  # type: ignore[attr-defined]
-    asyncio.run_coroutine_threadsafe = run_coroutine_threadsafe
+    asyncio.run_coroutine_threadsafe = run_coroutine_threadsafe  # type: ignore[assignment]
 
 
 def stream(chunks: AsyncIterator[str]) -> Iterator[str]:

@@ -176,7 +176,8 @@ class AnswerTrainer(Trainer):
         self.model.train(training)
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        control: Any = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
 
 

@@ -20,9 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-TEMPLATE = "{question}\nColumns: {columns}"
-"""How a row becomes a prompt when nobody says otherwise."""
-
 
 class Row(TypedDict):
     """One question, the columns it may use, and the one right query as compact JSON."""
@@ -248,9 +245,9 @@ _TRAIN_COLUMNS = (  # kind, values, names
 )
 
 _TEST_COLUMNS = (
-    ("number", "15 40 75 300 750 1500", "lambda.billed_ms video.stall_ms llm.delay gpu.idle ci.elapsed"),
-    ("number", "3 4 6 8 12 30", "kafka.lag kafka.age cart.items llm.tokens game.score vm.cores shipment.weight"),
-    ("number", "0.2 0.7 0.95 1.5", "gpu.util wifi.signal tax.rate llm.cost sensor.drift robot.battery"),
+    ("number", "15 40 75 300 750 1500", "lambda.billed_ms video.stall_ms gpu.idle ci.elapsed"),
+    ("number", "3 4 6 8 12 30", "kafka.lag kafka.age cart.items game.score vm.cores parcel.weight"),
+    ("number", "0.2 0.7 0.95 1.5", "gpu.util wifi.signal tax.rate sensor.drift robot.battery"),
     ("number", "35 90 350 900", "cart.total payment.amount gpu.temp s3.size video.bitrate gpu.fan"),
     ("code", "7 9 11 33", "kafka.partition wifi.channel robot.axis video.track"),
     ("text", "stripe paypal adyen", "payment.provider payment.gateway"),
@@ -261,15 +258,15 @@ _TEST_COLUMNS = (
     ("text", "h264 vp9 av1", "video.codec"),
     ("text", "resize notify thumbs", "lambda.name lambda.handler"),
     ("text", "main nightly hotfix", "ci.branch ci.pipeline"),
-    ("text", "dhl ups fedex", "shipment.carrier"),
+    ("text", "dhl ups fedex", "parcel.carrier"),
     ("text", "urgent normal low", "ticket.priority ticket.queue"),
     ("text", "desert castle arena", "game.map game.mode"),
-    ("text", "llama qwen mistral", "llm.engine llm.finish"),
+    ("text", "oak birch maple", "warehouse.zone warehouse.dock"),
     ("prose", "refund delayed broken", "ticket.subject email.subject chat.text"),
     ("prose", "/media /backup /tmp", "s3.prefix lambda.arn"),
     ("prose", "viewer product author", "graphql.field graphql.document"),
-    ("flag", "true false", "lambda.cold payment.declined email.bounced ci.passed shipment.delayed cart.expired"),
-    ("id", "", "player.uid cart.uid payment.ref sensor.serial email.recipient shipment.parcel"),
+    ("flag", "true false", "lambda.cold payment.declined email.bounced ci.passed parcel.delayed cart.expired"),
+    ("id", "", "player.uid cart.uid payment.ref sensor.serial email.recipient parcel.label"),
 )
 
 
@@ -478,11 +475,6 @@ def generate(count: int, split: str, seed: int = 0) -> list[Row]:
     return rows
 
 
-def fields(row: Row) -> dict[str, str]:
-    """A row's values for the placeholders of a prompt template: `question`, and `columns` as `a, b, c`."""
-    return {"question": row["question"], "columns": ", ".join(row["columns"])}
-
-
 def _row(rng: random.Random, split: str) -> Row:
     shape = _shape(rng, split)
     free = list(COLUMNS[split])
@@ -519,11 +511,11 @@ def _take(rng: random.Random, free: list[Column], part: str) -> Column:
 
 
 def _listed(rng: random.Random, used: list[str], split: str) -> list[str]:
-    """The used columns among 6 to 9, in random order; some of the others look like a used one."""
+    """The used columns among 5 to 8, in random order; some of the others look like a used one."""
     others = [column.name for column in COLUMNS[split] if column.name not in used]
     words = {word for name in used for word in name.split(".")}
     similar = [name for name in others if words & set(name.split("."))]
-    wanted = 6 + _weighted(rng, (0.45, 0.3, 0.15, 0.1)) - len(used)
+    wanted = 5 + _weighted(rng, (0.45, 0.3, 0.15, 0.1)) - len(used)
     alike = rng.sample(similar, min(len(similar), (wanted + 1) // 2, wanted))
     rest = rng.sample([name for name in others if name not in alike], wanted - len(alike))
     columns = used + alike + rest
@@ -566,46 +558,37 @@ def _words(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, train: int, test: int, seed: int, template: str = TEMPLATE) -> tuple[Path, Path]:
+def write(folder: Path, train: int, test: int, seed: int) -> tuple[Path, Path]:
     """Write `train.jsonl` and `test.jsonl`; each appears whole or not at all.
 
-    Each line has `prompt` and `completion`, which training reads, and the row's `question` and `columns`, which
-    serving takes instead of a prompt.
+    Each line has a `prompt`, an object with the fields that the project's prompt template is filled with (`question`
+    and `columns`), and the query as `completion`.
 
     Args:
         folder: made if missing.
         train: number of training rows.
         test: number of test rows.
         seed: as in `generate`.
-        template: a prompt with the placeholders `{question}` and `{columns}`.
 
     Returns:
         The paths of the two files, train first.
 
     Raises:
-        ValueError: a count is negative, or the template has other placeholders.
+        ValueError: a count is negative.
     """
     # both texts before either file, so that a wrong argument leaves no half of a data set
-    counts = {"train": train, "test": test}
-    texts = {split: _lines(generate(count, split, seed), template) for split, count in counts.items()}
+    texts = {split: _lines(generate(count, split, seed)) for split, count in (("train", train), ("test", test))}
     folder.mkdir(parents=True, exist_ok=True)
     paths = [_replace(folder / f"{split}.jsonl", text) for split, text in texts.items()]
     return paths[0], paths[1]
 
 
-def _lines(rows: Iterable[Row], template: str) -> str:
-    lines = []
-    for row in rows:
-        try:
-            prompt = template.format(**fields(row))
-        except (LookupError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"The template {template!r} cannot be filled ({error}); its placeholders must be {{question}} and "
-                "{columns}, and other braces doubled."
-            ) from None
-        line = {"prompt": prompt, "completion": row["answer"], "question": row["question"], "columns": row["columns"]}
-        lines.append(json.dumps(line) + "\n")
-    return "".join(lines)
+def _lines(rows: Iterable[Row]) -> str:
+    return "".join(
+        json.dumps({"prompt": {name: row[name] for name in ("question", "columns")}, "completion": row["answer"]})
+        + "\n"
+        for row in rows
+    )
 
 
 def _replace(path: Path, text: str) -> Path:
@@ -628,10 +611,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=1000, metavar="N", help="training rows (default 1000)")
     parser.add_argument("--test", type=int, default=200, metavar="N", help="test rows (default 200)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other rows (default 0)")
-    parser.add_argument("--template", default=TEMPLATE, help="prompt with {question} and {columns}")
     chosen = parser.parse_args(arguments)
     try:
-        for path in write(chosen.out, chosen.train, chosen.test, chosen.seed, chosen.template):
+        for path in write(chosen.out, chosen.train, chosen.test, chosen.seed):
             print(path)
     except ValueError as error:
         parser.error(str(error))

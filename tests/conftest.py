@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,11 +69,11 @@ def tiny_base(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def examples_file(tmp_path: Path) -> Iterator[Path]:
+def examples_file(tmp_path: Path) -> Path:
     """Forty short examples, as a user would bring them."""
     path = tmp_path / "examples.jsonl"
     with path.open("w") as file:
         for number in range(40):
             row = {"prompt": f"Say the number after {number}.", "completion": f"It is {number + 1}, of course."}
             file.write(json.dumps(row) + "\n")
-    yield path
+    return path

@@ -169,7 +169,9 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(
     with pytest.raises(CogpressError, match=r"interrupted run, at checkpoint \d+.*--resume"):
         training.train(chosen, prepared, tiny_base, tmp_path / "cut", console=QUIET)
     with pytest.raises(CogpressError, match=r"another train\.rank"):
-        training.train(settings(max_steps=14, rank=2), prepared, tiny_base, tmp_path / "cut", console=QUIET, resume=True)
+        training.train(
+            settings(max_steps=14, rank=2), prepared, tiny_base, tmp_path / "cut", console=QUIET, resume=True
+        )
     resumed = training.train(chosen, prepared, tiny_base, tmp_path / "cut", console=QUIET, resume=True)
     assert resumed.steps == whole.steps
     assert manifest.fingerprint(resumed.adapter) == manifest.fingerprint(whole.adapter)
