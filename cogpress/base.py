@@ -146,10 +146,23 @@ def _embedded_file() -> Path:
     return next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
 
 
+def quiet_libraries() -> None:
+    """Silence what libraries print about themselves: our own steps say what is done."""
+    import logging
+
+    # Says at its import that an optional kernel from the Hub is missing; the built-in one is used.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
 def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    quiet_libraries()
     # Without dequantize=True the model stays packed and can not be saved.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -224,6 +237,7 @@ def load(folder: Path, quantization: Quantization, *, attention: str = "sdpa") -
     import torch
     from transformers import AutoModelForCausalLM
 
+    quiet_libraries()
     dtype = compute_dtype()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,

@@ -83,7 +83,10 @@ def cancel(url: str, identifier: str) -> bool:
 
 
 def stream(url: str, inputs: dict[str, Any], identifier: str | None = None) -> Iterator[Event]:
-    """Run a prediction and yield its events as they arrive. Closing the iterator cancels the prediction.
+    """Run a prediction and yield its events as they arrive.
+
+    Closing the iterator cancels the prediction, except between `start` and what the runner itself sends first: the
+    runtime loses a cancellation that comes before the runner began.
 
     Args:
         url: a Cog server whose runner streams.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -77,3 +79,16 @@ def examples_file(tmp_path: Path) -> Path:
             row = {"prompt": f"Say the number after {number}.", "completion": f"It is {number + 1}, of course."}
             file.write(json.dumps(row) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def demo_report() -> dict[str, Any]:
+    """The demonstration, run as a user runs it; finished steps of an earlier run are reused, as a user's would be."""
+    subprocess.run([sys.executable, ROOT / "scripts" / "demo"], cwd=ROOT, check=True)
+    return dict(json.loads((ROOT / "runs" / "demo" / "report.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def trained_weights(demo_report: dict[str, Any]) -> Path:
+    """The demonstration's weights: a model that has really learnt the worked example."""
+    return ROOT / "runs" / "demo" / "weights"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cogpress import cli, schema
+from cogpress import cli, client, schema
 from cogpress.errors import CogpressError
+from cogpress.server import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS: dict[str, dict[str, Any]] = {
@@ -125,3 +129,133 @@ def test_train_names_a_missing_file_without_a_stack_trace(tmp_path: Path) -> Non
     assert shown.returncode == 1
     assert "none.jsonl does not exist" in shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+DESCRIBED: dict[str, dict[str, Any]] = {
+    "text": {"type": "string", "required": True, "minLength": 2, "maxLength": 9, "pattern": "^[a-z@]+$"},
+    "count": {"type": "integer", "minimum": 1, "maximum": 8},
+    "low": {"type": "number", "minimum": 0.5},
+    "style": {"type": "string", "enum": ["plain", "bold"]},
+    "stop": {"type": "array"},
+    "file": {"type": "string", "format": "uri"},
+}
+
+
+def test_lists_files_and_choices_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "count.txt").write_text("7")
+    pairs = ["text=abc", "style=bold", 'stop=["a", "b"]', "file=https://example.com/a", f"count=@{tmp_path}/count.txt"]
+    assert cli.parse_inputs(pairs, DESCRIBED) == {
+        "text": "abc",
+        "style": "bold",
+        "stop": ["a", "b"],
+        "file": "https://example.com/a",
+        "count": 7,
+    }
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ([], "The input text is missing"),
+        (["text=ab", "text=cd"], "text is given twice"),
+        (["text=a"], "1 characters long, not between 2 and 9"),
+        (["text=ABC"], "does not match"),
+        (["text=ab", "count=9"], "'9' is not between 1 and 8"),
+        (["text=ab", "low=0.4"], "'0.4' is not at least 0.5"),
+        (["text=ab", "low=nan"], "'nan' is not at least 0.5"),
+        (["text=ab", "style=thin"], "'thin' is not one of plain, bold"),
+        (["text=ab", "stop=a"], "is not JSON"),
+        (["text=ab", 'stop={"a": 1}'], "is not a JSON list"),
+        (["text=ab", "file=some.txt"], "write @ before its name"),
+        (["text=@{binary}"], "is not a text file in UTF-8"),
+    ],
+)
+def test_inputs_out_of_bounds_are_explained(tmp_path: Path, pairs: list[str], said: str) -> None:
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(CogpressError, match=re.escape(said)):
+        cli.parse_inputs([pair.replace("{binary}", str(binary)) for pair in pairs], DESCRIBED)
+
+
+def test_help_shows_bounds_choices_and_defaults() -> None:
+    shown = " ".join(cli.options(ROOT, "train.py:train").format_help().split())
+    assert "(between 1 and 512)" in shown
+    assert "--quantization {model.yaml,nf4,int8,none}" in shown
+    assert "(default: model.yaml)" in shown
+
+
+SAYS = """
+import cog
+from cog import BaseRunner, ConcatenateIterator, Input
+
+class Runner(BaseRunner):
+    @cog.streaming
+    def run(self, text: str = Input(description="What to say."), times: int = Input(default=2, ge=1, le=3)
+    ) -> ConcatenateIterator[str]:
+        for _ in range(times):
+            yield f"{text} "
+        self.record_metric("output_token_count", times)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project with a small runner and the scripts that serve and ask, which take this Python as it is."""
+    (tmp_path / "predict.py").write_text(SAYS)
+    (tmp_path / "cog.yaml").write_text('run: "predict.py:Runner"\n')
+    (tmp_path / "cogpress").symlink_to(ROOT / "cogpress")
+    (tmp_path / "scripts").mkdir()
+    for name in ("serve", "predict"):
+        source = (ROOT / "scripts" / name).read_text()
+        assert "\nenvironment.enter()\n" in source
+        (tmp_path / "scripts" / name).write_text(source.replace("\nenvironment.enter()\n", "\n"))
+    return tmp_path
+
+
+def script(project: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(project / "scripts" / name), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def said(project: Path, *arguments: str) -> tuple[int, str, str]:
+    asked = script(project, "predict", *arguments)
+    out, error = asked.communicate(timeout=60)
+    return asked.returncode, out, error
+
+
+def test_serve_and_predict_from_a_shell(project: Path) -> None:
+    port = free_port("127.0.0.1")
+    serving = script(project, "serve", "--port", str(port))
+    try:
+        assert serving.stdout is not None
+        ready = next(line for line in serving.stdout if line.startswith("Ready"))
+        url = f"http://127.0.0.1:{port}"
+        assert f"Ready at {url}." in ready
+        assert said(project, "--url", url, "-i", "text=ha", "-i", "times=3") == (
+            0,
+            "ha ha ha \n",
+            "output_token_count 3\n",
+        )
+        status, out, _ = said(project, "--url", url, "-i", "text=ha", "--json")
+        assert (status, json.loads(out)["output"]) == (0, ["ha ", "ha "])
+        status, out, error = said(project, "--url", url, "-i", "text=ha", "-i", "times=4")
+        assert (status, out, error) == (1, "", "Error: -i times: '4' is not between 1 and 3.\n")
+        taken = script(project, "serve", "--port", str(port))
+        assert "can not be used: Address already in use" in taken.communicate(timeout=60)[1]
+        assert taken.returncode == 1
+    finally:
+        serving.send_signal(signal.SIGINT)
+        _, error = serving.communicate(timeout=60)
+    assert serving.returncode == 130
+    assert error.endswith("Stopped.\n")
+    assert client.health(url) is None
+
+
+def test_predict_starts_a_server_of_its_own_for_weights(project: Path) -> None:
+    (project / "weights").mkdir()
+    status, out, _ = said(project, "--weights", str(project / "weights"), "-i", "text=ho")
+    assert (status, out) == (0, "ho ho \n")
+    assert "Server shutdown complete" in (project / "runs" / "predict.log").read_text()
+    status, _, error = said(project, "--weights", str(project / "none"), "-i", "text=ho")
+    assert status == 1
+    assert error.startswith(f"Error: There are no weights at {project / 'none'}.")

@@ -212,9 +212,8 @@ def test_a_worker_that_can_not_start_is_noticed(root: Path, monkeypatch: pytest.
     (programs / "python").write_text("#!/bin/sh\nsleep 0.3\necho this python has no cog >&2\nexit 1\n")
     (programs / "python").chmod(0o755)
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    with Server(root, env={"PATH": path}, log=root / "server.log") as served:
-        with pytest.raises(CogpressError) as error:
-            served.wait_ready(30)
+    with Server(root, env={"PATH": path}, log=root / "server.log") as served, pytest.raises(CogpressError) as error:
+        served.wait_ready(30)
     assert str(error.value).startswith("The server's worker process ended before its setup began.")
     assert "this python has no cog" in str(error.value)
 

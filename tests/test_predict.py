@@ -1,0 +1,252 @@
+"""`predict.py` with a trained model in the real runtime and engine: one server for the whole file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cogpress import client, serving
+from cogpress.errors import CogpressError
+from cogpress.server import Server
+from examples import queries
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[1]
+LONG = {"prompt": "Count up.", "min_tokens": 2000, "max_tokens": 2000}
+"""A prediction that would run for half a minute and more."""
+
+
+@pytest.fixture(scope="module")
+def server(trained_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("predict") / "server.log"
+    with Server(ROOT, weights=str(trained_weights), log=log) as server:
+        server.wait_ready(300)
+        client.predict(server.url, {"prompt": "warm up", "max_tokens": 2})
+        yield server
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[queries.Row]:
+    return queries.generate(32, "test", seed=7)
+
+
+def fields(row: queries.Row) -> str:
+    return json.dumps({"question": row["question"], "columns": row["columns"]})
+
+
+def answer(server: Server, row: queries.Row, **more: Any) -> str:
+    return "".join(client.predict(server.url, {"fields": fields(row), "max_tokens": 160, **more})["output"])
+
+
+def busy_share(server: Server, seconds: float) -> float:
+    """Share of one core that the server's processes use over so many seconds."""
+    assert server._process is not None
+    leader = psutil.Process(server._process.pid)
+    family = [leader, *leader.children(recursive=True)]
+    before = sum(sum(process.cpu_times()[:2]) for process in family)
+    time.sleep(seconds)
+    return float(sum(sum(process.cpu_times()[:2]) for process in family) - before) / seconds
+
+
+def idle(server: Server) -> bool:
+    """Whether the engine stops computing within a second: nothing it was asked for is left in it."""
+    time.sleep(1.0)
+    return busy_share(server, 0.5) < 0.5
+
+
+def test_text_streams_long_before_it_ends(server: Server, rows: list[queries.Row]) -> None:
+    started = time.monotonic()
+    times, text = [], ""
+    for event in client.stream(server.url, {"fields": fields(rows[0]), "max_tokens": 160}):
+        if event.kind == "output":
+            times.append(time.monotonic() - started)
+            text += event.text
+    total = time.monotonic() - started
+    assert len(times) > 10
+    assert times[0] < total / 3
+    assert text == answer(server, rows[0])
+
+
+def test_sixteen_streams_are_batched_and_each_is_right(server: Server, rows: list[queries.Row]) -> None:
+    started = time.monotonic()
+    alone = [answer(server, row) for row in rows[:4]]
+    one_after_another = (time.monotonic() - started) / 4
+
+    def stream(row: queries.Row) -> tuple[str, float]:
+        text, first = "", 0.0
+        for event in client.stream(server.url, {"fields": fields(row), "max_tokens": 160}):
+            if event.kind == "output":
+                first = first or time.monotonic()
+                text += event.text
+        return text, first
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(stream, rows[:16]))
+    together = time.monotonic() - started
+    assert [text for text, _ in found[:4]] == alone
+    assert max(first for _, first in found) - started < together  # all had begun before the last ended
+    assert together < 16 * one_after_another / 2
+    right = sum(queries.score(row["answer"], text) for row, (text, _) in zip(rows[:16], found, strict=True))
+    assert right >= 14
+
+
+def test_metrics(server: Server, rows: list[queries.Row]) -> None:
+    metrics = client.predict(server.url, {"fields": fields(rows[0]), "max_tokens": 160})["metrics"]
+    assert metrics["input_token_count"] > 30
+    assert metrics["output_token_count"] > 10
+    assert 0 < metrics["time_to_first_token"] < metrics["predict_time"]
+    assert metrics["tokens_per_second"] > 1
+    assert metrics["finish_reason"] == "stop"
+
+
+def test_cancel_stops_the_engine_within_a_second(server: Server) -> None:
+    status = ""
+    for event in client.stream(server.url, LONG, identifier="to-be-canceled"):
+        if event.kind == "output":
+            assert client.cancel(server.url, "to-be-canceled")
+            assert idle(server)
+        status = event.data.get("status", status)
+        if event.kind == "completed":
+            break
+    assert status == "canceled"
+
+
+def test_a_dropped_connection_stops_the_engine_within_a_second(server: Server) -> None:
+    streams = [client.stream(server.url, LONG) for _ in range(4)]
+    for events in streams:
+        assert next(event for event in events if event.kind == "output")
+    for events in streams:
+        events.close()  # type: ignore[attr-defined]
+    assert idle(server)
+
+
+def test_no_character_is_split_and_chunks_sum_to_the_text(server: Server) -> None:
+    inputs = {"prompt": "日本語 🦙 ünïcödé", "temperature": 1.5, "seed": 3, "max_tokens": 200, "min_tokens": 150}
+    chunks = [event.text for event in client.stream(server.url, inputs) if event.kind == "output"]
+    whole = "".join(client.predict(server.url, inputs)["output"])
+    assert "".join(chunks) == whole
+    # A replacement character at the end of a chunk would be the first half of a split one.
+    assert not any(chunk.endswith("\ufffd") and not whole.endswith("\ufffd") for chunk in chunks[:-1])
+    named = {"question": "average 温度 per 都市🦙", "columns": ["温度", "都市🦙", "gpu.util"]}
+    text = "".join(
+        event.text
+        for event in client.stream(server.url, {"fields": json.dumps(named, ensure_ascii=False), "max_tokens": 120})
+        if event.kind == "output"
+    )
+    assert "\ufffd" not in text
+
+
+def test_the_same_seed_gives_the_same_answer(server: Server) -> None:
+    inputs = {"prompt": "Tell a story.", "temperature": 1.0, "max_tokens": 40, "seed": 11}
+    first = client.predict(server.url, inputs)["output"]
+    assert client.predict(server.url, inputs)["output"] == first
+    assert client.predict(server.url, {**inputs, "seed": 12})["output"] != first
+
+
+def test_stop_ends_the_answer_and_is_left_out(server: Server, rows: list[queries.Row]) -> None:
+    whole = answer(server, rows[0])
+    cut = answer(server, rows[0], stop='"op"')
+    assert cut == whole[: whole.index('"op"')]
+    assert answer(server, rows[0], stop='["nowhere", "calculations"]') == whole[: whole.index("calculations")]
+
+
+def test_length_limits(server: Server) -> None:
+    prediction = client.predict(server.url, {"prompt": "Count.", "max_tokens": 5, "min_tokens": 5})
+    assert prediction["metrics"]["output_token_count"] == 5
+    assert prediction["metrics"]["finish_reason"] == "length"
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(server: Server) -> None:
+    with pytest.raises(CogpressError, match=r"prompt is 9\d\d\d tokens long and the context 8192"):
+        client.predict(server.url, {"prompt": "word " * 9000})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({}, "nothing to answer"),
+        ({"fields": "{}"}, "lacks question, columns"),
+        ({"messages": "[1]"}, "Message 1"),
+        ({"temperature": 9, "prompt": "a"}, "temperature"),
+        ({"top_p": 0, "prompt": "a"}, "top_p"),
+        ({"max_tokens": 0, "prompt": "a"}, "max_tokens"),
+    ],
+)
+def test_bad_inputs_are_explained(server: Server, inputs: dict[str, Any], said: str) -> None:
+    with pytest.raises(CogpressError, match=said):
+        client.predict(server.url, inputs)
+
+
+def test_a_conversation_is_continued(server: Server, rows: list[queries.Row]) -> None:
+    template = f"{rows[0]['question']}\nColumns:\n" + "\n".join(rows[0]["columns"])
+    messages = json.dumps([{"role": "user", "content": template}])
+    assert "".join(client.predict(server.url, {"messages": messages, "max_tokens": 160})["output"]) == answer(
+        server, rows[0]
+    )
+
+
+def test_a_tar_of_weights_is_served(trained_weights: Path, tmp_path: Path) -> None:
+    from cogpress import archive, manifest
+
+    tar = archive.pack(trained_weights, tmp_path / "weights.tar")
+    assert manifest.fingerprint(serving.find_weights(str(tar), tmp_path)) == manifest.fingerprint(trained_weights)
+
+
+def test_a_dead_engine_is_told_at_once(server: Server) -> None:
+    """Last, because the server is of no use after it."""
+    assert server._process is not None
+    running = client.stream(server.url, LONG)
+    assert next(event for event in running if event.kind == "output")
+    for process in psutil.Process(server._process.pid).children(recursive=True):
+        if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
+            process.kill()
+    started = time.monotonic()
+    with pytest.raises(CogpressError, match="engine has stopped"):
+        list(running)
+    assert time.monotonic() - started < 5
+    started = time.monotonic()
+    with pytest.raises(CogpressError, match="engine has stopped"):
+        client.predict(server.url, {"prompt": "hello"})
+    assert time.monotonic() - started < 2
+    assert (client.health(server.url) or {})["status"] != "READY"
+
+
+def test_training_through_cogs_endpoint_gives_weights_that_are_served(
+    tiny_base: Path, examples_file: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "project"
+    root.mkdir()
+    for name in ("cog.yaml", "predict.py", "train.py"):
+        shutil.copyfile(ROOT / name, root / name)
+    (root / "model.yaml").write_text("name: test\n")
+    (root / "cogpress").symlink_to(ROOT / "cogpress")
+    data = base64.b64encode(examples_file.read_bytes()).decode()
+    inputs = {
+        "train_data": f"data:application/jsonl;base64,{data}",
+        "base_model": str(tiny_base),
+        "max_steps": 3,
+        "batch_size": 2,
+        "rank": 2,
+        "max_length": 128,
+    }
+    with Server(root, mode="train", log=tmp_path / "train.log") as server:
+        server.wait_ready(120)
+        with pytest.raises(CogpressError, match="rank"):
+            client.train(server.url, {**inputs, "rank": 0})
+        output = client.train(server.url, inputs)["output"]["weights"]
+    tar = tmp_path / "weights.tar"
+    tar.write_bytes(base64.b64decode(output.partition(",")[2]))
+    folder = serving.find_weights(str(tar), root)
+    assert (folder / "manifest.json").is_file()
+    assert list(folder.glob("*.safetensors"))
