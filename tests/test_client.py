@@ -42,13 +42,20 @@ class Runner(BaseRunner):
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("client")
     (root / "predict.py").write_text(RUNNER)
     (root / "cog.yaml").write_text('run: "predict.py:Runner"')
     with Server(root, log=root / "server.log") as server:
         server.wait_ready(30)
         yield server.url
+
+
+@pytest.fixture
+def url(served: str) -> str:
+    """The server with its one slot free, which is so a moment after the last prediction's answer."""
+    assert free(served)
+    return served
 
 
 def free(url: str) -> bool:
@@ -100,6 +107,7 @@ def test_text_with_every_kind_of_line_break_arrives_whole(url: str) -> None:
 def test_what_goes_wrong_is_the_servers_own_words(url: str, ask: Callable[..., object]) -> None:
     with pytest.raises(CogpressError, match=r"^ValueError: this can not be said$"):
         ask(url, {"fail": True})
+    assert free(url)
     with pytest.raises(
         CogpressError, match=r"^The server refuses the input \(422\): seconds: 9 is greater than the maximum"
     ):

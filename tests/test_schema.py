@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -260,11 +261,20 @@ def test_this_projects_own_inputs_are_all_explained_and_light_to_read() -> None:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     root = project(tmp_path_factory.mktemp("served"))
     with Server(root, log=root / "server.log") as server:
         server.wait_ready(30)
         yield root, server.url
+
+
+@pytest.fixture
+def served(started: tuple[Path, str]) -> tuple[Path, str]:
+    """The server with its one slot free, which is so a moment after the last prediction's answer."""
+    deadline = time.monotonic() + 5
+    while (client.health(started[1]) or {}).get("status") != "READY" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return started
 
 
 def test_the_runtime_serves_the_document(served: tuple[Path, str]) -> None:
