@@ -24,6 +24,10 @@ _AROUND_ERRORS = ("Prediction failed: ", "Training failed: ", "Generator iterati
 """What the runtime puts before the text of what a runner raised, in this order."""
 
 
+class BusyError(CogpressError):
+    """Every slot of the server is taken; the same request may go through a moment later."""
+
+
 @dataclass(frozen=True)
 class Event:
     """One event of a stream: `start`, `output` with text, `log` with text, `metric`, or `completed`.
@@ -203,7 +207,7 @@ def _refused(response: httpx.Response) -> CogpressError:
     if isinstance(detail, list) and all(isinstance(item, dict) for item in detail):
         detail = "; ".join(f"{'.'.join(map(str, item.get('loc', ())[2:]))}: {item.get('msg')}" for item in detail)
     if response.status_code == 409:
-        return CogpressError("The server is busy: every slot is taken. Try again when a prediction has ended.")
+        return BusyError(f"The server is busy ({detail}). Try again when a prediction has ended.")
     if response.status_code == 404:
         return _NotFound(f"The server has no {response.request.url.path}.")
     if response.status_code == 422:

@@ -45,8 +45,9 @@ class Prompt(_Section):
     @pydantic.field_validator("template")
     @classmethod
     def _template_parses(cls, template: str) -> str:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-        if not names or not all(name.isidentifier() for name in names):
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
+        plain = all(name and name.isidentifier() and not spec and not how for _, name, spec, how in parts)
+        if not parts or not plain:
             raise ValueError("needs at least one {field}, named like a Python identifier; write {{ for a brace")
         return template
 
@@ -127,7 +128,7 @@ class Serve(_Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_context: Annotated[int, Field(ge=16)] | None = None
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
-    cpu_kv_cache_gb: Annotated[float, Field(gt=0)] = 2.0
+    cpu_kv_cache_gb: Annotated[float, Field(gt=0, le=4096)] = 2.0
     cpu_threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     prefix_caching: bool = True
 
@@ -173,6 +174,9 @@ def parse(data: Any, place: str) -> Config:
         CogpressError: naming the option, the place and what was expected.
     """
     try:
+        # A section whose every line is commented out is read as None, and means its defaults.
+        if isinstance(data, dict):
+            data = {name: value for name, value in data.items() if value is not None}
         return Config.model_validate({} if data is None else data)
     except pydantic.ValidationError as error:
         lines = []
@@ -195,6 +199,8 @@ def load(path: Path) -> Config:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CogpressError(f"{path} does not exist. Copy model.yaml from the repository, or name one.") from None
+    except OSError as error:
+        raise CogpressError(f"{path} can not be read: {error.strerror}. Name a file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CogpressError(f"{path} is not YAML: {' '.join(str(error).split())}. Correct that line.") from None
     return parse(data, str(path))

@@ -37,6 +37,7 @@ class Divergence:
 
 def reference_model(base_folder: Path, adapter: Path) -> torch.nn.Module:
     """The adapter on the base as training held it: what the validation loss was measured on."""
+    base.quiet_libraries()
     from peft import PeftModel
 
     facts = manifest.read(adapter) or {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,7 +201,7 @@ def merge_once(
         except CogpressError:
             console.print(f"  {target} was changed since it was written; merging again")
     return (
-        merge.merge(base_folder, adapter, target, onto=config.merge, progress=lambda items, total: _bar(items, total)),
+        merge.merge(base_folder, adapter, target, onto=config.merge, progress=_bar(console)),
         False,
     )
 
@@ -234,7 +234,7 @@ def compare_once(
         },
         rows,
         pad,
-        progress=lambda items, total: _bar(items, total),
+        progress=_bar(console),
     )
     manifest.write_json(path, {"key": key, **{name: value.to_dict() for name, value in found.items()}})
     return found["merged"], found["naive"]
@@ -249,5 +249,8 @@ def divergence_table(merged: Divergence, naive: Divergence, config: Config) -> T
     return table
 
 
-def _bar(items: Iterable[Any], total: int) -> Iterable[Any]:
-    return track(items, total=total, description="  ", transient=True)
+def _bar(console: Console) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    """A progress bar that goes when it is done; nothing where nobody watches."""
+    if not console.is_terminal:
+        return lambda items, _total: items
+    return lambda items, total: track(items, total=total, description="  ", transient=True, console=console)

@@ -207,7 +207,9 @@ class Recorder(TrainerCallback):
         self._task: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        _drop_after(self.path, state.global_step)
+        kept = _drop_after(self.path, state.global_step)
+        if kept:  # a resumed run counts on from where it was
+            self.seconds, self.tokens = kept[-1]["seconds"], kept[-1]["tokens"]
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("  training"),
@@ -251,6 +253,8 @@ class Recorder(TrainerCallback):
                 "loss": logs["loss"],
                 "learning_rate": logs.get("learning_rate"),
                 "grad_norm": logs.get("grad_norm"),
+                "seconds": round(self.seconds, 3),
+                "tokens": self.tokens,
                 "tokens_per_second": round(speed, 1),
                 "memory_gb": round(memory_gb(), 2),
             }
@@ -288,7 +292,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Forget what was recorded after the checkpoint that training goes on from."""
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Forget what was recorded after the checkpoint that training goes on from; the training steps that are kept."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [row for row in rows if "loss" in row]

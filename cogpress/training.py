@@ -217,6 +217,7 @@ def adapted(config: Config, base_folder: Path, *, attention: str = "sdpa") -> Pe
     Raises:
         CogpressError: a name in `target_modules` is no layer of this model.
     """
+    base.quiet_libraries()
     from peft import LoraConfig, get_peft_model
 
     settings = config.train
@@ -345,6 +346,7 @@ def compare_answers(
 def _plain(text: str) -> Any:
     from rich.text import Text
 
+    text = " ".join(text.split())
     return Text(text if len(text) <= 300 else text[:300] + "…")
 
 

@@ -159,7 +159,7 @@ def test_inputs_are_checked(inputs: dict[str, Any]) -> None:
 def test_fields_and_braces() -> None:
     prompt = config.Prompt(template="{b} {a} {b} {{a}} {{}}")
     assert prompt.fields == ["b", "a"]
-    assert prompt.render({"a": "{x}", "b": [1, 2.5, True, ["y"]]}) == "1, 2.5, True, y {x} 1, 2.5, True, y {a} {}"
+    assert prompt.render({"a": "{x}", "b": [1, 2.5, True, ["y"]]}) == "1\n2.5\nTrue\ny {x} 1\n2.5\nTrue\ny {a} {}"
 
 
 @pytest.mark.parametrize(
@@ -181,3 +181,16 @@ def test_one_text_fills_one_field() -> None:
     assert config.Prompt().fill("{a}") == "{a}"
     assert config.Prompt(template="Q: {question}").fill("Why?") == "Q: Why?"
     assert config.Prompt(template="{a} {b}").fill("as it is") == "as it is"
+
+
+@pytest.mark.parametrize("template", ["{a:{b}}", "{a:d}", "{a!x}", "{0}", "{a.b}", "no field"])
+def test_a_template_of_more_than_plain_fields_is_refused(template: str) -> None:
+    with pytest.raises(CogpressError, match=r"prompt\.template"):
+        config.parse({"prompt": {"template": template}}, "model.yaml")
+
+
+def test_a_section_without_options_has_its_defaults(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("name: a\ntrain:\n  # rank: 8\n")
+    assert config.load(tmp_path / "model.yaml").train == config.Train()
+    with pytest.raises(CogpressError, match="can not be read"):
+        config.load(tmp_path)

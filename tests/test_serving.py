@@ -11,7 +11,7 @@ import pytest
 from cogpress import archive, config, manifest, serving
 from cogpress.errors import CogpressError
 
-TEMPLATE = config.Prompt(system="Write the query.", template="{question}\nColumns: {columns}")
+TEMPLATE = config.Prompt(system="Write the query.", template="{question}\nColumns:\n{columns}")
 
 
 def server(tokenizer: Any, prompt: config.Prompt = TEMPLATE) -> serving.Server:
@@ -29,7 +29,7 @@ def test_fields_fill_the_template_as_in_training(tokenizer: Any) -> None:
     fields = json.dumps({"question": "How many?", "columns": ["a.b", "c"]})
     assert text(tokenizer, serving.Request(fields=fields)) == (
         "<|im_start|>system\nWrite the query.<|im_end|>\n"
-        "<|im_start|>user\nHow many?\nColumns: a.b, c<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\nHow many?\nColumns:\na.b\nc<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
