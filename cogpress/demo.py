@@ -200,7 +200,7 @@ def ask(url: str, row: dict[str, Any], show: Callable[[str], None] = lambda _chu
 
 
 def _ask_patiently(url: str, row: dict[str, Any]) -> Answer:
-    """`ask`, again after a moment where the server has no slot free: the runtime frees one a little after its answer."""
+    """`ask`, and again after a moment where no slot is free: the runtime frees one a little after its answer."""
     for _ in range(20):
         try:
             return ask(url, row)

@@ -21,12 +21,16 @@ import contextvars
 import functools
 import queue
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 _pumps: contextvars.ContextVar[list[asyncio.Task[None]]] = contextvars.ContextVar("cogpress_pumps")
 """The pumps that the running prediction has started."""
 
-_END = object()
+
+class _Ended(NamedTuple):
+    """The last item of a queue: what the pump ended with."""
+
+    error: BaseException | None
 
 
 def install() -> None:
@@ -72,29 +76,26 @@ def stream(chunks: AsyncIterator[str]) -> Iterator[str]:
         try:
             async for chunk in chunks:
                 items.put(chunk)
-            items.put(_END)
-        except BaseException as error:
-            items.put(error)
-            if not isinstance(error, Exception):
-                raise
         finally:
             close = getattr(chunks, "aclose", None)
             if close is not None:
                 await close()
 
+    def ended(task: asyncio.Task[None]) -> None:
+        # Also for a task that was cancelled before its first step, so that the thread below never waits for ever.
+        items.put(_Ended(asyncio.CancelledError() if task.cancelled() else task.exception()))
+
     task = asyncio.get_running_loop().create_task(pump())
+    task.add_done_callback(ended)
     _pumps.get([]).append(task)
 
     def drain() -> Iterator[str]:
-        # The task is referenced here, because an event loop keeps only weak references to its tasks.
-        while not (task.done() and items.empty()):
-            item = items.get()
-            if item is _END:
-                return
-            if isinstance(item, BaseException):
-                raise item
+        # The event loop keeps only weak references to its tasks, so one is held here for as long as it is drained.
+        held = task
+        while not isinstance(item := items.get(), _Ended):
             yield item
-        # A task cancelled before its first step puts nothing into the queue.
-        raise asyncio.CancelledError
+        del held
+        if item.error is not None:
+            raise item.error
 
     return drain()

@@ -5,14 +5,15 @@ When a new Cog makes one of the first tests fail, that part of the workaround ca
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from cogpress import client
+from cogpress import client, streaming
 from cogpress.server import Server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,3 +151,40 @@ def test_slots_come_back(ours: Server) -> None:
     time.sleep(0.5)
     with ThreadPoolExecutor(8) as pool:  # every slot at once, after a cancel and a dropped connection
         assert list(pool.map(lambda _: len(arrivals(ours, 3)), range(8))) == [3] * 8
+
+
+def test_a_stream_canceled_before_its_first_step_ends() -> None:
+    """Otherwise its thread, and with it a slot of the runtime, would wait for ever."""
+
+    async def chunks() -> AsyncIterator[str]:
+        yield "never"
+
+    async def run() -> Iterator[str]:
+        stream = streaming.stream(chunks())
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        return stream
+
+    async def main() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(asyncio.to_thread(list, await run()), 5)
+
+    asyncio.run(main())
+
+
+def test_what_the_source_raises_is_raised() -> None:
+    async def chunks() -> AsyncIterator[str]:
+        yield "a"
+        raise ValueError("broken")
+
+    async def main() -> list[str]:
+        found: list[str] = []
+
+        def drain(stream: Iterator[str]) -> None:
+            with pytest.raises(ValueError, match="broken"):
+                found.extend(stream)
+
+        await asyncio.to_thread(drain, streaming.stream(chunks()))
+        return found
+
+    asyncio.run(main())
