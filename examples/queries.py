@@ -37,7 +37,7 @@ _PERCENTILES = {"P50": "50th", "P90": "90th", "P95": "95th", "P99": "99th"}
 _NUMERIC = ("SUM", "AVG", "MAX", "MIN", *_PERCENTILES, "HEATMAP")
 _OF_COLUMN = ("COUNT_DISTINCT", *_NUMERIC)
 _PRESENCE = ("exists",)
-_COMPARISONS = ("=", "!=", ">", "<")
+_COMPARISONS = ("=", "!=", ">")
 
 OPS = ("COUNT", *_OF_COLUMN)
 """What a query can calculate; COUNT alone takes no column."""
@@ -283,7 +283,7 @@ _FITTING: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_NUMERIC, ("number",)),
     "=": ("text", "code", "flag"),
     "!=": ("text", "code"),  # "is not true" could as well mean false
-    **dict.fromkeys((">", "<"), ("number", "code")),
+    ">": ("number", "code"),
     **dict.fromkeys(_PRESENCE, ("number", "code", "text", "prose", "id")),  # "is set" could as well mean true
 }
 """The kinds of column that a part of a query makes sense for."""
@@ -315,16 +315,12 @@ _ASKING_RANKED = ("", "", "Show the ", "Give me the ")
 
 _GROUPED = (" by {b}", " by {b}", " per {b}", " for each {b}", " grouped by {b}")
 
-_RANKED = (  # direction, words
-    ("descending", "top {n} {b} by {calc}"),
-    ("ascending", "bottom {n} {b} by {calc}"),
-)
+_RANKED = ("top {n} {b} by {calc}", "{n} {b} with the highest {calc}")
 
 _CLAUSE: dict[str, tuple[str, ...]] = {  # after "where" or "when"
     "=": ("{c} is {v}", "{c} = {v}"),
     "!=": ("{c} is not {v}", "{c} != {v}"),
     ">": ("{c} is above {v}", "{c} > {v}"),
-    "<": ("{c} is below {v}", "{c} < {v}"),
     "exists": ("{c} exists", "{c} is present"),
 }
 
@@ -332,7 +328,6 @@ _PERIODS: dict[int, str] = {  # seconds
     600: "10 minutes",
     1800: "30 minutes",
     3600: "hour",
-    21600: "6 hours",
     86400: "day",
     604800: "week",
 }
@@ -349,7 +344,7 @@ _HELD_OUT = {  # calculation: filter ops withheld from questions without an orde
     "COUNT": ("", "exists"),
     "SUM": ("exists", ""),
     "AVG": ("", "!="),
-    "MAX": ("<", ""),
+    "MAX": ("=", ""),
     "MIN": ("", ">"),
     "P50": ("!=", ""),
     "P95": ("", "="),
@@ -374,7 +369,7 @@ class _Shape:
     filter_op: str
     """Empty where nothing is filtered."""
     ranked: bool
-    """Whether it asks for the top or the bottom so many, which gives the query an order and a limit."""
+    """Whether it asks for the top so many, which gives the query an order and a limit."""
     timed: bool
 
 
@@ -392,7 +387,7 @@ def _shape(rng: random.Random, split: str) -> _Shape:
     """A shape for a split: never a held-out combination in train, one in every fourth test row."""
     held_out = split == "test" and rng.random() < 0.25
     filtered = held_out or rng.random() < 0.5
-    breakdowns = _weighted(rng, (0.45, 0.49, 0.06))
+    breakdowns = _weighted(rng, (0.45, 0.51, 0.04))
     ranked = breakdowns > 0 and rng.random() < 0.35
     timed = rng.random() < (0.3 if ranked else 0.5)
     weights = {"COUNT": 2.0, "COUNT_DISTINCT": 1.5, "HEATMAP": 0.0 if ranked else 1.0}  # a heatmap has no rank
@@ -526,13 +521,13 @@ def _words(
     limit: int | None,
     period: int | None,
 ) -> tuple[str, list[dict[str, str]]]:
-    """The question, and the query's `orders`, whose direction the words choose."""
+    """The question, and the query's `orders`."""
     groups = " and ".join(breakdowns)
     named = rng.choice(_CALCULATION[calculation.op]).format(c=calculation.column)
     orders: list[dict[str, str]] = []
     if limit is not None:
-        direction, words = rng.choice(_RANKED)
-        orders.append({**calculation.json, "order": direction})
+        words = rng.choice(_RANKED)
+        orders.append({**calculation.json, "order": "descending"})
         asked = rng.choice(_ASKING_RANKED) + words.format(n=limit, b=groups, calc=named)
     else:
         if calculation.op in _HOW_MANY and rng.random() < 0.5:
