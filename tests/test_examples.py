@@ -296,7 +296,7 @@ def filtered(value: Any, op: str = "=") -> str:
         (json.dumps(FULL), changed(calculations=[{"op": "COUNT"}, {"op": "P99", "column": "duration_ms"}])),
         (json.dumps(FULL), changed(orders=list(reversed(FULL["orders"])))),
         (json.dumps(FULL), json.dumps(FULL).replace("descending", "ascending")),
-        (json.dumps(FULL), json.dumps(FULL).replace(">", "<")),
+        (json.dumps(FULL), json.dumps(FULL).replace(">", "!=")),
         (json.dumps(FULL), json.dumps(FULL).replace("500", '"500"')),
         (COUNT, "{}"),
         (COUNT[:-1] + ',"limit":100}', COUNT[:-1] + ',"limit":10}'),
