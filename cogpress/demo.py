@@ -264,8 +264,8 @@ def _table(base: Served, tuned: Served, report: dict[str, Any]) -> Table:
             f"{base.concurrent_tokens_per_second:.0f}",
             f"{tuned.concurrent_tokens_per_second:.0f}",
         ),
-        ("KL to what training scored, per token", "", f"{report['kl_reference_vs_merged']:.4f}"),
-        ("the same after the usual merge", "", f"{report['kl_reference_vs_naive_merge']:.4f}"),
+        ("KL to what training scored, per token", "", f"{report['kl_reference_vs_merged']:.5f}"),
+        ("the same after the usual merge", "", f"{report['kl_reference_vs_naive_merge']:.5f}"),
         ("training", "", f"{report['train_seconds']:.0f} s, {report['train_tokens_per_second']:.0f} tokens/s"),
         ("peak memory of training", "", f"{report['peak_memory_gb']:.1f} GB"),
     ]

@@ -173,7 +173,7 @@ def build(
         say("reused" if reused else f"{content['merge']['layers']} layers, onto the {config.merge} base")
     with step("Comparison with what training scored", console) as say:
         merged, naive = compare_once(base_folder, result.adapter, prepared, run, console)
-        say(f"mean KL {merged.mean_kl:.4f} per token")
+        say(f"mean KL {merged.mean_kl:.5f} per token")
         console.print(divergence_table(merged, naive, config))
     with step("Archive", console) as say:
         tar = run / "weights.tar"
@@ -246,7 +246,7 @@ def divergence_table(merged: Divergence, naive: Divergence, config: Config) -> T
     table = Table("merged into", "mean KL per token", "99th percentile", "same top token", title_justify="left")
     names = {"dequantized": "the base as training saw it", "original": "the original weights, as configured"}
     for name, value in ((names[config.merge], merged), ("the original weights (the usual merge)", naive)):
-        table.add_row(name, f"{value.mean_kl:.4f}", f"{value.p99_kl:.4f}", f"{value.top1_agreement:.1%}")
+        table.add_row(name, f"{value.mean_kl:.5f}", f"{value.p99_kl:.5f}", f"{value.top1_agreement:.1%}")
     return table
 
 

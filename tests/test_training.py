@@ -195,17 +195,27 @@ def test_wrong_options_are_named(tiny_base: Path, prepared: data.Prepared, tmp_p
             training.train(settings(optimizer="paged_adamw_8bit"), prepared, tiny_base, tmp_path / "b", console=QUIET)
 
 
-def test_norms_compute_in_float32_and_layers_in_16_bits(tiny_base: Path) -> None:
+def test_norms_compute_in_float32_and_layers_in_16_bits(tiny_base: Path, tmp_path: Path) -> None:
+    """RMS norms do so by themselves; a layer norm, which does not, is held in float32."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
     model = base.load(tiny_base, "nf4")
-    seen = {}
-    for name, module in model.named_modules():
-        if name.endswith(("input_layernorm", "q_proj")):
-            module.register_forward_hook(lambda m, i, o, name=name: seen.setdefault(name, (i[0].dtype, o.dtype)))
-    with torch.no_grad():
-        model(input_ids=torch.tensor([[1, 2, 3]]))
-    assert model.model.layers[0].input_layernorm.weight.dtype == torch.float32
-    assert set(seen.values()) == {(torch.bfloat16, torch.bfloat16)}
     assert len(base.quantized_modules(model)) == 14
+    norm = model.model.layers[0].input_layernorm
+    values = torch.randn(64, 128).to(torch.bfloat16) * 30
+    exact = values.float() * torch.rsqrt(values.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    assert torch.equal(norm(values), (norm.weight * exact.to(torch.bfloat16)))
+
+    small = GPTNeoXConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    GPTNeoXForCausalLM(small).save_pretrained(tmp_path)
+    neox = base.load(tmp_path, "nf4")
+    layer_norm = neox.gpt_neox.layers[0].input_layernorm
+    assert layer_norm.weight.dtype == torch.float32
+    assert layer_norm(values[:, :64]).dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.isfinite(neox(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
 
 
 @pytest.fixture
