@@ -254,7 +254,8 @@ def load(folder: Path, quantization: Quantization, *, attention: str = "sdpa") -
         if isinstance(module, torch.nn.LayerNorm):
             module.to(torch.float32)
             module.register_forward_pre_hook(_to_float32)
-            module.register_forward_hook(_cast_to_input)
+            # What follows stays in 16 bits.
+            module.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
     return model
 
 
@@ -273,11 +274,6 @@ def keep_training_layout(model: torch.nn.Module) -> None:
 
 def _to_float32(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return (inputs[0].float(), *inputs[1:])
-
-
-def _cast_to_input(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    """A norm computed in float32 hands on its input's dtype, so that the layers after it stay in 16 bits."""
-    return output.to(inputs[0].dtype)
 
 
 def quantized_modules(model: torch.nn.Module) -> list[str]:
