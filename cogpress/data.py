@@ -641,6 +641,8 @@ def _items(path: Path) -> Iterator[_Item]:
         raise CogpressError(f"{path} does not exist. Name a JSONL or Parquet file of examples.")
     if not path.is_file():
         raise CogpressError(f"{path} is not a file. Name a JSONL or Parquet file of examples.")
+    # Cog names a downloaded file without a suffix; its first bytes tell what it is.
+    suffix = suffix or ".json"
     if suffix not in (*_JSON_SUFFIXES, ".parquet"):
         raise CogpressError(
             f"{path} is not named as a kind of file that is known. Give examples as .jsonl, .json or .parquet "

@@ -325,7 +325,6 @@ def test_broken_gzip(tmp_path: Path, kept: int) -> None:
         ("none.json", b"[]", "holds no examples"),
         ("examples.csv", b"a,b", "not named as a kind of file that is known"),
         ("examples.jsonl.zst", b"a", "not named as a kind of file that is known"),
-        ("examples", b"{}", "not named as a kind of file that is known"),
         ("wide.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16"),
         ("bad.parquet", b"PAR1 and then nothing", "not readable as Parquet|cannot be read"),
         ("empty.parquet", b"", "not readable as Parquet|cannot be read"),
@@ -395,13 +394,21 @@ def test_the_system_text_goes_before_messages_that_have_none(write: Write) -> No
     assert [example.system for example in (own, simple, conversation)] == ["Mine", "Be brief.", "Be brief."]
 
 
+@pytest.mark.parametrize("content", ['{"text": "a"}\n{"text": "b"}\n', '[{"text": "a"}, {"text": "b"}]'])
+def test_a_file_without_a_suffix_is_told_by_its_content(tmp_path: Path, content: str) -> None:
+    """Cog downloads a training's file to such a name."""
+    path = tmp_path / "tmpfile"
+    path.write_text(content)
+    assert [example.text for example in data.read(path).examples] == ["a", "b"]
+
+
 def test_the_template_is_filled_as_the_server_fills_it(write: Write) -> None:
     one = config.Prompt(template="Q: {question}")
     several = config.Prompt(template="{a} of {b}")
     path = write(pair("Why?"), pair({"question": "Why?"}), {"instruction": "Why?", "output": "So."})
     assert [example.prompt for example in data.read(path, prompt=one).examples] == ["Q: Why?"] * 3
     path = write(pair({"a": "tea", "b": ["x", "y"]}), pair("as it is"))
-    assert [example.prompt for example in data.read(path, prompt=several).examples] == ["tea of x, y", "as it is"]
+    assert [example.prompt for example in data.read(path, prompt=several).examples] == ["tea of x\ny", "as it is"]
     path = write({"messages": messages("Hi", "Hello")})
     assert only(data.read(path, prompt=one)).prompt == "Hi", "a chat is taken as it is"
 
