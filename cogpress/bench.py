@@ -101,6 +101,7 @@ def _ours(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, fl
 
     import torch
 
+    base.quiet_libraries()
     from cogpress import training
     from cogpress.trainer import AnswerTrainer, Collator, Rows
 
@@ -116,6 +117,7 @@ def _ours(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, fl
             data_collator=Collator(pad),
             lengths=[len(row.input_ids) for row in prepared.train],
         )
+        training.quiet(trainer)
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
@@ -127,10 +129,14 @@ def _trl(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, flo
     import tempfile
 
     import torch
+
+    base.quiet_libraries()
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
+
+    from cogpress import training
 
     settings = config.train
     torch.manual_seed(settings.seed)
@@ -162,6 +168,7 @@ def _trl(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, flo
                 warmup_steps=settings.warmup_share,
                 max_length=settings.max_length,
                 seed=settings.seed,
+                use_cpu=not torch.cuda.is_available(),
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
@@ -176,6 +183,7 @@ def _trl(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, flo
                 task_type="CAUSAL_LM",
             ),
         )
+        training.quiet(trainer)
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
@@ -295,7 +303,10 @@ def _ask_openai(url: str, model: str, prompt: Prompt, row: dict[str, Any]) -> St
     }
     started = time.perf_counter()
     first, tokens = 0.0, 0
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=600) as response:
+    with (
+        client.connect(url) as http,
+        http.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
+    ):
         response.raise_for_status()
         for line in response.iter_lines():
             if not line.startswith("data: {"):

@@ -44,7 +44,7 @@ class Event:
 def health(url: str) -> dict[str, Any] | None:
     """What a server says of itself; None where none answers within two seconds."""
     try:
-        with _http(url, timeout=httpx.Timeout(2.0)) as http:
+        with connect(url, timeout=httpx.Timeout(2.0)) as http:
             answer = http.get(f"{url}/health-check").json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None
@@ -104,7 +104,7 @@ def stream(url: str, inputs: dict[str, Any], identifier: str | None = None) -> I
     headers = {"Accept": "text/event-stream"}
     try:
         with (
-            _http(url) as http,
+            connect(url) as http,
             http.stream(method, f"{url}{route}", json=_body(inputs), headers=headers) as response,
         ):
             if response.status_code != 200:
@@ -119,7 +119,8 @@ def stream(url: str, inputs: dict[str, Any], identifier: str | None = None) -> I
     raise CogpressError(f"{url} broke the stream off before its end. The server's log tells why.")
 
 
-def _http(url: str, timeout: httpx.Timeout = _TIMEOUT) -> httpx.Client:
+def connect(url: str, timeout: httpx.Timeout = _TIMEOUT) -> httpx.Client:
+    """An HTTP client for a server, with the settings that all requests here have."""
     # A proxy set for the internet can not reach this machine's own servers, and loading certificates for plain HTTP
     # would take longer than the rest of a request.
     parts = urlsplit(url)
@@ -185,7 +186,7 @@ class _NotFound(CogpressError):
 
 def _request(method: str, url: str, route: str, body: dict[str, Any] | None = None) -> httpx.Response:
     try:
-        with _http(url) as http:
+        with connect(url) as http:
             response = http.request(method, f"{url}{route}", json=body)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _unreachable(url, error) from None

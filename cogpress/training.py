@@ -169,7 +169,7 @@ def _train(
         callbacks=[recorder],
     )
     recorder.trainer = trainer
-    _quiet(trainer)
+    quiet(trainer)
     started = time.perf_counter()
     try:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -294,7 +294,7 @@ def arguments(settings: Train, run: Path, rows: int, validation: bool) -> Traini
     )
 
 
-def _quiet(trainer: Any) -> None:
+def quiet(trainer: Any) -> None:
     """Our own recorder prints; transformers' printer would say everything twice."""
     from transformers.trainer_callback import PrinterCallback
 
