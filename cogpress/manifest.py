@@ -49,21 +49,27 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def write(folder: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+def write(
+    folder: Path, kind: str, facts: dict[str, Any], *, known: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Hash every file of a finished folder and write its manifest, last and atomically.
 
     Args:
         folder: the complete folder.
         kind: `weights` or `adapter`.
         facts: JSON-serialisable; how the folder was made.
+        known: sha256 and bytes of files that were hashed while they were written.
     """
+    known = known or {}
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    others = hashes(folder, [name for name in names if name not in known])
     content = {
         "format": FORMAT,
         "kind": kind,
         "cogpress": cogpress.__version__,
         "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **facts,
-        "files": hashes(folder),
+        "files": dict(sorted((others | known).items())),
     }
     write_json(folder / NAME, content)
     return content

@@ -4,19 +4,23 @@ A QLoRA adapter is trained against the quantized base and corrects its rounding 
 weights instead, it corrects errors that are not there. So each quantized layer is quantized and dequantized again
 exactly as training did it, and the update is added to that, in float32.
 
-Works tensor by tensor on the files; leaves loading models to `base` and judging the result to `check`.
+Works tensor by tensor on the files, so that memory does not grow with the model; leaves what an adapter is to
+`adapter`, loading models to `base` and judging the result to `verify`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogpress import archive, base, manifest
+from cogpress import adapter, archive, base, manifest, tensors
+from cogpress.adapter import Adapter
 from cogpress.config import Merge, Quantization
 from cogpress.errors import CogpressError
 
@@ -37,67 +41,68 @@ SERVING_FILES = (
 )
 """What an engine reads beside the weights."""
 
+INDEX = "model.safetensors.index.json"
+
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Wraps the items of a loop, given how many there are."""
+
+_NF4_BLOCK = 64
+_STATISTICS_BLOCK = 256
+_CHUNK = 1 << 18
+"""Elements that are quantized at once on a CPU: their temporaries stay in its cache, which is several times as fast
+as one pass over a whole layer."""
+
 
 @dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter's matrices and what it was trained on."""
+class Output:
+    """One tensor to write, from one of the base: usually of the same name."""
 
-    folder: Path
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor, float]]
-    quantization: Quantization
-    quantized: frozenset[str]
-    fingerprint: str
-    facts: dict[str, Any]
-
-    def delta(self, module: str, device: torch.device) -> torch.Tensor:
-        """The weight update of one layer, scale * B @ A (Hu et al. 2021), float32, shape (out, in)."""
-        down, up, scale = self.pairs[module]
-        return scale * (up.to(device).float() @ down.to(device).float())
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter that `training` wrote.
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a merge will do, checked before anything is written."""
 
-    Raises:
-        CogpressError: files are missing or changed, or the adapter has a part that this merge does not know.
-    """
-    from safetensors.torch import load_file
+    adapter: Adapter
+    stored: dict[str, tensors.Stored]
+    outputs: list[Output]
+    onto: Merge
+    dtype: torch.dtype
+    untied: bool
 
-    facts = manifest.read(folder)
-    if facts is None or facts.get("kind") != "adapter":
-        raise CogpressError(f"{folder} holds no adapter of cogpress. Name a run's adapter folder, or train one.")
-    manifest.check(folder, facts)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    _refuse_unknown(config, folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor, float]] = {}
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    for name, tensor in tensors.items():
-        module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
-        if part == "A.weight":
-            pairs[module] = (tensor, tensors[name.replace("lora_A", "lora_B")], scale)
-        elif part != "B.weight":
-            raise CogpressError(f"{folder} holds {name}, which this merge does not know.")
-    return Adapter(
-        folder=folder,
-        pairs=pairs,
-        quantization=facts["quantization"],
-        quantized=frozenset(facts["quantized_modules"]),
-        fingerprint=facts["base"]["fingerprint"],
-        facts=facts,
-    )
+    def value(self, output: Output) -> torch.Tensor:
+        """One merged tensor, on the CPU.
 
+        Raises:
+            CogpressError: it is not finite.
+        """
+        import torch
 
-def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
-    """A LoRA variant merged as plain LoRA would be wrong without a sign of it, so it is refused by name."""
-    unknown = [
-        name
-        for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
-        if config.get(name)
-    ]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unknown:
-        what = ", ".join(unknown) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise CogpressError(f"{folder} can not be merged exactly: it uses {what}. Train it without.")
+        tensor = tensors.load(self.stored[output.source], output.source)
+        if not tensor.is_floating_point():
+            return tensor
+        # Training loads the checkpoint in its compute dtype first, and quantizes from that.
+        tensor = tensor.to(self.dtype)
+        module = output.name.removesuffix(".weight")
+        replacement = self.adapter.replacement(output.name)
+        if replacement is None and output.name not in self.adapter.touched and module not in self.adapter.quantized:
+            return tensor
+        tensor = (tensor if replacement is None else replacement).to(base.device())
+        if module in self.adapter.quantized and self.onto == "dequantized":
+            tensor = as_trained(tensor, self.adapter.quantization, self.dtype)
+        if output.name in self.adapter.touched:
+            tensor = self.adapter.apply(output.name, tensor).to(self.dtype)
+            if not torch.isfinite(tensor).all():
+                raise CogpressError(
+                    f"{output.name} is not finite after the merge: the training diverged. Nothing is written; train "
+                    "with a lower learning rate."
+                )
+        return tensor.to(self.dtype).cpu()
 
 
 def as_trained(weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
@@ -111,6 +116,8 @@ def as_trained(weight: torch.Tensor, quantization: Quantization, dtype: torch.dt
     import bitsandbytes.functional as bnb
 
     if quantization == "nf4":
+        if weight.device.type == "cpu" and weight.shape[1] % 2 == 0:
+            return _nf4_in_chunks(weight).to(dtype)
         packed, state = bnb.quantize_4bit(weight.contiguous(), compress_statistics=True, quant_type="nf4")
         return bnb.dequantize_4bit(packed, state).to(dtype)
     if quantization == "int8":
@@ -120,16 +127,130 @@ def as_trained(weight: torch.Tensor, quantization: Quantization, dtype: torch.dt
     return weight.to(dtype)
 
 
+def _nf4_in_chunks(weight: torch.Tensor) -> torch.Tensor:
+    """`dequantize_4bit(*quantize_4bit(weight))` of bitsandbytes on a CPU, bit for bit, several times as fast.
+
+    Blocks of 64 values are quantized independently of each other. Only their scales are quantized together, by double
+    quantization: so all blocks come first, then the scales, then the values.
+
+    Args:
+        weight: shape (out, in) with an even number of columns.
+    """
+    import bitsandbytes.functional as bnb
+    import torch
+
+    columns = weight.shape[1]
+    # A chunk ends with a row and with a block.
+    step = _NF4_BLOCK // math.gcd(columns, _NF4_BLOCK)
+    step *= max(1, _CHUNK // (columns * step))
+    work = torch.empty(3, min(step, len(weight)) * columns)
+    packed, scales = zip(*(_nf4(chunk, work) for chunk in weight.split(step)), strict=True)
+    absmax = torch.cat(scales)
+    offset = absmax.mean()
+    absmax = bnb.dequantize_blockwise(*bnb.quantize_blockwise(absmax - offset, blocksize=_STATISTICS_BLOCK))
+    absmax += offset
+    out = torch.empty_like(weight)
+    dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
+    lengths = [len(scale) for scale in scales]
+    for target, values, scale in zip(out.split(step), packed, absmax.split(lengths), strict=True):
+        target.copy_(dequantize(values, scale.contiguous(), _NF4_BLOCK, "nf4", target.shape, weight.dtype))
+    return out
+
+
+def _nf4(weight: torch.Tensor, work: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bitsandbytes' `quantize_4bit` for whole rows: two values a byte, and the scale of each block of 64.
+
+    Its own operator searches the 15 bounds between NF4's values for each weight by itself; counting the bounds below
+    all weights at once, in memory that is used again and again, gives the same index several times as fast.
+
+    Args:
+        weight: some rows of a layer.
+        work: float32, shape (3, at least as many as there are weights); overwritten.
+    """
+    import torch
+    from bitsandbytes.backends.default.ops import _get_4bit_quantize_bounds
+
+    count = weight.numel()
+    if count % _NF4_BLOCK:  # a last block that is not whole is rounded in another way
+        return torch.ops.bitsandbytes.quantize_4bit.default(weight.contiguous(), _NF4_BLOCK, "nf4", torch.uint8)
+    scaled, above, index = (part[:count] for part in work)
+    scaled.copy_(weight.reshape(-1))
+    absmax = torch.abs(scaled, out=above).view(-1, _NF4_BLOCK).amax(dim=1)
+    scaled.view(-1, _NF4_BLOCK).mul_((1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1)
+    index.zero_()
+    for bound in _get_4bit_quantize_bounds("nf4", weight.device)[0].tolist():
+        index += torch.gt(scaled, bound, out=above)
+    pairs = index.to(torch.uint8)
+    return ((pairs[::2] << 4) | pairs[1::2]).unsqueeze(1), absmax
+
+
+def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized") -> Plan:
+    """Check that an adapter and a base belong together, and list what merging them will write.
+
+    Raises:
+        CogpressError: the adapter was trained on another base or does not fit it; or either uses something that can
+            not be merged exactly.
+    """
+    import torch
+
+    found = adapter.read(adapter_folder)
+    if manifest.fingerprint(base_folder) != found.fingerprint:
+        raise CogpressError(
+            f"{adapter_folder} was trained on another base than {base_folder}: the weights' hashes differ. "
+            f"Name the base that it was trained on ({found.facts['base']['source']})."
+        )
+    config = json.loads((base_folder / "config.json").read_text())
+    if "quantization_config" in config:
+        raise CogpressError(f"{base_folder} is quantized already, so nothing can be merged into it exactly.")
+    stored = tensors.stored(base_folder)
+    sources = {name: name for name in stored}
+    untied = bool(config.get("tie_word_embeddings")) and _untie(found, sources, base_folder)
+    _check_fit(found, {name: stored[source] for name, source in sources.items()})
+    dtype: torch.dtype = getattr(torch, found.facts["compute_dtype"])
+    place = {name: at for at, name in enumerate(stored)}
+    order = sorted(sources, key=lambda name: place[sources[name]])  # the files are read and written front to back
+    outputs = [_output(name, stored[sources[name]], sources[name], dtype) for name in order]
+    return Plan(found, stored, outputs, onto, dtype, untied)
+
+
+def _output(name: str, place: tensors.Stored, source: str, dtype: torch.dtype) -> Output:
+    if place.dtype not in ("F64", "F32", "F16", "BF16"):
+        if place.dtype.startswith("F"):
+            raise CogpressError(f"{place.file} holds {name} in {place.dtype}: it is quantized. Name its original.")
+        return Output(name, source, place.shape, place.dtype, place.bytes)
+    size = math.prod(place.shape) * dtype.itemsize
+    return Output(name, source, place.shape, tensors.dtype_name(dtype), size)
+
+
+def _untie(found: Adapter, sources: dict[str, str], base_folder: Path) -> bool:
+    """Give the output layer a tensor of its own where it shares the embedding's and training changed one of the two.
+
+    A checkpoint with tied embeddings holds one of them; in training peft changes each by itself.
+    """
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not found.touched & {head, embedding} or head in sources:
+        return False
+    if embedding not in sources:
+        raise CogpressError(
+            f"{found.folder} changes embeddings that {base_folder} ties together under names that the merge does not "
+            "know, so it can not be merged exactly. Train without the embedding and the output layer."
+        )
+    sources[head] = embedding
+    return True
+
+
 def merge(
     base_folder: Path,
     adapter_folder: Path,
     target: Path,
     *,
     onto: Merge = "dequantized",
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, _total: items,
+    progress: Progress = lambda items, _total: items,
     facts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Merge an adapter into its base and write a folder of weights with a manifest, all or nothing.
+
+    One tensor is in memory at a time, and another is written meanwhile. Computes on a GPU where there is one.
 
     Args:
         base_folder: the base that the adapter was trained on, as safetensors.
@@ -143,124 +264,98 @@ def merge(
         the manifest.
 
     Raises:
-        CogpressError: the adapter was trained on another base, or does not fit it; nothing is written.
+        CogpressError: the adapter was trained on another base, does not fit it, or can not be merged exactly, or the
+            disk has no room; nothing is written.
     """
-    import torch
-
-    adapter = read_adapter(adapter_folder)
-    shards = sorted(base_folder.glob("*.safetensors"))
-    if manifest.fingerprint(base_folder) != adapter.fingerprint:
-        raise CogpressError(
-            f"{adapter_folder} was trained on another base than {base_folder}: the weights' hashes differ. "
-            f"Name the base that it was trained on ({adapter.facts['base']['source']})."
-        )
-    dtype: torch.dtype = getattr(torch, adapter.facts["compute_dtype"])
-    _check_fit(adapter, shards)
+    planned = plan(base_folder, adapter_folder, onto)
+    size = sum(output.bytes for output in planned.outputs)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < 1.01 * size:
+        raise CogpressError(f"{target} needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Make room there.")
     with archive.new_folder(target) as part:
-        done = _write_shards(adapter, shards, part, onto, dtype, progress)
-        _copy_settings(base_folder, part, dtype)
+        written = _write(planned, part, progress)
+        _copy_settings(base_folder, part, planned)
         return manifest.write(
             part,
             "weights",
             {
-                "base": adapter.facts["base"],
-                "quantization": adapter.quantization,
-                "compute_dtype": adapter.facts["compute_dtype"],
-                "merge": {"onto": onto, "layers": done, "adapter": manifest.fingerprint(adapter_folder)},
-                "prompt": adapter.facts["prompt"],
+                "base": planned.adapter.facts["base"],
+                "quantization": planned.adapter.quantization,
+                "compute_dtype": planned.adapter.facts["compute_dtype"],
+                "merge": {
+                    "onto": onto,
+                    "layers": len(planned.adapter.layers),
+                    "adapter": manifest.fingerprint(adapter_folder),
+                },
+                "prompt": planned.adapter.facts["prompt"],
                 **(facts or {}),
             },
+            known=written,
         )
 
 
-def _check_fit(adapter: Adapter, shards: list[Path]) -> None:
+def _check_fit(found: Adapter, places: dict[str, tensors.Stored]) -> None:
     """Every adapted and every quantized layer must be a tensor of the checkpoint, of the adapter's shape."""
-    from safetensors import safe_open
-
-    shapes: dict[str, list[int]] = {}
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                shapes[name] = file.get_slice(name).get_shape()
-    for module in sorted(adapter.quantized | adapter.pairs.keys()):
-        shape = shapes.get(f"{module}.weight")
-        if shape is None:
+    for name in sorted(found.touched | {f"{module}.weight" for module in found.quantized}):
+        if name not in places:
             raise CogpressError(
-                f"{adapter.folder} changes {module}, which the base's files do not hold under that name, so it can "
-                "not be merged exactly. Name the base that it was trained on."
+                f"{found.folder} changes {name}, which the base's files do not hold under that name, so it can not be "
+                "merged exactly. Name the base that it was trained on."
             )
-        if module in adapter.pairs:
-            down, up, _ = adapter.pairs[module]
-            if shape != [up.shape[0], down.shape[1]]:
-                raise CogpressError(
-                    f"{module} is {shape} in the base and {[up.shape[0], down.shape[1]]} in the adapter. "
-                    "Name the base that it was trained on."
-                )
+        if name in found.replaced and name.removesuffix(".weight") in found.quantized:
+            raise CogpressError(f"{found.folder} can not be merged exactly: it saved {name} whole, in quantized form.")
+        if name in found.touched and places[name].shape != found.shape(name):
+            raise CogpressError(
+                f"{name} is {list(places[name].shape)} in the base and {list(found.shape(name))} in the adapter. "
+                "Name the base that it was trained on."
+            )
 
 
-def _write_shards(
-    adapter: Adapter,
-    shards: list[Path],
-    part: Path,
-    onto: Merge,
-    dtype: torch.dtype,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]],
-) -> int:
-    """Write the merged shards under the base's own file names; one shard is in memory at a time."""
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    device = base.device()
-    names = []
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            names += [(shard, name) for name in file.keys()]  # noqa: SIM118
-    where: dict[str, str] = {}
-    total = merged = 0
-    pending: dict[str, torch.Tensor] = {}
-    current: Path | None = None
-
-    def flush() -> None:
-        nonlocal pending
-        if current is not None:
-            save_file(pending, part / current.name, metadata={"format": "pt"})
-        pending = {}
-
-    for shard, name in progress(names, len(names)):
-        if shard != current:
-            flush()
-            current = shard
-        with safe_open(shard, framework="pt") as file:
-            tensor = file.get_tensor(name)
-        module = name.removesuffix(".weight")
-        if tensor.is_floating_point():
-            # Training loads the checkpoint in its compute dtype first, and quantizes from that.
-            tensor = tensor.to(dtype)
-        if module in adapter.quantized and onto == "dequantized":
-            tensor = as_trained(tensor.to(device), adapter.quantization, dtype)
-        if module in adapter.pairs:
-            tensor = (tensor.to(device).float() + adapter.delta(module, device)).to(dtype)
-            if not torch.isfinite(tensor).all():
-                raise CogpressError(
-                    f"{module} is not finite after the merge: the training diverged. Nothing is written."
-                )
-            merged += 1
-        pending[name] = tensor.cpu().contiguous()
-        where[name] = shard.name
-        total += tensor.numel() * tensor.element_size()
-    flush()
+def _write(planned: Plan, part: Path, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Write the merged shards under the base's own file names. Returns the sha256 and bytes of each."""
+    written: dict[str, dict[str, Any]] = {}
+    shards: dict[str, list[Output]] = {}
+    for output in planned.outputs:
+        shards.setdefault(planned.stored[output.source].file.name, []).append(output)
+    computed = iter(progress(_ahead(planned.value, planned.outputs), len(planned.outputs)))
+    for shard, outputs in shards.items():
+        layout = {output.name: (output.dtype, output.shape, output.bytes) for output in outputs}
+        with tensors.Writer(part / shard, layout) as writer:
+            for output in outputs:
+                writer.write(output.name, next(computed))
+            written[shard] = writer.close()
+    next(computed, None)  # lets a progress bar end
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        manifest.write_json(part / "model.safetensors.index.json", index)
-    return merged
+        index = {
+            "metadata": {"total_size": sum(output.bytes for output in planned.outputs)},
+            "weight_map": {output.name: shard for shard, outputs in shards.items() for output in outputs},
+        }
+        manifest.write_json(part / INDEX, index)
+    return written
 
 
-def _copy_settings(base_folder: Path, part: Path, dtype: torch.dtype) -> None:
+def _ahead(function: Callable[[Output], torch.Tensor], items: Iterable[Output]) -> Iterator[torch.Tensor]:
+    """`map`, one item ahead: writing and hashing take about as long as computing, and all of it runs without
+    Python's lock."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: Future[torch.Tensor] | None = None
+        for item in items:
+            following = pool.submit(function, item)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+def _copy_settings(base_folder: Path, part: Path, planned: Plan) -> None:
     for name in SERVING_FILES:
         if (base_folder / name).is_file():
             shutil.copyfile(base_folder / name, part / name)
     config = json.loads((part / "config.json").read_text())
     config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = str(planned.dtype).removeprefix("torch.")
+    if planned.untied:
+        config["tie_word_embeddings"] = False
     manifest.write_json(part / "config.json", config)

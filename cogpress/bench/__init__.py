@@ -1,0 +1,49 @@
+"""Side-by-side measurements: the same work, by cogpress and by what people would use instead, in one run.
+
+Knows how to make a comparison fair (fresh processes, alternating order, medians); each file compares one thing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+Measured = dict[str, list[dict[str, float]]]
+"""What each side did in each round."""
+
+
+def in_fresh_process(function: Any, *args: Any) -> Any:
+    """Run a function in a new process, so that its memory is its own and no cache is warm from another's work."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def alternate(
+    sides: dict[str, Callable[[], dict[str, float]]], rounds: int, tell: Callable[[int, str, dict[str, float]], None]
+) -> Measured:
+    """Measure each side once a round, in an order that alternates: a machine that slows down favours neither.
+
+    Args:
+        sides: what to measure, by name.
+        rounds: how often.
+        tell: takes the round, from 1, the side's name and what was measured.
+    """
+    measured: Measured = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in sides if number % 2 == 0 else reversed(sides):
+            found = sides[name]()
+            measured[name].append(found)
+            tell(number + 1, name, found)
+    return measured
+
+
+def medians(measured: Measured) -> dict[str, dict[str, float]]:
+    """The median over all rounds of everything that was measured."""
+    return {
+        name: {key: statistics.median(found[key] for found in results) for key in results[0]}
+        for name, results in measured.items()
+    }

@@ -1,0 +1,151 @@
+"""Safetensors files one tensor at a time: what is in them, and writing one without holding it in memory.
+
+The library itself writes a file from tensors that are all in memory; a merge must not need that. Knows the format
+(an 8-byte length, a JSON header, the data) and nothing of what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from cogpress.errors import CogpressError
+
+if TYPE_CHECKING:
+    import torch
+
+_ALIGNMENT = 8
+_LONGEST_HEADER = 100_000_000
+"""Bytes; the library's own limit."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is and what it looks like; `dtype` in the format's words, such as BF16."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder's safetensors files, by name, in the order of the files and of the data in them.
+
+    Raises:
+        CogpressError: a file is cut off, is no safetensors file, or holds a tensor that another holds too.
+    """
+    found: dict[str, Stored] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        header, start = _header(path)
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
+        end = start + max((entry["data_offsets"][1] for _, entry in entries), default=0)
+        if path.stat().st_size != end:
+            raise CogpressError(
+                f"{path} has {path.stat().st_size} bytes where its header says {end}: it was cut off. Fetch it again."
+            )
+        for name, entry in entries:
+            if name in found:
+                raise CogpressError(f"{path} holds {name}, which {found[name].file.name} holds too. Fetch them again.")
+            low, high = entry["data_offsets"]
+            found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), high - low)
+    return found
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The entries of a file's header, and where its data begins."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _LONGEST_HEADER:
+                raise ValueError("the header is too long")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            (low, high), _, _ = entry["data_offsets"], entry["dtype"], entry["shape"]
+            if not 0 <= low <= high:
+                raise ValueError("the offsets are wrong")
+    except (ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
+        raise CogpressError(f"{path} is no safetensors file ({error}). Fetch it again.") from None
+    return header, 8 + length
+
+
+def load(place: Stored, name: str) -> torch.Tensor:
+    """One tensor. The file is mapped for this one alone, so that no other page of it stays in memory."""
+    from safetensors import safe_open
+
+    with safe_open(place.file, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A torch dtype in the format's words."""
+    import torch
+
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    return names[dtype]
+
+
+class Writer:
+    """Writes one file: all names and shapes are known first, then tensors come in that order, one at a time.
+
+    The file's sha256 is made on the way, so that nobody has to read it again for that.
+    """
+
+    def __init__(self, path: Path, layout: dict[str, tuple[str, tuple[int, ...], int]]) -> None:
+        """
+        Args:
+            path: the file to write.
+            layout: dtype (in the format's words), shape and bytes of each tensor, in the order in which they come.
+        """
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name, (dtype, shape, size) in layout.items():
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+            at += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        self._path = path
+        self._left = list(layout)
+        self._sizes = {name: size for name, (_, _, size) in layout.items()}
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+        self._file = path.open("xb")
+        self._put(struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a tensor, on the CPU and contiguous: the next one of the layout."""
+        import torch
+
+        if not self._left or self._left[0] != name:
+            raise ValueError(f"{name} is not the next tensor of {self._path.name}")
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        if data.nbytes != self._sizes[name]:
+            raise ValueError(f"{name} has {data.nbytes} bytes, not the {self._sizes[name]} of its layout")
+        self._left.pop(0)
+        self._put(memoryview(data))
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)
+
+    def close(self) -> dict[str, Any]:
+        """Finish the file. Returns its `sha256` and `bytes`, as a manifest records them."""
+        if self._left:
+            raise ValueError(f"{self._path.name} lacks {self._left[0]}")
+        self._file.close()
+        return {"sha256": self._digest.hexdigest(), "bytes": self._bytes}
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
