@@ -133,6 +133,21 @@ class Serve(_Section):
     prefix_caching: bool = True
 
 
+class Verify(_Section):
+    """What weights must pass before they ship. A limit that is None is the default for the weights' scheme."""
+
+    examples: str | None = None
+    rows: Annotated[int, Field(ge=4, le=10_000)] = 64
+    score: Annotated[str, Field(pattern=r"^(exact|json|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")] = "exact"
+    mean_kl: Annotated[float, Field(gt=0)] | None = None
+    p99_kl: Annotated[float, Field(gt=0)] | None = None
+    top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    perplexity_ratio: Annotated[float, Field(ge=1)] | None = None
+    score_loss: Annotated[float, Field(ge=0, le=1)] | None = None
+    served_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    served_difference: Annotated[float, Field(gt=0)] | None = None
+
+
 class Config(_Section):
     """One model, from base to server."""
 
@@ -142,6 +157,7 @@ class Config(_Section):
     data: Data = Data()
     train: Train = Train()
     merge: Merge = "dequantized"
+    verify: Verify = Verify()
     serve: Serve = Serve()
 
     def override(self, inputs: dict[str, Any]) -> Config:

@@ -342,6 +342,19 @@ def _load(
     return pairs
 
 
+def rows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], stop_ids: Collection[int] = ()) -> list[Row]:
+    """Examples that were read, tokenized as training does, uncut.
+
+    Raises:
+        CogpressError: one cannot be tokenized.
+    """
+    stops = _stops(tokenizer, stop_ids)
+    try:
+        return [tokenize(tokenizer, example, stops) for example in examples]
+    except _BadExample as bad:
+        raise CogpressError(f"An example cannot be tokenized: {bad}.") from None
+
+
 def _refusal(report: Report) -> str:
     shown = "; ".join(str(problem) for problem in report.problems[:5])
     more = f"; and {len(report.problems) - 5:,} more" if len(report.problems) > 5 else ""

@@ -6,8 +6,9 @@ original base) and compares their next-token distributions on answers; leaves th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from cogpress import base, manifest
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from cogpress.data import Row
 
@@ -24,15 +26,23 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(reference || candidate) in nats over answer tokens, and the share of them with the same top token."""
+    """KL(reference || candidate) in nats over answer tokens, and the share of them with the same top token.
+
+    The perplexities are of the expected answers, the candidate's and the reference's.
+    """
 
     mean_kl: float
     p99_kl: float
     top1_agreement: float
+    perplexity: float
+    reference_perplexity: float
     tokens: int
+    values: list[float] = field(default_factory=list, repr=False)
+    """The KL at each token, for pictures."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything but the values of single tokens."""
+        return {name: value for name, value in asdict(self).items() if name != "values"}
 
 
 def reference_model(base_folder: Path, adapter: Path) -> torch.nn.Module:
@@ -85,17 +95,22 @@ def compare(
     batches = [ordered[at : at + BATCH] for at in range(0, len(ordered), BATCH)]
     kl: dict[str, list[torch.Tensor]] = {name: [] for name in candidates}
     same: dict[str, int] = dict.fromkeys(candidates, 0)
+    nll: dict[str, float] = dict.fromkeys(candidates, 0.0)
+    reference_nll = 0.0
     device = base.device()
     with torch.no_grad():
         for batch in progress(batches, len(batches)):
             inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
             labelled = inputs["labels"][:, 1:] != IGNORE
+            targets = inputs["labels"][:, 1:][labelled][:, None]
             # What training evaluated: its matrix products ran in the compute dtype.
             with torch.autocast(device.type, dtype=base.compute_dtype()):
                 expected = _log_probs(reference, inputs, labelled)
+            reference_nll -= float(expected.gather(-1, targets).sum())
             for name, model in candidates.items():
                 got = _log_probs(model, inputs, labelled)
                 kl[name].append((expected.exp() * (expected - got)).sum(-1).cpu())
+                nll[name] -= float(got.gather(-1, targets).sum())
                 same[name] += int((expected.argmax(-1) == got.argmax(-1)).sum())
     result = {}
     for name, parts in kl.items():
@@ -104,7 +119,10 @@ def compare(
             mean_kl=float(values.mean()),
             p99_kl=float(values.quantile(0.99)),
             top1_agreement=same[name] / values.numel(),
+            perplexity=math.exp(nll[name] / values.numel()),
+            reference_perplexity=math.exp(reference_nll / values.numel()),
             tokens=values.numel(),
+            values=values.tolist(),
         )
     return result
 
@@ -130,6 +148,54 @@ def answer_loss(model: torch.nn.Module, rows: Sequence[Row], pad_token_id: int) 
             count += targets.numel()
     model.train(training)
     return total / max(count, 1)
+
+
+def token_logprobs(
+    model: torch.nn.Module, rows: Sequence[Row], pad_token_id: int
+) -> list[tuple[list[float], list[bool]]]:
+    """For each row, the log-probability (nats) of each labelled token, and whether the model finds it most likely."""
+    import torch
+
+    from cogpress.trainer import IGNORE, Collator
+
+    collate = Collator(pad_token_id)
+    device = base.device()
+    order = sorted(range(len(rows)), key=lambda at: len(rows[at].input_ids))
+    found: dict[int, tuple[list[float], list[bool]]] = {}
+    with torch.no_grad():
+        for start in range(0, len(order), BATCH):
+            batch = order[start : start + BATCH]
+            inputs = {name: tensor.to(device) for name, tensor in collate([rows[at] for at in batch]).items()}
+            labels = inputs["labels"][:, 1:]
+            labelled = labels != IGNORE
+            log_probs = _log_probs(model, inputs, labelled)
+            targets = labels[labelled]
+            values = log_probs.gather(-1, targets[:, None])[:, 0].tolist()
+            best = (log_probs.argmax(-1) == targets).tolist()
+            end = 0
+            for at, count in zip(batch, labelled.sum(1).tolist(), strict=True):
+                found[at] = (values[end : end + count], best[end : end + count])
+                end += count
+    return [found[at] for at in range(len(rows))]
+
+
+def answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
+    """Greedy answers to prompts of token ids, computed as training computes, all at once."""
+    import torch
+
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    # Padded on the left, so that every answer starts at the same place.
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    training = model.training
+    model.eval()
+    with torch.no_grad(), torch.autocast(model.device.type, dtype=base.compute_dtype()):
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, pad_token_id=pad
+        )
+    model.train(training)
+    return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)).strip() for row in out]
 
 
 def _log_probs(model: torch.nn.Module, inputs: dict[str, torch.Tensor], labelled: torch.Tensor) -> torch.Tensor:

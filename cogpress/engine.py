@@ -31,15 +31,21 @@ class Sampling:
     frequency_penalty: float = 0.0
     stop: list[str] = field(default_factory=list)
     seed: int | None = None
+    logprobs: bool = False
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What one engine step added to an answer: whole characters, the tokens behind them, and why it ended, if so."""
+    """What one engine step added to an answer: whole characters, how many tokens, and why it ended, if so.
+
+    Where log-probabilities were asked for, the step's token ids and theirs come along.
+    """
 
     text: str
     tokens: int
     finish_reason: str | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
 
 
 class Engine:
@@ -106,17 +112,42 @@ class Engine:
             frequency_penalty=sampling.frequency_penalty,
             stop=sampling.stop or None,
             seed=sampling.seed,
+            logprobs=0 if sampling.logprobs else None,
             output_kind=RequestOutputKind.DELTA,
         )
         outputs = self._llm.generate(tokens_input(prompt), params, request_id=uuid.uuid4().hex)
         try:
             async for output in outputs:
                 answer = output.outputs[0]
-                yield Delta(answer.text, len(answer.token_ids), answer.finish_reason)
+                ids = list(answer.token_ids) if sampling.logprobs else []
+                chosen = [found[one].logprob for one, found in zip(ids, answer.logprobs or (), strict=True)]
+                yield Delta(answer.text, len(answer.token_ids), answer.finish_reason, ids, chosen)
         except EngineDeadError:
             raise CogpressError(DEAD) from None
         finally:
             await outputs.aclose()
+
+    async def score(self, ids: list[int]) -> list[float]:
+        """The log-probability of each token after those before it; 0 for the first.
+
+        Raises:
+            CogpressError: the engine is dead.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        params = SamplingParams(
+            max_tokens=1, temperature=0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        found: list[dict[int, Any] | None] = []
+        try:
+            async for output in self._llm.generate(tokens_input(ids), params, request_id=uuid.uuid4().hex):
+                found = list(output.prompt_logprobs or ())
+        except EngineDeadError:
+            raise CogpressError(DEAD) from None
+        return [step[one].logprob if step else 0.0 for one, step in zip(ids, found, strict=True)]
 
     @property
     def dead(self) -> bool:

@@ -71,13 +71,16 @@ def token_lengths(lengths: Sequence[int], max_length: int, path: Path) -> None:
 def _figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    return figure, _styled(figure.add_subplot())
+
+
+def _styled(axes: Axes) -> Axes:
     axes.set_axisbelow(True)
     axes.grid(color=_GRID, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
     axes.tick_params(colors=_INK)
-    return figure, axes
+    return axes
 
 
 def losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -105,3 +108,58 @@ def losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def verification(
+    kl: Sequence[float] | None,
+    parity: Sequence[tuple[float, float]] | None,
+    limits: Mapping[str, float],
+    verdict: str,
+    path: Path,
+) -> None:
+    """Write a PNG: how far each token is from the reference, and the engine's log-probabilities beside transformers'.
+
+    Args:
+        kl: KL of each answer token in nats; None where it was not measured.
+        parity: log-probability by the engine and by transformers, of each token; None where it was not measured.
+        limits: of the checks by name, drawn as lines.
+        verdict: for the title.
+        path: the picture, replaced if it exists; its folder must exist.
+    """
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = (_styled(axes) for axes in figure.subplots(1, 2))
+    figure.suptitle(f"Verification {verdict}", x=0.01, ha="left", color=_INK)
+    if kl:
+        # On a logarithmic axis nothing is zero.
+        values = np.maximum(np.sort(np.asarray(kl)), 1e-9)
+        left.plot(values, np.linspace(0, 1, len(values)), color=_BLUE, linewidth=1.6)
+        left.set_xscale("log")
+        for name, label in (("mean KL", "mean"), ("99th percentile KL", "99 %")):
+            if name in limits:
+                left.axvline(limits[name], color=_ORANGE, linewidth=1.2, linestyle="--")
+                left.annotate(
+                    f"limit of the {label} {limits[name]:g}", (limits[name], 0.02), xycoords=("data", "axes fraction"),
+                    xytext=(-4, 0), textcoords="offset points", rotation=90, ha="right", va="bottom", color=_ORANGE,
+                )  # fmt: skip
+        left.axvline(float(np.mean(kl)), color=_BLUE, linewidth=1.2, linestyle=":")
+        left.set_title(f"{len(kl):,} answer tokens, mean KL {np.mean(kl):.2g}", loc="left", color=_INK)
+    _labelled(left, "KL to what training scored (nats, log)", "share of tokens up to there", measured=bool(kl))
+    if parity:
+        engine, reference = np.asarray(parity).T
+        low = float(min(engine.min(), reference.min(), -1e-3)) * 1.05
+        right.plot([low, 0], [low, 0], color=_GRID, linewidth=1.5)
+        right.scatter(reference, engine, s=9, color=_BLUE, alpha=0.5, linewidths=0)
+        difference = float(np.abs(engine - reference).mean())
+        right.set_title(f"{len(parity):,} tokens, mean difference {difference:.2g}", loc="left", color=_INK)
+    _labelled(right, "log-probability by transformers", "log-probability by the engine", measured=bool(parity))
+    figure.savefig(path, dpi=110)
+
+
+def _labelled(axes: Axes, across: str, up: str, *, measured: bool) -> None:
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    if not measured:
+        axes.set_title("not measured: an earlier check failed", loc="left", color=_ORANGE)
+        axes.set_xticks([])
+        axes.set_yticks([])

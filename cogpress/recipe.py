@@ -27,6 +27,9 @@ from cogpress.errors import CogpressError
 if TYPE_CHECKING:
     from cogpress.divergence import Divergence
 
+HELD_OUT = "held-out.jsonl"
+"""The examples of a run that it does not train on, as conversations."""
+
 COMPARED_ROWS = 64
 """Rows on which merges are compared: enough for a mean KL, seconds on a laptop."""
 
@@ -102,7 +105,7 @@ def new_run(root: Path) -> Path:
 
 
 def prepare(config: Config, path: Path, base_folder: Path, run: Path, console: Console, *, skip_bad: bool) -> Prepared:
-    """Check and tokenize the examples; write `data.json` and `lengths.png` into the run folder, and print the report.
+    """Check and tokenize the examples; write `data.json`, `lengths.png` and `held-out.jsonl`; print the report.
 
     Raises:
         CogpressError: the examples can not be trained on; the report is printed all the same.
@@ -125,6 +128,12 @@ def prepare(config: Config, path: Path, base_folder: Path, run: Path, console: C
         console.print(error.report.table())
         raise
     manifest.write_json(run / "data.json", prepared.report.to_dict())
+    held_out = [
+        {"messages": [turn._asdict() for turn in example.messages]}
+        for example in prepared.validation_examples
+        if example.messages
+    ]
+    (run / HELD_OUT).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out))
     plots.token_lengths(prepared.report.lengths, config.train.max_length, run / "lengths.png")
     console.print(prepared.report.table())
     return prepared
@@ -202,7 +211,7 @@ def merge_once(
         except CogpressError:
             console.print(f"  {target} was changed since it was written; merging again")
     return (
-        merge.merge(base_folder, adapter, target, onto=config.merge, progress=_bar(console)),
+        merge.merge(base_folder, adapter, target, onto=config.merge, progress=progress_bar(console)),
         False,
     )
 
@@ -224,7 +233,7 @@ def compare_once(
         saved = json.loads(path.read_text())
         if saved["key"] == key:
             return Divergence(**saved["merged"]), Divergence(**saved["naive"])
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
     pad = base.tokenizer(base_folder).pad_token_id or 0
     found = divergence.compare(
@@ -235,7 +244,7 @@ def compare_once(
         },
         rows,
         pad,
-        progress=_bar(console),
+        progress=progress_bar(console),
     )
     manifest.write_json(path, {"key": key, **{name: value.to_dict() for name, value in found.items()}})
     return found["merged"], found["naive"]
@@ -250,7 +259,7 @@ def divergence_table(merged: Divergence, naive: Divergence, config: Config) -> T
     return table
 
 
-def _bar(console: Console) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+def progress_bar(console: Console) -> Callable[[Iterable[Any], int], Iterable[Any]]:
     """A progress bar that goes when it is done; nothing where nobody watches."""
     if not console.is_terminal:
         return lambda items, _total: items

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cogpress import archive, base, manifest
+from cogpress import archive, base, divergence, manifest
+from cogpress.chat import encode_prompt
 from cogpress.config import Config, Train
 from cogpress.data import Example, Prepared
 from cogpress.errors import CogpressError
@@ -328,9 +329,10 @@ def compare_answers(
     shown = [example for example in examples if example.messages is not None][:count]
     if not shown:
         return []
+    prompts = [encode_prompt(tokenizer, example.asked) for example in shown]
     with model.disable_adapter():
-        before = _answers(model, tokenizer, shown, max_tokens)
-    after = _answers(model, tokenizer, shown, max_tokens)
+        before = divergence.answers(model, tokenizer, prompts, max_tokens)
+    after = divergence.answers(model, tokenizer, prompts, max_tokens)
     rows = [
         {"prompt": example.prompt, "expected": example.answer, "base": old, "tuned": new}
         for example, old, new in zip(shown, before, after, strict=True)
@@ -348,26 +350,3 @@ def _plain(text: str) -> Any:
 
     text = " ".join(text.split())
     return Text(text if len(text) <= 300 else text[:300] + "…")
-
-
-def _answers(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_tokens: int
-) -> list[str]:
-    import torch
-
-    from cogpress.chat import encode_prompt
-
-    prompts = [encode_prompt(tokenizer, example.asked) for example in examples]
-    longest = max(map(len, prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    # Padded on the left, so that every answer starts at the same place.
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    training = model.training
-    model.eval()
-    with torch.no_grad(), torch.autocast(model.device.type, dtype=base.compute_dtype()):
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, pad_token_id=pad
-        )
-    model.train(training)
-    return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)).strip() for row in out]
