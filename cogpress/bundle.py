@@ -97,7 +97,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         path = PurePosixPath(name)
         archive.refuse_pickle(path, folder)
         # The very patterns that fetching a model uses: what they leave out would be missing after a download.
-        known = any(fnmatch(name, pattern) for pattern in base.HUB_FILES) or path.name in REPORTS
+        known = any(fnmatch(name, pattern) for pattern in base.HUB_FILES)
         if path.is_absolute() or ".." in path.parts or path.name.startswith(".") or "\\" in name or not known:
             raise CogpressError(
                 f"{folder / manifest.NAME} lists {name!r}, which is no part of a model. Nothing was uploaded; merge "
@@ -179,7 +179,8 @@ def prepare(request: Request, facts: dict[str, Any], unverified: str | None, car
     ]
     # A report on other files would mislead.
     if unverified is None or unverified.startswith("verification failed"):
-        files += [_file(name, request.folder / name) for name in REPORTS if _is_plain(request.folder / name)]
+        reports = [name for name in REPORTS if name not in facts["files"] and _is_plain(request.folder / name)]
+        files += [_file(name, request.folder / name) for name in reports]
     files += [_public_manifest(request.folder, facts, notes), _file(CARD, text.encode())]
     for file in files:
         _refuse_secrets(file)
@@ -201,10 +202,9 @@ def _public_manifest(folder: Path, facts: dict[str, Any], notes: list[str]) -> F
     source = str((facts.get("base") or {}).get("source", ""))
     if not source or origin.public_name(source) == source:
         return _file(manifest.NAME, folder / manifest.NAME)
-    notes.append(
-        f"The manifest goes up with {origin.public_name(source)} as the base's source, without the rest of it."
-    )
-    public = {**facts, "base": {**facts["base"], "source": origin.public_name(source)}}
+    shown = origin.public_name(source)
+    notes.append(f"The manifest goes up with {shown} as the base's source, without the rest of it.")
+    public = {**facts, "base": {**facts["base"], "source": shown}}
     return _file(manifest.NAME, (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -237,7 +237,7 @@ def _card(
     except CogpressError as error:
         if given is None:
             raise CogpressError(f"{error} Or give the licence with --license.") from None
-        found = origin.Origin(origin.public_name(source).removeprefix("hf://").partition("@")[0])
+        found = origin.find(source, lambda _repo, _revision: {})
     licence = given or found.licence
     if licence is None:
         raise CogpressError(

@@ -6,12 +6,15 @@ what comes down.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -53,7 +56,7 @@ class Hub:
     """
 
     def __init__(self, console: Console, endpoint: str | None = None, *, anonymous: bool = False) -> None:
-        from huggingface_hub import HfApi, get_token
+        from huggingface_hub import HfApi, get_token, set_client_factory
 
         self._token = get_token() or ""
         if not self._token and not anonymous:
@@ -62,6 +65,7 @@ class Hub:
                 "hf auth login"
             )
         self.console = console
+        set_client_factory(_bounded_client)
         self.api = HfApi(
             endpoint=endpoint, token=self._token or False, library_name="cogpress", library_version=cogpress.__version__
         )
@@ -111,6 +115,24 @@ class Hub:
         found = self.info(repo, revision)
         return {} if found is None or found.card_data is None else dict(found.card_data.to_dict())  # type: ignore[no-untyped-call]
 
+    def json(self, repo: str, name: str, revision: str) -> dict[str, Any]:
+        """What a small JSON file of a repository holds; empty where it is no JSON object.
+
+        Raises:
+            CogpressError: the Hub refuses or can not be reached.
+        """
+
+        def fetch() -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                path = self.api.hf_hub_download(repo, name, revision=revision, local_dir=folder)
+                try:
+                    content = json.loads(Path(path).read_text(encoding="utf-8"))
+                except ValueError:
+                    return {}
+                return content if isinstance(content, dict) else {}
+
+        return self._call(f"read {name} of {repo}", fetch)
+
     def create(self, repo: str, *, private: bool) -> None:
         """Make a repository for a model; nothing happens where it is there.
 
@@ -136,9 +158,14 @@ class Hub:
             CogpressError: with the Hub's own words.
         """
 
+        from huggingface_hub import get_session
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
         def validate() -> None:
-            # What create_commit calls as well, but only after it has been given everything.
-            self.api._validate_yaml(card, repo_type="model")
+            # create_commit asks the same, but only when everything has been sent.
+            content = {"content": card, "repoType": "model"}
+            headers = build_hf_headers(token=self._token)
+            hf_raise_for_status(get_session().post(f"{self.endpoint}/api/validate-yaml", json=content, headers=headers))
 
         self._call(f"check the model card of {repo}", validate)
 
@@ -209,7 +236,7 @@ class Hub:
 
         for wait in (*waits, None):
             try:
-                with self._bounded(), self._telling():
+                with self._telling():
                     return function()
             # The library and its transport raise all of these; what they mean is read from the cause.
             except (httpx2.HTTPError, httpx2.StreamError, OSError, RuntimeError, ValueError) as error:
@@ -271,23 +298,15 @@ class Hub:
             if issubclass(warning.category, UserWarning):
                 self._say(str(warning.message))
 
-    @contextmanager
-    def _bounded(self) -> Iterator[None]:
-        """Requests that end: the library's client waits for ever for a server that does not answer."""
-        import httpx2
-        from huggingface_hub import set_client_factory
-        from huggingface_hub.utils._http import default_client_factory
 
-        def bounded() -> httpx2.Client:
-            client = default_client_factory()
-            client.timeout = httpx2.Timeout(connect=CONNECT_SECONDS, write=WRITE_SECONDS, read=READ_SECONDS, pool=None)
-            return client
+def _bounded_client() -> httpx2.Client:
+    """The library's client, but one that gives up: its own waits for ever for a server that does not answer."""
+    import httpx2
+    from huggingface_hub.utils._http import default_client_factory
 
-        set_client_factory(bounded)
-        try:
-            yield
-        finally:
-            set_client_factory(default_client_factory)
+    client = default_client_factory()
+    client.timeout = httpx2.Timeout(connect=CONNECT_SECONDS, write=WRITE_SECONDS, read=READ_SECONDS, pool=None)
+    return client
 
 
 class _Handler(logging.Handler):
@@ -314,7 +333,10 @@ def _status(error: BaseException) -> int | None:
 def _is_network(error: BaseException) -> bool:
     import httpx2
 
-    return isinstance(error, httpx2.TransportError | httpx2.StreamError | ConnectionError | TimeoutError)
+    # An answer that is no JSON is the error page of something between here and the Hub.
+    return isinstance(
+        error, httpx2.TransportError | httpx2.StreamError | ConnectionError | TimeoutError | json.JSONDecodeError
+    )
 
 
 def _may_pass(error: BaseException) -> bool:

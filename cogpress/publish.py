@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 import cogpress
-from cogpress import archive, base, bundle, manifest
+from cogpress import archive, bundle, manifest
 from cogpress.bundle import Bundle, File, Request
 from cogpress.cli import step
 from cogpress.errors import CogpressError
@@ -26,6 +26,13 @@ from cogpress.hub import AGAIN, Hub
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+
+_LOADED = (
+    *("*.safetensors", "*.index.json", "*config.json", "*.jinja", "*.model"),
+    *("tokenizer*", "*token*.json", "vocab.*", "merges.txt"),
+)
+"""What loading a model from a repository looks for."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ def check_names(repo: str, branch: str) -> None:
 
 
 def _check_repository(request: Request, there: ModelInfo | None) -> None:
-    """Refuse a repository that would show what was meant to be private, or that holds somebody's other model."""
+    """Refuse a repository that would show what was meant to be private, or hide what was meant to be public."""
     if there is None:
         return
     if not request.public and there.private is not True:
@@ -144,17 +151,30 @@ def _check_repository(request: Request, there: ModelInfo | None) -> None:
             f"{request.repo} is private on the Hub, and --public does not change that. Make it public in its settings, "
             "or leave --public out."
         )
-    names = [sibling.rfilename for sibling in there.siblings or []]
-    if manifest.NAME not in names and (strange := [name for name in names if _loads(name)]):
-        raise CogpressError(
-            f"{request.repo} holds a model that cogpress did not publish ({strange[0]}). Nothing was uploaded; choose "
-            "another name."
-        )
 
 
 def _loads(name: str) -> bool:
-    """Whether a file of a repository takes part when the model is loaded."""
-    return any(fnmatch(name, pattern) for pattern in base.HUB_FILES) or PurePosixPath(name).suffix in archive.PICKLES
+    """Whether a file of a repository takes part when a model is loaded from it."""
+    path = PurePosixPath(name)
+    return path.suffix in archive.PICKLES or any(fnmatch(name, pattern) for pattern in _LOADED)
+
+
+def _earlier(request: Request, hub: Hub, there: ModelInfo) -> list[str]:
+    """Files that an earlier publication left on the branch.
+
+    Raises:
+        CogpressError: the branch holds somebody's other model, or weights that would be loaded with these.
+    """
+    names = [sibling.rfilename for sibling in there.siblings or []]
+    listed = hub.json(request.repo, manifest.NAME, str(there.sha)).get("files") if manifest.NAME in names else {}
+    ours = {*(listed if isinstance(listed, dict) else {}), *bundle.REPORTS}
+    strange = [name for name in names if _loads(name) and name not in ours]
+    if strange:
+        raise CogpressError(
+            f"{request.repo} holds {strange[0]}, which cogpress did not publish and which is loaded with a model. "
+            "Nothing was uploaded; choose another name, or delete it there."
+        )
+    return [name for name in names if name in ours]
 
 
 def _upload(request: Request, files: Bundle, hub: Hub) -> Published:
@@ -168,7 +188,7 @@ def _upload(request: Request, files: Bundle, hub: Hub) -> Published:
     new = [file for file in files.files if not _same(file, siblings.get(file.name))]
     names = {file.name for file in files.files}
     # A shard or a chat template of an earlier version would be loaded with this one.
-    stale = [name for name in siblings if name not in names and (_loads(name) or name in bundle.REPORTS)]
+    stale = [name for name in _earlier(request, hub, there) if name not in names]
     revision = str(there.sha)
     if new or stale:
         additions = [
