@@ -209,16 +209,15 @@ def transformers_snippet(facts: Facts) -> str:
 def vllm_snippet(facts: Facts) -> str:
     """A Python program that asks the model once with vLLM and prints the answer."""
     ask = "llm.chat(messages, sampling)" if facts.has_chat_template else "llm.generate(prompt, sampling)"
-    return "\n".join(
-        [
-            "from vllm import LLM, SamplingParams",
-            "",
-            f"llm = LLM({_literal(facts.repo)}{_revision(facts)})",
-            "sampling = SamplingParams(temperature=0, max_tokens=256)",
-            *_asking(facts),
-            f"print({ask}[0].outputs[0].text)",
-        ]
-    )
+    body = [
+        f"llm = LLM({_literal(facts.repo)}{_revision(facts)})",
+        "sampling = SamplingParams(temperature=0, max_tokens=256)",
+        *_asking(facts),
+        f"print({ask}[0].outputs[0].text)",
+    ]
+    # vLLM may start its engine as a process of its own, which imports this program again.
+    guarded = ['if __name__ == "__main__":', *(f"    {line}" for line in body)]
+    return "\n".join(["from vllm import LLM, SamplingParams", "", *guarded])
 
 
 def _quality(facts: Facts) -> str:

@@ -133,6 +133,8 @@ class _Refused(Exception):
 class _Handler(http.server.BaseHTTPRequestHandler):
     hub: StandIn
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # a head and its body in one packet
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: Any) -> None:
         pass
