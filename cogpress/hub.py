@@ -280,7 +280,9 @@ class Hub:
         return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", known)
 
     def _say(self, text: str) -> None:
-        self.console.print(Text(f"  {self._scrubbed(text)}", style="dim"), soft_wrap=True)
+        # Of an address its host is enough here.
+        shown = re.sub(r"(https?://[^\s/'\"]+)/[^\s'\"]*", r"\1/…", self._scrubbed(text))
+        self.console.print(Text(f"  {shown}", style="dim"), soft_wrap=True)
 
     @contextmanager
     def _telling(self) -> Iterator[None]:

@@ -69,7 +69,9 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What goes wrong: an HTTP status, `cut` in the middle of a body, or `lost`: done, and the answer never sent."""
+    """What goes wrong: an HTTP status; `cut` in the middle of a body; `lost`: done, and the answer never sent; `mute`:
+    no answer, and the connection stays.
+    """
 
     method: str
     path: str
@@ -155,6 +157,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._reset()
             return
         body = self._body()
+        if fault == "mute":
+            threading.Event().wait(2)
+            self._reset()
+            return
         try:
             if isinstance(fault, int) and fault >= 500:
                 self._send(fault, b"<html>Bad gateway</html>", {"Content-Type": "text/html"})

@@ -345,6 +345,14 @@ def test_no_network_and_no_permission_to_use_it(weights: Path, hub: StandIn, mon
     assert "HF_HUB_OFFLINE is set. Unset it." in refused(ask(weights), hub)
 
 
+def test_a_hub_that_never_answers_is_not_waited_for(
+    weights: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cogpress.hub.READ_SECONDS", 0.05)
+    hub.fail("GET", "whoami", "mute", 99)
+    assert re.search("can not be reached or broke off.*timed out", refused(ask(weights), hub))
+
+
 def test_damaged_weights_are_not_published(weights: Path, hub: StandIn) -> None:
     (weights / "config.json").write_text("{}")
     assert "config.json is not the file that was written" in refused(ask(weights), hub)
