@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -115,23 +113,26 @@ class Hub:
         found = self.info(repo, revision)
         return {} if found is None or found.card_data is None else dict(found.card_data.to_dict())  # type: ignore[no-untyped-call]
 
-    def json(self, repo: str, name: str, revision: str) -> dict[str, Any]:
+    def read_json(self, repo: str, name: str, revision: str) -> dict[str, Any]:
         """What a small JSON file of a repository holds; empty where it is no JSON object.
 
         Raises:
             CogpressError: the Hub refuses or can not be reached.
         """
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-        def fetch() -> dict[str, Any]:
-            with tempfile.TemporaryDirectory() as folder:
-                path = self.api.hf_hub_download(repo, name, revision=revision, local_dir=folder)
-                try:
-                    content = json.loads(Path(path).read_text(encoding="utf-8"))
-                except ValueError:
-                    return {}
-                return content if isinstance(content, dict) else {}
+        def fetch() -> bytes:
+            url = hf_hub_url(repo, name, revision=revision, endpoint=self.endpoint)
+            response = get_session().get(url, headers=build_hf_headers(token=self._token))
+            hf_raise_for_status(response)
+            return bytes(response.content)
 
-        return self._call(f"read {name} of {repo}", fetch)
+        try:
+            content = json.loads(self._call(f"read {name} of {repo}", fetch))
+        except ValueError:
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def create(self, repo: str, *, private: bool) -> None:
         """Make a repository for a model; nothing happens where it is there.

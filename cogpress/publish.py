@@ -166,7 +166,7 @@ def _earlier(request: Request, hub: Hub, there: ModelInfo) -> list[str]:
         CogpressError: the branch holds somebody's other model, or weights that would be loaded with these.
     """
     names = [sibling.rfilename for sibling in there.siblings or []]
-    listed = hub.json(request.repo, manifest.NAME, str(there.sha)).get("files") if manifest.NAME in names else {}
+    listed = hub.read_json(request.repo, manifest.NAME, str(there.sha)).get("files") if manifest.NAME in names else {}
     ours = {*(listed if isinstance(listed, dict) else {}), *bundle.REPORTS}
     strange = [name for name in names if _loads(name) and name not in ours]
     if strange:

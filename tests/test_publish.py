@@ -137,6 +137,7 @@ def test_what_is_there_is_not_sent_again_and_what_is_old_goes(tmp_path: Path, hu
     assert run(ask(first), hub).sent == []
     hub.repositories[REPO].add("main", {**hub.files(REPO), "picture.json": stand_in.Blob(b"a user's own", False)})
     hub.requests.clear()
+    hub.fail("GET", "/resolve/", 503)
     second = write_weights(tmp_path / "second", seed=1, shards=("model.safetensors",))
     done = run(ask(second), hub)
     assert set(done.removed) == set(SHARDS)
@@ -494,8 +495,9 @@ def test_the_run_is_found_by_its_adapter(weights: Path, hub: StandIn) -> None:
     assert "is not the run that made" in refused(ask(weights, run=other), hub)
 
 
-def command(hub: StandIn, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": WRITE, "HF_HUB_DISABLE_XET": "1"}
+def command(hub: StandIn, home: Path, *arguments: str, xet: bool = False) -> subprocess.CompletedProcess[str]:
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": WRITE}
+    settings["HF_HUB_DISABLE_XET"] = "0" if xet else "1"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -540,3 +542,20 @@ def test_from_the_command_line_to_the_hub_and_back(weights: Path, hub: StandIn, 
 
 def base_file(name: str) -> bool:
     return any(Path(name).match(pattern) for pattern in base.HUB_FILES)
+
+
+def test_by_the_librarys_default_transfer(weights: Path, hub: StandIn, tmp_path: Path) -> None:
+    """Xet, see tests/hub.py: that our calls go through it, and that a refusal is one sentence."""
+    arguments = (str(ROOT / "scripts" / "publish"), REPO, "--weights", str(weights))
+    hub.fail("GET", "xet-write-token", 403)
+    failed = command(hub, tmp_path, *arguments, xet=True)
+    assert failed.returncode == 1
+    assert re.search(r"^Error: .*my-team/queries.*403", failed.stderr, re.M)
+    hub.local = {manifest.sha256(path): path.read_bytes() for path in weights.iterdir()}
+    done = command(hub, tmp_path, *arguments, xet=True)
+    assert done.returncode == 0, done.stderr
+    assert hub.stored == {}
+    assert set(hub.files(REPO)) == NAMES | {".gitattributes"}
+    for shown in (failed, done):
+        assert WRITE not in shown.stdout + shown.stderr
+        assert "Traceback" not in shown.stderr
