@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,9 +44,19 @@ def hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[s
 
 def fingerprint(folder: Path) -> str:
     """One sha256 for all safetensors files of a model folder: changes when any weight does."""
+    return _fingerprint({path.name: sha256(path) for path in folder.glob("*.safetensors")})
+
+
+def recorded_fingerprint(content: dict[str, Any]) -> str:
+    """The `fingerprint` of a folder that equals its manifest, without reading the weights."""
+    files = content.get("files") or {}
+    return _fingerprint({name: files[name]["sha256"] for name in files if re.fullmatch(r"[^/]+\.safetensors", name)})
+
+
+def _fingerprint(found: dict[str, str]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name}:{sha256(path)}\n".encode())
+    for name in sorted(found):
+        digest.update(f"{name}:{found[name]}\n".encode())
     return digest.hexdigest()
 
 
