@@ -14,13 +14,10 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cogpress import archive, base, card, config, manifest, origin
+from cogpress import archive, base, card, config, manifest, origin, recipe, verdict
 from cogpress.errors import CogpressError
 
 CARD = "README.md"
-REPORTS = ("verification.json", "verification.md", "verification.png")
-"""What verification leaves beside the weights; not among the files that the manifest lists."""
-
 _TEXT_BYTES = 32 << 20
 """Files up to this size are searched for tokens; larger ones are weights."""
 
@@ -106,24 +103,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def verification(folder: Path) -> dict[str, Any] | None:
-    """The report that verification left beside the weights, None where there is none.
-
-    Raises:
-        CogpressError: it can not be read.
-    """
-    try:
-        report = json.loads((folder / REPORTS[0]).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        report = None
-    checks = report.get("checks") or [] if isinstance(report, dict) else None
-    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
-        raise CogpressError(f"{folder / REPORTS[0]} is no verification report. Verify the weights again.")
-    return report
-
-
 def why_unverified(report: dict[str, Any] | None, facts: dict[str, Any]) -> str | None:
     """Why these weights do not count as verified; None where they do.
 
@@ -147,7 +126,7 @@ def unverified(request: Request, facts: dict[str, Any]) -> str | None:
     Raises:
         CogpressError: they are not, and the user did not allow it.
     """
-    reason = why_unverified(verification(request.folder), facts)
+    reason = why_unverified(verdict.read(request.folder), facts)
     if reason and not request.allow_unverified:
         raise CogpressError(
             f"{request.folder} is not verified: {reason}. Verify the weights, or give --allow-unverified; the model "
@@ -179,7 +158,7 @@ def prepare(request: Request, facts: dict[str, Any], unverified: str | None, car
     ]
     # A report on other files would mislead.
     if unverified is None or unverified.startswith("verification failed"):
-        reports = [name for name in REPORTS if name not in facts["files"] and _is_plain(request.folder / name)]
+        reports = [name for name in verdict.FILES if name not in facts["files"] and _is_plain(request.folder / name)]
         files += [_file(name, request.folder / name) for name in reports]
     files += [_public_manifest(request.folder, facts, notes), _file(CARD, text.encode())]
     for file in files:
@@ -260,7 +239,7 @@ def _card(
             prompt=config.Prompt.model_validate(prompt) if prompt else config.Prompt(),
             has_chat_template=_has_chat_template(request.folder),
             manifest=facts,
-            verification=verification(request.folder) if unverified is None else None,
+            verification=verdict.read(request.folder) if unverified is None else None,
             unverified=unverified,
             answers=answers[: request.examples],
             **saved,
@@ -280,15 +259,9 @@ def find_run(request: Request, facts: dict[str, Any]) -> Path | None:
     Raises:
         CogpressError: the run that the user named made other weights.
     """
-    adapter = (facts.get("merge") or {}).get("adapter")
-
-    def made(run: Path) -> bool:
-        recorded = manifest.read(run / "adapter")
-        return recorded is not None and manifest.recorded_fingerprint(recorded) == adapter
-
     if request.run is None:
-        return next((run for run in sorted(request.runs.glob("*")) if made(run)), None)
-    if not made(request.run):
+        return recipe.run_of(facts, request.runs)
+    if not recipe.made(request.run, facts):
         raise CogpressError(
             f"{request.run} is not the run that made {request.folder}: its adapter is another, or missing. Name the "
             "right one, or leave --run out to have it found."

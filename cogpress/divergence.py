@@ -45,13 +45,21 @@ class Divergence:
         return {name: value for name, value in asdict(self).items() if name != "values"}
 
 
-def reference_model(base_folder: Path, adapter: Path) -> torch.nn.Module:
-    """The adapter on the base as training held it: what the validation loss was measured on."""
+def reference_model(base_folder: Path, adapter: Path, *, generates: bool = False) -> torch.nn.Module:
+    """The adapter on the base as training held it: what the validation loss was measured on.
+
+    Args:
+        base_folder: the base.
+        adapter: trained on it.
+        generates: hold the base dequantized, which computes the same and not anew for every generated token.
+    """
     base.quiet_libraries()
     from peft import PeftModel
 
     facts = manifest.read(adapter) or {}
     model = base.load(base_folder, facts["quantization"])
+    if generates and facts["quantization"] != "none":
+        model = model.dequantize()
     return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 import cogpress
-from cogpress import archive, bundle, manifest
+from cogpress import archive, bundle, manifest, verdict
 from cogpress.bundle import Bundle, File, Request
 from cogpress.cli import step
 from cogpress.errors import CogpressError
@@ -167,7 +167,7 @@ def _earlier(request: Request, hub: Hub, there: ModelInfo) -> list[str]:
     """
     names = [sibling.rfilename for sibling in there.siblings or []]
     listed = hub.read_json(request.repo, manifest.NAME, str(there.sha)).get("files") if manifest.NAME in names else {}
-    ours = {*(listed if isinstance(listed, dict) else {}), *bundle.REPORTS}
+    ours = {*(listed if isinstance(listed, dict) else {}), *verdict.FILES}
     strange = [name for name in names if _loads(name) and name not in ours]
     if strange:
         raise CogpressError(

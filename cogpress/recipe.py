@@ -104,6 +104,18 @@ def new_run(root: Path) -> Path:
     return root / "runs" / time.strftime("training-%Y%m%d-%H%M%S", time.gmtime())
 
 
+def made(run: Path, facts: dict[str, Any]) -> bool:
+    """Whether a run trained the adapter that is in weights, by their manifest."""
+    recorded = manifest.read(run / "adapter")
+    adapter = (facts.get("merge") or {}).get("adapter")
+    return recorded is not None and manifest.recorded_fingerprint(recorded) == adapter
+
+
+def run_of(facts: dict[str, Any], runs: Path) -> Path | None:
+    """The run in the folder `runs` whose adapter is in weights, by their manifest; None where none is."""
+    return next((run for run in sorted(runs.glob("*")) if made(run, facts)), None)
+
+
 def prepare(config: Config, path: Path, base_folder: Path, run: Path, console: Console, *, skip_bad: bool) -> Prepared:
     """Check and tokenize the examples; write `data.json`, `lengths.png` and `held-out.jsonl`; print the report.
 

@@ -175,9 +175,11 @@ def read(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        raise CogpressError(f"{folder / NAME} is not JSON. Verify the weights again.") from None
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        raise CogpressError(f"{folder / NAME} is no verdict of cogpress. Verify the weights again.")
+        raise CogpressError(f"{folder / NAME} is no verification report. Verify the weights again.") from None
+    checks = content.get("checks", []) if isinstance(content, dict) else None
+    whole = isinstance(checks, list) and all(isinstance(check, dict) for check in checks)
+    if not whole or not isinstance(content.get("files"), dict):
+        raise CogpressError(f"{folder / NAME} is no verification report. Verify the weights again.")
     return content
 
 

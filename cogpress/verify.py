@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cogpress import base, data, divergence, manifest, merge, parity, tensors
+from cogpress import base, data, divergence, manifest, merge, parity, recipe, tensors
 from cogpress.chat import encode_prompt
 from cogpress.cli import step
 from cogpress.config import Config, Prompt, Verify
@@ -200,13 +200,11 @@ def find_run(root: Path, weights: Path, facts: dict[str, Any]) -> Path:
     Raises:
         CogpressError: there is none.
     """
-    wanted = (facts.get("merge") or {}).get("adapter")
-    candidates = [weights.parent, *sorted((root / "runs").glob("*"))]
-    for folder in candidates:
-        if (folder / "adapter" / manifest.NAME).is_file() and wanted == manifest.fingerprint(folder / "adapter"):
-            return folder
-    if wanted is None and (weights.parent / "adapter" / manifest.NAME).is_file():
+    if recipe.made(weights.parent, facts) or ("merge" not in facts and (weights.parent / "adapter").is_dir()):
         return weights.parent
+    found = recipe.run_of(facts, root / "runs")
+    if found is not None:
+        return found
     raise CogpressError(
         f"No run in {root / 'runs'} holds the adapter that {weights} was made with. Name it with --run."
     )
@@ -409,7 +407,7 @@ def _reference_answers(case: _Case, run: Path) -> list[str]:
     except (FileNotFoundError, ValueError, KeyError):
         pass
     with step("Answers of the reference", case.console):
-        model = divergence.reference_model(case.base, case.adapter)
+        model = divergence.reference_model(case.base, case.adapter, generates=True)
         batches = [case.prompts[at : at + _BATCH] for at in range(0, len(case.prompts), _BATCH)]
         answers = [
             answer

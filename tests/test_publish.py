@@ -21,14 +21,14 @@ import safetensors.numpy
 from hub import STRANGER, WRITE, StandIn
 from rich.console import Console
 
-from cogpress import base, bundle, config, manifest, publish
+from cogpress import base, config, manifest, publish, verdict
 from cogpress.bundle import Request
 from cogpress.errors import CogpressError
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "my-team/queries"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-NAMES = {*SHARDS, "config.json", "tokenizer_config.json", *bundle.REPORTS, "manifest.json", "README.md"}
+NAMES = {*SHARDS, "config.json", "tokenizer_config.json", *verdict.FILES, "manifest.json", "README.md"}
 
 
 @pytest.fixture
@@ -409,7 +409,7 @@ def test_unverified_weights_need_a_word(weights: Path, hub: StandIn) -> None:
     run(ask(weights, allow_unverified=True), hub)
     there = hub.files(REPO)
     assert "> **These weights are unverified: there is no verification report.**" in there["README.md"].data.decode()
-    assert not set(there) & set(bundle.REPORTS)
+    assert not set(there) & set(verdict.FILES)
 
 
 def test_a_report_that_no_longer_holds_goes_from_the_hub(weights: Path, hub: StandIn) -> None:
@@ -418,7 +418,7 @@ def test_a_report_that_no_longer_holds_goes_from_the_hub(weights: Path, hub: Sta
     write_weights(weights, seed=5)
     (weights / "verification.json").write_text(report)
     done = run(ask(weights, allow_unverified=True), hub)
-    assert set(done.removed) == set(bundle.REPORTS)
+    assert set(done.removed) == set(verdict.FILES)
 
 
 def test_nothing_of_this_machine_goes_up(tmp_path: Path, hub: StandIn) -> None:
