@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from cogpress import adapter as adapters
 from cogpress import archive, base, data, divergence, manifest, merge, plots, training
 from cogpress.cli import step
-from cogpress.config import Config, load
+from cogpress.config import Config, Merge, load
 from cogpress.data import Prepared
 from cogpress.errors import CogpressError
 
@@ -226,6 +227,34 @@ def merge_once(
         merge.merge(base_folder, adapter, target, onto=config.merge, progress=progress_bar(console)),
         False,
     )
+
+
+def merge_anew(
+    adapter: Path, target: Path, cache: Path, console: Console, *, source: str | None = None, onto: Merge
+) -> Path:
+    """Merge an adapter, trained here or elsewhere with cogpress, into `target`, replacing what is there.
+
+    Args:
+        adapter: the adapter's folder.
+        target: the folder to write.
+        cache: where base models are kept.
+        console: where progress is shown.
+        source: of the base, as `base.fetch` takes it; the one that the adapter names, where not given.
+        onto: what to merge into.
+
+    Raises:
+        CogpressError: they do not belong together, or can not be merged exactly; nothing is written.
+    """
+    base.quiet_libraries()
+    facts = adapters.read(adapter).facts
+    with step("Base model", console) as say:
+        base_folder = base.fetch(source or facts["base"]["source"], cache)
+        say(str(base_folder))
+    with step("Merge", console) as say:
+        content = merge.merge(base_folder, adapter, target, onto=onto, progress=progress_bar(console))
+        size = sum(file["bytes"] for file in content["files"].values())
+        say(f"{content['merge']['layers']} layers, onto the {onto} base; {size / 1e6:.0f} MB in {target}")
+    return target
 
 
 def compare_once(
