@@ -1,4 +1,4 @@
-"""transformers' Trainer, made to waste nothing on padding or on logits that have no loss.
+"""transformers' Trainer, made to waste nothing on logits that have no loss.
 
 Knows batches, the loss and what is measured in each step; leaves data, adapters and files to `training`.
 """
@@ -25,9 +25,6 @@ from cogpress.data import Row
 
 IGNORE = -100
 """The label of a token without loss, as everywhere in PyTorch."""
-
-_WINDOW = 32
-"""Batches that are sorted by length together: enough to leave little padding, few enough to stay random."""
 
 
 class Rows(Dataset[Row]):
@@ -62,16 +59,16 @@ class Collator:
         }
 
 
-class LengthGroupedSampler(Sampler[int]):
-    """Row indices in an order that puts rows of like length into the same batch, random from epoch to epoch.
+class ShuffledSampler(Sampler[int]):
+    """Row indices in an order that is random from epoch to epoch.
 
-    The order depends on the seed and the epoch alone, never on the global random state, so that a resumed run sees
-    the very batches that an uninterrupted one would have seen.
+    It depends on the seed and the epoch alone, never on the global random state, so that a resumed run sees the very
+    batches that an uninterrupted one would have seen. Rows of like length are not put together: that saves padding,
+    and costs more in what is learnt (docs/measurements.md).
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths = np.asarray(lengths)
-        self.batch_size = batch_size
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows = rows
         self.seed = seed
         self.epoch = 0
 
@@ -79,24 +76,10 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.rows
 
     def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng([self.seed, self.epoch])
-        rows = random.permutation(len(self.lengths))
-        window = self.batch_size * _WINDOW
-        batches: list[np.ndarray] = []
-        for start in range(0, len(rows), window):
-            part = rows[start : start + window]
-            part = part[np.argsort(self.lengths[part], kind="stable")]
-            batches.extend(part[at : at + self.batch_size] for at in range(0, len(part), self.batch_size))
-        # A short batch in the middle would shift every batch after it, so it goes last.
-        short = [batch for batch in batches if len(batch) < self.batch_size]
-        full = [batch for batch in batches if len(batch) == self.batch_size]
-        for at in random.permutation(len(full)):
-            yield from full[at].tolist()
-        for batch in short:
-            yield from batch.tolist()
+        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.rows).tolist()
 
 
 class AnswerTrainer(Trainer):
@@ -107,8 +90,7 @@ class AnswerTrainer(Trainer):
     so that everything a model does to its logits (scaling, soft-capping) stays as its own code has it.
     """
 
-    def __init__(self, *, lengths: Sequence[int], **kwargs: Any) -> None:
-        self._lengths = lengths
+    def __init__(self, **kwargs: Any) -> None:
         self._keep: torch.Tensor | None = None
         self.tokens_seen = 0
         super().__init__(**kwargs)
@@ -125,7 +107,7 @@ class AnswerTrainer(Trainer):
         self._head_hook.remove()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return LengthGroupedSampler(self._lengths, self.args.train_batch_size, self.args.seed)
+        return ShuffledSampler(len(train_dataset or self.train_dataset), self.args.seed)
 
     def answer_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
         """Summed negative log-likelihood (nats) of the labelled tokens, and how many there are.

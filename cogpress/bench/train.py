@@ -85,7 +85,6 @@ def _ours(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, fl
             args=training.arguments(config.train, Path(folder), len(prepared.train), validation=False),
             train_dataset=Rows(prepared.train),
             data_collator=Collator(pad),
-            lengths=[len(row.input_ids) for row in prepared.train],
         )
         training.quiet(trainer)
         started = time.perf_counter()
