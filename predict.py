@@ -13,7 +13,7 @@ class Runner(BaseRunner):
     """Serves one model; see README for each input by example."""
 
     def setup(self, weights: Optional[cog.Path] = None) -> None:
-        """Load `weights` (a folder, a tar or a URL), by default the folder weights/."""
+        """Load `weights` (a source, as README lists them), by default the folder weights/."""
         from cogpress import config, serving, streaming
 
         streaming.install()

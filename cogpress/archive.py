@@ -1,17 +1,27 @@
-"""One tar from a folder of weights, and back, without trusting the tar.
+"""Folders and tars that appear whole or not at all, and tars that are unpacked without trusting them.
 
-Knows names, kinds and sizes of members; leaves the meaning of the files to `manifest`.
+Knows names, kinds and sizes of files; leaves their meaning to `manifest`.
+
+A new folder is written in a place beside its target, `.NAME.part-XXXX/new`, and renamed. The place is locked for as
+long as its process lives, so that places of killed processes are told from others and removed by the next writer. The
+old folder waits in `.NAME.part-XXXX/old` while the new one takes its name; a process killed between the two renames
+loses nothing, because whoever looks for the folder next puts the old one back.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import gzip
 import os
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
 
 from cogpress.errors import CogpressError
 
@@ -21,35 +31,104 @@ MAX_MEMBERS = 10_000
 MAX_RATIO = 200
 """Unpacked bytes per packed byte: weights hardly compress, so more than this is a compression bomb."""
 
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+MAX_HEADER = 1 << 20
+"""Bytes of the headers of one member: a name and some attributes, however they are written."""
+
+MAX_NAME = 255
+"""Bytes of a member's whole path."""
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
 """Suffixes of files that run code when they are loaded."""
+
+_OTHER_COMPRESSIONS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that the disk, a quota or a file size limit is exhausted."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that replaces it when the block succeeds and vanishes when it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    part.chmod(0o755)
+    with _place(target) as place:
+        new = place / "new"
+        new.mkdir()
+        new.chmod(0o755)
+        yield new
+        # Some libraries write files readable by their owner only; an image or another user must be able to serve them.
+        for path in new.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        with _locked(target.parent):
+            _swap(place, target)
+
+
+def _swap(place: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(place / "new", target)
+        return
+    os.replace(target, place / "old")
     try:
-        yield part
-        replace_folder(part, target)
+        os.replace(place / "new", target)
+    except OSError:
+        os.replace(place / "old", target)
+        raise
+
+
+def settle(target: Path) -> bool:
+    """Put a folder back that a killed writer had moved aside, and remove what killed writers left beside it.
+
+    To be called before looking for a folder that may be missing; `new_folder` does it by itself.
+
+    Returns:
+        whether there is something at `target`, at a moment when no writer is about to swap it.
+    """
+    if not target.parent.is_dir():
+        return False
+    with _locked(target.parent):
+        _settle(target)
+        return target.exists()
+
+
+def _settle(target: Path) -> None:
+    """To be called with the lock of the target's folder, under which places are made and swapped."""
+    for place in target.parent.glob(f".{_escaped(target.name)}.part-*"):
+        with suppress(OSError), ExitStack() as opened:
+            descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            opened.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its writer lives
+            if not target.exists() and (place / "old").is_dir():
+                os.replace(place / "old", target)
+            shutil.rmtree(place)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+@contextmanager
+def _place(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write in, known as this process's for as long as it lives, and then removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        with _locked(target.parent):
+            _settle(target)
+            place = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
+            held.enter_context(_locked(place))
+            held.callback(shutil.rmtree, place, ignore_errors=True)
+        yield place
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The lock of a folder itself, which ends with its holder; where the file system has none, nothing is locked."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def replace_folder(part: Path, target: Path) -> None:
-    """Rename a finished folder to its place; what was there stays until the new one is in place."""
-    # Some libraries write files readable by their owner only; an image or another user must be able to serve them.
-    for path in part.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        os.replace(target, old / target.name)
-        os.replace(part, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(part, target)
+        os.close(descriptor)
 
 
 def pack(folder: Path, tar: Path) -> Path:
@@ -57,16 +136,12 @@ def pack(folder: Path, tar: Path) -> Path:
 
     Weights do not compress, so the tar is as large as they are and as fast as the disk.
     """
-    tar.parent.mkdir(parents=True, exist_ok=True)
-    part = tar.with_name(f".{tar.name}.part{os.getpid()}")
-    try:
-        with tarfile.open(part, "w") as archive:
+    with _place(tar) as place:
+        with tarfile.open(place / "new", "w") as archive:
             for path in sorted(folder.rglob("*")):
                 if path.is_file():
                     archive.add(path, arcname=str(path.relative_to(folder)), filter=_anonymous)
-        os.replace(part, tar)
-    finally:
-        part.unlink(missing_ok=True)
+        os.replace(place / "new", tar)
     return tar
 
 
@@ -79,44 +154,173 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def unpack(tar: Path, target: Path) -> Path:
-    """Unpack a tar (plain or compressed) of regular files into `target`, all or nothing.
-
-    Raises:
-        CogpressError: not a tar; a path outside the target, a link or a device; pickle files; more members, a higher
-            compression ratio or a larger size than the disk has room for.
-    """
-    try:
-        with new_folder(target) as part, tarfile.open(tar) as archive:
-            room = min(tar.stat().st_size * MAX_RATIO, shutil.disk_usage(part).free)
-            for count, member in enumerate(archive):
-                if member.isdir():
-                    continue
-                name = _safe_name(member, tar)
-                room -= member.size
-                if count >= MAX_MEMBERS or room < 0:
-                    raise CogpressError(
-                        f"{tar} would unpack to more than its size allows or the disk has room for; nothing was "
-                        "unpacked. Check where it comes from."
-                    )
-                place = part / name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                source = archive.extractfile(member)
-                assert source is not None  # _safe_name lets only regular files through
-                with source, place.open("xb") as out:
-                    shutil.copyfileobj(source, out, 1 << 20)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise CogpressError(f"{tar} can not be unpacked ({error}); nothing was changed. Fetch it again.") from None
+    """Unpack a tar into `target`, all or nothing; see `unpack_into`."""
+    with new_folder(target) as part:
+        unpack_into(tar, part)
     return target
 
 
-def _safe_name(member: tarfile.TarInfo, tar: Path) -> PurePosixPath:
-    name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts or "\\" in member.name or not name.parts:
-        raise CogpressError(f"{tar} holds {member.name!r}, a path outside its folder; nothing was unpacked.")
-    if not member.isreg():
-        raise CogpressError(f"{tar} holds {member.name!r}, a link or a device; nothing was unpacked.")
-    refuse_pickle(name, tar)
+def unpack_into(tar: Path, folder: Path, shown: str | None = None) -> None:
+    """Unpack a tar (plain or gzipped) of regular files into an empty folder.
+
+    Args:
+        tar: the file.
+        folder: is to be thrown away when this raises.
+        shown: what messages call the tar; its path where not given.
+
+    Raises:
+        CogpressError: not a whole tar; a path outside the folder or twice, a link or a device; pickle files; more
+            members, longer headers, a higher compression ratio or a larger size than the disk has room for.
+    """
+    shown = shown or str(tar)
+    try:
+        with _opened(tar, shown) as file:
+            _unpack(file, folder, shown, min(tar.stat().st_size * MAX_RATIO, shutil.disk_usage(folder).free))
+    except OSError as error:
+        if is_full(error):
+            raise CogpressError(f"The disk has no room to unpack {shown}; nothing was changed. Free some.") from None
+        raise _unreadable(shown, error) from None
+    # tarfile answers a hostile header with any of these.
+    except (tarfile.TarError, EOFError, zlib.error, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise _unreadable(shown, error) from None
+
+
+def _unreadable(shown: str, error: Exception) -> CogpressError:
+    reason = str(error) or type(error).__name__
+    return CogpressError(f"{shown} can not be unpacked ({reason}); nothing was changed. Fetch it again.")
+
+
+class _Metered:
+    """A seekable file of which no more than what was allowed last is read or skipped, whatever the headers claim."""
+
+    def __init__(self, file: IO[bytes], shown: str) -> None:
+        self._file, self._shown, self._left = file, shown, 0
+        self.last = b""
+
+    def allow(self, count: int) -> None:
+        """Allow so many bytes from here on."""
+        self._left = count
+
+    def read(self, count: int = -1) -> bytes:
+        self._spend(count)
+        self.last = self._file.read(count)
+        return self.last
+
+    def seek(self, position: int) -> int:
+        # Skipping costs as much as reading where the file is compressed.
+        self._spend(max(0, position - self._file.tell()))
+        return self._file.seek(position)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def _spend(self, count: int) -> None:
+        if count < 0 or count > self._left:
+            raise CogpressError(f"{self._shown} has headers longer than those of any file; it is refused.")
+        self._left -= count
+
+
+@contextmanager
+def _opened(tar: Path, shown: str) -> Iterator[IO[bytes]]:
+    with tar.open("rb") as file:
+        start = file.read(6)
+        file.seek(0)
+        for magic, name in _OTHER_COMPRESSIONS.items():
+            if start.startswith(magic):
+                raise CogpressError(
+                    f"{shown} is compressed with {name}, which is not read here. Pack the files as a plain tar: "
+                    "weights hardly compress."
+                )
+        if start.startswith(b"\x1f\x8b"):
+            with gzip.open(file) as decompressed:
+                yield cast(IO[bytes], decompressed)
+        else:
+            yield file
+
+
+def _unpack(file: IO[bytes], folder: Path, shown: str, room: int) -> None:
+    metered = _Metered(file, shown)
+    metered.allow(MAX_HEADER)
+    with tarfile.TarFile(fileobj=cast(Any, metered), mode="r") as archive:
+        names: set[str] = set()
+        folders: set[str] = set()
+        for _ in range(MAX_MEMBERS):
+            metered.allow(MAX_HEADER)
+            member = archive.next()
+            if member is None:
+                break
+            # Names that start so are Finder's metadata, which macOS's tar adds to each file.
+            if member.isdir() or PurePosixPath(member.name).name.startswith("._"):
+                continue
+            name = _safe_member(member, shown)
+            _refuse_collision(name, names, folders, shown)
+            room -= member.size
+            if room < 0:
+                raise _bomb(shown)
+            metered.allow(member.size + 2 * tarfile.BLOCKSIZE)
+            _write(archive, member, folder / name)
+        else:
+            raise _bomb(shown)
+        # tarfile also takes a damaged header, or the end of the file, for the end of the archive.
+        if metered.last != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it ends before its end mark")
+    if isinstance(file, gzip.GzipFile):
+        _read_out(file, room, shown)
+
+
+def _read_out(file: IO[bytes], room: int, shown: str) -> None:
+    """Read a compressed file to its end, where its checksum is."""
+    while block := file.read(1 << 20):
+        room -= len(block)
+        if room < 0:
+            raise _bomb(shown)
+
+
+def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    source = archive.extractfile(member)
+    assert source is not None  # only regular files come here
+    with source, place.open("xb") as out:
+        shutil.copyfileobj(source, out, 1 << 20)
+
+
+def _bomb(shown: str) -> CogpressError:
+    return CogpressError(
+        f"{shown} would unpack to more than its size allows or the disk has room for; nothing was unpacked. Check "
+        "where it comes from."
+    )
+
+
+def _safe_member(member: tarfile.TarInfo, shown: str) -> PurePosixPath:
+    name = safe_name(member.name, shown)
+    if not member.isreg() or member.issparse() or member.size < 0:
+        raise CogpressError(f"{shown} holds {member.name[:80]!r}, a link, a device or a sparse file; it is refused.")
     return name
+
+
+def safe_name(text: str, shown: str) -> PurePosixPath:
+    """A file's path inside a folder, from a tar or a list that is not trusted.
+
+    Raises:
+        CogpressError: it leads outside, is no plain name, or is a pickle file's.
+    """
+    name = PurePosixPath(text)
+    if name.is_absolute() or ".." in name.parts or "\\" in text or not name.parts:
+        raise CogpressError(f"{shown} holds {text[:80]!r}, a path outside its folder; it is refused.")
+    if not text.isprintable() or len(text.encode()) > MAX_NAME:
+        raise CogpressError(f"{shown} holds {text[:80]!r}, which is no name for a file; it is refused.")
+    refuse_pickle(name, shown)
+    return name
+
+
+def _refuse_collision(name: PurePosixPath, names: set[str], folders: set[str], shown: str) -> None:
+    """A name twice, also in another case, or both as a file and as a folder: which one counts would be chance."""
+    key = str(name).casefold()
+    parents = {str(parent).casefold() for parent in name.parents}
+    if key in names or key in folders or names & parents:
+        raise CogpressError(f"{shown} holds {str(name)!r} twice, or as a file and a folder; it is refused.")
+    names.add(key)
+    folders.update(parents)
 
 
 def refuse_pickle(name: PurePosixPath, place: Path | str) -> None:
@@ -125,7 +329,7 @@ def refuse_pickle(name: PurePosixPath, place: Path | str) -> None:
     Raises:
         CogpressError: with the way to convert it.
     """
-    if name.suffix in PICKLES:
+    if name.suffix.lower() in PICKLES:
         raise CogpressError(
             f"{place} holds {name}, a pickle file, which can run code when it is loaded. Load the model where you "
             "trust it and save it again with save_pretrained(folder), which writes safetensors."

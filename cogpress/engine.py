@@ -16,6 +16,17 @@ from cogpress.config import Serve
 from cogpress.errors import CogpressError
 
 
+def prepare(serve: Serve) -> None:
+    """Import vLLM, configured; takes many seconds once, and may run in a thread while the weights are fetched."""
+    import torch
+
+    # vLLM reads these when it is imported and when its engine process starts.
+    os.environ.update(environment(serve, torch.cuda.is_available()))
+    import vllm.inputs.engine
+    import vllm.sampling_params
+    import vllm.v1.engine.async_llm  # noqa: F401 - what an engine uses, so that the first request imports nothing
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. The defaults change nothing; temperature 0 is greedy."""
@@ -57,14 +68,12 @@ class Engine:
         Raises:
             CogpressError: vLLM can not load the folder.
         """
+        prepare(serve)
         import torch
-
-        cuda = torch.cuda.is_available()
-        # vLLM reads these when it is imported and when its engine process starts.
-        os.environ.update(environment(serve, cuda))
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        cuda = torch.cuda.is_available()
         options: dict[str, Any] = {
             "model": str(folder),
             "dtype": serve.dtype,

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def write(
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, None where it has none.
+    """The manifest of a folder, None where it has none or the file of that name is another program's.
 
     Raises:
         CogpressError: it is not JSON, or of a later format.
@@ -98,6 +99,8 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         raise CogpressError(f"{folder / NAME} is not JSON. Fetch or merge the weights again.") from None
+    if isinstance(content, dict) and "cogpress" not in content:
+        return None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CogpressError(f"{folder / NAME} is of a format that this cogpress does not know. Update cogpress.")
     return content
@@ -112,15 +115,22 @@ def check(folder: Path, manifest: dict[str, Any]) -> None:
     recorded = manifest.get("files")
     if not isinstance(recorded, dict) or not recorded:
         raise CogpressError(f"{folder / NAME} lists no files. Fetch or merge the weights again.")
-    for name, facts in recorded.items():
-        path = folder / name
-        if not path.is_file():
+    for name in recorded:
+        if not (folder / name).is_file():
             raise CogpressError(f"{folder} lacks {name}, which its manifest lists. Fetch or merge the weights again.")
-        if path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
-            raise CogpressError(
-                f"{path} is not the file that was written: its content differs from the manifest's sha256. "
-                "Fetch or merge the weights again."
-            )
+
+    def agrees(name: str) -> bool:
+        path, facts = folder / name, recorded[name]
+        return path.stat().st_size == facts["bytes"] and sha256(path) == facts["sha256"]
+
+    # One thread hashes less than a disk reads.
+    with ThreadPoolExecutor(4) as pool:
+        for name, good in zip(recorded, pool.map(agrees, recorded), strict=True):
+            if not good:
+                raise CogpressError(
+                    f"{folder / name} is not the file that was written: its content differs from the manifest's "
+                    "sha256. Fetch or merge the weights again."
+                )
     extra = [path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in recorded]
     if extra:
         raise CogpressError(f"{folder} holds {extra[0]}, which its manifest does not list. Remove it.")

@@ -1,22 +1,20 @@
 """From a prediction's inputs to a stream of text with metrics; everything that `predict.py` does, without Cog.
 
-Knows weights folders, prompts and limits; leaves tokens to `engine` and the wire to Cog.
+Knows prompts, limits and the order of a start; leaves weights to `fetch`, tokens to `engine` and the wire to Cog.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from cogpress import archive, base, chat, config, manifest
+from cogpress import archive, base, chat, config, engine, fetch, source, verdict
 from cogpress.engine import DEAD, Engine, Sampling
 from cogpress.errors import CogpressError
 
@@ -43,7 +41,8 @@ class Server:
         """Find, check and load weights.
 
         Args:
-            weights: a folder, a tar or a URL of one; None for `root/weights`.
+            weights: a source, as `fetch.model` takes it; None for `root/weights`, or `serve.weights` where that
+                folder holds no model.
             settings: `serve` is used, and `prompt` where the weights bring none.
             root: the project's folder.
             concurrency: predictions that run at once.
@@ -51,15 +50,24 @@ class Server:
         Raises:
             CogpressError: there are no weights, or they are not what was written.
         """
-        self.folder = find_weights(weights, root)
-        facts = manifest.read(self.folder)
-        if facts is not None:
-            manifest.check(self.folder, facts)
+        started = time.perf_counter()
+        wanted = find_weights(weights, root, settings.serve)
+        found, seconds = fetch_and_import(wanted, root / ".cache", settings.serve)
+        self.folder = found.folder
         # What a prompt must look like was decided in training, so it travels with the weights.
-        prompt = (facts or {}).get("prompt")
+        prompt = (found.manifest or {}).get("prompt")
         self.prompt = config.Prompt.model_validate(prompt) if prompt else settings.prompt
+        fetched = time.perf_counter()
         self.tokenizer = base.tokenizer(self.folder)
+        read = time.perf_counter()
         self.engine = Engine(self.folder, settings.serve, concurrency)
+        ready = time.perf_counter()
+        self.cold_start = {**seconds, "tokenizer": read - fetched, "engine": ready - read, "total": ready - started}
+        """Seconds of the start: `fetch` and `check`, at the same time `imports` (which `saved` so much), `tokenizer`,
+        `engine`, and `total`; from the first answer on also its `first_token`."""
+        self.verified = verdict.state(self.folder, found.manifest)
+        """Whether these very weights passed verification."""
+        print(verdict.TOLD[self.verified], cold_start_line(self.cold_start), sep="\n", flush=True)
 
     def encode(self, request: Request) -> list[int]:
         """The prompt's token ids.
@@ -128,6 +136,9 @@ class Server:
                 if not first:
                     first, first_tokens = time.perf_counter(), tokens
                     record("time_to_first_token", round(first - started, 4))
+                    if "first_token" not in self.cold_start:
+                        self.cold_start["first_token"] = first - started
+                        print(f"First token of the first answer after {first - started:.2f} s.", flush=True)
                 if delta.finish_reason is not None:
                     record("output_token_count", tokens)
                     record("finish_reason", delta.finish_reason)
@@ -180,48 +191,58 @@ def parse_stop(text: str) -> list[str]:
     return values
 
 
-def find_weights(weights: str | os.PathLike[str] | None, root: Path) -> Path:
-    """The folder of weights that a server was told to serve, fetched and unpacked where needed.
+def find_weights(weights: str | os.PathLike[str] | None, root: Path, serve: config.Serve) -> str:
+    """The source of the weights to serve: what was asked for, else `root/weights`, else `serve.weights`.
 
     Raises:
-        CogpressError: there is none, or it holds no safetensors.
+        CogpressError: none of them is there.
     """
-    if weights is None:
-        folder = root / "weights"
-        if not (folder / "config.json").is_file():
-            raise CogpressError(
-                f"{folder} holds no model. Train one with scripts/train, or name weights with COG_WEIGHTS."
-            )
-    elif urlsplit(str(weights)).scheme in ("http", "https"):
-        folder = _fetched(str(weights))
-    else:
-        folder = Path(weights).expanduser()
-        if folder.is_file():
-            folder = _unpacked(folder)
-    if not folder.is_dir() or not (folder / "config.json").is_file():
-        raise CogpressError(f"{folder} is no folder with a model's config.json, nor a tar of one. Check its name.")
-    if not any(folder.glob("*.safetensors")):
-        raise CogpressError(f"{folder} holds no .safetensors file. Only safetensors are served.")
-    return folder
+    if weights is not None:
+        return os.fspath(weights)
+    folder = root / "weights"
+    if not folder.exists():
+        archive.settle(folder)
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if serve.weights is not None:
+        return str(root / serve.weights) if source.parse(serve.weights).kind == "path" else serve.weights
+    raise CogpressError(
+        f"{folder} holds no model. Train one with scripts/train, or name weights with COG_WEIGHTS or serve.weights."
+    )
 
 
-def _cache() -> Path:
-    return Path(tempfile.gettempdir()) / f"cogpress-{os.getuid()}"
+def fetch_and_import(wanted: str, cache: Path, serve: config.Serve) -> tuple[fetch.Model, dict[str, float]]:
+    """Get and check the weights while the engine is imported, which takes as long as gigabytes of download.
+
+    Returns:
+        the model, and the seconds that each of `fetch`, `check` and `imports` took and that were `saved`.
+
+    Raises:
+        CogpressError: of the fetch, at once. Any exception of the imports is raised here too.
+    """
+    # The two threads must not import the same packages at once.
+    fetch.prepare(wanted)
+    started = time.perf_counter()
+
+    def imports() -> float:
+        engine.prepare(serve)
+        return time.perf_counter() - started
+
+    pool = ThreadPoolExecutor(1, "imports")
+    importing = pool.submit(imports)
+    try:
+        found = fetch.model(wanted, cache)
+        spent = importing.result()
+    finally:
+        pool.shutdown(wait=False)
+    took = time.perf_counter() - started
+    return found, {**found.seconds, "imports": spent, "saved": max(0.0, sum(found.seconds.values()) + spent - took)}
 
 
-def _fetched(url: str) -> Path:
-    target = _cache() / hashlib.sha256(url.encode()).hexdigest()[:16]
-    if not (target / "config.json").is_file():
-        tar = base.download(url, target.with_suffix(".tar"))
-        archive.unpack(tar, target)
-        tar.unlink()
-    return target
-
-
-def _unpacked(tar: Path) -> Path:
-    state = tar.stat()
-    key = hashlib.sha256(f"{tar.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()[:16]
-    target = _cache() / key
-    if not (target / "config.json").is_file():
-        archive.unpack(tar, target)
-    return target
+def cold_start_line(seconds: dict[str, float]) -> str:
+    """One line that says where the time of a start went."""
+    parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if name not in ("total", "saved"))
+    return (
+        f"Ready to answer after {seconds['total']:.1f} s: {parts}; fetching and checking during the imports saved "
+        f"{seconds['saved']:.1f} s."
+    )

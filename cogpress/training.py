@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cogpress import archive, base, divergence, manifest
+from cogpress import archive, base, divergence, manifest, source
 from cogpress.chat import encode_prompt
 from cogpress.config import Config, Train
 from cogpress.data import Example, Prepared
@@ -125,7 +125,7 @@ def _open_run(run: Path, key: dict[str, Any], config: Config, resume: bool) -> P
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     manifest.write_json(run / "key.json", key)
-    manifest.write_json(run / "config.json", config.model_dump(mode="json"))
+    manifest.write_json(run / "config.json", config.public())
     return None
 
 
@@ -178,7 +178,7 @@ def _train(
         recorder.close()
         trainer.release()
     facts = {
-        "base": {"source": config.base.source, "fingerprint": fingerprint},
+        "base": {"source": source.shown(config.base.source), "fingerprint": fingerprint},
         "quantization": config.base.quantization,
         "compute_dtype": str(base.compute_dtype()).removeprefix("torch."),
         "quantized_modules": [name.replace(".base_layer", "") for name in quantized],
@@ -186,7 +186,7 @@ def _train(
     }
     with archive.new_folder(run / "adapter") as part:
         model.save_pretrained(part)
-        _name_base(part, config.base.source)
+        _name_base(part, source.shown(config.base.source))
         manifest.write(part, "adapter", facts)
     compare_answers(model, tokenizer, prepared.validation_examples, run, console)
     result = Result(
@@ -301,10 +301,10 @@ def quiet(trainer: Any) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def _name_base(folder: Path, source: str) -> None:
+def _name_base(folder: Path, name: str) -> None:
     """Name the base as the user does: peft writes the path of a cache on this machine."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = source
+    config["base_model_name_or_path"] = name
     manifest.write_json(folder / "adapter_config.json", config)
     (folder / "README.md").unlink(missing_ok=True)
 

@@ -27,6 +27,14 @@ FILES = (NAME, MARKDOWN, PICTURE)
 
 State = Literal["verified", "failed", "changed", "unverified"]
 
+TOLD = {
+    "verified": "The weights are verified.",
+    "failed": "The weights FAILED verification: their answers are not those that training scored.",
+    "changed": "The weights have CHANGED since they were verified. Run scripts/verify.",
+    "unverified": "The weights are not verified. Run scripts/verify.",
+}
+"""What a server's log says of a state."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -183,16 +191,21 @@ def read(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def state(folder: Path) -> State:
+def state(folder: Path, checked: dict[str, Any] | None = None) -> State:
     """Whether the weights in a folder are verified: every file that the verdict is about is hashed again.
 
     `changed` weights were verified once and are not the same any more.
+
+    Args:
+        folder: the weights.
+        checked: their manifest, where the files were compared with it just now; they are then not hashed again.
     """
     content = read(folder)
     if content is None:
         return "unverified"
     try:
-        now = signed_files(folder)
+        known = {name: file["sha256"] for name, file in (checked or {}).get("files", {}).items()}
+        now = known or signed_files(folder)
     except (OSError, CogpressError):
         return "changed"
     if now != content["files"]:

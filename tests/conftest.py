@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from fileserver import FileServer, serve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,6 +70,14 @@ def tiny_base(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     base.tokenizer(base_folder).save_pretrained(folder)
     manifest.write(folder, "base", {"source": {"package": "test"}})
     return folder
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[FileServer]:
+    """A web server on the folder `served`."""
+    (tmp_path / "served").mkdir()
+    with serve(tmp_path / "served") as server:
+        yield server
 
 
 @pytest.fixture

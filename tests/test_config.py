@@ -194,3 +194,16 @@ def test_a_section_without_options_has_its_defaults(tmp_path: Path) -> None:
     assert config.load(tmp_path / "model.yaml").train == config.Train()
     with pytest.raises(CogpressError, match="can not be read"):
         config.load(tmp_path)
+
+
+def test_sources_are_checked_when_they_are_read_and_no_signature_is_shown() -> None:
+    for given in ({"base": {"source": "http://host/a.tar?secret"}}, {"serve": {"weights": "ftp://u:secret@host/a"}}):
+        with pytest.raises(CogpressError, match="https only") as error:
+            parse(given)
+        assert "secret" not in str(error.value)
+    signed = parse({"base": {"source": "https://host/a.tar?secret"}, "serve": {"weights": "https://u:secret@h/b.tar"}})
+    assert signed.base.source == "https://host/a.tar?secret"
+    public = signed.public()
+    assert "secret" not in str(public)
+    assert (public["base"]["source"], public["serve"]["weights"]) == ("https://host/a.tar", "https://h/b.tar")
+    assert parse(config.Config().public()) == config.Config()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cogpress import client, serving
+from cogpress import archive, client, fetch, manifest
 from cogpress.errors import CogpressError
 from cogpress.server import Server
 from examples import queries
@@ -62,6 +63,16 @@ def idle(server: Server) -> bool:
     """Whether the engine stops computing within a second: nothing it was asked for is left in it."""
     time.sleep(1.0)
     return busy_share(server, 0.5) < 0.5
+
+
+def test_the_log_says_where_the_time_of_the_start_went(server: Server) -> None:
+    assert server.log is not None
+    line = re.search(r"Ready to answer after ([\d.]+) s: (.*);.* saved ([\d.]+) s\.", server.log.read_text())
+    assert line is not None
+    parts = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) s", line[2])}
+    assert list(parts) == ["fetch", "check", "imports", "tokenizer", "engine"]
+    assert sum(parts.values()) - float(line[3]) == pytest.approx(float(line[1]), abs=1)
+    assert "First token of the first answer after" in server.log.read_text()
 
 
 def test_text_streams_long_before_it_ends(server: Server, rows: list[queries.Row]) -> None:
@@ -197,10 +208,8 @@ def test_a_conversation_is_continued(server: Server, rows: list[queries.Row]) ->
 
 
 def test_a_tar_of_weights_is_served(trained_weights: Path, tmp_path: Path) -> None:
-    from cogpress import archive, manifest
-
     tar = archive.pack(trained_weights, tmp_path / "weights.tar")
-    assert manifest.fingerprint(serving.find_weights(str(tar), tmp_path)) == manifest.fingerprint(trained_weights)
+    assert manifest.fingerprint(fetch.model(tar, tmp_path).folder) == manifest.fingerprint(trained_weights)
 
 
 def test_a_dead_engine_is_told_at_once(server: Server) -> None:
@@ -247,6 +256,6 @@ def test_training_through_cogs_endpoint_gives_weights_that_are_served(
         output = client.train(server.url, inputs)["output"]["weights"]
     tar = tmp_path / "weights.tar"
     tar.write_bytes(base64.b64decode(output.partition(",")[2]))
-    folder = serving.find_weights(str(tar), root)
+    folder = fetch.model(tar, root / ".cache").folder
     assert (folder / "manifest.json").is_file()
     assert list(folder.glob("*.safetensors"))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fileserver import FileServer
 
 from cogpress import archive, config, manifest, serving
 from cogpress.errors import CogpressError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TEMPLATE = config.Prompt(system="Write the query.", template="{question}\nColumns:\n{columns}")
 
@@ -109,15 +116,68 @@ def test_stop_sequences_must_be_texts(given: str) -> None:
 
 
 def test_weights_are_found_or_the_way_to_them_said(tmp_path: Path, tiny_base: Path) -> None:
-    with pytest.raises(CogpressError, match=r"holds no model.*scripts/train"):
-        serving.find_weights(None, tmp_path)
-    with pytest.raises(CogpressError, match=r"no folder with a model's config\.json"):
-        serving.find_weights(str(tmp_path / "nothing"), tmp_path)
-    assert serving.find_weights(str(tiny_base), tmp_path) == tiny_base
-    tar = archive.pack(tiny_base, tmp_path / "weights.tar")
-    unpacked = serving.find_weights(str(tar), tmp_path)
-    assert manifest.fingerprint(unpacked) == manifest.fingerprint(tiny_base)
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "config.json").write_text("{}")
-    with pytest.raises(CogpressError, match="Only safetensors"):
-        serving.find_weights(str(tmp_path / "bare"), tmp_path)
+    none, named = config.Serve(), config.Serve(weights="models/one")
+    with pytest.raises(CogpressError, match=r"holds no model.*scripts/train.*COG_WEIGHTS or serve\.weights"):
+        serving.find_weights(None, tmp_path, none)
+    assert serving.find_weights(None, tmp_path, named) == str(tmp_path / "models" / "one")
+    assert serving.find_weights(None, tmp_path, config.Serve(weights="hf://a/b")) == "hf://a/b"
+    assert serving.find_weights(tiny_base, tmp_path, named) == str(tiny_base)
+    shutil.copytree(tiny_base, tmp_path / "weights")
+    assert serving.find_weights(None, tmp_path, named) == str(tmp_path / "weights")
+    # As a merge leaves it that was killed between moving the old weights aside and the new ones in.
+    (tmp_path / ".weights.part-x").mkdir()
+    (tmp_path / "weights").rename(tmp_path / ".weights.part-x" / "old")
+    assert serving.find_weights(None, tmp_path, named) == str(tmp_path / "weights")
+
+
+def test_an_error_of_the_imports_or_the_fetch_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_serve: config.Serve) -> None:
+        raise ImportError("no such engine")
+
+    def slow(_serve: config.Serve) -> None:
+        time.sleep(1)
+
+    monkeypatch.setattr(serving.engine, "prepare", slow)
+    started = time.monotonic()
+    with pytest.raises(CogpressError, match="is not a folder"):
+        serving.fetch_and_import("nothing", tmp_path, config.Serve())
+    assert time.monotonic() - started < 0.9, "a user's mistake is told at once"
+    monkeypatch.setattr(serving.engine, "prepare", fails)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(CogpressError, match=r"no config\.json"):
+        serving.fetch_and_import(str(tmp_path / "model"), tmp_path, config.Serve())
+
+
+@pytest.mark.slow
+def test_a_start_downloads_while_it_imports(tmp_path: Path, site: FileServer, tiny_base: Path) -> None:
+    """In a fresh process, where vLLM is not imported yet; the download is made to take about as long as that."""
+    archive.pack(tiny_base, site.folder / "weights.tar")
+    blocks = (site.folder / "weights.tar").stat().st_size / 65536
+    site.ranges, site.delay = False, 6 / blocks
+    code = f"""
+import json, sys, time
+from pathlib import Path
+from cogpress import config, serving
+assert "vllm" not in sys.modules
+started = time.perf_counter()
+found, seconds = serving.fetch_and_import({site.url + "/weights.tar"!r}, Path({str(tmp_path)!r}), config.Serve())
+assert "vllm.v1.engine.async_llm" in sys.modules
+print(json.dumps([str(found.folder), seconds, time.perf_counter() - started]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder, seconds, took = json.loads(done.stdout.splitlines()[-1])
+    print(seconds, took)
+    assert manifest.fingerprint(Path(folder)) == manifest.fingerprint(tiny_base)
+    assert seconds["fetch"] > 5
+    # Each waits for little of the other.
+    assert seconds["saved"] > 0.5 * min(seconds["fetch"], seconds["imports"])
+    assert took < seconds["fetch"] + seconds["imports"] - 2
+
+
+def test_a_cold_start_in_one_line() -> None:
+    seconds = {"fetch": 6.04, "check": 0.3, "imports": 9.0, "saved": 6.2, "tokenizer": 0.5, "engine": 8, "total": 17.6}
+    assert serving.cold_start_line(seconds) == (
+        "Ready to answer after 17.6 s: fetch 6.0 s, check 0.3 s, imports 9.0 s, tokenizer 0.5 s, engine 8.0 s; "
+        "fetching and checking during the imports saved 6.2 s."
+    )

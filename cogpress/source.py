@@ -1,0 +1,91 @@
+"""How a model's source is written: a folder, a tar, a repository on the Hub, a tar or a published folder on the web.
+
+Knows the forms and what may be shown of them; leaves getting the files to `fetch`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from cogpress.errors import CogpressError
+
+FORMS = "a folder, a tar, hf://organisation/name@revision, https://….tar or https://…/manifest.json"
+"""The forms, for messages."""
+
+_HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[^\s@]+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source, understood.
+
+    Attributes:
+        kind: `path`, `hub`, `tar` (a URL of one), or `files` (the URL of a published folder's manifest).
+        text: as it was given; it can hold a signature or a password, so messages take `shown`.
+        repository: on the Hub, `organisation/name`.
+        revision: on the Hub; None for the default branch.
+    """
+
+    kind: Literal["path", "hub", "tar", "files"]
+    text: str
+    repository: str = ""
+    revision: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The source without what can be secret."""
+        return shown(self.text)
+
+
+def parse(text: str) -> Source:
+    """Understand a source.
+
+    Raises:
+        CogpressError: it has none of the forms, or asks for plain HTTP from another machine.
+    """
+    text = text.strip()
+    if not text:
+        raise CogpressError(f"The source of the model is empty. Name {FORMS}.")
+    if text.startswith("hf://"):
+        match = _HUB.fullmatch(text)
+        if match is None:
+            raise CogpressError(f"{text!r} is not hf://organisation/name or hf://organisation/name@revision.")
+        return Source("hub", text, match["repository"], match["revision"])
+    if "://" not in text:
+        return Source("path", text)
+    if not allowed(text):
+        raise CogpressError(
+            f"{shown(text)} can not be a source: the network is used over https only (plain http from this machine "
+            f"itself). Name {FORMS}."
+        )
+    return Source("files" if urlsplit(text).path.endswith("/manifest.json") else "tar", text)
+
+
+def allowed(url: str) -> bool:
+    """Whether a URL may be fetched from: https, or http from this machine itself."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return False
+    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and _loopback(str(host))))
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def shown(text: str) -> str:
+    """A source for messages: a URL without user, password, query and fragment, any of which can be a secret."""
+    scheme, mark, rest = text.partition("://")
+    if not mark or scheme == "hf":
+        return text
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
