@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import cogpress
-from cogpress import manifest, plots
+from cogpress import manifest
 from cogpress.errors import CogpressError
 
 NAME = "verification.json"
@@ -138,6 +138,8 @@ def write(verdict: Verdict, pictures: dict[str, Any]) -> None:
         "metrics": verdict.metrics,
         "files": signed_files(verdict.weights),
     }
+    from cogpress import plots  # a server reads verdicts and draws none
+
     plots.verification(
         pictures.get("kl"),
         pictures.get("parity"),

@@ -244,3 +244,13 @@ def test_state_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / verdict.NAME).write_text("{")
     with pytest.raises(CogpressError, match="is no verification report"):
         verdict.state(tmp_path)
+
+
+def test_a_server_tells_what_its_weights_are(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    facts = manifest.write(tmp_path, "weights", {})
+    hashes = {name: file["sha256"] for name, file in facts["files"].items()}
+    for passed, files, state in ((True, hashes, "verified"), (False, hashes, "failed"), (True, {}, "changed")):
+        manifest.write_json(tmp_path / verdict.NAME, {"passed": passed, "files": files})
+        assert verdict.state(tmp_path) == verdict.state(tmp_path, facts) == state
+        assert state.upper() in verdict.TOLD[state].upper()
