@@ -1,4 +1,4 @@
-"""transformers' Trainer, made to waste nothing on logits that have no loss.
+"""transformers' Trainer, made to waste little on padding and nothing on logits without loss.
 
 Knows batches, the loss and what is measured in each step; leaves data, adapters and files to `training`.
 """
@@ -25,6 +25,12 @@ from cogpress.data import Row
 
 IGNORE = -100
 """The label of a token without loss, as everywhere in PyTorch."""
+
+_WINDOW = 32
+"""Batches that are sorted by length together: enough to leave little padding, few enough to stay random."""
+
+_MIXED = 32
+"""Batches at the beginning of a training that hold rows of any length."""
 
 
 class Rows(Dataset[Row]):
@@ -59,16 +65,19 @@ class Collator:
         }
 
 
-class ShuffledSampler(Sampler[int]):
-    """Row indices in an order that is random from epoch to epoch.
+class LengthGroupedSampler(Sampler[int]):
+    """Row indices in an order that puts rows of like length into the same batch, random from epoch to epoch.
 
-    It depends on the seed and the epoch alone, never on the global random state, so that a resumed run sees the very
-    batches that an uninterrupted one would have seen. Rows of like length are not put together: that saves padding,
-    and costs more in what is learnt (docs/measurements.md).
+    That leaves next to no padding. The first batches of all are mixed: until the form of the answers is learnt, batches
+    of rows that are alike teach less (docs/measurements.md).
+
+    The order depends on the seed and the epoch alone, never on the global random state, so that a resumed run sees
+    the very batches that an uninterrupted one would have seen.
     """
 
-    def __init__(self, rows: int, seed: int) -> None:
-        self.rows = rows
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
 
@@ -76,10 +85,26 @@ class ShuffledSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.rows
+        return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.rows).tolist()
+        random = np.random.default_rng([self.seed, self.epoch])
+        rows = random.permutation(len(self.lengths))
+        mixed, rows = np.split(rows, [self.batch_size * _MIXED if self.epoch == 0 else 0])
+        yield from mixed.tolist()
+        window = self.batch_size * _WINDOW
+        batches: list[np.ndarray] = []
+        for start in range(0, len(rows), window):
+            part = rows[start : start + window]
+            part = part[np.argsort(self.lengths[part], kind="stable")]
+            batches.extend(part[at : at + self.batch_size] for at in range(0, len(part), self.batch_size))
+        # A short batch in the middle would shift every batch after it, so it goes last.
+        short = [batch for batch in batches if len(batch) < self.batch_size]
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        for at in random.permutation(len(full)):
+            yield from full[at].tolist()
+        for batch in short:
+            yield from batch.tolist()
 
 
 class AnswerTrainer(Trainer):
@@ -90,7 +115,8 @@ class AnswerTrainer(Trainer):
     so that everything a model does to its logits (scaling, soft-capping) stays as its own code has it.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, lengths: Sequence[int], **kwargs: Any) -> None:
+        self._lengths = lengths
         self._keep: torch.Tensor | None = None
         self.tokens_seen = 0
         super().__init__(**kwargs)
@@ -107,7 +133,7 @@ class AnswerTrainer(Trainer):
         self._head_hook.remove()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return ShuffledSampler(len(train_dataset or self.train_dataset), self.args.seed)
+        return LengthGroupedSampler(self._lengths, self.args.train_batch_size, self.args.seed)
 
     def answer_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
         """Summed negative log-likelihood (nats) of the labelled tokens, and how many there are.

@@ -166,6 +166,7 @@ def _train(
         train_dataset=Rows(prepared.train),
         eval_dataset=Rows(prepared.validation) if prepared.validation else None,
         data_collator=Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
+        lengths=[len(row.input_ids) for row in prepared.train],
         callbacks=[recorder],
     )
     recorder.trainer = trainer

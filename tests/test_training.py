@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cogpress import base, config, data, manifest, training
 from cogpress.errors import CogpressError
-from cogpress.trainer import AnswerTrainer, Collator, Recorder, Rows, ShuffledSampler
+from cogpress.trainer import AnswerTrainer, Collator, LengthGroupedSampler, Recorder, Rows
 
 pytestmark = pytest.mark.train
 
@@ -76,6 +76,7 @@ def test_loss_is_the_models_own_on_the_answer_tokens(tiny_base: Path, prepared: 
         args=training.arguments(chosen.train, tmp_path, 36, validation=False),
         train_dataset=Rows(prepared.train),
         data_collator=Collator(0),
+        lengths=[1] * len(prepared.train),
     )
     batch = Collator(0)(prepared.train[:3])
     model.eval()
@@ -101,15 +102,26 @@ def test_padding_changes_nothing(tiny_base: Path, prepared: data.Prepared, tmp_p
     assert torch.allclose(alone.float(), padded.float(), atol=0.05)
 
 
-def test_every_epoch_has_an_order_of_its_own_that_nothing_else_changes() -> None:
-    sampler = ShuffledSampler(803, seed=3)
+def test_batches_hold_rows_of_like_length_but_for_the_first_and_change_with_the_epoch() -> None:
+    lengths = [(7 * number) % 101 + 1 for number in range(803)]
+
+    def padding(rows: list[int]) -> float:
+        batches = [[lengths[row] for row in rows[at : at + 8]] for at in range(0, len(rows), 8)]
+        return sum(max(batch) * len(batch) - sum(batch) for batch in batches) / sum(lengths[row] for row in rows)
+
+    sampler = LengthGroupedSampler(lengths, batch_size=8, seed=3)
     first = list(sampler)
     assert sorted(first) == list(range(803))
     torch.manual_seed(1)
     assert list(sampler) == first  # nothing of the global random state
+    assert padding(first[: 32 * 8]) > 0.3
+    assert padding(first[32 * 8 :]) < 0.06
     sampler.set_epoch(1)
-    assert list(sampler) != first
-    assert list(ShuffledSampler(803, seed=4)) != first
+    second = list(sampler)
+    assert sorted(second) == list(range(803))
+    assert padding(second) < 0.06
+    assert second != first
+    assert list(LengthGroupedSampler(lengths, batch_size=8, seed=4)) != second
 
 
 def test_a_run_leaves_everything_and_is_reused(tiny_base: Path, prepared: data.Prepared, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def _ours(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, fl
             args=training.arguments(config.train, Path(folder), len(prepared.train), validation=False),
             train_dataset=Rows(prepared.train),
             data_collator=Collator(pad),
+            lengths=[len(row.input_ids) for row in prepared.train],
         )
         training.quiet(trainer)
         started = time.perf_counter()
@@ -98,13 +99,14 @@ def _trl(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, flo
     import torch
 
     base.quiet_libraries()
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     from cogpress import training
 
+    disable_progress_bars()
     settings = config.train
     torch.manual_seed(settings.seed)
     dtype = base.compute_dtype()
