@@ -8,6 +8,7 @@ a sign of it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ from cogpress.errors import CogpressError
 
 if TYPE_CHECKING:
     import torch
+
+Merger = Callable[["torch.Tensor", slice], "torch.Tensor"]
+"""Takes some rows of a tensor as training computed with it, float32, and which they are of its first dimension; returns
+them merged, in the same memory."""
 
 _PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
@@ -90,35 +95,33 @@ class Adapter:
         """The tensor that takes the place of the base's: of a module saved whole, or a trained bias."""
         return self._load(self.replaced[name]) if name in self.replaced else None
 
-    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The merged tensor, float32, for a base's tensor that this adapter changes.
+    def merger(self, name: str, device: torch.device) -> Merger:
+        """What turns rows of a base's tensor into rows of the merged one.
 
         LoRA: W + s B A, with s = alpha / r (Hu et al. 2021) or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
         DoRA: m (W + s B A) / |W + s B A|, the norm over each row (Liu et al. 2024).
 
         Args:
-            name: the tensor's name in the base.
-            weight: its value as training computed with it, shape (out, in) of a linear layer, (vocabulary, width) of
-                an embedding, (out,) of a bias; any float dtype and device.
+            name: the tensor's name in the base; one that this adapter changes.
+            device: where it is computed.
         """
         module, _, part = name.rpartition(".")
         layer = self.layers.get(module)
         if layer is None or (part == "bias" and layer.bias is None):
-            return weight.float()
+            return lambda rows, _index: rows
         if part == "bias":
-            assert layer.bias is not None
-            return weight.float() + layer.scale * self._load(layer.bias).to(weight.device).float()
-        up = self._load(layer.up).to(weight.device).float()
-        down = self._load(layer.down).to(weight.device).float()
-        import torch
-
+            bias = layer.scale * self._load(str(layer.bias)).to(device).float()
+            return lambda rows, index: rows.add_(bias[index])
+        up, down = (self._load(one).to(device).float() for one in (layer.up, layer.down))
         if layer.embedding:
-            return weight.float() + layer.scale * (up @ down).T
-        merged = torch.addmm(weight.float(), up, down, alpha=layer.scale)
-        if layer.magnitude is not None:
-            magnitude = self._load(layer.magnitude).to(weight.device).float()
-            merged *= (magnitude / merged.norm(dim=1)).unsqueeze(1)
-        return merged
+            up, down = down.T, up.T
+        magnitude = None if layer.magnitude is None else self._load(layer.magnitude).to(device).float()
+
+        def merge(rows: torch.Tensor, index: slice) -> torch.Tensor:
+            rows.addmm_(up[index], down, alpha=layer.scale)
+            return rows if magnitude is None else rows.mul_((magnitude[index] / rows.norm(dim=1)).unsqueeze(1))
+
+        return merge
 
     def _load(self, name: str) -> torch.Tensor:
         return tensors.load(self._stored[name], name)

@@ -45,7 +45,9 @@ def hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[s
 
 def fingerprint(folder: Path) -> str:
     """One sha256 for all safetensors files of a model folder: changes when any weight does."""
-    return _fingerprint({path.name: sha256(path) for path in folder.glob("*.safetensors")})
+    shards = list(folder.glob("*.safetensors"))
+    with ThreadPoolExecutor(4) as pool:
+        return _fingerprint(dict(zip([path.name for path in shards], pool.map(sha256, shards), strict=True)))
 
 
 def recorded_fingerprint(content: dict[str, Any]) -> str:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +51,10 @@ Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 _NF4_BLOCK = 64
 _STATISTICS_BLOCK = 256
 _CHUNK = 1 << 18
-"""Elements that are quantized at once on a CPU: their temporaries stay in its cache, which is several times as fast
-as one pass over a whole layer."""
+"""Elements that are computed at once on a CPU: their temporaries stay in its cache."""
+
+_WORKERS = 4
+"""The most tensors that are computed at once on a CPU, and so are in memory."""
 
 
 @dataclass(frozen=True)
@@ -81,80 +85,116 @@ class Plan:
         Raises:
             CogpressError: it is not finite.
         """
-        import torch
-
         tensor = tensors.load(self.stored[output.source], output.source)
         if not tensor.is_floating_point():
             return tensor
         # Training loads the checkpoint in its compute dtype first, and quantizes from that.
         tensor = tensor.to(self.dtype)
         module = output.name.removesuffix(".weight")
-        replacement = self.adapter.replacement(output.name)
-        if replacement is None and output.name not in self.adapter.touched and module not in self.adapter.quantized:
+        quantized = module in self.adapter.quantized and self.onto == "dequantized"
+        touched = output.name in self.adapter.touched
+        if not quantized and not touched:
             return tensor
+        replacement = self.adapter.replacement(output.name)
         tensor = (tensor if replacement is None else replacement).to(base.device())
-        if module in self.adapter.quantized and self.onto == "dequantized":
-            tensor = as_trained(tensor, self.adapter.quantization, self.dtype)
-        if output.name in self.adapter.touched:
-            tensor = self.adapter.apply(output.name, tensor).to(self.dtype)
-            if not torch.isfinite(tensor).all():
+        trained = Trained(tensor, self.adapter.quantization if quantized else "none", self.dtype)
+        return self._merged(output.name, trained).cpu() if touched else trained.whole().cpu()
+
+    def _merged(self, name: str, trained: Trained) -> torch.Tensor:
+        import torch
+
+        merger = self.adapter.merger(name, trained.device)
+        out = torch.empty(trained.shape, dtype=self.dtype, device=trained.device)
+        work = torch.empty((trained.step, *trained.shape[1:]), device=trained.device)
+        for index in trained.slices:
+            rows = trained.rows(index)
+            merged = merger(work[: len(rows)].copy_(rows), index)
+            if not torch.isfinite(merged).all():
                 raise CogpressError(
-                    f"{output.name} is not finite after the merge: the training diverged. Nothing is written; train "
-                    "with a lower learning rate."
+                    f"{name} is not finite after the merge: the training diverged. Nothing is written; train with a "
+                    "lower learning rate."
                 )
-        return tensor.to(self.dtype).cpu()
+            out[index] = merged
+        return out
+
+
+class Trained:
+    """A tensor as training computed with it, some rows at a time: quantized once, dequantized when asked for.
+
+    On a CPU a chunk of rows stays in its cache, which is several times as fast as passes over a whole layer; on a GPU
+    all rows are one chunk.
+    """
+
+    def __init__(self, weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> None:
+        """
+        Args:
+            weight: in the dtype that training loaded it in; shape (out, in) where it is quantized.
+            quantization: how training held it.
+            dtype: what training computed in.
+        """
+        self.shape, self.device = tuple(weight.shape), weight.device
+        columns = max(1, math.prod(self.shape[1:]))
+        # A chunk ends with a row and with a block.
+        unit = _NF4_BLOCK // math.gcd(columns, _NF4_BLOCK)
+        self.step = unit * max(1, _CHUNK // (columns * unit)) if self.device.type == "cpu" else len(weight)
+        self.step = max(1, min(self.step, len(weight)))
+        self.slices = [slice(at, at + self.step) for at in range(0, len(weight), self.step)]
+        self._dtype = dtype
+        self._rows = self._held(weight, quantization)
+
+    def rows(self, index: slice) -> torch.Tensor:
+        """One of the slices, in the compute dtype."""
+        return self._rows(index).to(self._dtype)
+
+    def whole(self) -> torch.Tensor:
+        """All of it, in the compute dtype."""
+        import torch
+
+        return torch.cat([self.rows(index) for index in self.slices])
+
+    def _held(self, weight: torch.Tensor, quantization: Quantization) -> Callable[[slice], torch.Tensor]:
+        import bitsandbytes.functional as bnb
+
+        if quantization == "nf4":
+            if self.device.type == "cpu" and weight.shape[1] % 2 == 0:
+                return self._nf4_rows(weight)
+            packed, state = bnb.quantize_4bit(weight.contiguous(), compress_statistics=True, quant_type="nf4")
+            return bnb.dequantize_4bit(packed, state).__getitem__
+        if quantization == "int8":
+            # bitsandbytes quantizes from float16, whatever the checkpoint's dtype is.
+            rows, absmax, _ = bnb.int8_vectorwise_quant(weight.half())
+            return lambda index: bnb.int8_vectorwise_dequant(rows[index], absmax[index])
+        return weight.__getitem__
+
+    def _nf4_rows(self, weight: torch.Tensor) -> Callable[[slice], torch.Tensor]:
+        """`dequantize_4bit(*quantize_4bit(weight))` of bitsandbytes on a CPU, bit for bit, by rows.
+
+        Blocks of 64 values are quantized independently of each other. Only their scales are quantized together, by
+        double quantization: so all blocks come first, then the scales, then the values.
+        """
+        import bitsandbytes.functional as bnb
+        import torch
+
+        work = torch.empty(3, self.step * weight.shape[1])
+        packed, scales = zip(*(_nf4(weight[index], work) for index in self.slices), strict=True)
+        absmax = torch.cat(scales)
+        offset = absmax.mean()
+        absmax = bnb.dequantize_blockwise(*bnb.quantize_blockwise(absmax - offset, blocksize=_STATISTICS_BLOCK))
+        absmax += offset
+        parts = dict(zip((index.start for index in self.slices), zip(packed, absmax.split([len(s) for s in scales]),
+                     strict=True), strict=True))  # fmt: skip
+        dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
+
+        def rows(index: slice) -> torch.Tensor:
+            values, scale = parts[index.start]
+            return dequantize(values, scale.contiguous(), _NF4_BLOCK, "nf4", weight[index].shape, weight.dtype)
+
+        return rows
 
 
 def as_trained(weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
-    """A linear layer's weight as training computed with it: quantized and dequantized again by bitsandbytes.
-
-    Args:
-        weight: shape (out, in), in the dtype that training loaded it in.
-        quantization: how training held the layer.
-        dtype: what training computed in.
-    """
-    import bitsandbytes.functional as bnb
-
-    if quantization == "nf4":
-        if weight.device.type == "cpu" and weight.shape[1] % 2 == 0:
-            return _nf4_in_chunks(weight).to(dtype)
-        packed, state = bnb.quantize_4bit(weight.contiguous(), compress_statistics=True, quant_type="nf4")
-        return bnb.dequantize_4bit(packed, state).to(dtype)
-    if quantization == "int8":
-        # bitsandbytes quantizes from float16, whatever the checkpoint's dtype is.
-        rows, absmax, _ = bnb.int8_vectorwise_quant(weight.half())
-        return bnb.int8_vectorwise_dequant(rows, absmax).to(dtype)
-    return weight.to(dtype)
-
-
-def _nf4_in_chunks(weight: torch.Tensor) -> torch.Tensor:
-    """`dequantize_4bit(*quantize_4bit(weight))` of bitsandbytes on a CPU, bit for bit, several times as fast.
-
-    Blocks of 64 values are quantized independently of each other. Only their scales are quantized together, by double
-    quantization: so all blocks come first, then the scales, then the values.
-
-    Args:
-        weight: shape (out, in) with an even number of columns.
-    """
-    import bitsandbytes.functional as bnb
-    import torch
-
-    columns = weight.shape[1]
-    # A chunk ends with a row and with a block.
-    step = _NF4_BLOCK // math.gcd(columns, _NF4_BLOCK)
-    step *= max(1, _CHUNK // (columns * step))
-    work = torch.empty(3, min(step, len(weight)) * columns)
-    packed, scales = zip(*(_nf4(chunk, work) for chunk in weight.split(step)), strict=True)
-    absmax = torch.cat(scales)
-    offset = absmax.mean()
-    absmax = bnb.dequantize_blockwise(*bnb.quantize_blockwise(absmax - offset, blocksize=_STATISTICS_BLOCK))
-    absmax += offset
-    out = torch.empty_like(weight)
-    dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
-    lengths = [len(scale) for scale in scales]
-    for target, values, scale in zip(out.split(step), packed, absmax.split(lengths), strict=True):
-        target.copy_(dequantize(values, scale.contiguous(), _NF4_BLOCK, "nf4", target.shape, weight.dtype))
-    return out
+    """A linear layer's weight, shape (out, in), as training computed with it: quantized and dequantized again."""
+    return Trained(weight, quantization, dtype).whole()
 
 
 def _nf4(weight: torch.Tensor, work: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -335,18 +375,31 @@ def _write(planned: Plan, part: Path, progress: Progress) -> dict[str, dict[str,
     return written
 
 
-def _ahead(function: Callable[[Output], torch.Tensor], items: Iterable[Output]) -> Iterator[torch.Tensor]:
-    """`map`, one item ahead: writing and hashing take about as long as computing, and all of it runs without
-    Python's lock."""
-    with ThreadPoolExecutor(1) as pool:
-        pending: Future[torch.Tensor] | None = None
-        for item in items:
-            following = pool.submit(function, item)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
+def _ahead(function: Callable[[Output], torch.Tensor], items: Sequence[Output]) -> Iterator[torch.Tensor]:
+    """`map`, some items ahead: computing, and writing and hashing what was computed, run at the same time.
+
+    On a CPU each tensor is computed by one thread, several at a time: its steps are too short to share one.
+    """
+    import torch
+
+    cpu = base.device().type == "cpu"
+    workers = min(_WORKERS, len(os.sched_getaffinity(0))) if cpu else 1
+    threads = torch.get_num_threads()
+    if cpu:
+        torch.set_num_threads(1)
+    pending: deque[Future[torch.Tensor]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for one in pending:
+                one.cancel()
+            torch.set_num_threads(threads)
 
 
 def _copy_settings(base_folder: Path, part: Path, planned: Plan) -> None:

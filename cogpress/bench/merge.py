@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cogpress import archive, manifest
+from cogpress import archive, base, manifest
 from cogpress.bench import alternate, in_fresh_process, medians
 from cogpress.config import Prompt
 
@@ -62,6 +62,7 @@ def run(out: Path, work: Path, rounds: int, console: Console) -> dict[str, Any]:
 
 def _make(work: Path) -> tuple[Path, Path]:
     """A Llama of 1.1 B random parameters in shards of 500 MB, and a random adapter on all its linear layers."""
+    base.quiet_libraries()
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,6 +109,7 @@ def _make(work: Path) -> tuple[Path, Path]:
 
 
 def _ours(base_folder: Path, adapter_folder: Path, work: Path) -> dict[str, float]:
+    base.quiet_libraries()
     import bitsandbytes  # noqa: F401 - imports are not what is measured
     import peft  # noqa: F401
 
@@ -121,13 +123,11 @@ def _ours(base_folder: Path, adapter_folder: Path, work: Path) -> dict[str, floa
 
 
 def _peft(base_folder: Path, adapter_folder: Path, work: Path) -> dict[str, float]:
+    base.quiet_libraries()
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from cogpress import base
-
-    base.quiet_libraries()
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
     merged = PeftModel.from_pretrained(model, str(adapter_folder)).merge_and_unload()
