@@ -6,7 +6,7 @@ Knows which figures matter and how to show them; leaves measuring to whoever it 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,17 @@ class Candidate:
 METRICS = tuple(name for name in Candidate.__dataclass_fields__ if name not in ("name", "folder", "bytes", "note"))
 
 
-def candidate(name: str, folder: Path, metrics: Mapping[str, Any], note: str = "") -> Candidate:
-    """What is known of one folder; metrics of other names are left out."""
-    known = {key: float(metrics[key]) for key in METRICS if metrics.get(key) is not None}
-    return Candidate(name, str(folder), weights_bytes(folder), note, **known)
+def candidate(name: str, folder: Path, metrics: Mapping[str, Any] | None) -> Candidate:
+    """What is known of one folder; metrics of other names are left out, None stands for not measured."""
+    known = {key: float(metrics[key]) for key in METRICS if metrics.get(key) is not None} if metrics else {}
+    group = (manifest.read(folder) or {}).get("compression", {}).get("group_size")
+    notes = [f"groups of {group}"] if group else []
+    notes += ["not served on this machine"] if metrics is None else []
+    return Candidate(name, str(folder), weights_bytes(folder), ", ".join(notes), **known)
 
 
 def compare(
-    folders: Mapping[str, Path], measure: Measure, run: Path, console: Console, *, notes: Mapping[str, str]
+    folders: Mapping[str, Path], measure: Measure, run: Path, console: Console, *, unmeasured: Collection[str] = ()
 ) -> list[Candidate]:
     """Measure each folder, print the table, and write `quantization.json` and `quantization.png` into the run's folder.
 
@@ -58,10 +61,10 @@ def compare(
         measure: takes a scheme's name and its folder.
         run: the run's folder.
         console: where the table goes.
-        notes: for schemes that are not measured, why.
+        unmeasured: schemes of which only the size is shown.
     """
     found = [
-        candidate(name, folder, {} if name in notes else measure(name, folder), notes.get(name, ""))
+        candidate(name, folder, None if name in unmeasured else measure(name, folder))
         for name, folder in folders.items()
     ]
     manifest.write_json(run / "quantization.json", [asdict(one) for one in found])

@@ -153,9 +153,11 @@ def quantization(candidates: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_xlim(0, 1.3 * (largest or 1))
         axes.set_ylim(len(candidates) - 0.5, -0.5)
         axes.set_yticks(places, [str(one["name"]) for one in candidates] if number == 0 else [])
-        axes.set_title(title, loc="left", color=_INK)
+        axes.set_title(title, loc="left", color=_INK, fontsize=11)
         axes.set_xlabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        if unit.endswith("(%)"):
+            axes.set_xticks([0, 50, 100])
         axes.set_axisbelow(True)
         axes.grid(axis="x", color=_GRID, linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -164,5 +166,5 @@ def quantization(candidates: Sequence[Mapping[str, Any]], path: Path) -> None:
         if len(bars) > 1:
             names = ("1 stream", "16 streams")
             marks = [Line2D([], [], color=colour, linewidth=6) for _, colour in bars]
-            axes.legend(marks, names, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2)
+            axes.legend(marks, names, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=2)
     figure.savefig(path, dpi=120)

@@ -28,7 +28,16 @@ from cogpress.cli import step
 from cogpress.environment import QUANTIZE, Environment, Progress, clean_environment
 from cogpress.errors import CogpressError
 from cogpress.merge import SERVING_FILES
-from cogpress.schemes import SCHEMES, Scheme, caution, compute_capability, group_size, linear_widths, refuse_here
+from cogpress.schemes import (
+    SCHEMES,
+    Scheme,
+    caution,
+    compute_capability,
+    group_size,
+    linear_widths,
+    refuse_here,
+    why_group,
+)
 
 SAMPLES = {"cpu": 64, "gpu": 256}
 """Examples to calibrate with: more cost a second each on two cores, and nothing that is noticed on a GPU."""
@@ -77,7 +86,8 @@ def quantize(
     environment = Environment(root, QUANTIZE)
     kind = "cpu" if capability is None else "gpu"
     widths = linear_widths(source.folder)
-    group = group_size(widths) if any(SCHEMES[name].grouped for name in schemes) else None
+    if any(SCHEMES[name].grouped for name in schemes):
+        group_size(widths)  # refuses before the examples are read
     for name in schemes:
         if told := caution(name, capability):
             console.print(f"  Note: {told}")
@@ -85,7 +95,8 @@ def quantize(
     if any(SCHEMES[name].algorithm != "none" for name in schemes):
         rows = choose_rows(prepared(), samples or SAMPLES[kind], seed)
     out = out or source.run
-    plans = [_plan(environment.digest(kind), source, SCHEMES[name], group, rows, out) for name in schemes]
+    packages = environment.digest(kind)
+    plans = [_plan(source, SCHEMES[name], widths, rows, packages, out / f"weights-{name}") for name in schemes]
     finished = {} if fresh else {plan.scheme.name: done for plan in plans if (done := _finished(plan))}
     for done in finished.values():
         console.print(f"  {done.folder} reused: it was made from the same weights in the same way")
@@ -99,23 +110,24 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is made: `key` is a hash of everything that decides it, `facts` what the manifest says of it before."""
+    """What is made where, in words and as the manifest will say; its `key` is a hash of everything that decides it."""
 
     scheme: Scheme
     target: Path
+    about: str
     facts: dict[str, Any]
 
-    @property
-    def key(self) -> str:
-        return str(self.facts["key"])
 
-
-def _plan(packages: str, source: Source, scheme: Scheme, group: int | None, rows: list[list[int]], out: Path) -> _Plan:
+def _plan(
+    source: Source, scheme: Scheme, widths: dict[str, int], rows: list[list[int]], packages: str, target: Path
+) -> _Plan:
     calibrated = rows if scheme.algorithm != "none" else []
+    group = group_size(widths) if scheme.grouped else None
+    about = [scheme.about]
     facts = {
         "scheme": scheme.name,
         "format": scheme.preset,
-        "group_size": group if scheme.grouped else None,
+        "group_size": group,
         "samples": len(calibrated),
         "tokens": sum(map(len, calibrated)),
         "source": manifest.fingerprint(source.folder),
@@ -129,7 +141,11 @@ def _plan(packages: str, source: Source, scheme: Scheme, group: int | None, rows
         "packages": packages,
     }
     facts["key"] = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    return _Plan(scheme, out / f"weights-{scheme.name}", facts)
+    if group is not None:
+        about.append(f"groups of {group}{why_group(widths, group)}")
+    if calibrated:
+        about.append(f"calibrated on {facts['samples']} examples ({facts['tokens']:,} tokens)")
+    return _Plan(scheme, target, ", ".join(about), facts)
 
 
 def _carried(facts: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +156,7 @@ def _carried(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _finished(plan: _Plan) -> Quantized | None:
     facts = manifest.read(plan.target) if plan.target.is_dir() else None
-    if facts is None or facts.get("compression", {}).get("key") != plan.key:
+    if facts is None or facts.get("compression", {}).get("key") != plan.facts["key"]:
         return None
     try:
         manifest.check(plan.target, facts)
@@ -181,7 +197,8 @@ def _make(
         manifest.write_json(job_file, job)
         with _worker(environment, job_file, out / "quantize.log") as process:
             for plan in plans:
-                with step(f"Quantize to {plan.scheme.name}: {_describe(plan)}", console) as say:
+                with step(f"Quantize to {plan.scheme.name}", console) as say:
+                    console.print(f"  {plan.about}", soft_wrap=True, highlight=False)
                     _wait(process, raw[plan.scheme.name], out / "quantize.log", plan.scheme.name)
                     done = _finish(plan, source, raw[plan.scheme.name])
                     facts = done.facts["compression"]
@@ -189,15 +206,6 @@ def _make(
                     say(f"{before / 1e6:.0f} MB became {after / 1e6:.0f} MB ({after / before:.0%})")
                 made[plan.scheme.name] = done
     return made
-
-
-def _describe(plan: _Plan) -> str:
-    parts = [plan.scheme.about]
-    if plan.facts["group_size"]:
-        parts.append(f"groups of {plan.facts['group_size']}")
-    if plan.facts["samples"]:
-        parts.append(f"calibrated on {plan.facts['samples']} examples ({plan.facts['tokens']:,} tokens)")
-    return ", ".join(parts)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,15 @@ def group_size(widths: dict[str, int]) -> int:
     )
 
 
+def why_group(widths: dict[str, int], size: int) -> str:
+    """Why groups are smaller than the usual, in words that follow `groups of 64`; nothing where they are not."""
+    if size == GROUP_SIZES[0]:
+        return ""
+    larger = GROUP_SIZES[GROUP_SIZES.index(size) - 1]
+    width = next(width for width in widths.values() if width % larger)
+    return f" ({larger} does not divide the model's width of {width})"
+
+
 def compute_capability() -> tuple[int, int] | None:
     """The first GPU's compute capability; None without a GPU."""
     import torch

@@ -103,7 +103,7 @@ def test_steps_say_what_and_how_long() -> None:
     assert lines[3].startswith("✓ Pack  0.0 s")
 
 
-@pytest.mark.parametrize("script", ["demo", "train", "serve", "predict", "setup", "bench"])
+@pytest.mark.parametrize("script", ["demo", "train", "serve", "predict", "setup", "bench", "quantize"])
 def test_every_script_explains_itself(script: str) -> None:
     shown = subprocess.run([sys.executable, ROOT / "scripts" / script, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
