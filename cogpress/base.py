@@ -157,10 +157,12 @@ def load(folder: Path, quantization: Quantization, *, attention: str = "sdpa") -
 
     quiet_libraries()
     dtype = compute_dtype()
+    chosen = quantization_config(quantization, dtype)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        quantization_config=quantization_config(quantization, dtype),
+        # Given as None, it would hide that a checkpoint is quantized, whose integers then pass for weights.
+        **({} if chosen is None else {"quantization_config": chosen}),
         device_map={"": str(device())},
         attn_implementation=attention,
         trust_remote_code=False,

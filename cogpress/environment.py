@@ -1,4 +1,4 @@
-"""The project's own environment, `.venv`: made, kept equal to the lock files, and entered by every script.
+"""The project's own environments: made, kept equal to the lock files, and the main one entered by every script.
 
 Knows interpreters, pip and the lock files; leaves to them what is installed. It runs before anything is there, so it
 is standard library only, and in a syntax that Python 3.8 reads: it must be able to say that a Python is too old.
@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Tuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Tuple
 
 from cogpress.errors import CogpressError
 
@@ -34,8 +34,41 @@ PYTHONS = ((3, 11), (3, 12), (3, 13))
 OLDEST_GLIBC = (2, 31)
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CHECK = "import torch, transformers, peft, trl, bitsandbytes, vllm, cog"
-FREE_GB = {"cpu": 6, "gpu": 25}
-"""Disk needed for a new environment: what is installed (3.7 GB without a GPU) and pip's downloads on the way."""
+
+
+class Purpose(NamedTuple):
+    """What an environment is for: its folder, what is installed by kind of machine, and whether each step is told."""
+
+    folder: str
+    log: str
+    locks: dict[str, tuple[str, ...]]
+    """The lock files of the `cpu` and the `gpu` environment, in the order they are installed."""
+    check: str
+    """Python code that runs where everything is there."""
+    free_gb: dict[str, int]
+    """Disk needed for a new one: what is installed and pip's downloads on the way."""
+    tells_steps: bool
+
+
+MAIN = Purpose(
+    folder=".venv",
+    log="setup.log",
+    locks={"cpu": ("cpu.lock",), "gpu": ("gpu.lock", "gpu-dev.lock")},
+    check=CHECK,
+    free_gb={"cpu": 6, "gpu": 25},  # 3.7 GB without a GPU are installed
+    tells_steps=True,
+)
+"""What every script runs in."""
+
+QUANTIZE = Purpose(
+    folder=".venv-quantize",
+    log="setup-quantize.log",
+    locks={"cpu": ("quantize.lock",), "gpu": ("quantize-gpu.lock",)},
+    check="import torch, transformers, llmcompressor",
+    free_gb={"cpu": 3, "gpu": 15},
+    tells_steps=False,
+)
+"""llmcompressor's own, because it needs an older transformers than vLLM's and a newer compressed-tensors."""
 
 STATE = "cogpress.json"
 _ENTERED = "COGPRESS_ENTERED"
@@ -95,23 +128,23 @@ def _continue_in(environment: Environment) -> NoReturn:
 
 
 class Environment:
-    """The environment of the repository at `root`.
+    """An environment of the repository at `root`.
 
     A file in it (`cogpress.json`) says what it holds. It is there from the first moment on, marked incomplete, so that
     an interrupted set-up is noticed and started again, and a `.venv` that someone else made is never touched.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, purpose: Purpose = MAIN) -> None:
         self.root = root
-        self.venv = root / ".venv"
+        self.purpose = purpose
+        self.venv = root / purpose.folder
         self.python = self.venv / "bin" / "python"
-        self.log = root / ".cache" / "setup.log"
+        self.log = root / ".cache" / purpose.log
         self._lock_file: int | None = None
 
     def locks(self, kind: str) -> list[Path]:
         """The lock files of the `cpu` or the `gpu` environment, in the order they are installed."""
-        names = ["cpu.lock"] if kind == "cpu" else ["gpu.lock", "gpu-dev.lock"]
-        return [self.root / "requirements" / name for name in names]
+        return [self.root / "requirements" / name for name in self.purpose.locks[kind]]
 
     def torch_version(self) -> str:
         """The version of torch that requirements/base.in names."""
@@ -168,7 +201,7 @@ class Environment:
         else:
             say(str(reason))
             self._make(kind)
-        self._run([str(self.python), "-c", CHECK], "check that it imports")
+        self._run([str(self.python), "-c", self.purpose.check], "check that it imports")
         self._mark({"state": "complete", "kind": kind, "locks": self.digest(kind)})
         say(f"{self.venv} is ready ({time.monotonic() - started:.0f} s).")
 
@@ -176,7 +209,7 @@ class Environment:
         interpreter, version = find_interpreter()
         if self.venv.exists():
             shutil.rmtree(self.venv)
-        check_disk(shutil.disk_usage(self.root).free, FREE_GB[kind], self.root)
+        check_disk(shutil.disk_usage(self.root).free, self.purpose.free_gb[kind], self.root)
         self.venv.mkdir()
         self._mark({"state": "incomplete", "kind": kind})
         self._run([interpreter, "-m", "venv", "--prompt", "cogpress", str(self.venv)], f"Python {dotted(version)}")
@@ -238,7 +271,7 @@ class Environment:
         import fcntl  # not on Windows, where check_platform has refused by now
 
         self.log.parent.mkdir(exist_ok=True)
-        with open(self.log.with_name("setup.lock"), "w") as file:
+        with open(self.log.with_suffix(".lock"), "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -266,7 +299,7 @@ class Environment:
         lines: list[str] = []
         reader = threading.Thread(target=self._read, args=(process, lines), daemon=True)
         reader.start()
-        progress = Progress(label)
+        progress = Progress(label, self.purpose.tells_steps)
         try:
             while process.poll() is None:
                 time.sleep(0.1)
@@ -300,8 +333,9 @@ class Environment:
 class Progress:
     """A step's live line: rewritten in place on a terminal, elsewhere a new line every 15 seconds."""
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, tells_end: bool = True) -> None:
         self.label = label
+        self.tells_end = tells_end
         self.started = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
 
@@ -322,7 +356,8 @@ class Progress:
         """Say how long it took."""
         if self.live:
             print("\r\033[K", end="", file=sys.stderr)
-        say(f"  {self.label}: {'done' if succeeded else 'stopped'} in {time.monotonic() - self.started:.0f} s")
+        if self.tells_end or not succeeded:
+            say(f"  {self.label}: {'done' if succeeded else 'stopped'} in {time.monotonic() - self.started:.0f} s")
 
 
 def say(text: str) -> None:
@@ -368,7 +403,8 @@ def why_anew(state: dict[str, str] | None, kind: str, venv: Path, python: Path) 
         return f"Setting up {venv}, once; later commands start at once."
     if state is None:
         raise CogpressError(
-            f"{venv} is there but was not made by scripts/setup. Delete it or give it another name, then run again."
+            f"{venv} is there but was not made by scripts/setup or scripts/quantize. Delete it or give it another "
+            "name, then run again."
         )
     if state.get("state") != "complete":
         return f"The last set-up of {venv} was interrupted: starting again."

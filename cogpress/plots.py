@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 _BLUE, _ORANGE, _INK, _GRID = "#3b6ea8", "#c8553d", "#333333", "#e4e4e4"
@@ -163,3 +164,65 @@ def _labelled(axes: Axes, across: str, up: str, *, measured: bool) -> None:
         axes.set_title("not measured: an earlier check failed", loc="left", color=_ORANGE)
         axes.set_xticks([])
         axes.set_yticks([])
+
+
+_PANELS: tuple[tuple[str, str, float, str, tuple[tuple[str, str], ...]], ...] = (
+    ("size", "weights (MB)", 1e-6, "{:,.0f}", (("bytes", _BLUE),)),
+    ("quality", "right answers (%)", 100, "{:.1f}", (("score", _BLUE),)),
+    ("distance from training", "mean KL per token (nats)", 1, "{:.5f}", (("mean_kl", _ORANGE),)),
+    (
+        "speed",
+        "tokens per second",
+        1,
+        "{:,.0f}",
+        (("stream_tokens_per_second", _BLUE), ("concurrent_tokens_per_second", _ORANGE)),
+    ),
+)
+"""A picture's panels: title, axis, factor from the figure to the axis, label, and bars by figure and colour."""
+
+
+def quantization(candidates: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a PNG: size, quality and speed of each folder of weights, side by side on the same lines.
+
+    Args:
+        candidates: figures by the names of `comparison.Candidate`; None is not drawn, and what none has has no panel.
+        path: the picture, replaced if it exists; its folder must exist.
+    """
+    panels = [panel for panel in _PANELS if any(one.get(key) is not None for one in candidates for key, _ in panel[4])]
+    figure = Figure(figsize=(3.4 * len(panels) + 0.6, 1.4 + 0.62 * len(candidates)), layout="constrained")
+    FigureCanvasAgg(figure)
+    places = range(len(candidates))
+    for number, (title, unit, factor, label, bars) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        height = 0.7 / len(bars)
+        largest = 0.0
+        for index, (key, colour) in enumerate(bars):
+            offset = (index - (len(bars) - 1) / 2) * height
+            for place, one in zip(places, candidates, strict=True):
+                if one.get(key) is None:
+                    if index == 0:
+                        axes.text(0, place, " not measured", va="center", color="#999999")
+                    continue
+                value = float(one[key]) * factor
+                largest = max(largest, value)
+                axes.barh(place + offset, value, height * 0.9, color=colour)
+                axes.text(value, place + offset, " " + label.format(value), va="center", color=_INK)
+        # Room for the labels, which stand right of the bars.
+        axes.set_xlim(0, 1.3 * (largest or 1))
+        axes.set_ylim(len(candidates) - 0.5, -0.5)
+        axes.set_yticks(places, [str(one["name"]) for one in candidates] if number == 0 else [])
+        axes.set_title(title, loc="left", color=_INK, fontsize=11)
+        axes.set_xlabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        if unit.endswith("(%)"):
+            axes.set_xticks([0, 50, 100])
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", color=_GRID, linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color("#999999")
+        axes.tick_params(colors=_INK, left=False)
+        if len(bars) > 1:
+            names = ("1 stream", "16 streams")
+            marks = [Line2D([], [], color=colour, linewidth=6) for _, colour in bars]
+            axes.legend(marks, names, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=2)
+    figure.savefig(path, dpi=120)

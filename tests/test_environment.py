@@ -20,7 +20,9 @@ from cogpress.environment import Environment
 from cogpress.errors import CogpressError
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCKS = [ROOT / "requirements" / name for name in ("cpu.lock", "gpu.lock", "gpu-dev.lock")]
+NAMES = ("cpu.lock", "gpu.lock", "gpu-dev.lock", "quantize.lock", "quantize-gpu.lock")
+NAMED = ("base.in", "quantize.in")
+LOCKS = [ROOT / "requirements" / name for name in NAMES]
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def repository(tmp_path: Path) -> Path:
     folder = tmp_path / "repository"
     (folder / "requirements").mkdir(parents=True)
     (folder / "requirements" / "base.in").write_text("# training\ntorch==2.13.0  # a reason\n")
-    for name in ("cpu.lock", "gpu.lock", "gpu-dev.lock"):
+    for name in NAMES:
         (folder / "requirements" / name).write_text("")
     return folder
 
@@ -230,18 +232,32 @@ def test_locks_are_exact_hashed_and_of_no_one_machine(path: Path) -> None:
     assert not re.search(r"://|file:|--(extra-)?index-url|--find-links|-e |\s/", text)
 
 
-def test_the_cpu_lock_has_no_cuda_and_nothing_that_needs_it() -> None:
-    names = environment.locked_names(LOCKS[0].read_text())
-    assert not [name for name in names if re.match(r"torch|nvidia-|cuda-|vllm$", name)]
+@pytest.mark.parametrize("name", ["cpu.lock", "quantize.lock"])
+def test_a_lock_for_cpus_has_no_cuda_and_nothing_that_needs_it(name: str) -> None:
+    names = environment.locked_names((ROOT / "requirements" / name).read_text())
+    allowed = "nvidia-ml-py"  # Python only: it asks a driver for its GPUs, where there is one
+    assert not [name for name in names if re.match(r"torch|nvidia-|cuda-|vllm$", name) and name != allowed]
+
+
+def test_both_environments_have_the_same_torch() -> None:
+    pins = [re.findall(r"^torch==\S+", (ROOT / "requirements" / name).read_text(), re.M) for name in NAMED]
+    assert len(pins[0]) == 1
+    assert pins[0] == pins[1]
+    assert f"\n{pins[0][0]} " in (ROOT / "requirements" / "quantize-gpu.lock").read_text()
 
 
 def test_every_direct_dependency_is_locked_at_the_version_asked_for() -> None:
-    for inputs, locks in (("cpu.in base.in dev.in", LOCKS[:1]), ("gpu.in base.in dev.in", LOCKS[1:])):
+    for inputs, locks in (
+        ("cpu.in base.in dev.in", LOCKS[:1]),
+        ("gpu.in base.in dev.in", LOCKS[1:3]),
+        ("quantize.in", LOCKS[3:4]),
+        ("quantize.in", LOCKS[4:]),
+    ):
         locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", "".join(path.read_text() for path in locks), re.M))
         for name in inputs.split():
             text = (ROOT / "requirements" / name).read_text()
             for package, version in re.findall(r"^([A-Za-z0-9-]+)==(\S+)", text, re.M):
-                if (package, inputs) != ("torch", "cpu.in base.in dev.in"):
+                if package != "torch" or "gpu" in locks[0].name:  # a lock for CPUs leaves torch out
                     assert locked[package.lower()] == version
 
 
@@ -363,6 +379,34 @@ def test_a_script_sets_up_enters_updates_and_recovers(small: Small) -> None:
     assert status == 0
     assert "interrupted: starting again" in messages
     assert not leftover.exists()
+
+
+@pytest.mark.slow
+def test_another_environment_lies_beside_it_and_says_little(small: Small) -> None:
+    """llmcompressor's, made from inside the main one: from its own lock, with its own mark, in two lines."""
+    one = wheel(small.wheels, "one", "1")
+    (small.repository / "requirements" / "quantize.lock").write_text(f"one==1 --hash=sha256:{one}\n")
+    (small.repository / "script").write_text(
+        "from cogpress.environment import *\n"
+        "made = Environment(ROOT, QUANTIZE._replace(check='import torch, one'))\n"
+        "made.ready('cpu') or made.setup(gpu=False)\n"
+        "print(made.ready('cpu'), made.ready('gpu'), Environment(ROOT).ready())\n"
+    )
+    status, output, messages = small.run()
+    assert (status, output) == (0, "True False False\n"), messages
+    assert [line.split()[0] for line in messages.splitlines()] == ["Setting", f"{small.repository}/.venv-quantize"]
+    assert (small.repository / ".venv-quantize" / environment.STATE).is_file()
+    assert (small.repository / ".cache" / "setup-quantize.log").is_file()
+    assert not (small.repository / ".venv").exists()
+    assert small.run() == (0, "True False False\n", "")
+
+    (small.repository / "requirements" / "cpu.lock").write_text("other==1\n")
+    assert small.run()[2] == "", "the main environment's lock is not its own"
+    (small.repository / "requirements" / "quantize.lock").write_text(f"one==1 --hash=sha256:{'0' * 64}\n")
+    status, _, messages = small.run()
+    assert status != 0
+    assert "lock files have changed" in messages
+    assert "not the one that was locked" in messages
 
 
 @pytest.mark.slow

@@ -1,0 +1,90 @@
+"""The worker that quantizes weights: a program of its own, run by llmcompressor's environment and not by ours.
+
+Knows llmcompressor's modifiers, and nothing of runs, examples or manifests: a job file says what to read, what to
+calibrate with and where to write. Imports nothing of this package, which may need what that environment lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RESULT = "result.json"
+"""Written into a scheme's folder last, so that it tells that the folder is complete."""
+
+
+def main(job_path: Path) -> None:
+    """Do a job: every scheme in turn, each from freshly loaded weights.
+
+    The job is JSON: `source` (folder of weights), `rows` (lists of token ids) and `schemes`, each with `name`, `out`
+    (folder), `algorithm` (`gptq`, `awq` or `none`), `preset` (compressed-tensors' name) and `group_size` (or null).
+    """
+    job = json.loads(job_path.read_text(encoding="utf-8"))
+    for scheme in job["schemes"]:
+        compress(Path(job["source"]), job["rows"], scheme)
+
+
+def compress(source: Path, rows: list[list[int]], scheme: dict[str, Any]) -> None:
+    """Quantize all linear layers but the output layer, and write the model to `scheme["out"]`."""
+    import llmcompressor
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    # On the CPU: with an accelerator, llmcompressor moves one layer at a time there.
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    calibration: dict[str, Any] = {}
+    if scheme["algorithm"] != "none":
+        calibration = {"dataset": loader(rows), "num_calibration_samples": len(rows)}
+    llmcompressor.oneshot(
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(source, trust_remote_code=False),
+        recipe=recipe(scheme, output_layers(model)),
+        **calibration,
+    )
+    out = Path(scheme["out"])
+    model.save_pretrained(out, save_compressed=True)
+    result = {"llmcompressor": llmcompressor.__version__, "seconds": time.perf_counter() - started}
+    part = out / f"{RESULT}.part"
+    part.write_text(json.dumps(result), encoding="utf-8")
+    os.replace(part, out / RESULT)
+
+
+def recipe(scheme: dict[str, Any], ignore: list[str]) -> list[Any]:
+    """llmcompressor's modifiers for a scheme; layers named in `ignore` keep their weights."""
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    layers = preset_name_to_scheme(scheme["preset"], ["Linear"])
+    if scheme["group_size"] is not None:
+        layers.weights.group_size = scheme["group_size"]
+    groups = {"group_0": layers}
+    if scheme["algorithm"] == "gptq":
+        return [GPTQModifier(config_groups=groups, ignore=ignore)]
+    rounding = QuantizationModifier(config_groups=groups, ignore=ignore)
+    return [AWQModifier(duo_scaling="both"), rounding] if scheme["algorithm"] == "awq" else [rounding]
+
+
+def output_layers(model: Any) -> list[str]:
+    """The name of the layer that makes logits: it is used once a token and decides it, so it stays as it is."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is head] or ["lm_head"]
+
+
+def loader(rows: list[list[int]]) -> Any:
+    """One row a batch: what GPTQ and AWQ learn of a layer's inputs must not come from padding."""
+    import torch
+
+    batches = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row)).long()} for row in rows]
+    return torch.utils.data.DataLoader(batches, batch_size=None)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
