@@ -56,7 +56,11 @@ def read_source(folder: Path, run: Path | None) -> Source:
             "Name the weights that they were made from."
         )
     manifest.check(folder, facts)
-    run = run or folder.parent
+    run = (
+        run
+        or (None if recipe.made(folder.parent, facts) else recipe.run_of(facts, folder.parent / "runs"))
+        or folder.parent
+    )
     if not (run / "key.json").is_file() or not (run / "config.json").is_file():
         raise CogpressError(
             f"{run} is no run's folder, and what was trained on is needed to calibrate. Name it with --run runs/NAME."

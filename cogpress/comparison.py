@@ -5,7 +5,6 @@ Knows which figures matter and how to show them; leaves measuring to whoever it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cogpress import demo, manifest, plots
-from cogpress.data import Prepared
-from cogpress.quantize import weights_bytes
+from cogpress import manifest, parity, plots
+from cogpress.verdict import weights_bytes
 
 Measure = Callable[[str, Path], Mapping[str, Any]]
 """From a scheme's name and its folder to metrics by the names of `Candidate`'s fields; those missing are not known."""
@@ -80,7 +78,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("top1_agreement", "same top token", lambda value: f"{value:.1%}"),
     ("perplexity", "perplexity", lambda value: f"{value:.3f}"),
     ("stream_tokens_per_second", "tokens/s,\n1 stream", lambda value: f"{value:.0f}"),
-    ("concurrent_tokens_per_second", f"tokens/s,\n{demo.CONCURRENT} streams", lambda value: f"{value:.0f}"),
+    ("concurrent_tokens_per_second", f"tokens/s,\n{parity.STREAMS} streams", lambda value: f"{value:.0f}"),
 )
 
 
@@ -99,40 +97,3 @@ def table(candidates: Sequence[Candidate]) -> Table:
         cells = ["-" if value is None else text(value) for value, text in values]
         made.add_row(one.name, f"{one.bytes / 1e6:,.0f} MB", *cells, *([one.note] if one.note else []))
     return made
-
-
-def verified(folder: Path) -> Mapping[str, Any] | None:
-    """What verification found out about a folder of weights; None where it was not verified."""
-    try:
-        metrics = json.loads((folder / "verification.json").read_text(encoding="utf-8"))["metrics"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return metrics if isinstance(metrics, dict) else None
-
-
-def served(
-    root: Path, run: Path, questions: Sequence[dict[str, Any]], score: Callable[[str, str], bool], console: Console
-) -> Measure:
-    """Measures by serving a folder and asking it questions, unless the folder was verified."""
-
-    def measure(name: str, folder: Path) -> Mapping[str, Any]:
-        known = verified(folder)
-        if known is not None:
-            return known
-        result = demo.served_once(root, name, folder, questions, score, run, console)
-        return {
-            "score": result.exact_match,
-            "stream_tokens_per_second": result.stream_tokens_per_second,
-            "concurrent_tokens_per_second": result.concurrent_tokens_per_second,
-        }
-
-    return measure
-
-
-def questions(run: Path, prepared: Callable[[], Prepared], count: int) -> list[dict[str, Any]]:
-    """Held-out questions of a run: its own test file where it has one, as the demonstration has, else validation."""
-    test = run / "data" / "test.jsonl"
-    if test.is_file():
-        return [json.loads(line) for line in test.read_text(encoding="utf-8").splitlines()][:count]
-    examples = [example for example in prepared().validation_examples if example.messages is not None]
-    return [{"prompt": example.asked, "completion": example.answer} for example in examples[:count]]

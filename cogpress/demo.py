@@ -102,7 +102,7 @@ def run(root: Path, task: Task, console: Console, *, fresh: bool) -> dict[str, A
     built = recipe.build(settings, train_file, folder, root / ".cache", console, resume=_interrupted(folder))
     held_out = [json.loads(line) for line in test_file.read_text(encoding="utf-8").splitlines()]
     served = {
-        name: served_once(root, name, weights, held_out, task.score, folder, console)
+        name: _served_once(root, name, weights, held_out, task, folder, console)
         for name, weights in (("base", built.base), ("tuned", built.weights))
     }
     base, tuned = served["base"], served["tuned"]
@@ -147,26 +147,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def served_once(
+def _served_once(
     root: Path,
     name: str,
     weights: Path,
     held_out: Sequence[dict[str, Any]],
-    score: Callable[[str, str], bool],
+    task: Task,
     folder: Path,
     console: Console,
 ) -> Served:
-    """Serve one model and ask it everything, unless this very model has answered these very questions before.
-
-    Args:
-        root: the project's folder.
-        name: of the model, in what is printed and in the names of its log and its result.
-        weights: the folder to serve.
-        held_out: rows of `prompt` (fields, or a list of messages) and `completion`.
-        score: whether an answer is right, given the expected one and it.
-        folder: where result and log go.
-        console: where progress is shown.
-    """
+    """Serve one model and ask it everything, unless this very model has answered these very questions before."""
     path = folder / f"served-{name}.json"
     key = {"weights": manifest.fingerprint(weights), "questions": list(held_out)}
     with step(f"Cog server with the {name} model", console) as say:
@@ -182,14 +172,14 @@ def served_once(
             server.wait_ready()
             ready = time.perf_counter() - started
             console.print(f"  ready after {ready:.0f} s at {server.url}")
-            served = _ask_all(server.url, held_out, score, ready, console)
+            served = _ask_all(server.url, held_out, task, ready, console)
         say(f"{served.exact_match:.1%} of {len(held_out)} answers are right")
     manifest.write_json(path, {"key": key, "served": vars(served)})
     return served
 
 
 def ask(url: str, row: dict[str, Any], show: Callable[[str], None] = lambda _chunk: None) -> Answer:
-    """Ask one question as an application would: its fields or its messages, streaming.
+    """Ask one question as an application would: its fields, streaming.
 
     Args:
         url: a Cog server.
@@ -200,8 +190,7 @@ def ask(url: str, row: dict[str, Any], show: Callable[[str], None] = lambda _chu
     first = 0.0
     text = ""
     tokens = 0
-    asked = "fields" if isinstance(row["prompt"], dict) else "messages"
-    for event in client.stream(url, {asked: json.dumps(row["prompt"]), "max_tokens": MAX_TOKENS}):
+    for event in client.stream(url, {"fields": json.dumps(row["prompt"]), "max_tokens": MAX_TOKENS}):
         if event.kind == "output":
             first = first or time.perf_counter() - started
             text += event.text
@@ -220,15 +209,9 @@ def _ask_patiently(url: str, row: dict[str, Any]) -> Answer:
     return ask(url, row)
 
 
-def _ask_all(
-    url: str,
-    held_out: Sequence[dict[str, Any]],
-    score: Callable[[str, str], bool],
-    ready: float,
-    console: Console,
-) -> Served:
+def _ask_all(url: str, held_out: Sequence[dict[str, Any]], task: Task, ready: float, console: Console) -> Served:
     for row in held_out[:SHOWN]:
-        console.print(Text(f"  {_question(row)}", style="bold"))
+        console.print(Text(f"  {row['prompt']['question']}", style="bold"))
         console.print("  ", end="")
         ask(url, row, lambda chunk: console.print(Text(chunk.replace("\n", " ")), end="", soft_wrap=True))
         console.print()
@@ -237,7 +220,7 @@ def _ask_all(
     with ThreadPoolExecutor(CONCURRENT) as pool:
         answers = list(pool.map(lambda row: _ask_patiently(url, row), held_out))
     seconds = time.perf_counter() - started
-    right = [score(row["completion"], answer.text) for row, answer in zip(held_out, answers, strict=True)]
+    right = [task.score(row["completion"], answer.text) for row, answer in zip(held_out, answers, strict=True)]
     return Served(
         exact_match=sum(right) / len(right),
         questions=len(right),
@@ -246,16 +229,10 @@ def _ask_all(
         concurrent_tokens_per_second=sum(answer.tokens for answer in answers) / seconds,
         ready_seconds=ready,
         examples=[
-            {"question": _question(row), "expected": row["completion"], "answer": answer.text}
+            {"question": row["prompt"]["question"], "expected": row["completion"], "answer": answer.text}
             for row, answer in zip(held_out, answers, strict=True)
         ],
     )
-
-
-def _question(row: dict[str, Any]) -> str:
-    """What is shown of a question: the example's own words, or the last message."""
-    prompt = row["prompt"]
-    return str(prompt["question"] if isinstance(prompt, dict) else prompt[-1]["content"])
 
 
 def _examples_table(base: Served, tuned: Served) -> Table:

@@ -38,6 +38,7 @@ from cogpress.schemes import (
     refuse_here,
     why_group,
 )
+from cogpress.verdict import weights_bytes
 
 SAMPLES = {"cpu": 64, "gpu": 256}
 """Examples to calibrate with: more cost a second each on two cores, and nothing that is noticed on a GPU."""
@@ -315,8 +316,3 @@ def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:
         }
         facts = manifest.write(part, "weights", {**_carried(source.facts), "compression": compression})
     return Quantized(plan.scheme.name, plan.target, facts, reused=False)
-
-
-def weights_bytes(folder: Path) -> int:
-    """The size of a folder's weights, without tokenizer and settings."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

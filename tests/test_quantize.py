@@ -31,6 +31,7 @@ from cogpress import (
     quantize,
     schemes,
     training,
+    verdict,
 )
 from cogpress.environment import QUANTIZE, Environment
 from cogpress.errors import CogpressError
@@ -334,12 +335,13 @@ def test_the_command_refuses_in_one_sentence(run: Path) -> None:
 def test_the_table_the_picture_and_the_figures(run: Path, play: Play, tmp_path: Path) -> None:
     made = play("int4", "fp8")
     folders = {"bfloat16": run / "weights", **{name: one.folder for name, one in made.items()}}
-    manifest.write_json(made["int4"].folder / "verification.json", {"metrics": {"score": 0.5, "mean_kl": 0.01}})
+    known = {"bfloat16": {"score": 1.0}, "int4": {"score": 0.5, "mean_kl": 0.01}}
     asked: list[str] = []
 
     def measure(name: str, folder: Path) -> dict[str, float]:
         asked.append(name)
-        return {**(comparison.verified(folder) or {"score": 1.0}), "stream_tokens_per_second": 30.0, "other": 1.0}
+        assert folder == folders[name]
+        return {**known[name], "stream_tokens_per_second": 30.0, "other": 1.0}
 
     console = Console(record=True, width=120, file=(tmp_path / "said").open("w"))
     found = comparison.compare(folders, measure, run, console, unmeasured=["fp8"])
@@ -352,7 +354,7 @@ def test_the_table_the_picture_and_the_figures(run: Path, play: Play, tmp_path: 
     assert "perplexity" not in text, "nobody measured it"
     saved = json.loads((run / "quantization.json").read_text())
     assert [one["name"] for one in saved] == ["bfloat16", "int4", "fp8"]
-    assert saved[0]["bytes"] == quantize.weights_bytes(run / "weights")
+    assert saved[0]["bytes"] == verdict.weights_bytes(run / "weights")
     assert (run / "quantization.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -360,16 +362,6 @@ def test_the_table_the_picture_and_the_figures(run: Path, play: Play, tmp_path: 
 def test_the_picture_is_drawn_with_what_there_is(figures: dict[str, float], tmp_path: Path) -> None:
     plots.quantization([{"name": "int8", "bytes": 10**9, **figures}], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_questions_are_the_runs_own_or_held_out(run: Path, tmp_path: Path) -> None:
-    prepared = calibration.prepare(calibration.read_source(run / "weights", None), tmp_path, None)
-    found = comparison.questions(run, lambda: prepared, 4)
-    assert [row["completion"] for row in found] == [example.answer for example in prepared.validation_examples[:4]]
-    assert found[0]["prompt"][-1]["role"] == "user"
-    (run / "data").mkdir()
-    (run / "data" / "test.jsonl").write_text('{"prompt": {"question": "?"}, "completion": "!"}\n' * 3)
-    assert len(comparison.questions(run, lambda: prepared, 2)) == 2
 
 
 # --- the real thing ---------------------------------------------------------------------------------------------------
