@@ -8,8 +8,10 @@ ids; leaves the judgement to `verify`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -75,6 +77,7 @@ def serve(
     prompts: Sequence[list[int]],
     rows: Sequence[Row],
     max_tokens: int,
+    log: Path,
     make: MakeEngine | None = None,
 ) -> Served:
     """Have the engine answer prompts greedily and score the expected answers, in a process of its own.
@@ -85,6 +88,7 @@ def serve(
         prompts: token ids.
         rows: prompts with their expected answers, tokenized.
         max_tokens: the most to generate for one prompt.
+        log: takes what the engine prints.
         make: makes the engine; the configured one by default.
 
     Raises:
@@ -93,11 +97,13 @@ def serve(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_serve, folder, settings, prompts, rows, max_tokens, make or _configured).result()
-        except CogpressError:
-            raise
+            return pool.submit(_serve, folder, settings, prompts, rows, max_tokens, log, make or _configured).result()
+        except CogpressError as error:
+            raise CogpressError(f"{error} Its output is in {log}.") from error
         except Exception as error:
-            raise CogpressError(f"The engine did not serve {folder}: {type(error).__name__}: {error}") from error
+            raise CogpressError(
+                f"The engine did not serve {folder}: {type(error).__name__}: {error}. Its output is in {log}."
+            ) from error
 
 
 def _configured(folder: Path, settings: Serve, concurrency: int) -> Engine:
@@ -112,10 +118,18 @@ def _serve(
     prompts: Sequence[list[int]],
     rows: Sequence[Row],
     max_tokens: int,
+    log: Path,
     make: MakeEngine,
 ) -> Served:
+    with log.open("wb") as output:
+        for stream in (1, 2):  # the engine's own process writes there too
+            os.dup2(output.fileno(), stream)
     base.quiet_libraries()
-    return asyncio.run(_ask_all(folder, settings, prompts, rows, max_tokens, make))
+    try:
+        return asyncio.run(_ask_all(folder, settings, prompts, rows, max_tokens, make))
+    finally:
+        # An engine that is only collected when Python ends complains about what is gone by then.
+        gc.collect()
 
 
 async def _ask_all(

@@ -439,7 +439,8 @@ def _served(
     make: parity.MakeEngine | None,
 ) -> list[Check]:
     score, limits = scorer(case.config.verify.score), case.limits
-    served = parity.serve(case.weights, case.config.serve, case.prompts, case.rows, case.max_tokens, make)
+    log = case.adapter.parent / "verify-engine.log"
+    served = parity.serve(case.weights, case.config.serve, case.prompts, case.rows, case.max_tokens, log, make)
     found = parity.compare(divergence.merged_model(case.weights), case.prompts, case.rows, served, case.pad)
     right = _share(score, case.expected, [answer.text for answer in served.answers])
     reference_right = _share(score, case.expected, reference)
