@@ -21,7 +21,8 @@ def main(job_path: Path) -> None:
     """Do a job: every scheme in turn, each from freshly loaded weights.
 
     The job is JSON: `source` (folder of weights), `rows` (lists of token ids) and `schemes`, each with `name`, `out`
-    (folder), `algorithm` (`gptq`, `awq` or `none`), `preset` (compressed-tensors' name) and `group_size` (or null).
+    (folder), `algorithm` (`gptq`, `awq` or `none`), `preset` (compressed-tensors' name), `group_size` and
+    `smoothing` (each may be null).
     """
     job = json.loads(job_path.read_text(encoding="utf-8"))
     for scheme in job["schemes"]:
@@ -61,15 +62,19 @@ def recipe(scheme: dict[str, Any], ignore: list[str]) -> list[Any]:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
     layers = preset_name_to_scheme(scheme["preset"], ["Linear"])
     if scheme["group_size"] is not None:
         layers.weights.group_size = scheme["group_size"]
     groups = {"group_0": layers}
-    if scheme["algorithm"] == "gptq":
-        return [GPTQModifier(config_groups=groups, ignore=ignore)]
-    rounding = QuantizationModifier(config_groups=groups, ignore=ignore)
-    return [AWQModifier(duo_scaling="both"), rounding] if scheme["algorithm"] == "awq" else [rounding]
+    first: list[Any] = []
+    if scheme["smoothing"] is not None:
+        first.append(SmoothQuantModifier(smoothing_strength=scheme["smoothing"]))
+    if scheme["algorithm"] == "awq":
+        first.append(AWQModifier(duo_scaling="both"))
+    rounding = GPTQModifier if scheme["algorithm"] == "gptq" else QuantizationModifier
+    return [*first, rounding(config_groups=groups, ignore=ignore)]
 
 
 def output_layers(model: Any) -> list[str]:

@@ -36,6 +36,7 @@ from cogpress.schemes import (
     group_size,
     linear_widths,
     refuse_here,
+    smoothing,
     why_group,
 )
 from cogpress.verdict import weights_bytes
@@ -129,6 +130,7 @@ def _plan(
         "scheme": scheme.name,
         "format": scheme.preset,
         "group_size": group,
+        "smoothing": smoothing(scheme, source.folder),
         "samples": len(calibrated),
         "tokens": sum(map(len, calibrated)),
         "source": manifest.fingerprint(source.folder),
@@ -142,6 +144,8 @@ def _plan(
         "packages": packages,
     }
     facts["key"] = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    if facts["smoothing"]:
+        about.append("smoothed first")
     if group is not None:
         about.append(f"groups of {group}{why_group(widths, group)}")
     if calibrated:
@@ -190,6 +194,7 @@ def _make(
                     "algorithm": plan.scheme.algorithm,
                     "preset": plan.scheme.preset,
                     "group_size": plan.facts["group_size"],
+                    "smoothing": plan.facts["smoothing"],
                 }
                 for plan in plans
             ],

@@ -5,6 +5,7 @@ Knows layers' widths and GPUs' generations; leaves the work to `quantize`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,25 +19,36 @@ GROUP_SIZES = (128, 64, 32)
 FP8_CAPABILITY = (8, 9)
 """NVIDIA's compute capability from which on a GPU computes in FP8: Ada, Hopper and later."""
 
+SMOOTHING = 0.5
+"""How much of the activations' range SmoothQuant (Xiao et al. 2022) moves into the weights; the paper's own default."""
+
+SMOOTHED = ("LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Architectures whose norms feed the layers that smoothing makes up for, and nothing else.
+
+llmcompressor smooths others too, Gemma's for one, whose post-attention norm feeds the residual stream: that changes
+what the model computes.
+"""
+
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to quantize: by which algorithm, to which of compressed-tensors' presets."""
+    """One way to quantize: by which algorithm, to which of compressed-tensors' presets, with groups, smoothed first."""
 
     name: str
     algorithm: str
     preset: str
     grouped: bool
+    smoothed: bool
     about: str
 
 
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("int8", "gptq", "W8A8", False, "weights and activations in 8 bits, GPTQ"),
-        Scheme("int4", "gptq", "W4A16", True, "weights in 4 bits, GPTQ"),
-        Scheme("fp8", "none", "FP8_DYNAMIC", False, "weights and activations in FP8, without calibration"),
-        Scheme("awq", "awq", "W4A16_ASYM", True, "weights in 4 bits, AWQ"),
+        Scheme("int8", "gptq", "W8A8", False, True, "weights and activations in 8 bits, GPTQ"),
+        Scheme("int4", "gptq", "W4A16", True, False, "weights in 4 bits, GPTQ"),
+        Scheme("fp8", "none", "FP8_DYNAMIC", False, False, "weights and activations in FP8, without calibration"),
+        Scheme("awq", "awq", "W4A16_ASYM", True, False, "weights in 4 bits, AWQ"),
     )
 }
 
@@ -85,6 +97,12 @@ def group_size(widths: dict[str, int]) -> int:
         f"4-bit weights come in groups of {', '.join(map(str, GROUP_SIZES))}, none of which divides {name}'s width of "
         f"{width}. Choose int8 or fp8."
     )
+
+
+def smoothing(scheme: Scheme, folder: Path) -> float | None:
+    """SmoothQuant's strength for a scheme on this model; None where smoothing would not be exact, or not help."""
+    architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    return SMOOTHING if scheme.smoothed and set(architectures) & set(SMOOTHED) else None
 
 
 def why_group(widths: dict[str, int], size: int) -> str:

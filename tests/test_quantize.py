@@ -97,6 +97,13 @@ def test_widths_are_those_of_all_linear_layers_but_the_output(tiny_base: Path) -
     assert not [name for name in widths if "head" in name]
 
 
+def test_only_where_smoothing_changes_nothing_else_is_it_used(tiny_base: Path, tmp_path: Path) -> None:
+    assert schemes.smoothing(schemes.SCHEMES["int8"], tiny_base) == 0.5
+    assert schemes.smoothing(schemes.SCHEMES["int4"], tiny_base) is None
+    (tmp_path / "config.json").write_text('{"architectures": ["Gemma3ForCausalLM"]}')
+    assert schemes.smoothing(schemes.SCHEMES["int8"], tmp_path) is None
+
+
 def test_awq_is_refused_without_an_accelerator_and_fp8_explained() -> None:
     with pytest.raises(CogpressError, match=r"awq needs an NVIDIA GPU.*Choose int4"):
         schemes.refuse_here(["int8", "awq"], None)
@@ -234,9 +241,13 @@ def test_the_job_says_everything_and_the_folder_keeps_its_sources_settings(
     job = json.loads((tmp_path / "job.json").read_text())
     assert job["source"] == str(run / "weights")
     assert len(job["rows"]) == 5
-    told = [(one["name"], one["algorithm"], one["preset"], one["group_size"]) for one in job["schemes"]]
-    expected = [("int8", "gptq", "W8A8", None), ("int4", "gptq", "W4A16", 128), ("fp8", "none", "FP8_DYNAMIC", None)]
-    assert told == expected
+    told = {one.pop("name"): {**one, "out": None} for one in job["schemes"]}
+    common = {"out": None, "group_size": None, "smoothing": None}
+    assert told == {
+        "int8": {**common, "algorithm": "gptq", "preset": "W8A8", "smoothing": 0.5},
+        "int4": {**common, "algorithm": "gptq", "preset": "W4A16", "group_size": 128},
+        "fp8": {**common, "algorithm": "none", "preset": "FP8_DYNAMIC"},
+    }
 
     source = manifest.read(run / "weights") or {}
     for name, one in made.items():
@@ -398,7 +409,7 @@ def test_real_weights_shrink_and_stay_close_to_what_was_trained(
     for name, share in (("int8", 0.62), ("int4", 0.43), ("fp8", 0.62)):
         compression = quantized[name].facts["compression"]
         assert compression["bytes_after"] < share * compression["bytes_before"]
-        assert found[name].mean_kl < 0.05, (name, found[name])
+        assert found[name].mean_kl < (0.005 if name == "int8" else 0.05), (name, found[name])
         assert found[name].top1_agreement > 0.98, (name, found[name])
     assert quantized["int4"].facts["compression"]["group_size"] == 64
     settings = json.loads((quantized["int4"].folder / "config.json").read_text())
