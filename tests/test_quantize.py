@@ -318,10 +318,14 @@ def test_the_usual_causes_are_named(line: str, status: int, said: str, tmp_path:
 
 
 def test_how_far_it_is() -> None:
-    assert quantize.how_far("Loading", 3.0) == ""
-    assert quantize.how_far("(1/31): Calibrating: 10%", 3.0) == "layer 1 of 31"
-    assert quantize.how_far("(9/31): x\r(10/31): Propagating: 10%", 20.0) == "layer 10 of 31, about 42 s left"
-    assert quantize.how_far("(31/31): Propagating", 62.0) == "layer 31 of 31"
+    pace = quantize.Pace(passes=2)
+    assert pace.told("Loading", 10.0) == ""
+    assert pace.told("(1/31): Calibrating: 10%", 20.0) == "layer 1 of 31, pass 1 of 2"
+    assert pace.told("(9/31): x\r(30/31): Propagating: 10%", 50.0) == "layer 30 of 31, pass 1 of 2"
+    assert pace.told("(1/31): Calibrating: 10%", 60.0) == "layer 1 of 31, pass 2 of 2"
+    assert pace.told("(11/31): Calibrating: 10%", 80.0) == "layer 11 of 31, pass 2 of 2, about 42 s left"
+    assert pace.told("(31/31): Calibrating: 10%", 120.0) == "layer 31 of 31, pass 2 of 2"
+    assert quantize.Pace(passes=1).told("(4/7): Calibrating: 10%", 0.0) == "layer 4 of 7, about 0 s left"
 
 
 def test_the_worker_imports_nothing_that_its_environment_lacks() -> None:
