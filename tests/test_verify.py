@@ -19,7 +19,7 @@ from cogpress.verdict import Check
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "runs" / "demo"
-ROWS = 12
+ROWS = 8
 
 
 @pytest.fixture(scope="module")
