@@ -5,6 +5,7 @@ Knows which figures matter and how to show them; leaves measuring to whoever it 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -52,26 +53,53 @@ def candidate(name: str, folder: Path, metrics: Mapping[str, Any] | None) -> Can
 
 
 def compare(
-    folders: Mapping[str, Path], measure: Measure, run: Path, console: Console, *, unmeasured: Collection[str] = ()
+    folders: Mapping[str, Path],
+    measure: Measure,
+    run: Path,
+    console: Console,
+    *,
+    key: Any = None,
+    unmeasured: Collection[str] = (),
+    fresh: bool = False,
 ) -> list[Candidate]:
     """Measure each folder, print the table, and write `quantization.json` and `quantization.png` into the run's folder.
+
+    All are measured or none: speeds of different hours on one machine tell more of the hours than of the weights.
 
     Args:
         folders: by scheme; the unquantized weights first.
         measure: takes a scheme's name and its folder.
         run: the run's folder.
         console: where the table goes.
+        key: what else decides the figures, JSON-serialisable; figures of the same key and weights are reused.
         unmeasured: schemes of which only the size is shown.
+        fresh: measure again even so.
     """
-    found = [
-        candidate(name, folder, None if name in unmeasured else measure(name, folder))
-        for name, folder in folders.items()
-    ]
-    manifest.write_json(run / "quantization.json", [asdict(one) for one in found])
+    decides = {
+        "weights": {name: [manifest.fingerprint(folder), verified(folder)] for name, folder in folders.items()},
+        "unmeasured": sorted(unmeasured),
+        "key": key,
+    }
+    digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    found = None if fresh else _saved(run / "quantization.json", digest)
+    if found is None:
+        found = [
+            candidate(name, folder, None if name in unmeasured else measure(name, folder))
+            for name, folder in folders.items()
+        ]
+        manifest.write_json(run / "quantization.json", {"key": digest, "weights": [asdict(one) for one in found]})
     plots.quantization([asdict(one) for one in found], run / "quantization.png")
     console.print(table(found))
-    console.print(f"Picture: {run / 'quantization.png'}   figures: {run / 'quantization.json'}")
+    console.print(f"Picture: {run / 'quantization.png'}   figures: {run / 'quantization.json'}", soft_wrap=True)
     return found
+
+
+def _saved(path: Path, digest: str) -> list[Candidate] | None:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return [Candidate(**one) for one in saved["weights"]] if saved["key"] == digest else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -113,15 +141,13 @@ def verified(folder: Path) -> Mapping[str, Any] | None:
 def served(
     root: Path, run: Path, questions: Sequence[dict[str, Any]], score: Callable[[str, str], bool], console: Console
 ) -> Measure:
-    """Measures by serving a folder and asking it questions, unless the folder was verified."""
+    """Measures by serving a folder and asking it questions; where it was verified, quality is as verified."""
 
     def measure(name: str, folder: Path) -> Mapping[str, Any]:
-        known = verified(folder)
-        if known is not None:
-            return known
-        result = demo.served_once(root, name, folder, questions, score, run, console)
+        result = demo.served_once(root, name, folder, questions, score, run, console, fresh=True)
         return {
             "score": result.exact_match,
+            **(verified(folder) or {}),
             "stream_tokens_per_second": result.stream_tokens_per_second,
             "concurrent_tokens_per_second": result.concurrent_tokens_per_second,
         }

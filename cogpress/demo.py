@@ -155,6 +155,8 @@ def served_once(
     score: Callable[[str, str], bool],
     folder: Path,
     console: Console,
+    *,
+    fresh: bool = False,
 ) -> Served:
     """Serve one model and ask it everything, unless this very model has answered these very questions before.
 
@@ -166,13 +168,14 @@ def served_once(
         score: whether an answer is right, given the expected one and it.
         folder: where result and log go.
         console: where progress is shown.
+        fresh: ask again even so.
     """
     path = folder / f"served-{name}.json"
     key = {"weights": manifest.fingerprint(weights), "questions": list(held_out)}
     with step(f"Cog server with the {name} model", console) as say:
         try:
             saved = json.loads(path.read_text())
-            if saved["key"] == key:
+            if saved["key"] == key and not fresh:
                 say(f"reused: {saved['served']['exact_match']:.1%} of {len(held_out)} answers are right")
                 return Served(**saved["served"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):

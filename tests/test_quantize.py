@@ -366,9 +366,16 @@ def test_the_table_the_picture_and_the_figures(run: Path, play: Play, tmp_path: 
         assert shown in text
     assert "perplexity" not in text, "nobody measured it"
     saved = json.loads((run / "quantization.json").read_text())
-    assert [one["name"] for one in saved] == ["bfloat16", "int4", "fp8"]
-    assert saved[0]["bytes"] == quantize.weights_bytes(run / "weights")
+    assert [one["name"] for one in saved["weights"]] == ["bfloat16", "int4", "fp8"]
+    assert saved["weights"][0]["bytes"] == quantize.weights_bytes(run / "weights")
     assert (run / "quantization.png").read_bytes().startswith(b"\x89PNG")
+
+    asked.clear()
+    assert comparison.compare(folders, measure, run, console, unmeasured=["fp8"]) == found
+    assert asked == [], "nothing has changed"
+    manifest.write_json(made["int4"].folder / "verification.json", {"metrics": {"score": 0.25}})
+    comparison.compare(folders, measure, run, console, unmeasured=["fp8"])
+    assert asked == ["bfloat16", "int4"], "speeds are compared only where they were measured together"
 
 
 @pytest.mark.parametrize("figures", [{}, {"score": 0.0}, {"score": 1.0, "mean_kl": 0.0, "stream_tokens_per_second": 5}])
