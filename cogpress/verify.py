@@ -154,13 +154,27 @@ def verify(
     return verdict
 
 
-def measured(config: Config, root: Path, weights: Path, console: Console, *, run: Path | None = None) -> dict[str, Any]:
-    """The metrics of weights by their verification, which is made where there is none of these very weights."""
-    content = verdict.read(weights)
-    if content is None or verdict.state(weights) == "changed":
-        return verify(config, root, weights, console, run=run).metrics
-    console.print(f"  {weights} was verified before; scripts/verify does it again")
-    return dict(content["metrics"])
+def measures(
+    config: Config, root: Path, folders: Sequence[Path], console: Console, *, run: Path, fresh: bool = False
+) -> Callable[[str, Path], dict[str, Any]]:
+    """What gives the metrics of folders of weights by their verification.
+
+    All are verified, or none where all were before: speeds of different hours on one machine tell more of the hours
+    than of the weights.
+    """
+    known = [verdict.read(folder) for folder in folders]
+    again = fresh or any(
+        content is None or "score" not in content["metrics"] or verdict.state(folder) == "changed"
+        for content, folder in zip(known, folders, strict=True)
+    )
+
+    def measure(name: str, folder: Path) -> dict[str, Any]:
+        if not again:
+            return dict((verdict.read(folder) or {})["metrics"])
+        console.print(f"{name}:", style="bold")
+        return verify(config, root, folder, console, run=run).metrics
+
+    return measure
 
 
 def _case(config: Config, root: Path, weights: Path, run: Path | None, console: Console) -> _Case:
