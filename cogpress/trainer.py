@@ -29,9 +29,6 @@ IGNORE = -100
 _WINDOW = 32
 """Batches that are sorted by length together: enough to leave little padding, few enough to stay random."""
 
-_MIXED = 32
-"""Batches at the beginning of a training that hold rows of any length."""
-
 
 class Rows(Dataset[Row]):
     """Tokenized examples as a PyTorch dataset."""
@@ -68,8 +65,8 @@ class Collator:
 class LengthGroupedSampler(Sampler[int]):
     """Row indices in an order that puts rows of like length into the same batch, random from epoch to epoch.
 
-    That leaves next to no padding. The first batches of all are mixed: until the form of the answers is learnt, batches
-    of rows that are alike teach less (docs/measurements.md).
+    That leaves next to no padding. Where there are few rows, batches are mixed: all of them would be sorted by length,
+    and batches of rows that are alike teach less at the beginning (docs/measurements.md).
 
     The order depends on the seed and the epoch alone, never on the global random state, so that a resumed run sees
     the very batches that an uninterrupted one would have seen.
@@ -90,9 +87,10 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng([self.seed, self.epoch])
         rows = random.permutation(len(self.lengths))
-        mixed, rows = np.split(rows, [self.batch_size * _MIXED if self.epoch == 0 else 0])
-        yield from mixed.tolist()
         window = self.batch_size * _WINDOW
+        if len(rows) < 2 * window:
+            yield from rows.tolist()
+            return
         batches: list[np.ndarray] = []
         for start in range(0, len(rows), window):
             part = rows[start : start + window]
