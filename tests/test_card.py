@@ -211,4 +211,5 @@ def test_the_vllm_program_answers_as_served(trained_weights: Path, tmp_path: Pat
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().splitlines()[-1] == report["served"]["examples"][0]["answer"]
+    # vLLM's own log goes to the same stream.
+    assert report["served"]["examples"][0]["answer"] in done.stdout.splitlines()
