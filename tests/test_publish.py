@@ -21,7 +21,7 @@ import safetensors.numpy
 from hub import STRANGER, WRITE, StandIn
 from rich.console import Console
 
-from cogpress import base, config, manifest, publish, verdict
+from cogpress import config, fetch, manifest, publish, verdict
 from cogpress.bundle import Request
 from cogpress.errors import CogpressError
 
@@ -541,7 +541,7 @@ def test_from_the_command_line_to_the_hub_and_back(weights: Path, hub: StandIn, 
 
 
 def base_file(name: str) -> bool:
-    return any(Path(name).match(pattern) for pattern in base.HUB_FILES)
+    return any(Path(name).match(pattern) for pattern in (*fetch.HUB_FILES, "*.safetensors"))
 
 
 def test_by_the_librarys_default_transfer(weights: Path, hub: StandIn, tmp_path: Path) -> None:
