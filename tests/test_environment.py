@@ -402,7 +402,8 @@ def test_another_environment_lies_beside_it_and_says_little(small: Small) -> Non
 
     (small.repository / "requirements" / "cpu.lock").write_text("other==1\n")
     assert small.run()[2] == "", "the main environment's lock is not its own"
-    (small.repository / "requirements" / "quantize.lock").write_text(f"one==1 --hash=sha256:{'0' * 64}\n")
+    wheel(small.wheels, "two", "1")
+    (small.repository / "requirements" / "quantize.lock").write_text(f"two==1 --hash=sha256:{'0' * 64}\n")
     status, _, messages = small.run()
     assert status != 0
     assert "lock files have changed" in messages
