@@ -32,7 +32,7 @@ import filelock
 import numpy  # noqa: F401
 import safetensors
 
-from cogpress import archive, download, manifest, source, web
+from cogpress import archive, download, manifest, source, verdict, web
 from cogpress.errors import CogpressError
 from cogpress.source import Source
 
@@ -210,7 +210,18 @@ def _files(wanted: Source, cache: Path) -> Model:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 place.rename(folder / name)
 
-        return _version(entry, hashlib.sha256(listed).hexdigest(), wanted.shown, fill)
+        found = _version(entry, hashlib.sha256(listed).hexdigest(), wanted.shown, fill)
+        _bring_verdict(wanted.text, found.folder)
+        return found
+
+
+def _bring_verdict(url: str, folder: Path) -> None:
+    """The verification report published beside a manifest, if there is one: it can be newer than the weights here."""
+    try:
+        report = web.read(_beside(url, verdict.NAME), MAX_MANIFEST)
+        manifest.write_json(folder / verdict.NAME, json.loads(report))
+    except (CogpressError, ValueError):
+        return  # it has none, or what answers is some page
 
 
 def _beside(url: str, name: str) -> str:
@@ -352,7 +363,7 @@ def _needed(wanted: Source, names: Iterable[str]) -> list[str]:
             archive.refuse_pickle(PurePosixPath(name), wanted.text)
         raise CogpressError(f"{wanted.text} holds no .safetensors file, which alone are used. Name another model.")
     if manifest.NAME in names and (listed := _own_list(near(manifest.NAME))):
-        needed = {manifest.NAME, *listed}
+        needed = {manifest.NAME, *listed, *names.intersection(verdict.FILES)}
     else:
         settings = {name for name in top - weights if any(fnmatch.fnmatch(name, form) for form in HUB_FILES)}
         settings = {name for name in settings if PurePosixPath(name).suffix not in archive.PICKLES}

@@ -202,7 +202,10 @@ def state(folder: Path, checked: dict[str, Any] | None = None) -> State:
         folder: the weights.
         checked: their manifest, where the files were compared with it just now; they are then not hashed again.
     """
-    content = read(folder)
+    try:
+        content = read(folder)
+    except CogpressError:
+        content = None  # some other program's file, or one that was cut off
     if content is None:
         return "unverified"
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from fileserver import FileServer
 
-from cogpress import archive, download, fetch, manifest, pget, web
+from cogpress import archive, download, fetch, manifest, pget, verdict, web
 from cogpress.errors import CogpressError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +91,26 @@ def test_the_web(small: Path, tmp_path: Path, site: FileServer, published: str, 
     site.log.clear()
     again = fetch.model(url, tmp_path / "cache")
     assert (again.folder, (again.folder / "config.json").stat().st_mtime_ns) == (found.folder, before)
-    assert len(site.log) == 1, "only whether it is still the same was asked"
+    # The second is the verification report, which can be newer than the weights.
+    asked = 1 if place == ".tar" else 2
+    assert len(site.log) == asked, "only whether it is still the same was asked"
+
+
+def test_a_verification_report_comes_along_with_a_published_folder(
+    small: Path, tmp_path: Path, site: FileServer, published: str
+) -> None:
+    def state() -> str:
+        found = fetch.model(published + "/manifest.json", tmp_path / "cache")
+        return verdict.state(found.folder, found.manifest)
+
+    assert state() == "unverified"
+    report = {"passed": True, "files": verdict.signed_files(small)}
+    manifest.write_json(site.folder / "model" / verdict.NAME, report)
+    assert state() == "verified", "though the weights were fetched before it was written"
+    manifest.write_json(site.folder / "model" / verdict.NAME, {**report, "files": {"model.safetensors": "0" * 64}})
+    assert state() == "changed"
+    (site.folder / "model" / verdict.NAME).write_text("<html>")
+    assert state() == "changed", "a page is no report"
 
 
 @pytest.mark.parametrize("place", [".tar", "/manifest.json"])

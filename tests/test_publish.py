@@ -21,7 +21,7 @@ import safetensors.numpy
 from hub import STRANGER, WRITE, StandIn
 from rich.console import Console
 
-from cogpress import config, fetch, manifest, publish, verdict
+from cogpress import config, manifest, publish, verdict
 from cogpress.bundle import Request
 from cogpress.errors import CogpressError
 
@@ -526,24 +526,21 @@ def test_from_the_command_line_to_the_hub_and_back(weights: Path, hub: StandIn, 
         hub,
         tmp_path / "elsewhere",
         "-c",
-        "import sys, pathlib; from cogpress import base, manifest\n"
+        "import sys, pathlib; from cogpress import base, manifest, verdict\n"
         "folder = base.fetch(sys.argv[1], pathlib.Path('unused'))\n"
-        "manifest.check(folder, manifest.read(folder)); print(folder)",
+        "manifest.check(folder, manifest.read(folder)); print(verdict.state(folder)); print(folder)",
         f"hf://{REPO}@{revision}",
     )
     assert fetched.returncode == 0, fetched.stderr
-    folder = Path(fetched.stdout.strip())
+    state, path = fetched.stdout.split()
+    folder = Path(path)
+    assert state == "verified"
     assert manifest.fingerprint(folder) == manifest.fingerprint(weights)
-    # What the manifest lists comes down, and not the reports beside it.
-    expected = {name for name in NAMES - set(verdict.FILES) if base_file(name)}
-    assert {path.name for path in folder.iterdir()} >= expected
+    # What the manifest lists comes down, and the report that makes it count as verified.
+    assert {path.name for path in folder.iterdir()} == NAMES - {"README.md"}
     for shown in (dry, done, fetched):
         assert WRITE not in shown.stdout + shown.stderr
         assert "Traceback" not in shown.stderr
-
-
-def base_file(name: str) -> bool:
-    return any(Path(name).match(pattern) for pattern in (*fetch.HUB_FILES, "*.safetensors"))
 
 
 def test_by_the_librarys_default_transfer(weights: Path, hub: StandIn, tmp_path: Path) -> None:
