@@ -6,10 +6,14 @@ weights to `merge`.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from cogpress import archive, manifest
 from cogpress import fetch as fetching
@@ -76,11 +80,17 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
 
 
+def _without_bars(module: Any) -> None:
+    """Stop a module from drawing tqdm's bars, for which it has no switch."""
+    module.tqdm = functools.partial(tqdm, disable=True)
+
+
 def _convert(gguf: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 
     quiet_libraries()
+    _without_bars(modeling_gguf_pytorch_utils)
     # Without dequantize=True the model stays packed and can not be saved.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -156,6 +166,11 @@ def load(folder: Path, quantization: Quantization, *, attention: str = "sdpa") -
     from transformers import AutoModelForCausalLM
 
     quiet_libraries()
+    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        with contextlib.suppress(ImportError):
+            from compressed_tensors.compressors.model_compressors import model_compressor
+
+            _without_bars(model_compressor)
     dtype = compute_dtype()
     chosen = quantization_config(quantization, dtype)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
