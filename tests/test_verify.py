@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -190,19 +191,20 @@ def test_another_prompt_is_caught(copy: Path, settings: config.Config) -> None:
     assert list(failures(found)) == ["prompt"]
 
 
-def wrong_engine(_folder: Path, serve: config.Serve, concurrency: int) -> Engine:
+def wrong_engine(instead: Path, _folder: Path, serve: config.Serve, concurrency: int) -> Engine:
     """A real engine that answers wrongly: it has loaded other weights than it was told to."""
-    return Engine(base.fetch("embedded", ROOT / ".cache"), serve, concurrency)
+    return Engine(instead, serve, concurrency)
 
 
 @pytest.mark.slow
 @pytest.mark.server
 def test_an_engine_that_answers_wrongly_is_caught(
-    verified: tuple[Path, verdict.Verdict], settings: config.Config, tmp_path: Path
+    verified: tuple[Path, verdict.Verdict], settings: config.Config, tiny_base: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "weights"
     shutil.copytree(verified[0], folder)
-    found = verify.verify(settings, ROOT, folder, Console(), run=RUN, make=wrong_engine)
+    make = functools.partial(wrong_engine, tiny_base)
+    found = verify.verify(settings, ROOT, folder, Console(), run=RUN, make=make)
     assert {"served tokens agree", "served log-probability difference"} <= failures(found).keys()
     assert "mean KL" not in failures(found)
     assert found.causes[0].startswith("The engine (vllm) answers otherwise than transformers with the same weights")
@@ -242,8 +244,9 @@ def test_a_score_that_does_not_exist_is_said() -> None:
 def test_state_of_a_folder(tmp_path: Path) -> None:
     assert verdict.state(tmp_path) == "unverified"
     (tmp_path / verdict.NAME).write_text("{")
+    assert verdict.state(tmp_path) == "unverified", "a server starts all the same"
     with pytest.raises(CogpressError, match="is no verification report"):
-        verdict.state(tmp_path)
+        verdict.read(tmp_path)
 
 
 def test_a_server_tells_what_its_weights_are(tmp_path: Path) -> None:
