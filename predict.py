@@ -26,7 +26,7 @@ class Runner(BaseRunner):
         return not self.server.engine.dead
 
     @cog.streaming
-    @cog.concurrent(max=64)
+    @cog.concurrent(max=80)
     async def run(
         self,
         prompt: str = Input(description="What to ask the model.", default=""),
@@ -44,6 +44,10 @@ class Runner(BaseRunner):
             description='A whole conversation as a JSON list of {"role": "user" | "assistant" | "system", "content": '
             '"..."}, ending with the user. Takes the place of prompt and fields.',
             default=None,
+        ),
+        adapter: str = Input(
+            description="Which of the model's adapters answers, by name, where it is served with several. Empty: none.",
+            default="",
         ),
         max_tokens: int = Input(
             description="The most tokens to generate; a token is about four characters.", default=512, ge=1, le=131072
@@ -79,6 +83,30 @@ class Runner(BaseRunner):
             ge=0,
             le=9223372036854775807,
         ),
+        json_schema: Optional[str] = Input(
+            description='A JSON schema that the answer will follow, such as {"type": "object", "properties": '
+            '{"op": {"enum": ["COUNT", "AVG"]}}, "required": ["op"]}.',
+            default=None,
+        ),
+        regex: Optional[str] = Input(
+            description="A regular expression that the whole answer will match, such as [A-Z]{3}-[0-9]+.", default=None
+        ),
+        choices: Optional[str] = Input(
+            description='The only possible answers, as a JSON list, such as ["yes", "no"].', default=None
+        ),
+        grammar: Optional[str] = Input(
+            description='A grammar that the answer will follow, in EBNF, such as root ::= "SELECT " [a-z]+.',
+            default=None,
+        ),
+        tools: Optional[str] = Input(
+            description='Functions that the model may call, as a JSON list of {"type": "function", "function": '
+            '{"name": ..., "description": ..., "parameters": {...}}}. For models whose chat template knows tools.',
+            default=None,
+        ),
+        thinking: Optional[bool] = Input(
+            description="Whether to reason before answering, for models that can do both. Empty: as the model would.",
+            default=None,
+        ),
         min_tokens: int = Input(
             description="The fewest tokens to generate before the answer may end.", default=0, ge=0, le=131072
         ),
@@ -100,24 +128,23 @@ class Runner(BaseRunner):
             ge=-2.0,
             le=2.0,
         ),
+        logit_bias: Optional[str] = Input(
+            description="Makes tokens more or less likely, by -100 to 100: a JSON object from a token, as text or id, "
+            'to its bias, such as {"yes": 5}.',
+            default=None,
+        ),
+        logprobs: Optional[int] = Input(
+            description="Report each token's log-probability, and of this many of the most likely tokens in its place, "
+            "in the metrics. Empty: none.",
+            default=None,
+            ge=0,
+            le=20,
+        ),
     ) -> ConcatenateIterator[str]:
         """Stream an answer."""
-        from cogpress.engine import Sampling
-        from cogpress.serving import Request, parse_stop
+        inputs = dict(locals())  # the inputs alone, as nothing else has a name yet
+        del inputs["self"]
         from cogpress.streaming import stream
 
-        request = Request(prompt=prompt, system_prompt=system_prompt, fields=fields, messages=messages)
-        sampling = Sampling(
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            stop=parse_stop(stop),
-            seed=seed,
-        )
-        return stream(self.server.answer(request, sampling, self.scope.record_metric))  # type: ignore[return-value]
+        answer = await self.server.answer(inputs, self.scope.record_metric)
+        return stream(answer)  # type: ignore[return-value]

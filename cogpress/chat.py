@@ -15,15 +15,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+import jinja2
+from jinja2 import TemplateError, meta
 
 from cogpress.errors import CogpressError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, str]
-"""`{"role": ..., "content": ...}`."""
+Message = Mapping[str, Any]
+"""`{"role": ..., "content": ...}`; where the template has tools, `tool_calls`, `tool_call_id` and `name`, too."""
 
 _TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What rendering raises: a template is a program, and not only what it raises on purpose."""
@@ -38,19 +39,62 @@ def chat(prompt: str, system: str = "") -> list[dict[str, str]]:
     return [*messages, {"role": "user", "content": prompt}]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Any] = (),
+    thinking: bool | None = None,
+) -> list[int]:
     """Token ids of a conversation up to where the model's next answer begins.
 
     The ids are those of `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`, except where a message
     holds the text of a control token: that text is tokenized as ordinary text. Without a chat template the messages
     must be `[system?, user]`, and their plain text is the prompt.
 
+    Args:
+        tokenizer: the model's.
+        messages: the conversation.
+        tools: descriptions of the functions that the model may call, as its template takes them.
+        thinking: whether to reason first; None leaves it to the template.
+
     Raises:
-        CogpressError: the template refuses the messages, or there is no template and they are a conversation.
+        CogpressError: the template refuses the messages, or has no tools or switch for reasoning, or there is no
+            template and they are a conversation.
     """
+    knows = variables(tokenizer)
+    if tools and "tools" not in knows:
+        raise CogpressError("This model's chat template knows no tools. Leave tools empty, or describe them in text.")
+    switch = next((name for name in SWITCHES if name in knows), None)
+    if thinking is not None and switch is None:
+        raise CogpressError("This model's chat template has no switch for reasoning. Leave thinking empty.")
     if not tokenizer.chat_template:
         return encode_plain(tokenizer, plain_prompt(messages))
-    return encode_rendered(tokenizer, render(tokenizer, messages, ask=True))
+    more: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    if thinking is not None and switch is not None:
+        more[switch] = thinking
+    return encode_rendered(tokenizer, render(tokenizer, messages, ask=True, **more))
+
+
+SWITCHES = ("enable_thinking", "thinking")
+"""By what names chat templates know the switch for reasoning: Qwen's and SmolLM3's, and DeepSeek's and Granite's."""
+
+
+def variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """What the chat template asks for beside messages: `tools`, a switch for reasoning, and the like."""
+    return _variables(str(tokenizer.chat_template or ""))
+
+
+@functools.lru_cache(maxsize=8)
+def _variables(template: str) -> frozenset[str]:
+    # A block of transformers' own, which marks answers in training and which plain Jinja does not know.
+    plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
+    # autoescape is for HTML: nothing is rendered here, only parsed.
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(plain)))
+    except TemplateError:
+        return frozenset()  # rendering will say what is wrong with it
 
 
 def plain_prompt(messages: Sequence[Message]) -> str:
@@ -83,18 +127,20 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, *, begin: bool =
     return ids
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, ask: bool) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, ask: bool, **more: Any) -> str:
     """The chat template's text for messages, to be tokenized by `encode_rendered` and by nothing else.
 
     Args:
         ask: end where the assistant's answer begins, instead of after the last message.
+        more: what else the template takes.
 
     Raises:
         CogpressError: the template refuses these messages (it has no system role, wants other turns, ...).
     """
-    safe = [{**message, "content": _harmless(tokenizer, message["content"])} for message in messages]
+    safe = _all_harmless(tokenizer, list(messages))
+    more = _all_harmless(tokenizer, more)
     try:
-        text: Any = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=ask)
+        text: Any = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=ask, **more)
     except _TEMPLATE_FAULTS as error:
         reason = " ".join(str(error).split()).replace(_CUT, "")
         raise CogpressError(
@@ -167,6 +213,17 @@ def _written_by_template(tokenizer: PreTrainedTokenizerBase, added: Iterable[str
         with contextlib.suppress(*_TEMPLATE_FAULTS):  # no system role, say: what is wrong with a template, render tells
             text += str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
     return {token for token in added if token.strip() and token in text}
+
+
+def _all_harmless(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
+    """JSON with every text in it made harmless; names of fields, too, which a template may write."""
+    if isinstance(value, str):
+        return _harmless(tokenizer, value)
+    if isinstance(value, Mapping):
+        return {_harmless(tokenizer, str(name)): _all_harmless(tokenizer, one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_all_harmless(tokenizer, one) for one in value]
+    return value
 
 
 def _harmless(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

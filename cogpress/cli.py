@@ -44,6 +44,22 @@ def _terminated(number: int, _frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
+class Stopwatch:
+    """The speed of work since its first result."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+
+    def rate(self, amount: float) -> float:
+        """So much a second; counts from when there was something for the first time."""
+        now = time.perf_counter()
+        if not amount:
+            return 0.0
+        if self._began is None:
+            self._began = now
+        return amount / (now - self._began) if now > self._began else 0.0
+
+
 @contextmanager
 def step(name: str, console: Console) -> Iterator[Callable[[str], None]]:
     """Print a step's name when it begins and its result and seconds when it ends; the block may `say` the result."""

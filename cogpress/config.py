@@ -14,7 +14,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from cogpress import source
+from cogpress import engine, source
 from cogpress.errors import CogpressError
 
 Quantization = Literal["nf4", "int8", "none"]
@@ -37,10 +37,13 @@ def _source(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
+_Source = Annotated[str, pydantic.AfterValidator(_source)]
+
+
 class Base(_Section):
     """The model that is tuned."""
 
-    source: Annotated[str, pydantic.AfterValidator(_source)] = "embedded"
+    source: _Source = "embedded"
     quantization: Quantization = "nf4"
 
 
@@ -129,17 +132,46 @@ class Train(_Section):
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
+def _engine(name: str) -> str:
+    if name not in engine.names():
+        raise ValueError(f"there is no such engine; the engines are {', '.join(engine.names())}")
+    return name
+
+
+def _speculative(options: dict[str, Any]) -> dict[str, Any]:
+    if not {"method", "model"} & options.keys():
+        raise ValueError('needs a method, such as "ngram", or the model that drafts')
+    if not isinstance(options.get("num_speculative_tokens", 1), int) or options.get("num_speculative_tokens", 1) < 1:
+        raise ValueError("num_speculative_tokens must be a whole number of at least 1")
+    if "model" in options:
+        options = {**options, "model": _source(str(options["model"]))}
+    return options
+
+
 class Serve(_Section):
     """The engine. `auto` values are resolved on the machine that serves; `weights` count where none are installed."""
 
-    engine: Literal["vllm"] = "vllm"
-    weights: Annotated[str, pydantic.AfterValidator(_source)] | None = None
+    engine: Annotated[str, pydantic.AfterValidator(_engine)] = "vllm"
+    weights: _Source | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    mode: Literal["auto", "eager", "compiled"] = "auto"
     max_context: Annotated[int, Field(ge=16)] | None = None
+    tensor_parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    pipeline_parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
     cpu_kv_cache_gb: Annotated[float, Field(gt=0, le=4096)] = 2.0
     cpu_threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    kv_cache_dtype: str = "auto"
     prefix_caching: bool = True
+    chunked_prefill: bool | None = None
+    max_batched_tokens: Annotated[int, Field(ge=16)] | None = None
+    cpu_offload_gb: Annotated[float, Field(ge=0, le=4096)] = 0.0
+    kv_offload_gb: Annotated[float, Field(ge=0, le=4096)] = 0.0
+    speculative: Annotated[dict[str, Any], pydantic.AfterValidator(_speculative)] | None = None
+    adapters_at_once: Annotated[int, Field(ge=1, le=256)] = 4
+    adapters_kept: Annotated[int, Field(ge=1, le=4096)] = 16
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    log: Literal["none", "requests", "prompts"] = "none"
 
 
 class Verify(_Section):
@@ -168,12 +200,16 @@ class Config(_Section):
     merge: Merge = "dequantized"
     verify: Verify = Verify()
     serve: Serve = Serve()
+    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")], _Source] = {}
 
     def public(self) -> dict[str, Any]:
         """As JSON, for files that people pass on: sources without what can be secret in a URL."""
         data = self.model_dump(mode="json")
         for section, option in (("base", "source"), ("serve", "weights")):
             data[section][option] = data[section][option] and source.shown(data[section][option])
+        data["adapters"] = {name: source.shown(place) for name, place in data["adapters"].items()}
+        if data["serve"]["speculative"] and "model" in data["serve"]["speculative"]:
+            data["serve"]["speculative"]["model"] = source.shown(data["serve"]["speculative"]["model"])
         return data
 
     def override(self, inputs: dict[str, Any]) -> Config:

@@ -1,35 +1,70 @@
-"""The engine: token ids in, text as it is generated out. vLLM is the only module that is imported here.
+"""What an engine is: token ids in, text as it is generated out. Each engine is one file in `engines/`.
 
-Knows engine options, sampling and requests; leaves prompts, templates and Cog to `serving`.
+Knows what can be asked of every engine and how to find one by name; imports none of them, nor a library that computes.
 """
 
 from __future__ import annotations
 
-import os
-import uuid
+import importlib
+import pkgutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from cogpress.config import Serve
+from cogpress import engines
 from cogpress.errors import CogpressError
 
+if TYPE_CHECKING:
+    from cogpress.config import Serve
 
-def prepare(serve: Serve) -> None:
-    """Import vLLM, configured; takes many seconds once, and may run in a thread while the weights are fetched."""
-    import torch
+DEAD = "The engine has stopped; this server can not answer any more. Restart it and read its log for the cause."
+"""What a prediction fails with when the engine can not answer any more."""
 
-    # vLLM reads these when it is imported and when its engine process starts.
-    os.environ.update(environment(serve, torch.cuda.is_available()))
-    import vllm.inputs.engine
-    import vllm.sampling_params
-    import vllm.v1.engine.async_llm  # noqa: F401 - what an engine uses, so that the first request imports nothing
+MAX_LOGPROBS = 20
+"""The most alternatives whose log-probabilities are given for each token."""
+
+
+Kind = Literal["json", "regex", "choice", "grammar"]
+
+CALLED: dict[Kind, str] = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar": "grammar"}
+"""The inputs that ask for each kind of structure."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What an answer must look like: JSON of a schema, a match of a regular expression, one of some texts, or a
+    sentence of a grammar (EBNF as of GBNF, or Lark).
+
+    `value` is the schema's JSON, the expression, the texts, or the grammar.
+    """
+
+    kind: Kind
+    value: str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter to answer with, on the base that the engine has loaded.
+
+    `number` is positive and one adapter's own as long as the engine lives; `rank` the largest of its matrices.
+    """
+
+    name: str
+    number: int
+    folder: Path
+    rank: int
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. The defaults change nothing; temperature 0 is greedy."""
+    """How tokens are chosen. The defaults change nothing; temperature 0 is greedy.
+
+    `logprobs`: None for no log-probabilities, else of how many of the most likely tokens beside the chosen one.
+    `logit_bias`: by token id, added to its logit. `stream`: give text as it is generated; otherwise an engine may give
+    all of it at the end.
+    """
 
     max_tokens: int = 512
     min_tokens: int = 0
@@ -42,154 +77,99 @@ class Sampling:
     frequency_penalty: float = 0.0
     stop: list[str] = field(default_factory=list)
     seed: int | None = None
-    logprobs: bool = False
+    logprobs: int | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    structure: Structure | None = None
+    stream: bool = True
 
 
 @dataclass(frozen=True)
 class Delta:
     """What one engine step added to an answer: whole characters, how many tokens, and why it ended, if so.
 
-    Where log-probabilities were asked for, the step's token ids and theirs come along.
+    Where log-probabilities were asked for, the step's token ids and theirs come along, and for each the most likely
+    tokens, the chosen one among them: `{token id: log-probability}`.
     """
 
     text: str
     tokens: int
-    finish_reason: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    alternatives: list[dict[int, float]] = field(default_factory=list)
 
 
-class Engine:
-    """vLLM's asynchronous engine over one folder of weights."""
+class Engine(Protocol):
+    """A loaded model. Constructed as `Engine(folder, serve, concurrency, adapters)`, which blocks until it can answer.
 
-    def __init__(self, folder: Path, serve: Serve, concurrency: int) -> None:
-        """Load the weights; blocks until the engine can answer.
+    Args:
+        folder: the weights.
+        serve: the engine's options; those that an engine does not have are refused by it.
+        concurrency: requests at once.
+        adapters: the largest rank of the adapters that requests may name; 0 where there are none.
+
+    Raises:
+        CogpressError: the weights can not be loaded, or an option is not the engine's.
+    """
+
+    max_context: int
+    """The most tokens of a prompt with its answer."""
+
+    async def check(self, sampling: Sampling) -> None:
+        """Refuse what `generate` could not do, before anything is generated.
 
         Raises:
-            CogpressError: vLLM can not load the folder.
+            CogpressError: the structure is not valid, or too costly.
         """
-        prepare(serve)
-        import torch
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
 
-        cuda = torch.cuda.is_available()
-        options: dict[str, Any] = {
-            "model": str(folder),
-            "dtype": serve.dtype,
-            "max_model_len": serve.max_context,
-            "max_num_seqs": concurrency,
-            "enable_prefix_caching": serve.prefix_caching,
-            "load_format": "safetensors",
-            "trust_remote_code": False,
-            # Compiled mode answers nonsense on CPUs (torch 2.13, vLLM 0.32); eager matches transformers.
-            "enforce_eager": not cuda,
-            "disable_log_stats": True,
-        }
-        if cuda:
-            options["gpu_memory_utilization"] = serve.gpu_memory_share
-            options["tensor_parallel_size"] = torch.cuda.device_count()
-        try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
-        except (ValueError, RuntimeError, OSError) as error:
-            raise CogpressError(f"vLLM can not load {folder}: {str(error).strip()}") from error
-        self.max_context: int = self._llm.model_config.max_model_len
-
-    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[Delta]:
-        """Answer a prompt. Closing the iterator, or cancelling the task that reads it, aborts the request.
+    def generate(self, prompt: list[int], sampling: Sampling, adapter: Adapter | None = None) -> AsyncIterator[Delta]:
+        """Answer a prompt. Closing the iterator, or cancelling the task that reads it, ends the work on it.
 
         Args:
             prompt: token ids.
+            sampling: how tokens are chosen.
+            adapter: answer with this one; None for the weights as they are.
 
         Raises:
             CogpressError: the engine is dead.
         """
-        from vllm import SamplingParams
-        from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        params = SamplingParams(
-            max_tokens=sampling.max_tokens,
-            min_tokens=sampling.min_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            stop=sampling.stop or None,
-            seed=sampling.seed,
-            logprobs=0 if sampling.logprobs else None,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        outputs = self._llm.generate(tokens_input(prompt), params, request_id=uuid.uuid4().hex)
-        try:
-            async for output in outputs:
-                answer = output.outputs[0]
-                ids = list(answer.token_ids) if sampling.logprobs else []
-                chosen = [found[one].logprob for one, found in zip(ids, answer.logprobs or (), strict=True)]
-                yield Delta(answer.text, len(answer.token_ids), answer.finish_reason, ids, chosen)
-        except EngineDeadError:
-            raise CogpressError(DEAD) from None
-        finally:
-            await outputs.aclose()
 
     async def score(self, ids: list[int]) -> list[float]:
-        """The log-probability of each token after those before it; 0 for the first.
+        """The log-probability of each token after those before it, in nats; 0 for the first.
 
         Raises:
             CogpressError: the engine is dead.
         """
-        from vllm import SamplingParams
-        from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        params = SamplingParams(
-            max_tokens=1, temperature=0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
-        )
-        found: list[dict[int, Any] | None] = []
-        try:
-            async for output in self._llm.generate(tokens_input(ids), params, request_id=uuid.uuid4().hex):
-                found = list(output.prompt_logprobs or ())
-        except EngineDeadError:
-            raise CogpressError(DEAD) from None
-        return [step[one].logprob if step else 0.0 for one, step in zip(ids, found, strict=True)]
 
     @property
     def dead(self) -> bool:
-        """Whether the engine's process has stopped and nothing can be answered any more."""
-        return bool(self._llm.errored)
+        """Whether nothing can be answered any more."""
 
     @property
     def unfinished(self) -> int:
-        """Requests that the engine still works on."""
-        return int(self._llm.get_num_unfinished_requests())
+        """Requests that are still worked on."""
 
     def shutdown(self) -> None:
-        """End the engine's process."""
-        self._llm.shutdown()
+        """End all work, and every process that was started."""
 
 
-DEAD = "The engine has stopped; this server can not answer any more. Restart it and read its log for the cause."
+def names() -> list[str]:
+    """The engines that there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(engines.__path__))
 
 
-def environment(serve: Serve, cuda: bool) -> dict[str, str]:
-    """The environment variables by which vLLM is configured."""
-    values = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    if not cuda:
-        values["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(serve.cpu_kv_cache_gb)))
-        values["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cpu_cores(serve.cpu_threads)))
-    return {name: value for name, value in values.items() if name not in os.environ or name.startswith("VLLM_CPU")}
+def find(name: str) -> ModuleType:
+    """The module of an engine: its class is `Engine`, and its function `prepare(serve)` imports what that needs.
 
-
-def cpu_cores(threads: str | int) -> list[int]:
-    """The cores that the engine computes on: all that this process may use, or the first so many of them.
-
-    vLLM by itself leaves one core to its server. With two cores, giving it both made 16 streams 1.4 times as fast
-    and a single stream 0.9 times (docs/measurements.md), so all of them is the default.
+    Raises:
+        CogpressError: there is none of this name.
     """
-    available = sorted(os.sched_getaffinity(0))
-    return available if threads == "auto" else available[: int(threads)]
+    if name not in names():
+        raise CogpressError(f"serve.engine is {name!r}, and the engines are {', '.join(names())}. Name one of these.")
+    return importlib.import_module(f"cogpress.engines.{name}")
+
+
+def load(folder: Path, serve: Serve, concurrency: int, adapters: int = 0) -> Engine:
+    """The configured engine over one folder of weights; see `Engine`."""
+    made: Engine = find(serve.engine).Engine(folder, serve, concurrency, adapters)
+    return made

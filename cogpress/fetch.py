@@ -39,6 +39,9 @@ from cogpress.source import Source
 INDEX = "model.safetensors.index.json"
 """Which shard holds which tensor, in Hugging Face's layout."""
 
+ADAPTER = "adapter_config.json"
+"""By which an adapter is known, in peft's layout."""
+
 HUB_FILES = ("*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "LICENSE*")
 """What training and serving need of a repository on the Hub beside the weights."""
 
@@ -75,6 +78,13 @@ def model(text: str | os.PathLike[str], cache: Path) -> Model:
         CogpressError: the source does not exist or can not be reached, the disk has no room, or what came is not a
             whole model in safetensors. What the cache held before is left as it was.
     """
+    found = _get(text, cache)
+    if not (found.folder / "config.json").is_file():
+        raise CogpressError(f"{source.shown(os.fspath(text))} is an adapter, not a model. Merge it, or name a model.")
+    return found
+
+
+def _get(text: str | os.PathLike[str], cache: Path) -> Model:
     started = time.perf_counter()
     wanted = source.parse(os.fspath(text))
     try:
@@ -83,6 +93,18 @@ def model(text: str | os.PathLike[str], cache: Path) -> Model:
         raise CogpressError(f"{wanted.shown} can not be fetched into {cache}: {error.strerror or error}.") from None
     spent = found.seconds["check"]
     return replace(found, seconds={"fetch": time.perf_counter() - started - spent, "check": spent})
+
+
+def adapter(text: str | os.PathLike[str], cache: Path) -> Model:
+    """Get an adapter from its source and check it, as `model` does with a model.
+
+    Raises:
+        CogpressError: as `model`; or it is a model and not an adapter.
+    """
+    found = _get(text, cache)
+    if not (found.folder / ADAPTER).is_file():
+        raise CogpressError(f"{source.shown(os.fspath(text))} has no {ADAPTER}, so it is not an adapter. Name one.")
+    return found
 
 
 def check(folder: Path, shown: str | None = None) -> Model:
@@ -98,7 +120,7 @@ def check(folder: Path, shown: str | None = None) -> Model:
     started = time.perf_counter()
     try:
         facts = manifest.read(folder)
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", ADAPTER)):
             raise CogpressError(f"{folder} has no config.json, so it is not a model. Name the folder that holds one.")
         weights = sorted(folder.glob("*.safetensors"))
         if not weights:
@@ -159,7 +181,7 @@ def _path(wanted: Source, cache: Path) -> Model:
 def _lift(folder: Path) -> None:
     """A tar made of a folder has all its files in that one; take them out of it."""
     content = list(folder.iterdir())
-    if len(content) == 1 and content[0].is_dir() and not (folder / "config.json").exists():
+    if len(content) == 1 and content[0].is_dir():
         inner = content[0].rename(folder.parent / "inner")
         folder.rmdir()
         inner.rename(folder)

@@ -17,7 +17,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -224,8 +224,14 @@ def _nf4(weight: torch.Tensor, work: torch.Tensor) -> tuple[torch.Tensor, torch.
     return ((pairs[::2] << 4) | pairs[1::2]).unsqueeze(1), absmax
 
 
-def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized") -> Plan:
+def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *, alone: bool = False) -> Plan:
     """Check that an adapter and a base belong together, and list what merging them will write.
+
+    Args:
+        base_folder: the base.
+        adapter_folder: an adapter that was trained on it.
+        onto: what it is merged into.
+        alone: leave the adapter out; what is left is the base as its training saw it.
 
     Raises:
         CogpressError: the adapter was trained on another base or does not fit it; or either uses something that can
@@ -234,6 +240,8 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized") -
     import torch
 
     found = adapter.read(adapter_folder)
+    if alone:
+        found = replace(found, layers={}, replaced={})
     if manifest.fingerprint(base_folder) != found.fingerprint:
         raise CogpressError(
             f"{adapter_folder} was trained on another base than {base_folder}: the weights' hashes differ. "
@@ -285,6 +293,7 @@ def merge(
     target: Path,
     *,
     onto: Merge = "dequantized",
+    alone: bool = False,
     progress: Progress = lambda items, _total: items,
     facts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -297,6 +306,7 @@ def merge(
         adapter_folder: a run's adapter.
         target: the folder to write; replaced when the merge is complete.
         onto: `dequantized` for the base as training saw it, `original` for the weights before quantization.
+        alone: write the base alone, for adapters to be served on.
         progress: wraps the tensors, given how many there are.
         facts: more for the manifest.
 
@@ -307,7 +317,7 @@ def merge(
         CogpressError: the adapter was trained on another base, does not fit it, or can not be merged exactly, or the
             disk has no room; nothing is written.
     """
-    planned = plan(base_folder, adapter_folder, onto)
+    planned = plan(base_folder, adapter_folder, onto, alone=alone)
     size = sum(output.bytes for output in planned.outputs)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
@@ -326,9 +336,10 @@ def merge(
                 "merge": {
                     "onto": onto,
                     "layers": len(planned.adapter.layers),
-                    "adapter": manifest.fingerprint(adapter_folder),
+                    "adapter": None if alone else manifest.fingerprint(adapter_folder),
                 },
-                "prompt": planned.adapter.facts["prompt"],
+                # Adapters that share a base have prompts of their own.
+                **({} if alone else {"prompt": planned.adapter.facts["prompt"]}),
                 **(facts or {}),
             },
             known=written,

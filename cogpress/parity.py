@@ -107,9 +107,9 @@ def serve(
 
 
 def _configured(folder: Path, settings: Serve, concurrency: int) -> Engine:
-    from cogpress.engine import Engine
+    from cogpress import engine
 
-    return Engine(folder, settings, concurrency)
+    return engine.load(folder, settings, concurrency)
 
 
 def _serve(
@@ -180,7 +180,7 @@ async def _answer(engine: Engine, prompt: list[int], max_tokens: int) -> Answer:
     from cogpress.engine import Sampling
 
     text, tokens, logprobs = "", [], []
-    async for delta in engine.generate(prompt, Sampling(max_tokens=max_tokens, logprobs=True)):
+    async for delta in engine.generate(prompt, Sampling(max_tokens=max_tokens, logprobs=0)):
         text += delta.text
         tokens += delta.token_ids
         logprobs += delta.logprobs

@@ -226,3 +226,43 @@ def quantization(candidates: Sequence[Mapping[str, Any]], path: Path) -> None:
             marks = [Line2D([], [], color=colour, linewidth=6) for _, colour in bars]
             axes.legend(marks, names, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=2)
     figure.savefig(path, dpi=120)
+
+
+def serving_curves(sides: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """Write a PNG of 1500 pixels' width: throughput, time to first token and inter-token latency against streams.
+
+    Args:
+        sides: by name, the figures of `bench.load.summary` at each number of `streams`; three sides at most.
+        path: the picture, replaced if it exists; its folder must exist.
+    """
+    figure = Figure(figsize=(12.5, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    whole: dict[str, Any] = {"linewidth": 1.8}
+    dashed: dict[str, Any] = {"linewidth": 1.3, "linestyle": "--"}
+    drawn: tuple[tuple[str, str, float, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
+        ("throughput", "tokens per second, all streams", 1, (("tokens_per_second", whole),)),
+        ("time to first token", "milliseconds", 1000, (("ttft_p50", whole), ("ttft_p99", dashed))),
+        ("inter-token latency", "milliseconds", 1000, (("itl_p50", whole), ("itl_p99", dashed))),
+    )
+    streams = sorted({int(point["streams"]) for points in sides.values() for point in points})
+    for axes, (title, unit, factor, curves) in zip(map(_styled, panels), drawn, strict=True):
+        for (name, points), colour in zip(sides.items(), (_BLUE, _ORANGE, "#5b8c5a"), strict=False):
+            for key, style in curves:
+                values = [factor * point[key] for point in points]
+                label = name if style is whole else None
+                places = [point["streams"] for point in points]
+                axes.plot(places, values, color=colour, marker="o", markersize=4.5, label=label, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(streams, [str(number) for number in streams])
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.set_title(title, loc="left", color=_INK)
+        axes.set_xlabel("streams at once")
+        axes.set_ylabel(unit)
+    panels[0].legend(frameon=False, loc="upper left")
+    kinds = [Line2D([], [], color=_INK, label="50th percentile", **whole)]
+    kinds.append(Line2D([], [], color=_INK, label="99th percentile", **dashed))
+    panels[1].legend(handles=kinds, frameon=False, loc="upper left")
+    figure.savefig(path, dpi=120)

@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from cogpress import adapter as adapters
-from cogpress import archive, base, data, divergence, manifest, merge, plots, training
+from cogpress import archive, base, data, divergence, manifest, merge, multilora, plots, training
 from cogpress.cli import step
 from cogpress.config import Config, Merge, load
 from cogpress.data import Prepared
@@ -230,7 +230,14 @@ def merge_once(
 
 
 def merge_anew(
-    adapter: Path, target: Path, cache: Path, console: Console, *, source: str | None = None, onto: Merge
+    adapter: Path,
+    target: Path,
+    cache: Path,
+    console: Console,
+    *,
+    source: str | None = None,
+    onto: Merge,
+    alone: bool = False,
 ) -> Path:
     """Merge an adapter, trained here or elsewhere with cogpress, into `target`, replacing what is there.
 
@@ -241,6 +248,7 @@ def merge_anew(
         console: where progress is shown.
         source: of the base, as `base.fetch` takes it; the one that the adapter names, where not given.
         onto: what to merge into.
+        alone: write the base as the adapter was trained on it, without the adapter, for several to be served on.
 
     Raises:
         CogpressError: they do not belong together, or can not be merged exactly; nothing is written.
@@ -250,6 +258,12 @@ def merge_anew(
     with step("Base model", console) as say:
         base_folder = base.fetch(source or facts["base"]["source"], cache)
         say(str(base_folder))
+    if alone:
+        with step("Base for adapters", console) as say:
+            content = multilora.write_base(base_folder, adapter, target, progress_bar(console))
+            size = sum(file["bytes"] for file in content["files"].values())
+            say(f"as training saw it; {size / 1e6:.0f} MB in {target}")
+        return target
     with step("Merge", console) as say:
         content = merge.merge(base_folder, adapter, target, onto=onto, progress=progress_bar(console))
         size = sum(file["bytes"] for file in content["files"].values())

@@ -5,31 +5,24 @@ Knows prompts, limits and the order of a start; leaves weights to `fetch`, token
 
 from __future__ import annotations
 
-import json
+import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogpress import archive, base, chat, config, engine, fetch, source, verdict
-from cogpress.engine import DEAD, Engine, Sampling
+from cogpress import archive, base, chat, config, engine, fetch, inputs, source, verdict
+from cogpress.engine import DEAD, Adapter, Delta, Sampling
 from cogpress.errors import CogpressError
+from cogpress.inputs import Request
+from cogpress.multilora import Adapters
+from cogpress.observe import Observer, Prediction, Record
 
-Record = Callable[[str, Any], None]
-"""Takes the name and the value of a metric."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """The inputs that decide what the model is asked; exactly one of prompt, fields and messages is used."""
-
-    prompt: str = ""
-    system_prompt: str | None = None
-    messages: str | None = None
-    fields: str | None = None
+LONG_TEXT = 20_000
+"""Characters from which on a text is tokenized in a thread: below, that takes a few milliseconds."""
 
 
 class Server:
@@ -51,16 +44,24 @@ class Server:
             CogpressError: there are no weights, or they are not what was written.
         """
         started = time.perf_counter()
-        wanted = find_weights(weights, root, settings.serve)
-        found, seconds = fetch_and_import(wanted, root / ".cache", settings.serve)
+        self.adapters = Adapters(settings.adapters, settings, root)
+        shared = bool(settings.adapters)
+        wanted = self.adapters.weights(weights) if shared else find_weights(weights, root, settings.serve)
+        serve = with_draft(settings.serve, root)
+        found, seconds = fetch_and_import(wanted, root / ".cache", serve)
+        if shared:
+            self.adapters.check(found)
         self.folder = found.folder
         # What a prompt must look like was decided in training, so it travels with the weights.
         prompt = (found.manifest or {}).get("prompt")
         self.prompt = config.Prompt.model_validate(prompt) if prompt else settings.prompt
+        self.observer = Observer(serve)
+        self._long = asyncio.Lock()
+        self._long_tokenizer: Any = None
         fetched = time.perf_counter()
         self.tokenizer = base.tokenizer(self.folder)
         read = time.perf_counter()
-        self.engine = Engine(self.folder, settings.serve, concurrency)
+        self.engine = engine.load(self.folder, serve, concurrency, self.adapters.rank)
         ready = time.perf_counter()
         self.cold_start = {**seconds, "tokenizer": read - fetched, "engine": ready - read, "total": ready - started}
         """Seconds of the start: `fetch` and `check`, at the same time `imports` (which `saved` so much), `tokenizer`,
@@ -69,50 +70,69 @@ class Server:
         """Whether these very weights passed verification."""
         print(verdict.TOLD[self.verified], cold_start_line(self.cold_start), sep="\n", flush=True)
 
-    def encode(self, request: Request) -> list[int]:
+    def encode(self, request: Request, prompt: config.Prompt | None = None, tokenizer: Any = None) -> list[int]:
         """The prompt's token ids.
 
-        Raises:
-            CogpressError: nothing was asked, or the JSON of messages or fields is not as described.
-        """
-        messages = self.chat(request)
-        return chat.encode_prompt(self.tokenizer, messages)
+        Args:
+            request: what is asked.
+            prompt: what a prompt must look like; the model's own where not given.
+            tokenizer: the model's, where not the server's own is to be used.
 
-    def chat(self, request: Request) -> list[dict[str, str]]:
+        Raises:
+            CogpressError: nothing was asked, the JSON of an input is not as described, or the chat template refuses.
+        """
+        return chat.encode_prompt(
+            tokenizer or self.tokenizer,
+            self.chat(request, prompt or self.prompt),
+            tools=inputs.tools(request.tools),
+            thinking=request.thinking,
+        )
+
+    def chat(self, request: Request, form: config.Prompt) -> list[dict[str, Any]]:
         """The conversation that a request asks to continue: `messages` win over `fields`, these over `prompt`."""
-        system = self.prompt.system if request.system_prompt is None else request.system_prompt
+        system = form.system if request.system_prompt is None else request.system_prompt
         if request.messages:
-            messages = _messages(request.messages)
+            messages = inputs.messages(request.messages)
             if system and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": system})
             return messages
-        prompt = self.prompt.fill(request.prompt) if request.prompt.strip() else ""
+        prompt = form.fill(request.prompt) if request.prompt.strip() else ""
         if request.fields:
-            fields = _json(request.fields, "fields")
+            fields = inputs.read_json(request.fields, "fields")
             if not isinstance(fields, dict):
                 raise CogpressError('fields must be a JSON object, such as {"question": "..."}.')
-            prompt = self.prompt.render(fields)
+            prompt = form.render(fields)
         if not prompt.strip():
             raise CogpressError("There is nothing to answer: prompt, messages and fields are all empty. Give one.")
         return chat.chat(prompt, system)
 
-    def answer(self, request: Request, sampling: Sampling, record: Record) -> AsyncIterator[str]:
+    async def answer(self, given: Mapping[str, Any], record: Record, *, stream: bool = True) -> AsyncIterator[str]:
         """Check a request and stream its answer.
 
         Args:
-            request: what is asked.
-            sampling: how tokens are chosen; `max_tokens` is lowered to what the context has room for.
-            record: takes the metrics: tokens in and out, seconds to the first token, and tokens per second after it
-                (the reciprocal of the mean inter-token latency).
+            given: a prediction's inputs, by name; `max_tokens` is lowered to what the context has room for.
+            record: takes the metrics: tokens in and out, seconds to the first token, tokens per second after it (the
+                reciprocal of the mean inter-token latency), and log-probabilities where asked for.
+            stream: give the text as it is generated; otherwise all of it at the end, which costs a little less.
 
         Raises:
-            CogpressError: at once, before anything is generated: the engine is dead, the inputs are not as described,
-                or the prompt fills the context.
+            CogpressError: before anything is generated: the engine is dead, the inputs are not as described, the
+                prompt fills the context, or the adapter can not be had.
         """
         started = time.perf_counter()
+        try:
+            prompt, sampling, adapter = await self._understand(given)
+        except CogpressError as error:
+            self.observer.refused(given, str(error))
+            raise
+        return self._stream(prompt, replace(sampling, stream=stream), adapter, Prediction(given, record, started))
+
+    async def _understand(self, given: Mapping[str, Any]) -> tuple[list[int], Sampling, Adapter | None]:
         if self.engine.dead:
             raise CogpressError(DEAD)
-        prompt = self.encode(request)
+        request, sampling = inputs.read(given, self.tokenizer)
+        ready = await self.adapters.get(request.adapter) if request.adapter else None
+        prompt = await self._encode(request, ready.prompt if ready else None)
         room = self.engine.max_context - len(prompt)
         if room < 1:
             raise CogpressError(
@@ -121,74 +141,72 @@ class Server:
             )
         most = min(sampling.max_tokens, room)
         sampling = replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
-        return self._stream(prompt, sampling, record, started)
+        await self.engine.check(sampling)
+        return prompt, sampling, ready.adapter if ready else None
+
+    async def _encode(self, request: Request, prompt: config.Prompt | None) -> list[int]:
+        """`encode`; of long texts in a thread, with a tokenizer of its own, so that nobody's stream waits for it."""
+        size = sum(len(text) for text in vars(request).values() if isinstance(text, str))
+        if size < LONG_TEXT:
+            return self.encode(request, prompt)
+        async with self._long:
+            if self._long_tokenizer is None:
+                self._long_tokenizer = await asyncio.to_thread(base.tokenizer, self.folder)
+            return await asyncio.to_thread(self.encode, request, prompt, self._long_tokenizer)
 
     async def _stream(
-        self, prompt: list[int], sampling: Sampling, record: Record, started: float
+        self, prompt: list[int], sampling: Sampling, adapter: Adapter | None, prediction: Prediction
     ) -> AsyncIterator[str]:
         first = 0.0
         tokens = first_tokens = 0
-        record("input_token_count", len(prompt))
-        outputs = self.engine.generate(prompt, sampling)
-        try:
-            async for delta in outputs:
-                tokens += delta.tokens
-                if not first:
-                    first, first_tokens = time.perf_counter(), tokens
-                    record("time_to_first_token", round(first - started, 4))
-                    if "first_token" not in self.cold_start:
-                        self.cold_start["first_token"] = first - started
-                        print(f"First token of the first answer after {first - started:.2f} s.", flush=True)
-                if delta.finish_reason is not None:
-                    record("output_token_count", tokens)
-                    record("finish_reason", delta.finish_reason)
-                    seconds = time.perf_counter() - first
-                    if tokens > first_tokens and seconds > 0:
-                        record("tokens_per_second", round((tokens - first_tokens) / seconds, 2))
-                if delta.text:
-                    yield delta.text
-        finally:
-            await outputs.aclose()  # type: ignore[attr-defined]
+        logprobs: list[dict[str, Any]] = []
+        record = prediction.record
+        with self.observer.watch(prediction):
+            record("input_token_count", len(prompt))
+            outputs = self.engine.generate(prompt, sampling, adapter)
+            try:
+                async for delta in outputs:
+                    tokens += delta.tokens
+                    if not first:
+                        first, first_tokens = time.perf_counter(), tokens
+                        record("time_to_first_token", round(first - prediction.started, 4))
+                        self._first_token(first - prediction.started)
+                    logprobs += self._logprobs(delta)
+                    if delta.finish_reason is not None:
+                        record("output_token_count", tokens)
+                        if sampling.logprobs is not None:
+                            record("logprobs", logprobs)
+                        record("finish_reason", delta.finish_reason)
+                        seconds = time.perf_counter() - first
+                        if tokens > first_tokens and seconds > 0:
+                            record("tokens_per_second", round((tokens - first_tokens) / seconds, 2))
+                    prediction.text.append(delta.text)
+                    if delta.text:
+                        yield delta.text
+            finally:
+                prediction.generated = tokens
+                await outputs.aclose()  # type: ignore[attr-defined]
 
+    def _first_token(self, seconds: float) -> None:
+        if "first_token" not in self.cold_start:
+            self.cold_start["first_token"] = seconds
+            print(f"First token of the first answer after {seconds:.2f} s.", flush=True)
 
-def _json(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CogpressError(f"{name} is not JSON: {error}. Give valid JSON, or leave it empty.") from None
+    def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
+        """As metrics: each token's text and log-probability, and those of the most likely in its place."""
 
+        def described(token: int, value: float) -> dict[str, Any]:
+            # What is impossible has no finite logarithm, and JSON no infinity.
+            return {"token": str(self.tokenizer.decode([token])), "id": token, "logprob": max(round(value, 5), -9999.0)}
 
-def _messages(text: str) -> list[dict[str, str]]:
-    messages = _json(text, "messages")
-    if not isinstance(messages, list) or not messages:
-        raise CogpressError('messages must be a non-empty JSON list of {"role": ..., "content": ...}.')
-    for at, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise CogpressError(f"Message {at} must be an object with the texts role and content.")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise CogpressError(f"Message {at} has the role {message['role']!r}; use system, user or assistant.")
-        if message["role"] == "system" and at > 1:
-            raise CogpressError(f"Message {at} is a system message; only the first message may be one.")
-    if messages[-1]["role"] != "user":
-        raise CogpressError("The last message must be the user's, which is the one to answer.")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def parse_stop(text: str) -> list[str]:
-    """Stop sequences: one text, or a JSON list of texts.
-
-    Raises:
-        CogpressError: it starts like a list and is not one of non-empty texts.
-    """
-    if not text.lstrip().startswith("["):
-        return [text] if text else []
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return [text]
-    if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
-        raise CogpressError('stop must be a text or a JSON list of texts, such as ["\\n\\n", "END"].')
-    return values
+        steps = zip(delta.token_ids, delta.logprobs, delta.alternatives, strict=True)
+        return [
+            {
+                **described(token, value),
+                "top": [described(*one) for one in sorted(others.items(), key=lambda one: -one[1])],
+            }
+            for token, value, others in steps
+        ]
 
 
 def find_weights(weights: str | os.PathLike[str] | None, root: Path, serve: config.Serve) -> str:
@@ -211,6 +229,23 @@ def find_weights(weights: str | os.PathLike[str] | None, root: Path, serve: conf
     )
 
 
+def batch_size() -> int:
+    """Requests at once that keep an engine full: more than that wait in it without making it faster."""
+    import torch
+
+    return 256 if torch.cuda.is_available() else 64
+
+
+def with_draft(serve: config.Serve, root: Path) -> config.Serve:
+    """The options with the model that drafts, where one is named, in a folder of this machine."""
+    if serve.speculative is None or "model" not in serve.speculative:
+        return serve
+    named = serve.speculative["model"]
+    wanted = str(root / named) if source.parse(named).kind == "path" else named
+    folder = fetch.model(wanted, root / ".cache").folder
+    return serve.model_copy(update={"speculative": {**serve.speculative, "model": str(folder)}})
+
+
 def fetch_and_import(wanted: str, cache: Path, serve: config.Serve) -> tuple[fetch.Model, dict[str, float]]:
     """Get and check the weights while the engine is imported, which takes as long as gigabytes of download.
 
@@ -225,7 +260,7 @@ def fetch_and_import(wanted: str, cache: Path, serve: config.Serve) -> tuple[fet
     started = time.perf_counter()
 
     def imports() -> float:
-        engine.prepare(serve)
+        engine.find(serve.engine).prepare(serve)
         return time.perf_counter() - started
 
     pool = ThreadPoolExecutor(1, "imports")

@@ -99,6 +99,36 @@ def demo_report() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def operations_adapter(base_folder: Path, cache: Path) -> Path:
+    """An adapter of another task on the same base, trained once: which operation a question asks for."""
+    from rich.console import Console
+
+    from cogpress import config, recipe, training
+    from examples import queries
+
+    run = cache / "tests" / "operations"
+    run.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps(operations_row(row)) for row in queries.generate(320, "train", seed=3)]
+    (run / "examples.jsonl").write_text("\n".join(rows))
+    settings = config.parse(
+        {
+            "prompt": {"system": "Name the operation.", "template": "{question}"},
+            "data": {"validation_share": 0},
+            "train": {"batch_size": 8, "learning_rate": 0.002, "rank": 8, "evaluations": 0},
+        },
+        "the test",
+    )
+    prepared = recipe.prepare(settings, run / "examples.jsonl", base_folder, run, Console(quiet=True), skip_bad=False)
+    return training.train(settings, prepared, base_folder, run, console=Console(quiet=True)).adapter
+
+
+def operations_row(row: Any) -> dict[str, str]:
+    """A row of the worked example as one of the other task."""
+    [calculation] = json.loads(row["answer"])["calculations"]
+    return {"prompt": row["question"], "completion": calculation["op"]}
+
+
+@pytest.fixture(scope="session")
 def trained_weights(demo_report: dict[str, Any]) -> Path:
     """The demonstration's weights: a model that has really learnt the worked example."""
     return ROOT / "runs" / "demo" / "weights"

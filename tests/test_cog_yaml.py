@@ -183,7 +183,7 @@ def test_what_the_image_does_not_need_stays_out(path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *("cog.yaml", "model.yaml", "predict.py", "train.py", "cogpress/__init__.py", "cogpress/engine.py"),
+        *("cog.yaml", "model.yaml", "predict.py", "train.py", "cogpress/__init__.py", "cogpress/engines/vllm.py"),
         *("requirements/gpu.lock", "weights/model.safetensors", "weights/tokenizer.json", "weights/manifest.json"),
         *("weights/special_tokens_map.json", ".cog/openapi_schema.json", ".cog/tmp/build1/requirements.txt"),
     ],

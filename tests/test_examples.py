@@ -493,3 +493,7 @@ def test_command_with_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[st
         queries.main(["--out", str(tmp_path), *extra])
     assert stopped.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_the_schema_file_is_the_schema() -> None:
+    assert json.loads((ROOT / "examples" / "query.schema.json").read_text()) == queries.QUERY_SCHEMA

@@ -207,6 +207,52 @@ def test_a_conversation_is_continued(server: Server, rows: list[queries.Row]) ->
     )
 
 
+@pytest.mark.parametrize(
+    ("form", "fits"),
+    [
+        ({"json_schema": (ROOT / "examples" / "query.schema.json").read_text()}, lambda text: queries.normalize(text)),
+        ({"regex": "[A-Z]{3}-[0-9]{4}"}, lambda text: re.fullmatch("[A-Z]{3}-[0-9]{4}", text)),
+        ({"choices": '["red", "green"]'}, lambda text: text in ("red", "green")),
+        ({"grammar": 'root ::= "SELECT " [a-z]{3}'}, lambda text: re.fullmatch("SELECT [a-z]{3}", text)),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_answers_keep_to_a_form(server: Server, rows: list[queries.Row], form: dict[str, str], fits: Any) -> None:
+    texts = [answer(server, row, temperature=1.0, seed=1, **form) for row in rows[:4]]
+    assert all(fits(text) for text in texts), texts
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"json_schema": '{"type": "nothing"}'}, "json_schema can not be used: .*nothing"),
+        ({"regex": "(a"}, "regex can not be used"),
+        ({"choices": "yes"}, "choices is not JSON"),
+        ({"regex": "a", "grammar": 'root ::= "a"'}, "Only one form"),
+        ({"tools": '[{"function": {"name": "f"}}]'}, "chat template knows no tools"),
+        ({"thinking": True}, "no switch for reasoning"),
+        ({"adapter": "sql"}, "model.yaml lists no adapters"),
+        ({"logit_bias": '{"an unlikely llama": 1}'}, "Name one token"),
+        ({"logprobs": 21}, "logprobs"),
+    ],
+)
+def test_what_can_not_be_is_refused_before_anything_is_generated(
+    server: Server, inputs: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(CogpressError, match=said):
+        client.predict(server.url, {"prompt": "a", **inputs})
+
+
+def test_log_probabilities_come_as_metrics(server: Server) -> None:
+    inputs = {"prompt": "Say yes.", "max_tokens": 4, "min_tokens": 4, "logprobs": 2, "logit_bias": '{"yes": 100}'}
+    prediction = client.predict(server.url, inputs)
+    assert "".join(prediction["output"]) == "yesyesyesyes"
+    found = prediction["metrics"]["logprobs"]
+    assert [one["token"] for one in found] == ["yes"] * 4
+    assert all(one["logprob"] <= 0 and 2 <= len(one["top"]) <= 3 for one in found)
+    assert all(one["top"] == sorted(one["top"], key=lambda top: -top["logprob"]) for one in found)
+
+
 def test_a_tar_of_weights_is_served(trained_weights: Path, tmp_path: Path) -> None:
     tar = archive.pack(trained_weights, tmp_path / "weights.tar")
     assert manifest.fingerprint(fetch.model(tar, tmp_path).folder) == manifest.fingerprint(trained_weights)

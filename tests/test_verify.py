@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from cogpress import base, config, manifest, verdict, verify
-from cogpress.engine import Engine
+from cogpress.engines.vllm import Engine
 from cogpress.errors import CogpressError
 from cogpress.verdict import Check
 

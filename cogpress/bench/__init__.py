@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -23,7 +23,7 @@ def in_fresh_process(function: Any, *args: Any) -> Any:
 
 
 def alternate(
-    sides: dict[str, Callable[[], dict[str, float]]], rounds: int, tell: Callable[[int, str, dict[str, float]], None]
+    sides: Mapping[str, Callable[[], dict[str, float]]], rounds: int, tell: Callable[[int, str, dict[str, float]], None]
 ) -> Measured:
     """Measure each side once a round, in an order that alternates: a machine that slows down favours neither.
 
@@ -34,7 +34,7 @@ def alternate(
     """
     measured: Measured = {name: [] for name in sides}
     for number in range(rounds):
-        for name in sides if number % 2 == 0 else reversed(sides):
+        for name in list(sides)[:: -1 if number % 2 else 1]:
             found = sides[name]()
             measured[name].append(found)
             tell(number + 1, name, found)

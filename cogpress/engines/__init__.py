@@ -1,0 +1,4 @@
+"""The engines, one file each: a class `Engine` as `cogpress.engine.Engine` describes it, and `prepare(serve)`.
+
+A new file here is an engine that `serve.engine` can name. `tests/test_engines.py` asks the same of all of them.
+"""

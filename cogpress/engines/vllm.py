@@ -1,0 +1,346 @@
+"""vLLM's asynchronous engine, in a process of its own. The only module that imports vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cogpress.config import Serve
+from cogpress.engine import CALLED, DEAD, MAX_LOGPROBS, Adapter, Delta, Sampling
+from cogpress.errors import CogpressError
+from cogpress.grammar import MAX_WHITESPACE, Guard
+
+BFLOAT16_CAPABILITY = (8, 0)
+"""The first compute capability with bfloat16 in hardware: Ampere's. NVIDIA, CUDA C++ programming guide, table of
+arithmetic instructions."""
+
+COMPILED = "compiled"
+"""The folder, among the weights, of what was compiled for a GPU."""
+
+SPINS = 1000
+"""How often a thread that waits for the others looks whether they are done, before it sleeps. By OpenMP's own default
+it holds the core for milliseconds, and programs that carry the tokens to their readers waited up to half a second for
+one (docs/measurements.md)."""
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The adapter ranks that vLLM makes room for."""
+
+
+def prepare(serve: Serve) -> None:
+    """Import vLLM, configured; takes many seconds once, and may run in a thread while the weights are fetched."""
+    import torch
+
+    # vLLM reads these when it is imported and when its engine process starts.
+    os.environ.update(environment(serve, torch.cuda.is_available()))
+    import vllm.inputs.engine
+    import vllm.sampling_params
+    import vllm.v1.engine.async_llm  # noqa: F401 - what an engine uses, so that the first request imports nothing
+
+
+class Engine:
+    """See `cogpress.engine.Engine`."""
+
+    def __init__(self, folder: Path, serve: Serve, concurrency: int, adapters: int = 0) -> None:
+        """See `cogpress.engine.Engine`."""
+        prepare(serve)
+        import torch
+        from vllm import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        capability = torch.cuda.get_device_capability() if gpus else None
+        wanted = options(folder, serve, concurrency, adapters, gpus, capability)
+        os.environ.update(compile_cache(folder, wanted))
+        try:
+            # vLLM chooses some defaults by what it believes to be part of.
+            self._llm = AsyncLLM.from_engine_args(
+                AsyncEngineArgs(**wanted), usage_context=UsageContext.OPENAI_API_SERVER
+            )
+        except (ValueError, RuntimeError, OSError, NotImplementedError, TypeError) as error:
+            raise CogpressError(f"vLLM can not load {folder}: {str(error).strip()}") from error
+        self.max_context: int = self._llm.model_config.max_model_len
+        self._guard = Guard(folder, self._llm.model_config.get_vocab_size())
+
+    async def check(self, sampling: Sampling) -> None:
+        """See `cogpress.engine.Engine`."""
+        from vllm.exceptions import VLLMClientError
+
+        config = self._llm.vllm_config
+        if sampling.structure is not None:
+            await asyncio.to_thread(self._guard.check, sampling.structure)
+        elif config.speculative_config is None:
+            return  # nothing that bounds of single inputs do not hold already
+        try:
+            # In a thread, because it parses what users typed and the event loop carries everybody's tokens.
+            await asyncio.to_thread(
+                _params(sampling).verify,
+                config.model_config,
+                config.speculative_config,
+                config.structured_outputs_config,
+                self._llm.get_tokenizer(),
+            )
+        except (VLLMClientError, ValueError) as error:
+            called = "This" if sampling.structure is None else CALLED[sampling.structure.kind]
+            raise CogpressError(f"{called} can not be used: {error}") from None
+
+    async def generate(
+        self, prompt: list[int], sampling: Sampling, adapter: Adapter | None = None
+    ) -> AsyncIterator[Delta]:
+        """See `cogpress.engine.Engine`."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        lora = None if adapter is None else LoRARequest(adapter.name, adapter.number, str(adapter.folder))
+        outputs = self._llm.generate(
+            tokens_input(prompt), _params(sampling), request_id=uuid.uuid4().hex, lora_request=lora
+        )
+        try:
+            async for output in outputs:
+                answer = output.outputs[0]
+                ids = list(answer.token_ids) if sampling.logprobs is not None else []
+                found = [
+                    {token: one.logprob for token, one in step.items()}
+                    for _, step in zip(ids, answer.logprobs or (), strict=True)
+                ]
+                chosen = [step[token] for token, step in zip(ids, found, strict=True)]
+                yield Delta(answer.text, len(answer.token_ids), answer.finish_reason, ids, chosen, found)
+        except EngineDeadError:
+            raise CogpressError(DEAD) from None
+        except (VLLMClientError, EngineGenerateError, ValueError) as error:
+            raise CogpressError(f"The engine refused this: {error.__cause__ or error}") from None
+        finally:
+            await outputs.aclose()
+
+    async def score(self, ids: list[int]) -> list[float]:
+        """See `cogpress.engine.Engine`."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        params = SamplingParams(
+            max_tokens=1, temperature=0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        found: list[dict[int, Any] | None] = []
+        try:
+            async for output in self._llm.generate(tokens_input(ids), params, request_id=uuid.uuid4().hex):
+                found = list(output.prompt_logprobs or ())
+        except EngineDeadError:
+            raise CogpressError(DEAD) from None
+        return [step[one].logprob if step else 0.0 for one, step in zip(ids, found, strict=True)]
+
+    @property
+    def dead(self) -> bool:
+        """See `cogpress.engine.Engine`."""
+        return bool(self._llm.errored)
+
+    @property
+    def unfinished(self) -> int:
+        """See `cogpress.engine.Engine`."""
+        return int(self._llm.get_num_unfinished_requests())
+
+    def shutdown(self) -> None:
+        """See `cogpress.engine.Engine`."""
+        self._guard.close()
+        self._llm.shutdown()
+
+
+def _params(sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    structure = None
+    if sampling.structure is not None:
+        kind: str = sampling.structure.kind
+        value = sampling.structure.value
+        if kind == "json" and (compact := _compact(str(value))) is not None:
+            kind, value = "grammar", compact
+        structure = StructuredOutputsParams(**{kind: value if isinstance(value, str) else list(value)})
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        stop=sampling.stop or None,
+        seed=sampling.seed,
+        logprobs=sampling.logprobs,
+        logit_bias=sampling.logit_bias or None,
+        structured_outputs=structure,
+        output_kind=RequestOutputKind.DELTA if sampling.stream else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _compact(schema: str) -> str | None:
+    """A JSON schema as a grammar that allows one whitespace between two tokens.
+
+    vLLM itself allows any number, and a model that is not sure of what comes next writes spaces until it may not go on.
+    None for schemas that only vLLM's other backend can enforce, and for those that are none.
+    """
+    import xgrammar
+    from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
+
+    if has_xgrammar_unsupported_json_features(json.loads(schema)):
+        return None
+    try:
+        return str(xgrammar.Grammar.from_json_schema(schema, any_whitespace=True, max_whitespace_cnt=MAX_WHITESPACE))
+    except (RuntimeError, ValueError):
+        return None  # vLLM says what is wrong with it
+
+
+def options(
+    folder: Path,
+    serve: Serve,
+    concurrency: int,
+    adapters: int,
+    gpus: int,
+    capability: tuple[int, int] | None,
+) -> dict[str, Any]:
+    """What vLLM is started with.
+
+    Args:
+        folder: the weights; how they are quantized vLLM reads there.
+        serve: the options.
+        concurrency: requests at once.
+        adapters: the largest adapter's rank; 0 for none.
+        gpus: that this machine has.
+        capability: their compute capability; None without one.
+
+    Raises:
+        CogpressError: an option does not fit this machine or these weights.
+    """
+    tensor, pipeline = parallel(folder, serve, gpus)
+    chosen: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": dtype(serve, capability),
+        "max_model_len": serve.max_context,
+        "max_num_seqs": concurrency,
+        "enable_prefix_caching": serve.prefix_caching,
+        "kv_cache_dtype": serve.kv_cache_dtype,
+        "load_format": "safetensors",
+        "trust_remote_code": False,
+        "max_logprobs": MAX_LOGPROBS,
+        "enforce_eager": not compiled(serve, gpus),
+        "disable_log_stats": serve.metrics_port is None,
+        "tensor_parallel_size": tensor,
+        "pipeline_parallel_size": pipeline,
+    }
+    if serve.chunked_prefill is not None:
+        chosen["enable_chunked_prefill"] = serve.chunked_prefill
+    if serve.max_batched_tokens is not None:
+        chosen["max_num_batched_tokens"] = serve.max_batched_tokens
+    if serve.kv_offload_gb:
+        chosen["kv_offloading_size"] = serve.kv_offload_gb
+    if serve.speculative is not None:
+        chosen["speculative_config"] = dict(serve.speculative)
+    if gpus:
+        chosen["gpu_memory_utilization"] = serve.gpu_memory_share
+        if serve.cpu_offload_gb:
+            chosen["cpu_offload_gb"] = serve.cpu_offload_gb
+    if adapters:
+        if adapters > RANKS[-1]:
+            raise CogpressError(f"An adapter's rank is {adapters}, and vLLM serves {RANKS[-1]} at most. Merge it.")
+        chosen |= {
+            "enable_lora": True,
+            "max_lora_rank": next(rank for rank in RANKS if rank >= adapters),
+            "max_loras": serve.adapters_at_once,
+            "max_cpu_loras": max(serve.adapters_kept, serve.adapters_at_once),
+        }
+    return chosen
+
+
+def compile_cache(folder: Path, chosen: Mapping[str, Any]) -> dict[str, str]:
+    """The variable by which vLLM keeps what it compiles beside the weights, where a later start finds it; nothing where
+    it does not compile, the folder can not be written, or the variable is set already."""
+    if chosen["enforce_eager"] or "VLLM_CACHE_ROOT" in os.environ or not os.access(folder, os.W_OK):
+        return {}
+    return {"VLLM_CACHE_ROOT": str(folder / COMPILED)}
+
+
+def dtype(serve: Serve, capability: tuple[int, int] | None) -> str:
+    """What to compute in: the weights' own type, but float16 on GPUs before Ampere, which have no bfloat16."""
+    if serve.dtype == "auto" and capability is not None and capability < BFLOAT16_CAPABILITY:
+        return "float16"
+    return serve.dtype
+
+
+def compiled(serve: Serve, gpus: int) -> bool:
+    """Whether to run compiled: on GPUs, unless told otherwise.
+
+    Raises:
+        CogpressError: it was asked for on a CPU, where compiled mode answers nonsense (torch 2.13, vLLM 0.32), while
+            eager mode matches transformers.
+    """
+    if serve.mode == "compiled" and not gpus:
+        raise CogpressError(
+            "serve.mode is compiled, which gives wrong answers on a CPU with this vLLM. Set it to auto or eager."
+        )
+    return bool(gpus) and serve.mode != "eager"
+
+
+def parallel(folder: Path, serve: Serve, gpus: int) -> tuple[int, int]:
+    """Tensor and pipeline parallel sizes. `auto` uses all GPUs: as many as divide the attention heads for tensor
+    parallelism, which is faster, and pipeline stages for what is left.
+
+    Raises:
+        CogpressError: more GPUs are asked for than there are.
+    """
+    if not gpus:
+        if serve.tensor_parallel not in ("auto", 1) or serve.pipeline_parallel not in ("auto", 1):
+            raise CogpressError(
+                "serve.tensor_parallel and pipeline_parallel are for GPUs, and there is none. Set them to auto."
+            )
+        return 1, 1
+    heads = _heads(folder)
+    stages = 1 if serve.pipeline_parallel == "auto" else serve.pipeline_parallel
+    if serve.tensor_parallel == "auto":
+        tensor = max(size for size in range(1, max(1, gpus // stages) + 1) if heads % size == 0)
+    else:
+        tensor = serve.tensor_parallel
+    pipeline = gpus // tensor if serve.pipeline_parallel == "auto" and serve.tensor_parallel == "auto" else stages
+    if tensor * pipeline > gpus:
+        raise CogpressError(
+            f"serve.tensor_parallel x pipeline_parallel asks for {tensor * pipeline} GPUs, and there are {gpus}."
+        )
+    if heads % tensor:
+        raise CogpressError(f"serve.tensor_parallel is {tensor}, which does not divide the {heads} attention heads.")
+    return tensor, pipeline
+
+
+def _heads(folder: Path) -> int:
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(settings.get("text_config", settings).get("num_attention_heads") or 1)
+
+
+def environment(serve: Serve, cuda: bool) -> dict[str, str]:
+    """The environment variables by which vLLM is configured."""
+    values = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if not cuda:
+        values["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(serve.cpu_kv_cache_gb)))
+        values["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cpu_cores(serve.cpu_threads)))
+        values["GOMP_SPINCOUNT"] = str(SPINS)
+    return {name: value for name, value in values.items() if name not in os.environ or name.startswith("VLLM_CPU")}
+
+
+def cpu_cores(threads: str | int) -> list[int]:
+    """The cores that the engine computes on: all that this process may use, or the first so many of them.
+
+    vLLM by itself leaves one core to its server. With two cores, giving it both made 16 streams 1.4 times as fast
+    and a single stream 0.9 times (docs/measurements.md), so all of them is the default.
+    """
+    available = sorted(os.sched_getaffinity(0))
+    return available if threads == "auto" else available[: int(threads)]
