@@ -18,9 +18,9 @@ from cogpress.bench import alternate, in_fresh_process, medians
 
 NGRAM: dict[str, Any] = {
     "method": "ngram",
-    "num_speculative_tokens": 8,
+    "num_speculative_tokens": 10,
     "prompt_lookup_max": 4,
-    "prompt_lookup_min": 2,
+    "prompt_lookup_min": 1,
 }
 """What is measured where model.yaml sets no speculation."""
 
