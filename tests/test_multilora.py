@@ -89,6 +89,7 @@ def test_the_base_that_they_share_is_the_one_that_they_were_trained_on(project: 
     assert torch.equal(merge.as_trained(original, "nf4", torch.bfloat16), shared)
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused(project: Path, trained_weights: Path) -> None:
     adapters = made(project)
     assert adapters.weights(trained_weights) == str(trained_weights)
@@ -96,6 +97,7 @@ def test_other_weights_are_refused(project: Path, trained_weights: Path) -> None
         adapters.check(fetch.model(trained_weights, project))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
