@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cogpress import manifest, parity, plots
+from cogpress import manifest, parity, plots, verdict
 from cogpress.verdict import weights_bytes
 
 Measure = Callable[[str, Path], Mapping[str, Any]]
@@ -46,6 +46,7 @@ def candidate(name: str, folder: Path, metrics: Mapping[str, Any] | None) -> Can
     group = (manifest.read(folder) or {}).get("compression", {}).get("group_size")
     notes = [f"groups of {group}"] if group else []
     notes += ["not served on this machine"] if metrics is None else []
+    notes += ["FAILED verification"] if verdict.state(folder) == "failed" else []
     return Candidate(name, str(folder), weights_bytes(folder), ", ".join(notes), **known)
 
 

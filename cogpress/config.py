@@ -257,7 +257,9 @@ def parse(data: Any, place: str) -> Config:
                 # A URL can hold a signature.
                 given = source.shown(given) if isinstance(given, str) else given
                 lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {given!r})")
-        raise CogpressError(f"{place} is not valid: {'; '.join(lines)}. README lists every option.") from None
+        raise CogpressError(
+            f"{place} is not valid: {'; '.join(lines)}. README and docs/serving.md list every option."
+        ) from None
 
 
 def load(path: Path) -> Config:

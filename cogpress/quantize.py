@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cogpress import archive, compress, data, manifest
+from cogpress import archive, compress, data, manifest, verdict
 from cogpress.calibration import Source, choose_rows
 from cogpress.cli import step
 from cogpress.environment import QUANTIZE, Environment, Progress, clean_environment
@@ -312,6 +312,19 @@ def explain(scheme: str, status: int, log: Path) -> str:
     elif "No space left on device" in "\n".join(lines):
         cause = "the disk is full. Make room and run again."
     return f"llmcompressor stopped at {scheme}: {cause} All of its output is in {log}; the end is:\n{end}"
+
+
+def refuse_failed(folder: Path) -> None:
+    """Refuse to install weights that verification found wanting.
+
+    Raises:
+        CogpressError: they failed; names the report.
+    """
+    if verdict.state(folder) == "failed":
+        raise CogpressError(
+            f"{folder} failed verification, so it is not installed; {folder / verdict.MARKDOWN} tells why. Install "
+            "another scheme, or change verify's limits in model.yaml and verify it again with scripts/verify."
+        )
 
 
 def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:

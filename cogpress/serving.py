@@ -169,7 +169,8 @@ class Server:
                     tokens += delta.tokens
                     if not first:
                         first, first_tokens = time.perf_counter(), tokens
-                        record("time_to_first_token", round(first - prediction.started, 4))
+                        if sampling.stream:
+                            record("time_to_first_token", round(first - prediction.started, 4))
                         self._first_token(first - prediction.started)
                     logprobs += self._logprobs(delta)
                     if delta.finish_reason is not None:

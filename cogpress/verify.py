@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cogpress import base, data, divergence, manifest, merge, parity, recipe, tensors, verdict
+from cogpress import base, data, divergence, manifest, merge, parity, recipe, serving, tensors, verdict
 from cogpress.chat import encode_prompt
 from cogpress.cli import step
 from cogpress.config import Config, Prompt, Verify
@@ -124,6 +124,7 @@ def verify(
         CogpressError: there is nothing to compare with: no weights, no run, no base or no held-out examples.
     """
     base.quiet_libraries()
+    config = config.model_copy(update={"serve": serving.with_draft(config.serve, root)})
     case = _case(config, root, weights, run, console)
     checks: list[Check] = []
     metrics: dict[str, Any] = {"bytes": weights_bytes(weights)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def test_what_is_wrong_is_named(data: Any, said: str) -> None:
     text = str(raised.value)
     assert said in text
     assert text.startswith("model.yaml is not valid: ")
-    assert text.endswith("README lists every option.")
+    assert text.endswith("README and docs/serving.md list every option.")
 
 
 def test_all_problems_are_named_at_once() -> None:
@@ -216,3 +217,12 @@ def test_sources_are_checked_when_they_are_read_and_no_signature_is_shown() -> N
     assert "secret" not in str(public)
     assert (public["base"]["source"], public["serve"]["weights"]) == ("https://host/a.tar", "https://h/b.tar")
     assert parse(config.Config().public()) == config.Config()
+
+
+def test_every_option_is_written_down() -> None:
+    root = Path(__file__).resolve().parents[1]
+    written = (root / "README.md").read_text() + (root / "docs" / "serving.md").read_text()
+    named = set(re.findall(r"`(?:\w+\.)?(\w+)`", written))
+    for name, field in config.Config.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        assert {*(inner or {name: field})} <= named, name

@@ -87,7 +87,7 @@ def shared_base(base_folder: Path, ready: dict[str, multilora.Ready], cache: Pat
     return target
 
 
-@pytest.fixture(scope="module", params=["vllm", "transformers"])
+@pytest.fixture(scope="module", params=engine.names())
 def asked(
     request: pytest.FixtureRequest, shared_base: Path, ready: dict[str, multilora.Ready], tokenizer: Any
 ) -> Iterator[Asked]:

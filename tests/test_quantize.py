@@ -373,6 +373,20 @@ def test_the_table_the_picture_and_the_figures(run: Path, play: Play, tmp_path: 
     assert (run / "quantization.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_weights_that_failed_verification_are_shown_as_such_and_not_installed(
+    run: Path, play: Play, tmp_path: Path
+) -> None:
+    folder = play("int4")["int4"].folder
+    quantize.refuse_failed(folder)
+    report = {"passed": False, "files": verdict.signed_files(folder), "checks": [], "metrics": {}}
+    manifest.write_json(folder / verdict.NAME, report)
+    console = Console(record=True, width=120, file=(tmp_path / "said").open("w"))
+    comparison.compare({"int4": folder}, lambda _name, _folder: {"score": 0.1}, run, console)
+    assert "FAILED verification" in console.export_text()
+    with pytest.raises(CogpressError, match=r"failed verification, so it is not installed.*scripts/verify"):
+        quantize.refuse_failed(folder)
+
+
 @pytest.mark.parametrize("figures", [{}, {"score": 0.0}, {"score": 1.0, "mean_kl": 0.0, "stream_tokens_per_second": 5}])
 def test_the_picture_is_drawn_with_what_there_is(figures: dict[str, float], tmp_path: Path) -> None:
     plots.quantization([{"name": "int8", "bytes": 10**9, **figures}], tmp_path / "picture.png")

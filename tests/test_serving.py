@@ -116,6 +116,17 @@ def test_weights_are_found_or_the_way_to_them_said(tmp_path: Path, tiny_base: Pa
     assert serving.find_weights(None, tmp_path, named) == str(tmp_path / "weights")
 
 
+def test_the_model_that_drafts_is_fetched_like_any_other(tmp_path: Path, tiny_base: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "draft")
+    serve = config.Serve(speculative={"method": "draft_model", "model": "draft", "num_speculative_tokens": 3})
+    found = serving.with_draft(serve, tmp_path).speculative
+    assert found == {"method": "draft_model", "model": str(tmp_path / "draft"), "num_speculative_tokens": 3}
+    ngram = config.Serve(speculative={"method": "ngram"})
+    assert serving.with_draft(ngram, tmp_path) is ngram
+    with pytest.raises(CogpressError, match="is not a folder"):
+        serving.with_draft(config.Serve(speculative={"model": "nowhere"}), tmp_path)
+
+
 def test_an_error_of_the_imports_or_the_fetch_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_serve: config.Serve) -> None:
         raise ImportError("no such engine")
