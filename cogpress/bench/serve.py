@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import platform
 import random
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -380,19 +381,20 @@ class Check:
 
 
 def verdict(measured: Mapping[str, Measured]) -> list[Check]:
-    """The kit's requirements, as far as they were measured.
+    """The kit's requirements, as far as they were measured: medians over the rounds of how the sides compare in each.
 
     Args:
         measured: by load's name, then side; `load.summary` of each round.
     """
     checks = []
     for streams in JUDGED_STREAMS:
-        both = medians(measured.get(f"example-{streams}", {}))
+        both = measured.get(f"example-{streams}", {})
         if not {OURS, THEIRS} <= both.keys():
             continue
-        ours, theirs = both[OURS], both[THEIRS]
-        ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
-        later = ours["ttft_p50"] - theirs["ttft_p50"]
+        # Round by round, because a machine's speed changes more from one to the next than two servers differ.
+        rounds = list(zip(both[OURS], both[THEIRS], strict=True))
+        ratio = statistics.median(ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in rounds)
+        later = statistics.median(ours["ttft_p50"] - theirs["ttft_p50"] for ours, theirs in rounds)
         with_ = f"{streams} stream{'s' * (streams > 1)}"
         checks += [
             Check(
