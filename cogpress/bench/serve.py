@@ -26,7 +26,7 @@ from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import cogpress
-from cogpress import config, manifest, plots, source
+from cogpress import config, manifest, source
 from cogpress.bench import Measured, alternate, asking, load, medians, sides
 from cogpress.bench.asking import Question, Side
 from cogpress.bench.sides import OURS, THEIRS
@@ -259,6 +259,8 @@ def run(
     drawn = [one for one in loads if one.kind == "example"]
     picture = out.with_suffix(".png")
     if drawn:
+        from cogpress import plots  # drawing takes a second to import
+
         curves = {
             side.title: [{"streams": one.streams, **report["medians"][one.name][side.name]} for one in drawn]
             for side in compared
