@@ -589,6 +589,17 @@ def test_the_verdict(figures: dict[str, float], failing: list[str]) -> None:
     assert [check.requirement.partition(":")[0] for check in checks if not check.passed] == failing
 
 
+def test_streams_begin_one_after_the_other() -> None:
+    async def ask(_question: Any) -> AsyncIterator[Usage | load.Later | None]:
+        yield None
+        await asyncio.sleep(0.2)
+        yield Usage(1, 1)
+
+    taken = asyncio.run(load.closed_loop(ask, ["a", "b", "c", "d"], 3, stagger=0.05))
+    starts = [answer.started - taken.answers[0].started for answer in taken.answers]
+    assert starts == pytest.approx([0, 0.05, 0.1, 0.2], abs=0.03)
+
+
 def test_one_loss_in_one_round_is_a_loss() -> None:
     three = rounds()
     three[1] = {**three[1], "failed": 1.0}

@@ -18,6 +18,7 @@ import yaml
 
 from cogpress import base, card, chat, config
 from cogpress.config import Prompt
+from cogpress.engines import vllm
 from cogpress.origin import Licence, Origin
 
 NASTY = "`a` | **b** <script>x</script> [l](http://x) ---\n---\n# h\n```\nout\n````\n{{$1}} \\ \u2028é 'q' \"q\""
@@ -208,7 +209,7 @@ def test_the_vllm_program_answers_as_served(trained_weights: Path, tmp_path: Pat
     assert filled != program
     path = tmp_path / "ask.py"
     path.write_text(filled)
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = {**os.environ, **vllm.environment(config.Serve(), cuda=False)}
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     # vLLM's own log goes to the same stream.

@@ -9,6 +9,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
@@ -330,26 +332,52 @@ def test_metrics_count_and_are_on_loopback_alone(server: Server, port: int) -> N
     assert {ip for ip, _ in listening} <= {"127.0.0.1", "::1"}
 
 
-def test_sigterm_ends_predictions_in_order_and_leaves_no_process(tiny_base: Path, tmp_path: Path) -> None:
-    root = project(tmp_path / "project", cpu_kv_cache_gb=1)
-    with Server(root, weights=str(tiny_base), log=tmp_path / "server.log") as server:
-        server.wait_ready(300)
-        assert server._process is not None
-        leader = psutil.Process(server._process.pid)
-        family = [leader, *leader.children(recursive=True)]
-        stream = client.stream(server.url, LONG)
-        assert next(event for event in stream if event.kind == "output")
-        leader.send_signal(signal.SIGTERM)
-        started = time.monotonic()
-        last = ""
-        try:
-            for event in stream:
-                last = str(event.data.get("status", last))
-        except CogpressError as error:
-            last = str(error)
-        assert last, "the client is told"
-        assert wait_until(lambda: not any(alive(one) for one in family), 20), [p for p in family if alive(p)]
-        assert time.monotonic() - started < 25
+def test_fuzzing_by_the_schema_finds_no_crash_and_no_invalid_request_that_is_taken(
+    server: Server, port: int, tmp_path: Path
+) -> None:
+    document = client.openapi(server.url)
+    post = document["paths"]["/predictions"]["post"]
+    # The runtime has this route too, which Cog's own document leaves out.
+    put = {
+        **post,
+        "operationId": "put",
+        "parameters": document["paths"]["/predictions/{prediction_id}/cancel"]["post"]["parameters"],
+    }
+    document["paths"] |= {"/predictions/{prediction_id}": {"put": put}}
+    # Answers stay short: what is fuzzed is the API, not the model.
+    given = document["components"]["schemas"]["Input"]
+    given["properties"]["max_tokens"] |= {"maximum": 4}
+    given["required"] = ["max_tokens"]
+    (tmp_path / "openapi.json").write_text(json.dumps(document))
+    command = [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", server.url]
+    command += ["--checks", "not_a_server_error", "--exclude-path-regex", "trainings", "--mode", "all"]
+    command += ["--phases", "examples,coverage,fuzzing", "--max-examples", "60", "--seed", "1", "--no-color"]
+    command += ["--request-timeout", "60", "--suppress-health-check", "all", "--continue-on-failure", "--workers", "4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert wait_until(lambda: idle(port))
+    assert every_slot_is_free(server)
+    assert client.predict(server.url, {"prompt": "still there?", "max_tokens": 4})["status"] == "succeeded"
+
+
+def test_sigterm_ends_predictions_in_order_and_leaves_no_process(server: Server) -> None:
+    # The last test: it ends the server that all of them share.
+    assert server._process is not None
+    leader = psutil.Process(server._process.pid)
+    family = [leader, *leader.children(recursive=True)]
+    stream = client.stream(server.url, LONG)
+    assert next(event for event in stream if event.kind == "output")
+    leader.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    last = ""
+    try:
+        for event in stream:
+            last = str(event.data.get("status", last))
+    except CogpressError as error:
+        last = str(error)
+    assert last, "the client is told"
+    assert wait_until(lambda: not any(alive(one) for one in family), 20), [p for p in family if alive(p)]
+    assert time.monotonic() - started < 25
 
 
 def alive(process: psutil.Process) -> bool:

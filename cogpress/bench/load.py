@@ -95,7 +95,14 @@ OnAnswer = Callable[[], None]
 """Called when a request has ended, however it did."""
 
 
-async def closed_loop(ask: Ask, questions: Sequence[Any], streams: int, on_answer: OnAnswer = lambda: None) -> Taken:
+STAGGER_SECONDS = 0.1
+"""Between the starts of two streams. All at once would stay in step for the whole load: prompts are computed together,
+answers end together, and how many of them do decides the figures more than the server does."""
+
+
+async def closed_loop(
+    ask: Ask, questions: Sequence[Any], streams: int, on_answer: OnAnswer = lambda: None, *, stagger: float = 0.0
+) -> Taken:
     """Ask with so many streams; each sends its next question when its last is answered.
 
     Args:
@@ -103,10 +110,12 @@ async def closed_loop(ask: Ask, questions: Sequence[Any], streams: int, on_answe
         questions: each is asked once.
         streams: requests at once.
         on_answer: called after each.
+        stagger: seconds between the starts of two streams.
     """
     waiting = iter(enumerate(questions, 1))
 
-    async def stream() -> list[Answer]:
+    async def stream(at: int) -> list[Answer]:
+        await asyncio.sleep(at * stagger)
         # One iterator for all streams, so that none of them is left with a longer list than the others.
         found = []
         for number, question in waiting:
@@ -114,7 +123,7 @@ async def closed_loop(ask: Ask, questions: Sequence[Any], streams: int, on_answe
             on_answer()
         return found
 
-    return await _taken([stream() for _ in range(streams)])
+    return await _taken([stream(at) for at in range(streams)])
 
 
 async def open_loop(

@@ -101,7 +101,7 @@ def planned(kinds: Sequence[str] = LOADS, streams: Sequence[int] = STREAMS, scal
         raise CogpressError(f"There is no load with {wrong}. The loads are {', '.join(LOADS)}, streams from 1.")
     loads = []
     if "example" in kinds:
-        loads += [Load("example", n, scale * max(12, min(4 * n, 64 + n))) for n in sorted(set(streams))]
+        loads += [Load("example", n, scale * max(12, min(6 * n, 80 + n))) for n in sorted(set(streams))]
     if "long" in kinds:
         loads += [Load("long", n, scale * max(3, 2 * n)) for n in LONG_STREAMS]
     if "open" in kinds:
@@ -340,7 +340,7 @@ class _Measuring:
         self.progress.tell(f"{one.title}, round {number}/{self.rounds}, {side.title}")
         done = partial(self.progress.bar.advance, self.progress.task, one.work / len(questions))
         if one.streams:
-            running = load.closed_loop(side.ask, questions, one.streams, done)
+            running = load.closed_loop(side.ask, questions, one.streams, done, stagger=load.STAGGER_SECONDS)
         else:
             times = load.arrivals(len(questions), self.rate or 1.0, number)
             running = load.open_loop(side.ask, questions, times, done)

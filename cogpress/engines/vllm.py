@@ -232,6 +232,7 @@ def options(
         "enable_prefix_caching": serve.prefix_caching,
         "kv_cache_dtype": serve.kv_cache_dtype,
         "load_format": "safetensors",
+        "use_tqdm_on_load": False,
         "trust_remote_code": False,
         "max_logprobs": MAX_LOGPROBS,
         "enforce_eager": not compiled(serve, gpus),
@@ -328,7 +329,9 @@ def _heads(folder: Path) -> int:
 
 def environment(serve: Serve, cuda: bool) -> dict[str, str]:
     """The environment variables by which vLLM is configured."""
-    values = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    # On a CPU its warnings say that it is one, a dozen times in each of its processes.
+    level = "WARNING" if cuda else "ERROR"
+    values = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": level}
     if not cuda:
         values["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(serve.cpu_kv_cache_gb)))
         values["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cpu_cores(serve.cpu_threads)))
