@@ -351,10 +351,13 @@ def test_fuzzing_by_the_schema_finds_no_crash_and_no_invalid_request_that_is_tak
     (tmp_path / "openapi.json").write_text(json.dumps(document))
     command = [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", server.url]
     command += ["--checks", "not_a_server_error", "--exclude-path-regex", "trainings", "--mode", "all"]
-    command += ["--phases", "examples,coverage,fuzzing", "--max-examples", "60", "--seed", "1", "--no-color"]
+    command += ["--phases", "examples,coverage,fuzzing", "--max-examples", "150", "--seed", "1", "--no-color"]
     command += ["--request-timeout", "60", "--suppress-health-check", "all", "--continue-on-failure", "--workers", "4"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    cases = re.search(r"(\d+) generated", done.stdout)
+    assert cases is not None
+    assert int(cases[1]) > 500
     assert wait_until(lambda: idle(port))
     assert every_slot_is_free(server)
     assert client.predict(server.url, {"prompt": "still there?", "max_tokens": 4})["status"] == "succeeded"
