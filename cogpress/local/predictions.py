@@ -1,0 +1,271 @@
+"""The life of a prediction: queued, run, followed by any number of readers, kept for a while, canceled.
+
+Knows states, times, the order of a queue and events; leaves how a model is asked to `backend`, what is kept for good
+to `store`, and every shape of HTTP to `replicate` and `openai`.
+
+For another face of the same predictions, this is all that is needed:
+
+    prediction = await predictions.create(version, {"prompt": "…"})     # raises InvalidInput
+    async for texts in prediction.texts():                              # each time a list of the chunks that are new
+        ...
+    prediction.status, prediction.error, prediction.metrics             # final once `texts()` has ended
+    await prediction.wait(60)                                           # or only wait; True when it has ended
+    await predictions.cancel(prediction)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cogpress.errors import CogpressError
+
+if TYPE_CHECKING:
+    from cogpress.local.catalog import Version
+    from cogpress.local.lane import Lane
+    from cogpress.local.store import Store
+
+ENDED = frozenset({"succeeded", "failed", "canceled"})
+"""The states that last."""
+
+KEPT_SECONDS = 300.0
+"""How long an ended prediction's events are kept for readers that come back; then only its output is known."""
+
+KEPT_BYTES = 64 << 20
+"""How much of events of ended predictions is kept at most."""
+
+REDACTED = "[REDACTED]"
+"""What is shown and stored of a secret input."""
+
+_BREAKS = re.compile("\r\n|\r|\n")
+
+
+class InvalidInput(CogpressError):
+    """An input that the model's schema does not allow; `fields` has (name, what is wrong) for each."""
+
+    def __init__(self, fields: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{name}: {what}" for name, what in fields))
+        self.fields = fields
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a request may say of a prediction besides its input.
+
+    Attributes:
+        deployment: `owner/name` of the deployment that was asked.
+        webhook: where to send news.
+        webhook_events: which of start, output, logs, completed; all where None.
+        base_url: how the asker reaches this server, for the addresses in webhooks.
+        source: "api" or "web".
+    """
+
+    deployment: str | None = None
+    webhook: str | None = None
+    webhook_events: tuple[str, ...] | None = None
+    base_url: str = ""
+    source: str = "api"
+
+
+@dataclass(eq=False)
+class Prediction:
+    """One prediction, alive: a backend adds to it and readers follow it, each with a place of its own in `frames`."""
+
+    id: str
+    version: Version
+    input: dict[str, Any]
+    """As it is shown and kept: secrets are redacted."""
+    payload: dict[str, Any]
+    """As the model gets it; emptied at the end."""
+    options: Options = field(default_factory=Options)
+    status: str = "starting"
+    created_at: float = field(default_factory=time.time)
+    started_at: float | None = None
+    completed_at: float | None = None
+    output: Any = None
+    """A list of chunks for a model that streams; None before there is any."""
+    logs: list[str] = field(default_factory=list)
+    error: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    frames: list[bytes] = field(default_factory=list)
+    """The events of Replicate's stream, ready to be sent."""
+    size: int = 0
+    """Bytes in `frames`."""
+    first_output: float = 0.0
+    cancel_asked: bool = False
+    lane: Lane | None = None
+    _outputs: int = 0
+    _waiting: list[asyncio.Future[None]] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the status is final."""
+        return self.status in ENDED
+
+    # What a backend calls, once for each thing that happens; nothing here awaits.
+
+    def start(self) -> None:
+        """It runs now."""
+        self.status = "processing"
+        if self.started_at is None:
+            self.started_at = time.time()
+        self._wake()
+
+    def add_output(self, chunk: Any) -> None:
+        """The next chunk of a streamed output."""
+        if self._outputs == 0:
+            self.first_output = time.time()
+            self.output = []
+        self.output.append(chunk)
+        self._outputs += 1
+        text = chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False)
+        self._add("output", text)
+
+    def add_log(self, text: str) -> None:
+        """More of the log."""
+        self.logs.append(text)
+        self._add("logs", text.removesuffix("\n"))
+
+    def end(self, status: str, *, error: str | None = None, output: Any = None) -> None:
+        """The last thing that happens; a second end changes nothing.
+
+        Args:
+            status: succeeded, failed or canceled.
+            error: why it failed.
+            output: the whole output, where it was not added in chunks.
+        """
+        if self.ended:
+            return
+        if output is not None and self._outputs == 0:
+            if isinstance(output, list):
+                for chunk in output:
+                    self.add_output(chunk)
+            else:
+                self._add("output", output if isinstance(output, str) else json.dumps(output, ensure_ascii=False))
+                self.output = output
+        self.status, self.error, self.completed_at = status, error, time.time()
+        self.payload = {}
+        self.metrics.setdefault("predict_time", round(self.completed_at - (self.started_at or self.completed_at), 6))
+        self.metrics["total_time"] = round(self.completed_at - self.created_at, 6)
+        if self.first_output and self.started_at and "time_to_first_token" not in self.metrics:
+            self.metrics["time_to_first_token"] = round(self.first_output - self.started_at, 4)
+        if status == "failed":
+            self._add("error", json.dumps({"detail": error}, ensure_ascii=False))
+        reason = {"failed": '{"reason": "error"}', "canceled": '{"reason": "canceled"}'}.get(status, "{}")
+        self._add("done", reason)
+
+    def _add(self, event: str, text: str) -> None:
+        # A line break inside an event's data starts another line of data; clients join them again.
+        if "\n" in text or "\r" in text:
+            text = "\ndata: ".join(_BREAKS.split(text))
+        frames = self.frames
+        # The id says how many events and how many outputs there were, to go on from either.
+        frame = f"event: {event}\nid: {len(frames) + 1}:{self._outputs}\ndata: {text}\n\n".encode(errors="replace")
+        frames.append(frame)
+        self.size += len(frame)
+        if self._waiting:
+            self._wake()
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            if not one.done():
+                one.set_result(None)
+
+    # What readers call.
+
+    async def changed(self, seen: int) -> None:
+        """Wait until there are more than `seen` frames, or the status changes; at once where it has ended.
+
+        The caller compares for itself what is new: a wake-up may come for something else.
+        """
+        if len(self.frames) > seen or self.ended:
+            return
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        try:
+            await future
+        finally:
+            if future in self._waiting:
+                self._waiting.remove(future)
+
+    def nudge(self) -> None:
+        """Wake every reader, for one that wants to leave."""
+        self._wake()
+
+    async def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end; whether it came within so many seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not self.ended:
+                    await self.changed(len(self.frames))
+        except TimeoutError:
+            return self.ended
+        return True
+
+    async def texts(self) -> AsyncIterator[list[str]]:
+        """The output's chunks from the first on, as lists of what is new each time; ends with the prediction.
+
+        How it ended is in `status` and `error` then.
+        """
+        seen = 0
+        while True:
+            frames = len(self.frames)
+            ended = self.ended
+            chunks = self.output if isinstance(self.output, list) else []
+            if not isinstance(self.output, list) and self.output is not None and ended:
+                chunks = [self.output]
+            if len(chunks) > seen:
+                new = chunks[seen:]
+                seen = len(chunks)
+                yield [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in new]
+            elif ended:
+                return
+            else:
+                await self.changed(frames)
+
+
+def new_id() -> str:
+    """An id such as Replicate's: letters and digits, 26 of them."""
+    number = secrets.randbits(130)
+    return "".join("0123456789abcdefghjkmnpqrstvwxyz"[number >> 5 * place & 31] for place in range(26))
+
+
+class Predictions:
+    """All predictions: those that run or ended lately, in memory; the others in the store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._alive: dict[str, Prediction] = {}
+        self._kept: OrderedDict[str, Prediction] = OrderedDict()
+        self._kept_bytes = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def create(self, version: Version, inputs: dict[str, Any], options: Options = Options()) -> Prediction:
+        """Check an input and start a prediction, or queue it; returns when it is written down.
+
+        Args:
+            version: of `Catalog.resolve`.
+            inputs: by name; one that is None is left out.
+            options: see `Options`.
+
+        Raises:
+            InvalidInput: the schema does not allow it.
+            CogpressError: the version can not be run.
+        """
+        raise NotImplementedError
+
+    def find(self, identifier: str) -> Prediction | None:
+        """A prediction that runs, or ended so lately that its events are still kept."""
+        return self._alive.get(identifier) or self._kept.get(identifier)
+
+    async def cancel(self, prediction: Prediction) -> None:
+        """Cancel a prediction that waits or runs, and wait for its end; one that has ended stays as it is."""
+        raise NotImplementedError
