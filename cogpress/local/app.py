@@ -1,17 +1,36 @@
 """The local Replicate put together: one ASGI application of the API, the web page and its own routes.
 
-Knows which part answers which path; leaves the answers to the parts.
+Knows which part answers which path, and the order in which things start and end; leaves the answers to the parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cogpress.config import Playground
+from cogpress.errors import CogpressError
+from cogpress.local import access, history, replicate, resources, web
+from cogpress.local.catalog import Catalog
+from cogpress.local.files import Files
+from cogpress.local.predictions import Prediction, Predictions
+from cogpress.local.servers import Servers
+from cogpress.local.store import Store
+from cogpress.local.streams import Streams
+from cogpress.local.trainings import Trainings
+from cogpress.local.web import Parts
+from cogpress.local.webhooks import TRIES, Webhooks
 
 PAGE = Path(__file__).parent / "page"
 
@@ -25,21 +44,244 @@ PAGE_HEADERS = {
 """The page loads nothing from elsewhere and runs no script that is not a file of its own."""
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a local Replicate is set up.
+
+    Attributes:
+        root: the project's folder.
+        folder: where it keeps what lasts.
+        models: (name, source) of each version that it serves; see `catalog.Version.source`.
+        playground: the options of model.yaml.
+        host: the address to listen on.
+        port: the port to listen on, where it is known before.
+        token: that requests must carry; None for none.
+        title: what the page is called.
+        adapters: names of the model's adapters.
+        servers_at_once: how many model servers may run.
+    """
+
+    root: Path
+    folder: Path
+    models: tuple[tuple[str, str], ...] = ()
+    playground: Playground = field(default_factory=Playground)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    title: str = "cogpress"
+    adapters: tuple[str, ...] = ()
+    servers_at_once: int = 2
+
+    @property
+    def loopback_url(self) -> str:
+        """How this machine's own servers reach this one."""
+        host = self.host if self.host not in ("0.0.0.0", "::") else "127.0.0.1"
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
 async def page(_request: Request) -> Response:
     """The one page behind `/`, `/p/ID` and `/compare`."""
     return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
 
 
-def routes() -> list[Route | Mount]:
-    """What the page is made of."""
-    return [
+class _Static(StaticFiles):
+    """The page's files, with the page's headers."""
+
+    def file_response(self, *args: Any, **more: Any) -> Response:
+        response = super().file_response(*args, **more)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+
+def routes(parts: Parts) -> list[BaseRoute]:
+    """Every route but the streams'."""
+    made: list[BaseRoute] = [
         Route("/", page),
         Route("/p/{id}", page),
         Route("/compare", page),
-        Mount("/static", StaticFiles(directory=PAGE, check_dir=False)),
+        Mount("/static", _Static(directory=PAGE, check_dir=False)),
+        Route("/hooks/trainings/{id}/{key}", web.endpoint(parts, _report), methods=["POST"]),
+        *replicate.routes(parts),
+        *resources.routes(parts),
+        *history.routes(parts),
     ]
+    try:
+        from cogpress.local import openai
+    except ImportError:
+        return made
+    return [*made, *openai.routes(parts)]
 
 
-def application() -> Starlette:
-    """The page alone; the API follows."""
-    return Starlette(routes=routes())
+async def _report(parts: Parts, request: Request) -> Response:
+    """News of a training from the runtime."""
+    body = await web.read_json(request)
+    if not parts.trainings.report(request.path_params["id"], request.path_params["key"], body):
+        raise web.Refused(404, "Not found", "There is no such training.")
+    return Response(status_code=204)
+
+
+def build(settings: Settings) -> Parts:
+    """Open the store and make the parts; nothing runs yet.
+
+    Raises:
+        CogpressError: the store can not be opened.
+    """
+    options = settings.playground
+    store = Store(
+        settings.folder,
+        keep_prompts=options.keep_prompts,
+        retention_days=options.retention_days,
+        retention_count=options.retention_count,
+    )
+    files = Files(store, store.secret("urls"))
+    files.loopback_url = settings.loopback_url
+    catalog = Catalog(store, Servers(settings.folder, settings.servers_at_once), settings.root, rewrite=files.rewrite)
+    predictions = Predictions(store, catalog)
+    return Parts(
+        store=store,
+        catalog=catalog,
+        predictions=predictions,
+        trainings=Trainings(store, catalog, files, settings.root, store.secret("urls")),
+        files=files,
+        streams=Streams(predictions, store.secret("urls")),
+        webhooks=Webhooks(store.secret("webhooks")),
+        title=settings.title,
+        token_required=settings.token is not None,
+        adapters=list(settings.adapters),
+    )
+
+
+def _follow(parts: Parts) -> None:
+    """Have webhooks sent."""
+
+    def begun(prediction: Prediction) -> None:
+        if prediction.options.webhook:
+            parts.predictions.later(parts.webhooks.follow(prediction, render))
+
+    def render(prediction: Prediction) -> dict[str, Any]:
+        return replicate.shape(parts, prediction.options.base_url, prediction.record())
+
+    async def send(record: dict[str, Any], event: str) -> None:
+        body = replicate.training_shape(record["base_url"], record)
+        await parts.webhooks.send(record["webhook"], body, tries=TRIES if event == "completed" else 1)
+
+    parts.predictions.on_create = begun
+    parts.trainings.send = send
+
+
+def application(
+    settings: Settings, parts: Parts | None = None, on_ready: Callable[[Parts], None] = lambda _parts: None
+) -> ASGIApp:
+    """The whole application.
+
+    Args:
+        settings: how it is set up.
+        parts: what it works with, where it was made before.
+        on_ready: called when it answers.
+
+    Raises:
+        CogpressError: the address needs a token, or the store can not be opened.
+    """
+    loopback = access.check_address(settings.host, settings.token)
+    made = parts or build(settings)
+    _follow(made)
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        await made.catalog.load()
+        for name, source in settings.models:
+            await made.catalog.add(name, source, label=_label(source))
+        on_ready(made)
+        try:
+            yield
+        finally:
+            await made.trainings.close()
+            await made.catalog.close()
+            await made.predictions.close()
+            await made.webhooks.close()
+            await made.store.close()
+
+    handlers = {HTTPException: _http_error, Exception: _fault}
+    inner = Starlette(routes=routes(made), lifespan=lifespan, exception_handlers=handlers)
+
+    async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
+        # A stream is long and hot, so it goes past the framework.
+        if scope["type"] == "http" and scope["path"].startswith("/v1/stream/"):
+            await made.streams(scope, receive, send)
+        else:
+            await inner(scope, receive, send)
+
+    options = settings.playground
+    limits = access.Limits(settings.token, loopback, options.max_input_mb << 20, options.requests_per_minute)
+    return access.Access(dispatch, limits)
+
+
+def _label(source: str) -> str:
+    """What people see of where a version comes from."""
+    return Path(source).name if source.startswith("folder:/") else source.removeprefix("folder:")
+
+
+def _http_error(_request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    titles = {404: "Not found", 405: "Method not allowed", 400: "Bad request"}
+    detail = "There is nothing at this address." if status == 404 else str(getattr(error, "detail", ""))
+    return web.problem(access.error(status, titles.get(status, "Error"), detail))
+
+
+def _fault(_request: Request, error: Exception) -> Response:
+    return web.problem(access.error(500, "Internal error", f"The local Replicate failed ({type(error).__name__})."))
+
+
+def serve(settings: Settings, on_ready: Callable[[Parts], None] = lambda _parts: None) -> None:
+    """Serve until told to stop.
+
+    Args:
+        settings: how it is set up.
+        on_ready: called when everything is ready, before the first request.
+
+    Raises:
+        CogpressError: it can not start; nothing is left running.
+    """
+    import uvicorn
+
+    app = _Reporting(application(settings, on_ready=on_ready))
+    options = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=3,
+    )
+    uvicorn.Server(options).run()
+    if app.error is not None:
+        raise app.error
+
+
+class _Reporting:
+    """Passes on, and keeps what a start failed with, which uvicorn would print as a stack trace."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.error: CogpressError | None = None
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+
+        async def noted(message: Any) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                message = {**message, "message": ""}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except CogpressError as error:
+            self.error = error
+
+
+__all__ = ["Settings", "application", "build", "serve"]

@@ -21,19 +21,22 @@ import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cogpress.errors import CogpressError
 
 if TYPE_CHECKING:
-    from cogpress.local.catalog import Version
+    from cogpress.local.catalog import Catalog, Version
     from cogpress.local.lane import Lane
     from cogpress.local.store import Store
 
 ENDED = frozenset({"succeeded", "failed", "canceled"})
 """The states that last."""
+
+CANCEL_SECONDS = 10.0
+"""How long a canceled prediction is waited for; it ends sooner unless its server hangs."""
 
 KEPT_SECONDS = 300.0
 """How long an ended prediction's events are kept for readers that come back; then only its output is known."""
@@ -45,6 +48,33 @@ REDACTED = "[REDACTED]"
 """What is shown and stored of a secret input."""
 
 _BREAKS = re.compile("\r\n|\r|\n")
+_REASONS = {"failed": '{"reason": "error"}', "canceled": '{"reason": "canceled"}'}
+
+
+def _frame(event: str, number: int, outputs: int, text: str) -> bytes:
+    # A line break inside an event's data starts another line of data; clients join them again.
+    if "\n" in text or "\r" in text:
+        text = "\ndata: ".join(_BREAKS.split(text))
+    # The id says how many events and how many outputs there were, to go on from either.
+    return f"event: {event}\nid: {number}:{outputs}\ndata: {text}\n\n".encode(errors="replace")
+
+
+def frames_of(record: dict[str, Any], seen: int = 0) -> list[bytes]:
+    """The events of a prediction that ended, made of what the store keeps of it.
+
+    Args:
+        record: of an ended prediction.
+        seen: so many outputs are left out, for a reader that has them.
+    """
+    output = record["output"]
+    texts = output if isinstance(output, list) else [] if output is None else [output]
+    texts = [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in texts]
+    frames = [_frame("output", number, number, text) for number, text in enumerate(texts, 1)][seen:]
+    if record["status"] == "failed":
+        detail = json.dumps({"detail": record["error"]}, ensure_ascii=False)
+        frames.append(_frame("error", len(texts) + 1, len(texts), detail))
+    frames.append(_frame("done", len(texts) + 2, len(texts), _REASONS.get(record["status"], "{}")))
+    return frames
 
 
 class InvalidInput(CogpressError):
@@ -100,6 +130,7 @@ class Prediction:
     """Bytes in `frames`."""
     first_output: float = 0.0
     cancel_asked: bool = False
+    unreachable_since: float = 0.0
     lane: Lane | None = None
     _outputs: int = 0
     _waiting: list[asyncio.Future[None]] = field(default_factory=list)
@@ -108,6 +139,28 @@ class Prediction:
     def ended(self) -> bool:
         """Whether the status is final."""
         return self.status in ENDED
+
+    def record(self) -> dict[str, Any]:
+        """What the store keeps, and what it gives back for a prediction of earlier."""
+        return {
+            "id": self.id,
+            "model": self.version.model,
+            "version": self.version.id,
+            "deployment": self.options.deployment,
+            "source": self.options.source,
+            "status": self.status,
+            "input": self.input,
+            "output": self.output,
+            "logs": "".join(self.logs),
+            "error": self.error,
+            "metrics": self.metrics,
+            "created": self.created_at,
+            "started": self.started_at,
+            "completed": self.completed_at,
+            "webhook": self.options.webhook,
+            "events": self.options.webhook_events,
+            "removed": 0,
+        }
 
     # What a backend calls, once for each thing that happens; nothing here awaits.
 
@@ -158,17 +211,11 @@ class Prediction:
             self.metrics["time_to_first_token"] = round(self.first_output - self.started_at, 4)
         if status == "failed":
             self._add("error", json.dumps({"detail": error}, ensure_ascii=False))
-        reason = {"failed": '{"reason": "error"}', "canceled": '{"reason": "canceled"}'}.get(status, "{}")
-        self._add("done", reason)
+        self._add("done", _REASONS.get(status, "{}"))
 
     def _add(self, event: str, text: str) -> None:
-        # A line break inside an event's data starts another line of data; clients join them again.
-        if "\n" in text or "\r" in text:
-            text = "\ndata: ".join(_BREAKS.split(text))
-        frames = self.frames
-        # The id says how many events and how many outputs there were, to go on from either.
-        frame = f"event: {event}\nid: {len(frames) + 1}:{self._outputs}\ndata: {text}\n\n".encode(errors="replace")
-        frames.append(frame)
+        frame = _frame(event, len(self.frames) + 1, self._outputs, text)
+        self.frames.append(frame)
         self.size += len(frame)
         if self._waiting:
             self._wake()
@@ -241,12 +288,17 @@ def new_id() -> str:
 class Predictions:
     """All predictions: those that run or ended lately, in memory; the others in the store."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, catalog: Catalog) -> None:
+        """Made with where predictions last and what runs them."""
+        self.on_create: Callable[[Prediction], None] = lambda _prediction: None
+        """Told of each prediction before it begins, for those who follow it."""
+        self._store, self._catalog = store, catalog
         self._alive: dict[str, Prediction] = {}
         self._kept: OrderedDict[str, Prediction] = OrderedDict()
         self._kept_bytes = 0
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._cleaned = time.monotonic()
+        catalog.on_end = self._end
 
     async def create(self, version: Version, inputs: dict[str, Any], options: Options = Options()) -> Prediction:
         """Check an input and start a prediction, or queue it; returns when it is written down.
@@ -260,12 +312,74 @@ class Predictions:
             InvalidInput: the schema does not allow it.
             CogpressError: the version can not be run.
         """
-        raise NotImplementedError
+        # The runtime refuses null, even for an input that may be left out.
+        payload = {name: value for name, value in inputs.items() if value is not None}
+        version.check(payload)
+        lane = self._catalog.lane(version)
+        shown = {name: REDACTED if name in version.secrets else value for name, value in payload.items()}
+        prediction = Prediction(new_id(), version, shown, payload, options)
+        self._alive[prediction.id] = prediction
+        self.on_create(prediction)
+        written = self._store.insert(prediction.record())
+        # It begins meanwhile: writing costs a few milliseconds, which nobody needs to wait for twice.
+        lane.put(prediction)
+        await written
+        return prediction
+
+    def _end(self, prediction: Prediction) -> None:
+        self._alive.pop(prediction.id, None)
+        self._kept[prediction.id] = prediction
+        self._kept_bytes += prediction.size
+        self._store.update(prediction.record())
+        oldest = time.time() - KEPT_SECONDS
+        while self._kept:
+            first = next(iter(self._kept.values()))
+            if (self._kept_bytes <= KEPT_BYTES and (first.completed_at or 0) > oldest) or first is prediction:
+                break
+            del self._kept[first.id]
+            self._kept_bytes -= first.size
+        if time.monotonic() - self._cleaned > 60:
+            self._cleaned = time.monotonic()
+            self.later(self._store.remove_old())
+
+    def later(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Do something that nobody waits for."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def find(self, identifier: str) -> Prediction | None:
         """A prediction that runs, or ended so lately that its events are still kept."""
         return self._alive.get(identifier) or self._kept.get(identifier)
 
+    async def record(self, identifier: str) -> dict[str, Any] | None:
+        """What is known of a prediction, alive or not; None where there is none."""
+        alive = self.find(identifier)
+        return alive.record() if alive is not None else await self._store.find(identifier)
+
+    def now(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row of the store as it is at this moment, if its prediction is in memory."""
+        alive = self.find(row["id"])
+        return row | alive.record() if alive is not None else row
+
     async def cancel(self, prediction: Prediction) -> None:
         """Cancel a prediction that waits or runs, and wait for its end; one that has ended stays as it is."""
-        raise NotImplementedError
+        if prediction.ended or prediction.lane is None:
+            return
+        prediction.cancel_asked = True
+        if prediction.lane.drop(prediction):
+            return
+        if prediction.status == "processing" or prediction.first_output:
+            await prediction.lane.backend.cancel(prediction)
+        else:
+            # It is about to begin; as soon as it has, it can be told to end.
+            await prediction.changed(len(prediction.frames))
+            if not prediction.ended:
+                await prediction.lane.backend.cancel(prediction)
+        await prediction.wait(CANCEL_SECONDS)
+
+    async def close(self) -> None:
+        """End what runs, and what is done beside it."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
