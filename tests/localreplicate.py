@@ -157,6 +157,8 @@ class Local:
                 self.kill()
 
     def ask(self, method: str, route: str, body: Any = None, **more: Any) -> httpx.Response:
+        if "token" in self.more:
+            more["headers"] = {"Authorization": f"Bearer {TOKEN}", **more.get("headers", {})}
         return httpx.request(method, f"{self.url}{route}", json=body, trust_env=False, timeout=60, **more)
 
     def create(self, inputs: dict[str, Any], model: str = "local/echo", **more: Any) -> dict[str, Any]:

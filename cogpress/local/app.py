@@ -5,6 +5,8 @@ Knows which part answers which path, and the order in which things start and end
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -105,11 +107,9 @@ def routes(parts: Parts) -> list[BaseRoute]:
         *resources.routes(parts),
         *history.routes(parts),
     ]
-    try:
-        from cogpress.local import openai
-    except ImportError:
-        return made
-    return [*made, *openai.routes(parts)]
+    if importlib.util.find_spec("cogpress.local.openai") is not None:
+        made += importlib.import_module("cogpress.local.openai").routes(parts)
+    return made
 
 
 async def _report(parts: Parts, request: Request) -> Response:

@@ -120,12 +120,17 @@ class Cog:
             if prediction.cancel_asked:
                 prediction.end("canceled")
                 return
+            if not call.status:
+                raise Unreachable(f"The model server at {self.url} takes no predictions. Its log tells why.")
             raise CogpressError(
                 f"The model server at {self.url} ended or broke off while this prediction ran. Its log tells why; "
                 "run the prediction again."
             )
         if call.status in (409, 503):
             raise Busy
+        if call.status == 406:
+            # Also the answer of a server that is just starting and has not read its schema yet.
+            raise Unreachable(f"The model server at {self.url} does not stream. Add @cog.streaming to its run().")
         answer = call.completed
         if answer is None:
             answer = _read(call)

@@ -104,7 +104,8 @@ async def models(parts: Parts, request: Request) -> Response:
 
 async def search(parts: Parts, request: Request) -> Response:
     """`QUERY /v1/models`: those whose name or description has the text of the body in it."""
-    wanted = (await request.body()).decode(errors="replace").strip().lower()
+    # The JavaScript client sends the text as JSON, the Python client as it is.
+    wanted = (await request.body()).decode(errors="replace").strip().strip('"').lower()
     base = base_of(request)
     found = [
         one
@@ -215,7 +216,7 @@ async def create_deployment(parts: Parts, request: Request) -> Response:
 
 
 def _configuration(body: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    found = {"hardware": _check_sku(body.get("hardware", before.get("hardware")))}
+    found: dict[str, Any] = {"hardware": _check_sku(body.get("hardware", before.get("hardware")))}
     for name, least in (("min_instances", 0), ("max_instances", 1)):
         value = body.get(name, before.get(name, least))
         if not isinstance(value, int) or not least <= value <= _INSTANCES:

@@ -81,7 +81,7 @@ class Store:
         except OSError as error:
             raise CogpressError(f"{folder} can not be used: {error.strerror}. Name another folder.") from None
         try:
-            self._database = sqlite3.connect(folder / "predictions.sqlite", check_same_thread=False, isolation_level="")
+            self._database = sqlite3.connect(folder / "predictions.sqlite", check_same_thread=False)
             self._database.row_factory = sqlite3.Row
             self._prepare()
         except sqlite3.Error as error:

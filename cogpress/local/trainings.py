@@ -78,7 +78,7 @@ class Trainings:
             raise CogpressError("This version can not be trained here: it is not one of this project's own.")
         payload = {name: value for name, value in inputs.items() if value is not None}
         version.check_training(payload)
-        record = {
+        record: dict[str, Any] = {
             "id": new_id(),
             "model": version.model,
             "version": version.id,
