@@ -19,6 +19,12 @@ export class ApiError extends Error {
 
 const token = () => sessionStorage.getItem(KEY);
 
+/** Ask for a token; where there is one, only if the server does not take it. */
+export function needToken() {
+  if (!token()) tokenWanted.value = "";
+  else send("/v1/account").catch(() => {}); // being refused, it asks
+}
+
 export function giveToken(text) {
   sessionStorage.setItem(KEY, text.trim());
   tokenWanted.value = null;

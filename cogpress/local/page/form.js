@@ -16,7 +16,7 @@ const resolve = (schema, document) => {
 
 /** "Max Tokens" as people write it; names in capitals stay. */
 export const sentence = (title) =>
-  title.replace(/ ([A-Z])(?=[a-z])/g, (_, letter) => ` ${letter.toLowerCase()}`).replace(/^./, (c) => c.toUpperCase());
+  title.replace(/ ([A-Z])(?=[a-z])/g, (_, letter) => ` ${letter.toLowerCase()}`).replace(/^./, (c) => c.toUpperCase()).replace(/\b(json|url|id|api|html|sql)\b/gi, (word) => word.toUpperCase());
 
 function kindOf(schema) {
   if (schema.enum) return "choice";

@@ -44,6 +44,7 @@ export class Live {
     this.text = signal("");
     this.logs = signal("");
     this.error = signal(null);
+    this.lost = signal(false); // the connection; the browser keeps trying
     this.beat = signal(0); // rises with every frame that brought something, for what draws the arrivals
     this.meter = null; // none for a prediction that ran before this page was there
     this.duration = signal(null);
@@ -109,6 +110,7 @@ export class Live {
     if (!urls?.stream) return void this._poll();
     const source = new EventSource(local(urls.stream));
     this._source = source;
+    source.addEventListener("open", () => (this.lost.value = false));
     source.addEventListener("output", (event) => {
       this.meter?.note();
       this._later("text", event.data);
@@ -117,7 +119,9 @@ export class Live {
     source.addEventListener("error", (event) => {
       // Two things share this name: the server's event, which has data, and a lost connection, which has none. The
       // browser reconnects by itself and says where it was; only a refusal is final.
-      if (event.data === undefined && source.readyState === EventSource.CLOSED) this._poll();
+      if (event.data !== undefined) return;
+      if (source.readyState === EventSource.CLOSED) this._poll();
+      else this.lost.value = true;
     });
     source.addEventListener("done", () => {
       source.close();

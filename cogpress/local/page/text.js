@@ -32,6 +32,15 @@ const codePoint = (character) => `U+${character.codePointAt(0).toString(16).toUp
 export const escapeUnseen = (text) =>
   text.replace(UNSEEN, (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`);
 
+const STRING = /"((?:[^"\\]|\\.){8,})/;
+
+/** What was asked, in a line: of an input that is JSON the first text in it, which may be cut off. */
+export function headline(preview) {
+  if (!preview) return "(no input kept)";
+  const found = /^\s*[[{]/.test(preview) && STRING.exec(preview.replace(/"[^"\\]*"\s*:/g, ""));
+  return found ? found[1].replace(/\\n/g, " ").replace(/\\(.)/g, "$1") : preview;
+}
+
 const grouped = new Intl.NumberFormat("en");
 
 export const count = (number) => grouped.format(number);

@@ -75,6 +75,7 @@ function tweak() {
 function Output({ live, text, json, looksJson, raw, status, done }) {
   return html`
     ${live.error.value && html`<${Notice} kind="error"><${Text} text=${live.error.value} /></${Notice}>`}
+    ${!done && live.lost.value && html`<${Notice}>The connection is lost; trying again. The prediction itself goes on.</${Notice}>`}
     ${status === "canceled" && html`<${Notice}>Canceled${text ? "; this is what had been written." : " before anything was written."}</${Notice}>`}
     ${text || !done
       ? html`<div class=${`output${looksJson ? " is-json" : ""}`} dir="auto" data-testid="output">${json && !raw

@@ -3,9 +3,9 @@
 import { useEffect, useRef, useState } from "../vendor/hooks.js";
 import "../vendor/signals.js"; // lets components follow the signals that they read
 import { html } from "../html.js";
-import { get, giveToken, tokenWanted } from "../api.js";
+import { get, giveToken, needToken, tokenWanted } from "../api.js";
 import { here, viewOf } from "../router.js";
-import { announcement, choices, choose, config, lives, targets } from "../workbench.js";
+import { announcement, choices, choose, config, lives, schema, targets } from "../workbench.js";
 import { Compare } from "./compare.js";
 import { History } from "./history.js";
 import { Notice } from "./parts.js";
@@ -24,17 +24,18 @@ export function App() {
       (got) => {
         config.value = got;
         setProblem(null);
-        const first = choices.value[0]?.options[0];
-        // A permalink chooses its own.
-        if (first && !targets.value.length && viewOf(here.value).id === null) choose([first.target]);
+        // Without the right token the server names no models.
+        if (got.token_required && !got.models.length) needToken();
       },
       (error) => error.status !== 401 && setProblem(error.message),
     );
   }, [wanted]);
 
   useEffect(() => {
-    if (config.value && view === "run" && !where.id && !targets.value.length && choices.value[0]) choose([choices.value[0].options[0].target]);
-  }, [view, where.id]);
+    const first = choices.value[0]?.options[0]?.target;
+    // A permalink chooses its own model.
+    if (first && wanted === null && view === "run" && !where.id && !schema.value) choose(targets.value.length ? targets.value : [first]);
+  }, [config.value, wanted, view, where.id]);
 
   const title = config.value?.title ?? "Playground";
   useEffect(() => {

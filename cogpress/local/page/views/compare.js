@@ -26,7 +26,7 @@ export function Compare({ a, b }) {
 
 function Pair({ left, right }) {
   const { differing, equal } = inputs(left.input, right.input);
-  const outputs = [left, right].map((prediction) => pretty(asText(prediction.output), matchMedia("(max-width: 560px)").matches ? 36 : 58));
+  const outputs = [left, right].map((prediction) => pretty(asText(prediction.output), matchMedia("(max-width: 560px)").matches ? 40 : 58));
   const output = sides(...outputs);
   const same = outputs[0] === outputs[1];
   return html`

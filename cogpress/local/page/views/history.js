@@ -5,7 +5,7 @@ import { html } from "../html.js";
 import { address, filtersOf, page } from "../history.js";
 import { download } from "../rating.js";
 import { go, here } from "../router.js";
-import { count, duration, short, speed, when } from "../text.js";
+import { count, duration, headline, short, speed, when } from "../text.js";
 import { announcement, config, labelOf } from "../workbench.js";
 import { Notice, Status, Text } from "./parts.js";
 
@@ -109,9 +109,9 @@ const RATING = { good: "Good", bad: "Bad" };
 
 function Row({ row, marked, mark }) {
   return html`<li class="row" data-marked=${marked ? "" : undefined}>
-    <input type="checkbox" class="row-mark" aria-label=${`Choose for a comparison: ${row.input_preview}`} checked=${marked} onChange=${() => mark(row.id)} />
+    <input type="checkbox" class="row-mark" aria-label=${`Choose for a comparison: ${headline(row.input_preview)}`} checked=${marked} onChange=${() => mark(row.id)} />
     <div class="row-texts">
-      <a class="row-input" href=${`/p/${row.id}`} dir="auto"><${Text} text=${row.input_preview || "(no input kept)"} /></a>
+      <a class="row-input" href=${`/p/${row.id}`} dir="auto"><${Text} text=${headline(row.input_preview)} /></a>
       <span class="row-output" dir="auto"><${Text} text=${row.output_preview ?? ""} /></span>
       ${row.note && html`<span class="row-note" dir="auto"><${Text} text=${row.note} /></span>`}
     </div>

@@ -20,7 +20,7 @@ export const Text = ({ text }) =>
   );
 
 /** JSON laid out and coloured by kind, or else the text as it is. */
-export function Formatted({ text, line = NARROW.matches ? 36 : 76 }) {
+export function Formatted({ text, line = NARROW.matches ? 42 : 76 }) {
   const parts = layout(text, line);
   if (!parts) return html`<${Text} text=${text} />`;
   return parts.map(([kind, part]) => (kind === "space" ? part : html`<span class=${`json-${kind}`}><${Text} text=${part} /></span>`));

@@ -3,15 +3,19 @@
 import { useEffect, useRef, useState } from "../vendor/hooks.js";
 import { html } from "../html.js";
 import { changed } from "../form.js";
+import { page } from "../history.js";
 import { go } from "../router.js";
 import { ended } from "../stream.js";
+import { headline, when } from "../text.js";
 import {
   cancel, choices, choose, edited, fields, fresh, grouped, key, lives, open, origin, request, run, running,
   schema, schemaProblem, showProblems, targets, values,
 } from "../workbench.js";
 import { Answer } from "./answer.js";
 import { Field } from "./field.js";
-import { Notice } from "./parts.js";
+import { Notice, Text } from "./parts.js";
+
+const RECENT = 5;
 
 export function Run({ id }) {
   const [problem, setProblem] = useState(null);
@@ -157,5 +161,20 @@ const Empty = () => html`
   <div class="empty">
     <p class="empty-line">The answer appears here as it is written.</p>
     <p>Fill in the form and press <kbd>${modifier}</kbd>. Every answer gets an address that you can send to a colleague.</p>
+    <${Recent} />
   </div>
 `;
+
+/** The last few, so that work goes on where it was left. */
+function Recent() {
+  const [rows, setRows] = useState([]);
+  useEffect(() => {
+    // Without them the page works just as well.
+    page({}).then((got) => setRows(got.results.slice(0, RECENT)), () => {});
+  }, []);
+  if (!rows.length) return null;
+  return html`<h2 class="recent-title">Asked before</h2>
+    <ol class="recent">${rows.map((row) => html`<li key=${row.id}><a href=${`/p/${row.id}`} dir="auto"><${Text} text=${headline(row.input_preview)} /></a>
+      <time datetime=${row.created_at}>${when(row.created_at)}</time></li>`)}</ol>
+    <a href="/?view=history">All of the history</a>`;
+}
