@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -27,6 +28,10 @@ CARRIED = ("id", "custom_id", "completion")
 
 JSON_INPUTS = ("fields", "messages", "tools", "json_schema", "choices", "logit_bias", "stop")
 """Inputs that a line may give as JSON itself instead of as text that holds JSON."""
+
+WAITING_SHARE = 0.5
+"""Lines that wait in the engine, as a share of those that it runs at once: when one ends, the next begins in the same
+step, where it would otherwise leave its place empty until this process has answered."""
 
 FLUSH_SECONDS = 1.0
 """How long a finished line may be in memory alone."""
@@ -89,7 +94,7 @@ def run(
             with `error`.
         server: makes what answers; called only when there is something to answer.
         fields: the inputs that there are, as `schema.inputs` describes them.
-        concurrency: lines at once.
+        concurrency: lines that the engine runs at once; more wait in it.
         made_by: what decides answers beside the lines: a journal of other making is not gone on with.
         fresh: do not go on from a journal.
         progress: called when lines finish, with how many there are now, how many of them failed, and tokens so far.
@@ -142,13 +147,13 @@ async def _answer_all(
     concurrency: int,
     finished: Callable[[int, dict[str, Any]], None],
 ) -> None:
-    """As many lines at once as the engine runs; the next begins when one ends, so that the engine stays full."""
+    """Ask so many lines at once that the engine always runs as many as it can."""
 
     async def work() -> None:
         for at, line in lines:
             finished(at, await _answer(server, at, line, fields))
 
-    workers = [asyncio.create_task(work()) for _ in range(concurrency)]
+    workers = [asyncio.create_task(work()) for _ in range(concurrency + math.ceil(WAITING_SHARE * concurrency))]
     try:
         await asyncio.gather(*workers)
     finally:

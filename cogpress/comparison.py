@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cogpress import manifest, parity, plots, verdict
+from cogpress import manifest, parity, verdict
 from cogpress.verdict import weights_bytes
 
 Measure = Callable[[str, Path], Mapping[str, Any]]
@@ -67,6 +67,8 @@ def compare(
         for name, folder in folders.items()
     ]
     manifest.write_json(run / "quantization.json", [asdict(one) for one in found])
+    from cogpress import plots  # drawing takes a second to import
+
     plots.quantization([asdict(one) for one in found], run / "quantization.png")
     console.print(table(found))
     console.print(f"Picture: {run / 'quantization.png'}   figures: {run / 'quantization.json'}")

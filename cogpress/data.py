@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
 from rich.table import Table
 from rich.text import Text
 
@@ -677,6 +675,8 @@ def _items(path: Path) -> Iterator[_Item]:
 
 
 def _parquet(file: IO[bytes], path: Path) -> Iterator[_Item]:
+    import pyarrow.parquet  # a second to import, and most examples are JSON
+
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
         columns = [name for name in parquet.schema_arrow.names if name in _KEYS]

@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from cogpress import adapter as adapters
-from cogpress import archive, base, data, divergence, manifest, merge, multilora, plots, training
+from cogpress import archive, base, data, divergence, manifest, merge, multilora, training
 from cogpress.cli import step
 from cogpress.config import Config, Merge, load
 from cogpress.data import Prepared
@@ -147,6 +147,8 @@ def prepare(config: Config, path: Path, base_folder: Path, run: Path, console: C
         if example.messages
     ]
     (run / HELD_OUT).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out))
+    from cogpress import plots  # drawing takes a second to import
+
     plots.token_lengths(prepared.report.lengths, config.train.max_length, run / "lengths.png")
     console.print(prepared.report.table())
     return prepared

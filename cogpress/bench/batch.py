@@ -114,5 +114,6 @@ def _theirs(root: Path, weights: Path, questions: Sequence[dict[str, Any]]) -> d
     ]
     outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False)
     seconds = time.perf_counter() - started
+    engine.llm_engine.engine_core.shutdown()  # this process would wait at its end for the engine's
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     return {"tokens_per_second": tokens / seconds, "tokens": tokens, "seconds": seconds}

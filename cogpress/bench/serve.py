@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import platform
 import random
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import cogpress
-from cogpress import config, manifest, plots, source
+from cogpress import config, manifest, source
 from cogpress.bench import Measured, alternate, asking, load, medians, sides
 from cogpress.bench.asking import Question, Side
 from cogpress.bench.sides import OURS, THEIRS
@@ -258,6 +259,8 @@ def run(
     drawn = [one for one in loads if one.kind == "example"]
     picture = out.with_suffix(".png")
     if drawn:
+        from cogpress import plots  # drawing takes a second to import
+
         curves = {
             side.title: [{"streams": one.streams, **report["medians"][one.name][side.name]} for one in drawn]
             for side in compared
@@ -380,19 +383,20 @@ class Check:
 
 
 def verdict(measured: Mapping[str, Measured]) -> list[Check]:
-    """The kit's requirements, as far as they were measured.
+    """The kit's requirements, as far as they were measured: medians over the rounds of how the sides compare in each.
 
     Args:
         measured: by load's name, then side; `load.summary` of each round.
     """
     checks = []
     for streams in JUDGED_STREAMS:
-        both = medians(measured.get(f"example-{streams}", {}))
+        both = measured.get(f"example-{streams}", {})
         if not {OURS, THEIRS} <= both.keys():
             continue
-        ours, theirs = both[OURS], both[THEIRS]
-        ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
-        later = ours["ttft_p50"] - theirs["ttft_p50"]
+        # Round by round, because a machine's speed changes more from one to the next than two servers differ.
+        rounds = list(zip(both[OURS], both[THEIRS], strict=True))
+        ratio = statistics.median(ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in rounds)
+        later = statistics.median(ours["ttft_p50"] - theirs["ttft_p50"] for ours, theirs in rounds)
         with_ = f"{streams} stream{'s' * (streams > 1)}"
         checks += [
             Check(
