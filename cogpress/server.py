@@ -116,7 +116,7 @@ class Server:
         wanted = "train" if self.mode == "train" else "run"
         if not settings.get(wanted):
             raise CogpressError(f"{self.root / 'cog.yaml'} has no `{wanted}:`, so there is nothing to serve. Add it.")
-        _check_free(self.host, self.port)
+        check_free(self.host, self.port)
         schema.write(self.root, run, train)
         command = [sys.executable, "-m", "cog.server.http", "--host", self.host]
         if self.mode == "train":
@@ -341,7 +341,12 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _check_free(host: str, port: int) -> None:
+def check_free(host: str, port: int) -> None:
+    """Check that a port can be listened on.
+
+    Raises:
+        CogpressError: it can not.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def test_python_files(client: Any, tmp_path: Path) -> None:
 
 
 def test_python_models_and_the_rest(client: Any, version: str) -> None:
-    assert [one.name for one in client.models.list()][0] == "echo"
+    assert client.models.list().results[0].name == "echo"
     assert [one.name for one in client.models.search("echo")] == ["echo"]
     assert client.models.get("local/echo").versions.get(version).id == version
     assert len(client.models.get("local/echo").versions.list().results) == 1
@@ -188,7 +189,7 @@ def test_webhooks_are_signed_filtered_and_not_too_often(client: Any, version: st
     assert bodies[-1]["output"] == made.output
     assert 4 <= len(bodies) <= 6  # start, two or three in 1.2 s, completed
     times = [one["at"] for one in receiver.got[1:-1]]
-    assert all(after - before > 0.45 for before, after in zip(times, times[1:], strict=False))
+    assert all(after - before > 0.45 for before, after in pairwise(times))
     for one in receiver.got:
         replicate.webhook.Webhooks.validate(headers=one["headers"], body=one["body"], secret=secret, tolerance=60)
     with pytest.raises(replicate.webhook.InvalidSignatureError):

@@ -30,8 +30,12 @@ _CLIENTS = 10_000
 """How many addresses' rates are known at once."""
 
 
-class _TooLarge(Exception):
-    pass
+class TooLarge(Exception):
+    """A body became longer than it may be while it was read; `body` is the answer."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        super().__init__(body["detail"])
+        self.body = body
 
 
 @dataclass(frozen=True)
@@ -154,30 +158,16 @@ class Access:
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, counting the bytes of a body that does not say its length."""
         read = 0
-        begun = False
 
         async def counted() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._limits.max_bytes:
-                raise _TooLarge
+                raise TooLarge(self._too_large())
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
-        if scope["method"] == "GET":
-            await self._app(scope, receive, send)
-            return
-        try:
-            await self._app(scope, counted, noted)
-        except _TooLarge:
-            if begun:
-                raise
-            await answer(send, self._too_large(), {})
+        await self._app(scope, receive if scope["method"] == "GET" else counted, send)
 
 
 def _is_visit(scope: Scope, headers: dict[bytes, bytes]) -> bool:

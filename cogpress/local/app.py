@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from cogpress.local.streams import Streams
 from cogpress.local.trainings import Trainings
 from cogpress.local.web import Parts
 from cogpress.local.webhooks import TRIES, Webhooks
+from cogpress.server import check_free
 
 PAGE = Path(__file__).parent / "page"
 
@@ -201,7 +203,7 @@ def application(
             await made.webhooks.close()
             await made.store.close()
 
-    handlers = {HTTPException: _http_error, Exception: _fault}
+    handlers = {HTTPException: _http_error, access.TooLarge: _too_large, Exception: _fault}
     inner = Starlette(routes=routes(made), lifespan=lifespan, exception_handlers=handlers)
 
     async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
@@ -228,6 +230,11 @@ def _http_error(_request: Request, error: Exception) -> Response:
     return web.problem(access.error(status, titles.get(status, "Error"), detail))
 
 
+def _too_large(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, access.TooLarge)
+    return web.problem(error.body)
+
+
 def _fault(_request: Request, error: Exception) -> Response:
     return web.problem(access.error(500, "Internal error", f"The local Replicate failed ({type(error).__name__})."))
 
@@ -244,6 +251,9 @@ def serve(settings: Settings, on_ready: Callable[[Parts], None] = lambda _parts:
     """
     import uvicorn
 
+    check_free(settings.host, settings.port)
+    # What a start failed with is raised, so that nothing more needs to be said.
+    logging.getLogger("uvicorn.error").addFilter(lambda line: "startup failed" not in line.getMessage())
     app = _Reporting(application(settings, on_ready=on_ready))
     options = uvicorn.Config(
         app,
@@ -256,7 +266,11 @@ def serve(settings: Settings, on_ready: Callable[[Parts], None] = lambda _parts:
         lifespan="on",
         timeout_graceful_shutdown=3,
     )
-    uvicorn.Server(options).run()
+    try:
+        uvicorn.Server(options).run()
+    except SystemExit:
+        if app.error is None:
+            raise
     if app.error is not None:
         raise app.error
 

@@ -134,7 +134,7 @@ class OnDemand:
         self._cog: Cog | None = None
         self._lock = asyncio.Lock()
         settings = server.read_cog_yaml(root)
-        self._run = settings.get("run")
+        self._run, self._train = settings.get("run"), settings.get("train")
         self.slots: int | None = schema.concurrency(root, self._run) if self._run else 1
 
     @property
@@ -196,7 +196,7 @@ class OnDemand:
 
     async def schema(self) -> dict[str, Any]:
         """See `Backend.schema`; no server is started for it."""
-        return await asyncio.to_thread(schema.openapi, self.root, self._run)
+        return await asyncio.to_thread(schema.openapi, self.root, self._run, self._train)
 
     async def close(self) -> None:
         """See `Backend.close`."""
