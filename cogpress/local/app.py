@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cogpress.config import Playground
+from cogpress.config import Playground, Prompt
 from cogpress.errors import CogpressError
 from cogpress.local import access, history, replicate, resources, web
 from cogpress.local.catalog import Catalog
@@ -62,7 +62,9 @@ class Settings:
         token: that requests must carry; None for none.
         title: what the page is called.
         adapters: names of the model's adapters.
+        prompt: what a prompt must look like, for rows of training data.
         servers_at_once: how many model servers may run.
+        start_first: start the first model's server at once, where it is one of ours, instead of when it is asked.
     """
 
     root: Path
@@ -74,7 +76,9 @@ class Settings:
     token: str | None = None
     title: str = "cogpress"
     adapters: tuple[str, ...] = ()
+    prompt: Prompt = field(default_factory=Prompt)
     servers_at_once: int = 2
+    start_first: bool = False
 
     @property
     def loopback_url(self) -> str:
@@ -150,6 +154,7 @@ def build(settings: Settings) -> Parts:
         title=settings.title,
         token_required=settings.token is not None,
         adapters=list(settings.adapters),
+        prompt=settings.prompt,
     )
 
 
@@ -191,8 +196,9 @@ def application(
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await made.catalog.load()
-        for name, source in settings.models:
-            await made.catalog.add(name, source, label=_label(source))
+        added = [await made.catalog.add(name, source, label=_label(source)) for name, source in settings.models]
+        if settings.start_first and added:
+            await made.catalog.warm(added[0])
         on_ready(made)
         try:
             yield

@@ -346,6 +346,16 @@ class Catalog:
             self._lanes[source] = Lane(self._backend(source, port), lambda prediction: self.on_end(prediction))
         return self._lanes[source]
 
+    async def warm(self, version: Version) -> None:
+        """Start a version's server, where it is one of ours.
+
+        Raises:
+            CogpressError: it does not get ready.
+        """
+        backend = self.lane(version).backend
+        if isinstance(backend, OnDemand):
+            await self._servers.enter(backend)
+
     def _backend(self, source: str, port: int) -> Backend:
         if source.startswith(("http://", "https://")):
             return Cog(source, self._slots, self._rewrite)

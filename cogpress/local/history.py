@@ -14,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from cogpress.config import Prompt
+from cogpress.errors import CogpressError
 from cogpress.local.store import parsed
 from cogpress.local.web import Parts, Refused, answer, base_of, cursor, endpoint, place_of, read_json, stamp
 
@@ -164,7 +166,7 @@ async def export(parts: Parts, request: Request) -> Response:
     )
     lines, left_out = [], 0
     for row in rows:
-        made = example(parsed(row))
+        made = example(parsed(row), parts.prompt)
         if made is None:
             left_out += 1
         else:
@@ -178,8 +180,13 @@ async def export(parts: Parts, request: Request) -> Response:
     return Response("".join(lines).encode(errors="replace"), media_type="application/jsonl", headers=headers)
 
 
-def example(record: dict[str, Any]) -> dict[str, Any] | None:
-    """A rated prediction as a row of training data; None where there is no right answer or nothing that was asked."""
+def example(record: dict[str, Any], form: Prompt) -> dict[str, Any] | None:
+    """A rated prediction as a row of training data; None where there is no right answer or nothing that was asked.
+
+    Args:
+        record: of the store.
+        form: the project's prompt, which training puts around a row's prompt but not around messages.
+    """
     inputs = record["input"] or {}
     right = record["correction"] if record["rating"] == "bad" else record["correction"] or _text(record["output"])
     if not right or not right.strip() or (record["rating"] == "good" and record["status"] != "succeeded"):
@@ -193,13 +200,18 @@ def example(record: dict[str, Any]) -> dict[str, Any] | None:
             return {"messages": [*messages, {"role": "assistant", "content": right}]}
         if inputs.get("fields"):
             fields = json.loads(inputs["fields"]) if isinstance(inputs["fields"], str) else inputs["fields"]
-            return {"prompt": fields, "completion": right} if isinstance(fields, dict) else None
-    except (ValueError, TypeError, KeyError, IndexError):
+            if not isinstance(fields, dict):
+                return None
+            return _asked_by(system, form.render(fields), right) if system else {"prompt": fields, "completion": right}
+    except (ValueError, TypeError, KeyError, IndexError, CogpressError):
         return None  # the model refused it too
     prompt = inputs.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         return None
-    if system:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-        return {"messages": [*messages, {"role": "assistant", "content": right}]}
-    return {"prompt": prompt, "completion": right}
+    return _asked_by(system, form.fill(prompt), right) if system else {"prompt": prompt, "completion": right}
+
+
+def _asked_by(system: str, prompt: str, right: str) -> dict[str, Any]:
+    """A row whose instructions are not the ones that training gives to all."""
+    roles = (("system", system), ("user", prompt), ("assistant", right))
+    return {"messages": [{"role": role, "content": content} for role, content in roles]}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from cogpress.config import Prompt
 from cogpress.errors import CogpressError
 from cogpress.local import access
 from cogpress.local.catalog import NotFound
@@ -43,6 +44,7 @@ class Parts:
     title: str = "cogpress"
     token_required: bool = False
     adapters: list[str] = field(default_factory=list)
+    prompt: Prompt = field(default_factory=Prompt)
 
 
 class Refused(Exception):
