@@ -116,7 +116,7 @@ def test_what_is_wrong_is_named(data: Any, said: str) -> None:
     text = str(raised.value)
     assert said in text
     assert text.startswith("model.yaml is not valid: ")
-    assert text.endswith("README and docs/serving.md list every option.")
+    assert text.endswith("README, docs/serving.md and docs/playground.md list every option.")
 
 
 def test_all_problems_are_named_at_once() -> None:
