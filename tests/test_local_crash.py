@@ -15,6 +15,8 @@ from cogpress.errors import CogpressError
 from cogpress.local import app
 from cogpress.server import Server
 
+pytestmark = pytest.mark.slow
+
 LONG = {"count": 2000, "delay": 0.02}
 
 

@@ -297,6 +297,7 @@ def test_files_as_inputs_and_safe_downloads(local: Local, cog: Server) -> None:
     assert local.ask("GET", f"/v1/files/{file['id']}").status_code == 404
 
 
+@pytest.mark.slow
 def test_one_of_many_is_found_and_pages_have_all(local: Local) -> None:
     """A thousand predictions, listed by following the pages both ways."""
     with ThreadPoolExecutor(16) as pool:

@@ -20,6 +20,8 @@ from test_local_clients import Receiver
 from cogpress.errors import CogpressError
 from cogpress.local import sources, trainings
 
+pytestmark = pytest.mark.slow
+
 replicate = pytest.importorskip("replicate", reason="requirements/dev.in lists Replicate's client")
 
 DATA = "data:text/plain;base64," + base64.b64encode(b"what was learnt").decode()
