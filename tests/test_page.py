@@ -25,7 +25,6 @@ from cogpress.server import Server, free_port  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-REPLICATE_JS = "1.4.0"
 
 pytestmark = [
     pytest.mark.slow,
@@ -245,6 +244,14 @@ def output(page: Page) -> Locator:
     return page.get_by_test_id("output")
 
 
+def eventually(true: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait until something is so; the page's policy keeps Playwright from evaluating conditions there itself."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def shown(page: Page) -> str:
     """The output as a reader sees it, less the names of characters that can not be seen."""
     return str(output(page).text_content())
@@ -396,6 +403,29 @@ def test_files_and_secrets_are_sent_and_secrets_are_in_no_code(visit: Opener, tm
     page.get_by_role("button", name=re.compile("^Run")).click()
     page.get_by_role("tab", name="Output").click()
     expect(output(page)).to_have_text("It has 400000 bytes")
+
+
+def test_a_long_answer_is_followed_until_the_reader_scrolls_away(visit: Opener) -> None:
+    page = visit(viewport={"width": 1100, "height": 500})
+    run(page, wait=False, prompt="line\n" * 30, times="3", pause="0.02")
+    pane = page.locator(".answers")
+    eventually(lambda: pane.evaluate("pane => pane.scrollTop") > 200)
+    pane.evaluate("pane => pane.scrollTo(0, 0)")
+    before = len(shown(page))
+    eventually(lambda: len(shown(page)) > before + 40)
+    assert pane.evaluate("pane => pane.scrollTop") == 0
+    finished(page)
+
+
+def test_a_prediction_that_still_runs_is_followed_from_its_permalink(visit: Opener) -> None:
+    first = visit()
+    run(first, wait=False, **SLOW)
+    expect(output(first)).to_contain_text("word word")
+    second = visit(first.url[first.url.index("/p/") :])
+    expect(output(second)).to_contain_text("word word")
+    assert second.locator("article").get_attribute("data-status") in ("starting", "processing")
+    finished(second)
+    assert shown(second) == "word " * 40
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -561,17 +591,15 @@ def test_a_thousand_predictions_are_paged_and_searched_quickly(visit: Opener, ba
 
 
 @pytest.fixture(scope="module")
-def node_modules(cache: Path) -> Path:
-    """Replicate's own JavaScript client."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("npm is not installed")
-    folder = cache / "tests" / f"replicate-js-{REPLICATE_JS}"
-    if not (folder / "node_modules" / "replicate").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [npm, "install", "--no-audit", "--no-fund", "--prefix", folder, f"replicate@{REPLICATE_JS}"]
-        subprocess.run(command, check=True, capture_output=True, timeout=240)
-    return folder
+def node_modules() -> Path:
+    """The packages of tests/js, Replicate's own JavaScript client among them."""
+    folder = ROOT / "tests" / "js"
+    if shutil.which("npm") is None:
+        pytest.skip("needs Node.js")
+    installed = folder / "node_modules" / ".package-lock.json"
+    if not installed.is_file() or installed.stat().st_mtime < (folder / "package-lock.json").stat().st_mtime:
+        subprocess.run(["npm", "ci", "--silent", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=200)
+    return folder / "node_modules"
 
 
 def program(page: Page, language: str) -> str:
@@ -608,9 +636,10 @@ def test_the_code_on_screen_runs_and_gives_the_output_on_screen(
             said = done([sys.executable, str(tmp_path / "answer.py")])
             assert said == text * 2 + "\n"
         elif language == "JavaScript":
-            folder = request.getfixturevalue("node_modules")
-            (folder / "answer.mjs").write_text(code, encoding="utf-8")
-            assert done(["node", "answer.mjs"], cwd=folder) == text * 2 + "\n"
+            if not (tmp_path / "node_modules").exists():
+                (tmp_path / "node_modules").symlink_to(request.getfixturevalue("node_modules"))
+            (tmp_path / "answer.mjs").write_text(code, encoding="utf-8")
+            assert done(["node", "answer.mjs"], cwd=tmp_path) == text * 2 + "\n"
         elif language == "curl":
             answer = json.loads(done(["bash"], code))
             assert "".join(answer["output"]) == text * 2

@@ -56,7 +56,8 @@ async function problemOf(response) {
     // An answer of something else than this server; its status is all that is known.
   }
   const fields = said.invalid_fields ?? [];
-  const detail = typeof said.detail === "string" ? said.detail : fields.map((f) => `${f.field}: ${f.description}`).join("; ");
+  const listed = fields.map((field) => `${field.field}: ${field.description}`).join("; ");
+  const detail = typeof said.detail === "string" ? said.detail : listed;
   return new ApiError(detail || said.title || `The server answered ${response.status}.`, response.status, fields);
 }
 
@@ -72,7 +73,8 @@ export const local = (url) => {
 
 const part = encodeURIComponent;
 
-export const versionPath = ({ owner, name, version }) => `/v1/models/${part(owner)}/${part(name)}/versions/${part(version)}`;
+export const versionPath = ({ owner, name, version }) =>
+  `/v1/models/${part(owner)}/${part(name)}/versions/${part(version)}`;
 export const predictionPath = (id) => `/v1/predictions/${part(id)}`;
 export const ratingPath = (id) => `/playground/api/predictions/${part(id)}/rating`;
 

@@ -59,7 +59,8 @@ function heredoc(body) {
   if (!secrets.length) return `<<'JSON'\n${text}\nJSON`;
   // Only with a secret to fill in does the shell look into the text, so only then what it would act on is escaped.
   const escaped = text.replace(/[\\$`]/g, "\\$&");
-  return `<<JSON\n${secrets.reduce((all, { variable }) => all.replace(`\u{f8ff}${variable}\u{f8ff}`, `\${${variable}}`), escaped)}\nJSON`;
+  const put = (all, { variable }) => all.replace(`\u{f8ff}${variable}\u{f8ff}`, `\${${variable}}`);
+  return `<<JSON\n${secrets.reduce(put, escaped)}\nJSON`;
 }
 
 const AUTHORIZATION = `-H "Authorization: Bearer $REPLICATE_API_TOKEN"`;
@@ -128,7 +129,9 @@ export function asChat(input) {
   }
   if (stop) own.stop = parsed(stop) ?? stop;
   if (parsed(tools)) own.tools = parsed(tools);
-  if (parsed(schema)) own.response_format = { type: "json_schema", json_schema: { name: "answer", schema: parsed(schema) } };
+  if (parsed(schema)) {
+    own.response_format = { type: "json_schema", json_schema: { name: "answer", schema: parsed(schema) } };
+  }
   return { messages: said, own, rest };
 }
 

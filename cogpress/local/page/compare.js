@@ -10,11 +10,14 @@ const LONGEST_MS = 1500;
  * and too different to compare word by word.
  */
 export function sides(left, right) {
-  if (left === right) return { left: [{ text: left, changed: false }], right: [{ text: right, changed: false }], exact: true };
+  const whole = (text, changed) => [{ text, changed }];
+  if (left === right) return { left: whole(left, false), right: whole(right, false), exact: true };
   const parts = diffWordsWithSpace(left, right, { timeout: LONGEST_MS });
-  if (!parts) return { left: [{ text: left, changed: true }], right: [{ text: right, changed: true }], exact: false };
+  if (!parts) return { left: whole(left, true), right: whole(right, true), exact: false };
   const of = (skip) =>
-    parts.filter((part) => !part[skip]).map(({ value, added, removed }) => ({ text: value, changed: Boolean(added || removed) }));
+    parts
+      .filter((part) => !part[skip])
+      .map(({ value, added, removed }) => ({ text: value, changed: Boolean(added || removed) }));
   return { left: of("added"), right: of("removed"), exact: true };
 }
 

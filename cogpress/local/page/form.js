@@ -16,7 +16,10 @@ const resolve = (schema, document) => {
 
 /** "Max Tokens" as people write it; names in capitals stay. */
 export const sentence = (title) =>
-  title.replace(/ ([A-Z])(?=[a-z])/g, (_, letter) => ` ${letter.toLowerCase()}`).replace(/^./, (c) => c.toUpperCase()).replace(/\b(json|url|id|api|html|sql)\b/gi, (word) => word.toUpperCase());
+  title
+    .replace(/ ([A-Z])(?=[a-z])/g, (_, letter) => ` ${letter.toLowerCase()}`)
+    .replace(/^./, (first) => first.toUpperCase())
+    .replace(/\b(json|url|id|api|html|sql)\b/gi, (word) => word.toUpperCase());
 
 function kindOf(schema) {
   if (schema.enum) return "choice";
@@ -32,7 +35,8 @@ function kindOf(schema) {
 function jsonOf(schema) {
   const words = schema.description ?? "";
   if (schema.type === "array") return { wanted: "list", lenient: false, parsed: true };
-  if (schema.type !== "string") return { wanted: schema.type === "object" ? "object" : "any", lenient: false, parsed: true };
+  if (schema.type === "object") return { wanted: "object", lenient: false, parsed: true };
+  if (schema.type !== "string") return { wanted: "any", lenient: false, parsed: true };
   const wanted = /JSON list/.test(words) ? "list" : /JSON (object|schema)/.test(words) ? "object" : "any";
   return { wanted, lenient: /several as a JSON/i.test(words), parsed: false };
 }
@@ -42,7 +46,8 @@ export function exampleIn(description) {
   const start = (description ?? "").search(/[[{]/);
   if (start < 0) return null;
   for (let end = description.length; end > start + 2; end--) {
-    if ("]}".includes(description[end - 1]) && !problem(description.slice(start, end))) return description.slice(start, end);
+    const part = description.slice(start, end);
+    if (/[\]}]$/.test(part) && !problem(part)) return part;
   }
   return null;
 }
@@ -85,7 +90,8 @@ export function fieldsOf(document) {
  */
 export function groups(fields, promoted = []) {
   const main = fields.filter(
-    (field, index) => field.required || (index === 0 && !field.nullable) || (field.nullable && promoted.includes(field.name)),
+    (field, index) =>
+      field.required || (index === 0 && !field.nullable) || (field.nullable && promoted.includes(field.name)),
   );
   const more = fields.filter((field) => field.nullable && !main.includes(field));
   const settings = fields.filter((field) => !main.includes(field) && !more.includes(field));
@@ -104,7 +110,15 @@ export function shown(field, value) {
 
 /** The state of all controls, from defaults and, where given, a prediction's input. */
 export const filled = (fields, input = {}) =>
-  Object.fromEntries(fields.map((field) => [field.name, shown(field, field.name in input ? input[field.name] : field.default)]));
+  Object.fromEntries(
+    fields.map((field) => [field.name, shown(field, field.name in input ? input[field.name] : field.default)]),
+  );
+
+/** An input without its secrets, whose place in a stored prediction is taken by a word for them. */
+export function withoutSecrets(fields, input) {
+  const secrets = fields.filter(({ kind }) => kind === "secret").map(({ name }) => name);
+  return Object.fromEntries(Object.entries(input).filter(([name]) => !secrets.includes(name)));
+}
 
 /** Whether a control says something else than the model's default. */
 export const changed = (field, value) => value !== shown(field, field.default);
@@ -147,8 +161,9 @@ export function read(field, shownValue) {
     if (wrong) return { problem: `line ${wrong.line}, column ${wrong.column}: ${wrong.message}`, offset: wrong.offset };
     return { value: field.parsed ? JSON.parse(text) : text };
   }
-  if (field.minLength !== null && text.length < field.minLength) return { problem: `must have at least ${field.minLength} characters` };
-  if (field.maxLength !== null && text.length > field.maxLength) return { problem: `may have at most ${field.maxLength} characters` };
+  const { minLength: low, maxLength: high } = field;
+  if (low !== null && text.length < low) return { problem: `must have at least ${low} characters` };
+  if (high !== null && text.length > high) return { problem: `may have at most ${high} characters` };
   return { value: text };
 }
 
@@ -161,9 +176,9 @@ export function collect(fields, values) {
   const problems = {};
   fields.forEach((field, index) => {
     const { value, problem: wrong } = read(field, values[field.name]);
+    const matters = field.required || changed(field, values[field.name]) || (index === 0 && value !== "");
     if (wrong) problems[field.name] = wrong;
-    else if (value !== undefined && (field.required || changed(field, values[field.name]) || (index === 0 && value !== "")))
-      input[field.name] = value;
+    else if (value !== undefined && matters) input[field.name] = value;
   });
   return { input, problems };
 }

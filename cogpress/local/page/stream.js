@@ -145,7 +145,8 @@ export class Live {
     batch(() => {
       for (const kind of ["text", "logs"]) {
         const added = pending.filter(([of]) => of === kind).map(([, data]) => data);
-        if (added.length) this[kind].value += kind === "logs" ? added.map((line) => line.replace(/\n?$/, "\n")).join("") : added.join("");
+        const whole = kind === "logs" ? added.map((line) => line.replace(/\n?$/, "\n")) : added;
+        if (added.length) this[kind].value += whole.join("");
       }
       if (this.status.value === "starting") this.status.value = "processing";
       this.beat.value += 1;

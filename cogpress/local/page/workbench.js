@@ -3,7 +3,7 @@
 
 import { batch, computed, signal } from "./vendor/signals.js";
 import { ApiError, get, predictionPath, versionPath } from "./api.js";
-import { collect, fieldsOf, filled, groups, streams } from "./form.js";
+import { collect, fieldsOf, filled, groups, streams, withoutSecrets } from "./form.js";
 import { Live } from "./stream.js";
 import { short } from "./text.js";
 import { go } from "./router.js";
@@ -31,8 +31,8 @@ export const running = computed(() => lives.value.some((live) => live.running));
 export const edited = computed(() => {
   const asked = lives.value[0]?.prediction.value?.input;
   if (!asked || !fields.value.length) return false;
-  const before = collect(fields.value, filled(fields.value, asked)).input;
-  return JSON.stringify(before) !== JSON.stringify(request.value.input);
+  const before = collect(fields.value, filled(fields.value, withoutSecrets(fields.value, asked))).input;
+  return JSON.stringify(before) !== JSON.stringify(withoutSecrets(fields.value, request.value.input));
 });
 
 export const key = ({ owner, name, version, adapter }) => [owner, name, version, adapter ?? ""].join("/");
@@ -67,16 +67,16 @@ export async function choose(chosen, input = null) {
   targets.value = chosen;
   if (!first) return;
   if (before && key({ ...before, adapter: null }) === key({ ...first, adapter: null }) && schema.value) {
-    if (input) values.value = filled(fields.value, input);
+    if (input) values.value = filled(fields.value, withoutSecrets(fields.value, input));
     return;
   }
-  const keep = input ?? (schema.value ? request.value.input : {});
   try {
     const { openapi_schema: document } = await get(versionPath(first));
     batch(() => {
+      const keep = schema.value ? request.value.input : {};
       schema.value = document;
       schemaProblem.value = null;
-      values.value = filled(fields.value, keep);
+      values.value = filled(fields.value, input ? withoutSecrets(fields.value, input) : keep);
       showProblems.value = false;
     });
   } catch (error) {
@@ -108,7 +108,9 @@ export async function run() {
     origin.value = before ?? null;
   });
   const two = asked.length > 1;
-  const created = await Promise.allSettled(asked.map(({ target, live }) => live.create("/v1/predictions", bodyOf(target, input))));
+  const created = await Promise.allSettled(
+    asked.map(({ target, live }) => live.create("/v1/predictions", bodyOf(target, input))),
+  );
   if (!two && created[0].status === "fulfilled" && lives.value[0] === asked[0].live) go(`/p/${created[0].value.id}`);
   if (two) go("/", { replace: true });
   return [];
@@ -138,8 +140,8 @@ export async function open(id) {
     prediction = await get(predictionPath(id));
   } catch (error) {
     lives.value = [];
-    if (error instanceof ApiError && error.status === 404) throw new ApiError("This prediction is not here: it was deleted, or the address is not complete.", 404);
-    throw error;
+    if (error.status !== 404) throw error;
+    throw new ApiError("This prediction is not here: it was deleted, or the address is not complete.", 404);
   }
   const live = new Live().show(prediction);
   batch(() => {

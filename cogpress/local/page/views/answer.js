@@ -40,21 +40,25 @@ export function Answer({ live, letter }) {
         ${letter && html`<span class="letter">${letter}</span>`}
         <${Status} status=${status} />
         <span class="answer-who">${live.label}</span>
-        ${prediction && html`<a class="answer-id" href=${`/p/${prediction.id}`} title="Permalink of this prediction">${short(prediction.id).slice(0, 12)}</a>
+        ${prediction && html`
+          <a class="answer-id" href=${`/p/${prediction.id}`} title="Permalink of this prediction">
+            ${short(prediction.id).slice(0, 12)}
+          </a>
           <time datetime=${prediction.created_at} title=${prediction.created_at}>${when(prediction.created_at)}</time>`}
       </header>
       <${Figures} live=${live} />
       <${Tabs} name=${name} label="Answer" tabs=${tabs} active=${tab} onChange=${setTab}>
         ${tab === "output" && html`<${Output} ...${{ live, text, json, looksJson, raw, status, done }} />`}
         ${tab === "code" && html`<${Code} />`}
-        ${tab === "logs" && html`<pre class="logs" dir="auto">${logs ? html`<${Text} text=${logs} />` : html`<span class="nothing">No logs.</span>`}</pre>`}
+        ${tab === "logs" && (logs ? html`<pre class="logs" dir="auto"><${Text} text=${logs} /></pre>` : html`<p class="nothing">No logs.</p>`)}
         ${tab === "metrics" && html`<${Metrics} prediction=${prediction} />`}
       </${Tabs}>
       ${prediction && html`<footer class="answer-foot">
         ${tab === "output" && html`
           ${!done && letter && html`<button type="button" class="button quiet" onClick=${() => live.cancel()}>Cancel</button>`}
           ${text && html`<${Copy} quiet text=${text} label="Copy output" />`}
-          ${json && html`<button type="button" class="button quiet" aria-pressed=${String(raw)} onClick=${() => setRaw(!raw)}>As it came</button>`}`}
+          ${json && html`<button type="button" class="button quiet" aria-pressed=${String(raw)}
+            onClick=${() => setRaw(!raw)}>As it came</button>`}`}
         <${Copy} quiet text=${() => `${location.origin}/p/${prediction.id}`} label="Copy link" />
         ${done && !letter && html`<button type="button" class="button quiet" onClick=${tweak}>Tweak and rerun</button>
           <a class="button quiet" href=${`/?view=history&with=${prediction.id}`}>Compare…</a>`}
@@ -72,13 +76,49 @@ function tweak() {
   if (control?.setSelectionRange) control.setSelectionRange(control.value.length, control.value.length);
 }
 
+/** Keep the end in view while the answer grows, for those who have not scrolled away from it. */
+function useFollowing(text, done) {
+  const end = useRef(null);
+  const follow = useRef(true);
+  useEffect(() => {
+    if (!end.current || done) return undefined;
+    const { scroller, target } = scrollerOf(end.current);
+    const note = () => (follow.current = hidden(end.current, scroller) < FOLLOW_PX);
+    target.addEventListener("scroll", note, { passive: true });
+    return () => target.removeEventListener("scroll", note);
+  }, [done]);
+  useEffect(() => {
+    if (!end.current || done || !follow.current) return;
+    const { scroller } = scrollerOf(end.current);
+    const below = hidden(end.current, scroller);
+    if (below > 0) scroller.scrollTop += below + FOLLOW_PX / 4;
+  }, [text, done]);
+  return end;
+}
+
+const FOLLOW_PX = 80;
+
+/** How many pixels of an element are below what can be seen. */
+const hidden = (element, scroller) =>
+  element.getBoundingClientRect().bottom -
+  (scroller === document.scrollingElement ? innerHeight : scroller.getBoundingClientRect().bottom);
+
+/** On a wide screen the answers scroll by themselves, on a phone the whole page does. */
+const scrollerOf = (element) => {
+  const pane = element.closest(".answers");
+  return getComputedStyle(pane).overflowY === "auto"
+    ? { scroller: pane, target: pane }
+    : { scroller: document.scrollingElement, target: document };
+};
+
 function Output({ live, text, json, looksJson, raw, status, done }) {
+  const end = useFollowing(text, done);
   return html`
     ${live.error.value && html`<${Notice} kind="error"><${Text} text=${live.error.value} /></${Notice}>`}
     ${!done && live.lost.value && html`<${Notice}>The connection is lost; trying again. The prediction itself goes on.</${Notice}>`}
     ${status === "canceled" && html`<${Notice}>Canceled${text ? "; this is what had been written." : " before anything was written."}</${Notice}>`}
     ${text || !done
-      ? html`<div class=${`output${looksJson ? " is-json" : ""}`} dir="auto" data-testid="output">${json && !raw
+      ? html`<div class=${`output${looksJson ? " is-json" : ""}`} dir="auto" data-testid="output" ref=${end}>${json && !raw
           ? html`<${Formatted} text=${text} />`
           : html`<${Text} text=${text} />`}${!done && html`<span class="caret" aria-hidden="true"></span>`}</div>`
       : status === "succeeded" && html`<p class="nothing">The answer is empty.</p>`}
@@ -115,7 +155,11 @@ function Metrics({ prediction }) {
     ${metrics.map(([name, value]) => {
       const plain = typeof value === "number";
       const shown = plain ? (UNITS[name]?.(value) ?? count(Math.round(value * 100) / 100)) : null;
-      return html`<tr key=${name}><th scope="row">${name}</th><td>${plain ? shown : html`<pre><${Formatted} text=${typeof value === "string" ? value : JSON.stringify(value)} /></pre>`}</td></tr>`;
+      const text = typeof value === "string" ? value : JSON.stringify(value);
+      return html`<tr key=${name}>
+        <th scope="row">${name}</th>
+        <td>${plain ? shown : html`<pre><${Formatted} text=${text} /></pre>`}</td>
+      </tr>`;
     })}
   </tbody></table>`;
 }

@@ -34,7 +34,8 @@ export function App() {
   useEffect(() => {
     const first = choices.value[0]?.options[0]?.target;
     // A permalink chooses its own model.
-    if (first && wanted === null && view === "run" && !where.id && !schema.value) choose(targets.value.length ? targets.value : [first]);
+    const free = wanted === null && view === "run" && !where.id && !schema.value;
+    if (first && free) choose(targets.value.length ? targets.value : [first]);
   }, [config.value, wanted, view, where.id]);
 
   const title = config.value?.title ?? "Playground";
@@ -45,9 +46,9 @@ export function App() {
   const current = lives.value.length === 1 ? lives.value[0].prediction.value?.id : null;
   const View = VIEWS[view];
   return html`
-    <a class="skip" href="#answer" onClick=${(event) => (event.preventDefault(), (document.getElementById("answer") ?? document.getElementById("main")).focus())}>Skip to the ${view === "run" ? "answer" : "content"}</a>
+    <a class="skip" href="#answer" onClick=${skip}>Skip to the ${view === "run" ? "answer" : "content"}</a>
     <header class="top">
-      <a class="brand" href="/" aria-label=${`${title}, start`} onClick=${(event) => event.currentTarget.blur()}><${Mark} /><span>${title}</span></a>
+      <a class="brand" href="/" aria-label=${`${title}, start`}><${Mark} /><span>${title}</span></a>
       <nav aria-label="Main">
         <a href=${current ? `/p/${current}` : "/"} aria-current=${view === "run" ? "page" : undefined}>Run</a>
         <a href="/?view=history" aria-current=${view === "history" ? "page" : undefined}>History</a>
@@ -61,8 +62,16 @@ export function App() {
   `;
 }
 
+/** Past the form and the header, without a place in the address. */
+function skip(event) {
+  event.preventDefault();
+  (document.getElementById("answer") ?? document.getElementById("main")).focus();
+}
+
 /** Three tokens and a pause: what the arrivals under an answer look like. */
-const Mark = () => html`<svg class="mark" viewBox="0 0 22 16" aria-hidden="true"><path d="M1.5 2v12M9 2v12M13.5 2v12M17 2v12M20.5 2v12" /></svg>`;
+const Mark = () => html`<svg class="mark" viewBox="0 0 22 16" aria-hidden="true">
+  <path d="M1.5 2v12M9 2v12M13.5 2v12M17 2v12M20.5 2v12" />
+</svg>`;
 
 function Token({ said }) {
   const field = useRef(null);

@@ -12,7 +12,12 @@ export function Code() {
   const target = targets.value[0];
   const { input, problems } = request.value;
   if (!target || !fields.value.length) return html`<p class="nothing">The model’s form is not known, so there is no code.</p>`;
-  const text = program(language.value, {
+  // A chat needs something to say; models without words have no place in OpenAI's API.
+  const speaks = fields.value.some(({ name }) => name === "prompt" || name === "messages");
+  const languages = LANGUAGES.filter(({ id }) => id !== "openai" || speaks);
+  const active = languages.some(({ id }) => id === language.value) ? language.value : "python";
+  const left = Object.keys(problems);
+  const text = program(active, {
     ...target,
     base: location.origin,
     input: target.adapter ? { ...input, adapter: target.adapter } : input,
@@ -21,8 +26,8 @@ export function Code() {
   });
   return html`
     <div class="program">
-      <${Tabs} name="code" label="Language" tabs=${LANGUAGES} active=${language.value} onChange=${(id) => (language.value = id)}>
-        ${Object.keys(problems).length > 0 && html`<${Notice}>Left out, because it is not valid yet: ${Object.keys(problems).join(", ")}.</${Notice}>`}
+      <${Tabs} name="code" label="Language" tabs=${languages} active=${active} onChange=${(id) => (language.value = id)}>
+        ${left.length > 0 && html`<${Notice}>Left out, because it is not valid yet: ${left.join(", ")}.</${Notice}>`}
         <pre class="code" data-testid="code" tabindex="0" aria-label="Code"><${Text} text=${text} /></pre>
       </${Tabs}>
       <div class="program-foot"><${Copy} text=${text} label="Copy code" /></div>

@@ -19,14 +19,19 @@ export function Compare({ a, b }) {
     Promise.all([a, b].map((id) => get(predictionPath(id)))).then(setPair, (error) => setProblem(error.message));
     return undefined;
   }, [a, b]);
-  if (problem) return html`<div class="compare"><${Notice} kind="error">${problem} <a href="/?view=history">Go to the history</a></${Notice}></div>`;
+  if (problem) {
+    return html`<div class="compare">
+      <${Notice} kind="error">${problem} <a href="/?view=history">Go to the history</a></${Notice}>
+    </div>`;
+  }
   if (!pair) return html`<div class="compare"><p class="waiting">Loading…</p></div>`;
   return html`<div class="compare"><${Pair} left=${pair[0]} right=${pair[1]} /></div>`;
 }
 
 function Pair({ left, right }) {
   const { differing, equal } = inputs(left.input, right.input);
-  const outputs = [left, right].map((prediction) => pretty(asText(prediction.output), matchMedia("(max-width: 560px)").matches ? 40 : 58));
+  const line = matchMedia("(max-width: 560px)").matches ? 40 : 58;
+  const outputs = [left, right].map((prediction) => pretty(asText(prediction.output), line));
   const output = sides(...outputs);
   const same = outputs[0] === outputs[1];
   return html`
@@ -41,22 +46,30 @@ function Pair({ left, right }) {
       <h2 id="compare-inputs">Input</h2>
       ${differing.map(({ name, left: before, right: after }) => html`<${Row} key=${name} name=${name} ...${rowOf(before, after)} />`)}
       ${equal.length > 0 && html`<details class="folded" open=${!differing.length}>
-        <summary><span class="folded-title">The same in both</span><span class="folded-summary">${equal.map(({ name }) => name).join(" · ")}</span></summary>
-        <dl class="equal">${equal.map(({ name, value }) => html`<div key=${name}><dt><code>${name}</code></dt><dd dir="auto"><${Text} text=${inputText(value)} /></dd></div>`)}</dl>
+        <summary>
+          <span class="folded-title">The same in both</span>
+          <span class="folded-summary">${equal.map(({ name }) => name).join(" · ")}</span>
+        </summary>
+        <dl class="equal">${equal.map(({ name, value }) => html`<div key=${name}>
+          <dt><code>${name}</code></dt><dd dir="auto"><${Text} text=${inputText(value)} /></dd>
+        </div>`)}</dl>
       </details>`}
     </section>
     <section aria-labelledby="compare-outputs">
       <h2 id="compare-outputs">Output</h2>
       ${!output.exact && html`<${Notice}>These are too long and too different to mark word by word.</${Notice}>`}
       <div class="compare-sides outputs">
-        <${Side} letter="A" tag="del" parts=${output.left} empty="No output." json=${outputs[0] !== asText(left.output) || /^[[{]/.test(outputs[0])} />
-        <${Side} letter="B" tag="ins" parts=${output.right} empty="No output." json=${/^[[{]/.test(outputs[1])} />
+        <${Side} letter="A" tag="del" parts=${output.left} empty="No output." json=${/^\s*[[{]/.test(outputs[0])} />
+        <${Side} letter="B" tag="ins" parts=${output.right} empty="No output." json=${/^\s*[[{]/.test(outputs[1])} />
       </div>
     </section>
     <section aria-labelledby="compare-metrics">
       <h2 id="compare-metrics">Figures</h2>
       <table class="metrics figures-table"><thead><tr><th scope="col"></th><th scope="col">A</th><th scope="col">B</th></tr></thead><tbody>
-        ${FIGURES.map(([name, label, show]) => html`<tr key=${name}><th scope="row">${label}</th>${[left, right].map(({ metrics }) => html`<td>${metrics?.[name] === undefined || metrics[name] === null ? "–" : show(metrics[name])}</td>`)}</tr>`)}
+        ${FIGURES.map(([name, label, show]) => html`<tr key=${name}>
+          <th scope="row">${label}</th>
+          ${[left, right].map(({ metrics }) => html`<td>${typeof metrics?.[name] === "number" ? show(metrics[name]) : "–"}</td>`)}
+        </tr>`)}
       </tbody></table>
     </section>
   `;

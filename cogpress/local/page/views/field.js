@@ -45,7 +45,8 @@ const typed = (change) => (event) => change(event.currentTarget.value);
 function TextControl({ field, value, common, change }) {
   if (field.name === "adapter" && config.value?.adapters?.length) return html`<${AdapterControl} ...${{ value, common, change }} />`;
   const rows = field.order === 0 || field.required ? 5 : 2;
-  return html`<textarea ...${common} class="grows" rows=${rows} dir="auto" spellcheck="true" value=${value} onInput=${typed(change)}></textarea>`;
+  return html`<textarea ...${common} class="grows" rows=${rows} dir="auto" spellcheck="true" value=${value}
+    onInput=${typed(change)}></textarea>`;
 }
 
 function AdapterControl({ value, common, change }) {
@@ -62,7 +63,8 @@ function JsonControl({ field, value, common, change }) {
     <textarea ...${common} class="grows code" rows="3" spellcheck="false" autocapitalize="off" autocomplete="off" value=${value}
       onInput=${typed(change)}></textarea>
     <div class="field-tools">
-      ${!value && field.example && html`<button type="button" class="link" onClick=${() => change(pretty(field.example))}>Start from an example</button>`}
+      ${!value && field.example && html`<button type="button" class="link"
+        onClick=${() => change(pretty(field.example))}>Start from an example</button>`}
       ${value && tidy !== value && html`<button type="button" class="link" onClick=${() => change(tidy)}>Tidy up</button>`}
     </div>
   `;
@@ -73,10 +75,11 @@ function NumberControl({ field, value, common, change }) {
   const bounded = low !== null && high !== null && high - low <= 1000;
   const step = kind === "integer" ? 1 : high - low <= 10 ? 0.01 : 0.1;
   return html`<div class="number">
-    <input ...${common} type="text" inputmode=${kind === "integer" && !(low < 0) ? "numeric" : "text"} autocomplete="off" value=${value} onInput=${typed(change)}
-      placeholder=${field.nullable ? "empty" : ""} />
+    <input ...${common} type="text" inputmode=${kind === "integer" && !(low < 0) ? "numeric" : "text"} autocomplete="off"
+      value=${value} onInput=${typed(change)} placeholder=${field.nullable ? "empty" : ""} />
     ${bounded && !field.nullable
-      ? html`<input type="range" aria-label=${`${field.title}, slider`} min=${low} max=${high} step=${step} value=${value} onInput=${typed(change)} />`
+      ? html`<input type="range" aria-label=${`${field.title}, slider`} min=${low} max=${high} step=${step} value=${value}
+          onInput=${typed(change)} />`
       : html`<span class="bounds">${bounds(field)}</span>`}
   </div>`;
 }
@@ -99,7 +102,8 @@ function BooleanControl({ field, value, common, change }) {
 }
 
 const ChoiceControl = ({ field, value, common, change }) => html`<select ...${common} value=${value} onChange=${typed(change)}>
-  ${(field.nullable || (field.required && field.default === null)) && html`<option value="">${field.nullable ? "Not set" : "Choose…"}</option>`}
+  ${(field.nullable || (field.required && field.default === null)) &&
+  html`<option value="">${field.nullable ? "Not set" : "Choose…"}</option>`}
   ${field.choices.map((choice) => html`<option value=${String(choice)}>${String(choice)}</option>`)}
 </select>`;
 
@@ -121,10 +125,12 @@ function FileControl({ field, value, common, change }) {
     }
   };
   const given = many ? (value?.length ? `${value.length} files` : "") : value;
+  const inside = given?.startsWith?.("data:");
   return html`<div class="file">
     <input ...${common} type="file" multiple=${many} onChange=${choose} />
-    ${!many && html`<input type="text" aria-label=${`${field.title}, address`} placeholder="or an address: https://…" value=${given?.startsWith("data:") ? "" : given} onInput=${typed(change)} />`}
-    <span class="bounds" role="status">${state || (given?.startsWith?.("data:") ? "a file, sent with the prediction" : "")}</span>
+    ${!many && html`<input type="text" aria-label=${`${field.title}, address`} placeholder="or an address: https://…"
+      value=${inside ? "" : given} onInput=${typed(change)} />`}
+    <span class="bounds" role="status">${state || (inside ? "a file, sent with the prediction" : "")}</span>
   </div>`;
 }
 

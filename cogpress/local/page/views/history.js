@@ -7,9 +7,11 @@ import { download } from "../rating.js";
 import { go, here } from "../router.js";
 import { count, duration, headline, short, speed, when } from "../text.js";
 import { announcement, config, labelOf } from "../workbench.js";
-import { Notice, Status, Text } from "./parts.js";
+import { Notice, Status, statusWord, Text } from "./parts.js";
 
 const TYPING_MS = 250;
+const STATUSES = ["succeeded", "failed", "canceled", "processing", "starting"].map((status) => [status, statusWord(status)]);
+const RATINGS = [["good", "Good"], ["bad", "Bad"], ["none", "Not rated"]];
 
 export function History({ with: partner }) {
   const filters = filtersOf(here.value.search);
@@ -24,7 +26,12 @@ export function History({ with: partner }) {
     setState((before) => ({ ...before, loading: true, problem: null }));
     try {
       const got = await page(filters, { next, signal: controller.signal });
-      setState((before) => ({ results: next ? [...before.results, ...got.results] : got.results, next: got.next, total: got.total, loading: false, problem: null }));
+      setState((before) => ({
+        ...got,
+        results: next ? [...before.results, ...got.results] : got.results,
+        loading: false,
+        problem: null,
+      }));
       if (!next) announcement.value = `${count(got.total)} predictions.`;
     } catch (error) {
       if (error.name !== "AbortError") setState((before) => ({ ...before, loading: false, problem: error.message }));
@@ -36,25 +43,31 @@ export function History({ with: partner }) {
   }, [query]);
 
   const change = (name, value) => go(address({ ...filters, [name]: value }, partner ? { with: partner } : {}), { replace: true });
-  const mark = (id) => setChosen((before) => (before.includes(id) ? before.filter((one) => one !== id) : [...before, id].slice(-2)));
+  const mark = (id) =>
+    setChosen((before) => (before.includes(id) ? before.filter((one) => one !== id) : [...before, id].slice(-2)));
   const { results, next, total, loading, problem } = state;
   const filtered = Object.values(filters).some(Boolean);
+  const unit = filtered ? "found" : total === 1 ? "prediction" : "predictions";
   return html`
     <div class="history">
       <div class="history-head">
         <h1>History</h1>
-        <span class="history-total" role="status">${total === null ? "" : `${count(total)} ${filtered ? "found" : total === 1 ? "prediction" : "predictions"}`}</span>
+        <span class="history-total" role="status">${total === null ? "" : `${count(total)} ${unit}`}</span>
         <${Export} />
       </div>
       <${Filters} filters=${filters} change=${change} />
       ${partner && html`<${Notice}>Choose the prediction to compare with ${short(partner).slice(0, 12)}.</${Notice}>`}
       ${problem && html`<${Notice} kind="error">${problem}</${Notice}>`}
-      ${!loading && !problem && results.length === 0 && html`<p class="nothing">${filtered ? "Nothing matches these filters." : "Nothing was asked yet."} ${filtered && html`<a href="/?view=history">Show all</a>`}</p>`}
+      ${!loading && !problem && results.length === 0 && html`<p class="nothing">
+        ${filtered ? html`<span>Nothing matches these filters.</span> <a href="/?view=history">Show all</a>` : "Nothing was asked yet."}
+      </p>`}
       <ol class="rows" aria-busy=${String(loading)}>
         ${results.map((row) => html`<${Row} key=${row.id} row=${row} marked=${chosen.includes(row.id)} mark=${mark} />`)}
       </ol>
       <div class="history-foot">
-        ${next && html`<button type="button" class="button" disabled=${loading} onClick=${() => load(next)}>${loading ? "Loading…" : "Show more"}</button>`}
+        ${next && html`<button type="button" class="button" disabled=${loading} onClick=${() => load(next)}>
+          ${loading ? "Loading…" : "Show more"}
+        </button>`}
         ${results.length > 0 && html`<span class="help">${count(results.length)} of ${count(total ?? results.length)}</span>`}
       </div>
       ${chosen.length > 0 && html`<div class="chosen" role="region" aria-label="Comparison">
@@ -84,10 +97,13 @@ function Filters({ filters, change }) {
     <form class="filters" role="search" onSubmit=${(event) => (event.preventDefault(), clearTimeout(timer.current), change("q", text))}>
       <div class="filter wide"><label for="filter-q">Search</label>
         <input id="filter-q" type="search" placeholder="words of the input or the output" value=${text} onInput=${type} /></div>
-      <${Pick} id="status" label="Status" value=${filters.status} change=${change} options=${[["succeeded", "Done"], ["failed", "Failed"], ["canceled", "Canceled"], ["processing", "Running"], ["starting", "Waiting"]]} />
-      <${Pick} id="rating" label="Rating" value=${filters.rating} change=${change} options=${[["good", "Good"], ["bad", "Bad"], ["none", "Not rated"]]} />
-      ${(models.length > 1 || filters.model) && html`<${Pick} id="model" label="Model" value=${filters.model} change=${change} options=${models.map((name) => [name, name])} />`}
-      ${(versions.length > 1 || filters.version) && html`<${Pick} id="version" label="Version" value=${filters.version} change=${change} options=${versions} />`}
+      <${Pick} id="status" label="Status" value=${filters.status} change=${change} options=${STATUSES} />
+      <${Pick} id="rating" label="Rating" value=${filters.rating} change=${change} options=${RATINGS} />
+      ${(models.length > 1 || filters.model) &&
+      html`<${Pick} id="model" label="Model" value=${filters.model} change=${change}
+        options=${models.map((name) => [name, name])} />`}
+      ${(versions.length > 1 || filters.version) &&
+      html`<${Pick} id="version" label="Version" value=${filters.version} change=${change} options=${versions} />`}
     </form>
   `;
 }
@@ -109,7 +125,8 @@ const RATING = { good: "Good", bad: "Bad" };
 
 function Row({ row, marked, mark }) {
   return html`<li class="row" data-marked=${marked ? "" : undefined}>
-    <input type="checkbox" class="row-mark" aria-label=${`Choose for a comparison: ${headline(row.input_preview)}`} checked=${marked} onChange=${() => mark(row.id)} />
+    <input type="checkbox" class="row-mark" aria-label=${`Choose for a comparison: ${headline(row.input_preview)}`}
+      checked=${marked} onChange=${() => mark(row.id)} />
     <div class="row-texts">
       <a class="row-input" href=${`/p/${row.id}`} dir="auto"><${Text} text=${headline(row.input_preview)} /></a>
       <span class="row-output" dir="auto"><${Text} text=${row.output_preview ?? ""} /></span>
@@ -134,13 +151,19 @@ function Export() {
     menu.current.open = false;
     try {
       const { rows, leftOut } = await download(which);
-      setState(`${count(rows)} ${rows === 1 ? "example" : "examples"} exported${leftOut ? `; ${count(leftOut)} left out for want of a right answer` : ""}.`);
+      const left = leftOut ? `; ${count(leftOut)} left out for want of a right answer` : "";
+      setState(`${count(rows)} ${rows === 1 ? "example" : "examples"} exported${left}.`);
     } catch (error) {
       setState(error.message);
     }
   };
+  const close = (event) => {
+    if (event.key !== "Escape") return;
+    menu.current.open = false;
+    menu.current.querySelector("summary").focus();
+  };
   return html`<div class="export">
-    <details class="menu" ref=${menu} onKeyDown=${(event) => event.key === "Escape" && ((menu.current.open = false), menu.current.querySelector("summary").focus())}>
+    <details class="menu" ref=${menu} onKeyDown=${close}>
       <summary class="button">Export rated</summary>
       <div class="menu-items">
         <button type="button" onClick=${() => save("all")}>All rated answers</button>

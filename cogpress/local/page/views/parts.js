@@ -7,7 +7,14 @@ import { visible } from "../text.js";
 import { announcement } from "../workbench.js";
 
 const NARROW = matchMedia("(max-width: 560px)");
-const STATUS = { starting: "Waiting", processing: "Running", succeeded: "Done", failed: "Failed", canceled: "Canceled", aborted: "Aborted" };
+const STATUS = {
+  starting: "Waiting",
+  processing: "Running",
+  succeeded: "Done",
+  failed: "Failed",
+  canceled: "Canceled",
+  aborted: "Aborted",
+};
 
 export const statusWord = (status) => STATUS[status] ?? status;
 
@@ -23,7 +30,9 @@ export const Text = ({ text }) =>
 export function Formatted({ text, line = NARROW.matches ? 42 : 76 }) {
   const parts = layout(text, line);
   if (!parts) return html`<${Text} text=${text} />`;
-  return parts.map(([kind, part]) => (kind === "space" ? part : html`<span class=${`json-${kind}`}><${Text} text=${part} /></span>`));
+  return parts.map(([kind, part]) =>
+    kind === "space" ? part : html`<span class=${`json-${kind}`}><${Text} text=${part} /></span>`,
+  );
 }
 
 /** A button that copies; says so where it stands and to screen readers. */
@@ -35,7 +44,9 @@ export function Copy({ text, label = "Copy", quiet = false }) {
     announcement.value = "Copied.";
     setTimeout(() => setCopied(false), 1600);
   };
-  return html`<button type="button" class=${quiet ? "button quiet" : "button"} onClick=${copy}>${copied ? "Copied" : label}</button>`;
+  return html`<button type="button" class=${quiet ? "button quiet" : "button"} onClick=${copy}>
+    ${copied ? "Copied" : label}
+  </button>`;
 }
 
 async function toClipboard(text) {

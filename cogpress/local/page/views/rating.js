@@ -29,7 +29,8 @@ export function Rating({ id, answer }) {
     setState("");
   };
   const button = (rating, label) =>
-    html`<button type="button" class="button rate" data-rating=${rating} aria-pressed=${String(given.rating === rating)} onClick=${() => toggle(rating)}>${label}</button>`;
+    html`<button type="button" class="button rate" data-rating=${rating} aria-pressed=${String(given.rating === rating)}
+      onClick=${() => toggle(rating)}>${label}</button>`;
   return html`
     <section class="rating" aria-label="Rating">
       <div class="rating-row">
@@ -37,13 +38,17 @@ export function Rating({ id, answer }) {
         ${button("good", "Good")} ${button("bad", "Bad")}
         <span class="rating-state" role="status">${state}</span>
       </div>
-      ${given.rating && html`<form class="rating-more" onSubmit=${(event) => (event.preventDefault(), store(given))}>
-        <label for="note">Note</label>
-        <input id="note" type="text" dir="auto" value=${given.note} onInput=${edit("note")} placeholder="What is right or wrong about it" />
+      ${given.rating && html`<form class="rating-more" onSubmit=${(event) => (event.preventDefault(), store(given))}
+        onKeyDown=${(event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && store(given)}>
+        <label for=${`note-${id}`}>Note</label>
+        <input id=${`note-${id}`} type="text" dir="auto" value=${given.note} onInput=${edit("note")}
+          placeholder="What is right or wrong about it" />
         ${given.rating === "bad" && html`
-          <label for="correction">The right answer</label>
-          <textarea id="correction" class="grows code" rows="3" dir="auto" value=${given.correction ?? ""} onInput=${edit("correction")}></textarea>
-          ${!given.correction && answer && html`<button type="button" class="link" onClick=${() => setGiven({ ...given, correction: answer })}>Start from this answer</button>`}`}
+          <label for=${`correction-${id}`}>The right answer</label>
+          <textarea id=${`correction-${id}`} class="grows code" rows="3" dir="auto" value=${given.correction ?? ""}
+            onInput=${edit("correction")}></textarea>
+          ${!given.correction && answer && html`<button type="button" class="link"
+            onClick=${() => setGiven({ ...given, correction: answer })}>Start from this answer</button>`}`}
         <div class="rating-row">
           <button type="submit" class="button">Save</button>
           <span class="help">${meaning(given, answer)}</span>

@@ -27,7 +27,9 @@ export function Run({ id }) {
     <div class="bench">
       <${Form} />
       <section class="answers" id="answer" aria-label="Answer" tabindex="-1">
-        ${problem ? html`<div class="answer"><${Notice} kind="error">${problem}</${Notice}></div>` : html`<${Answers} />`}
+        ${problem
+          ? html`<div class="answer"><${Notice} kind="error">${problem}</${Notice}></div>`
+          : html`<${Answers} />`}
       </section>
     </div>
   `;
@@ -41,15 +43,22 @@ function Form() {
     const wrong = await run();
     if (wrong.length) {
       // The first control in need, wherever it is folded away.
-      const control = form.current.querySelector(`#input-${CSS.escape(fields.value.find((field) => wrong.includes(field.name)).name)}`);
+      const { name } = fields.value.find((field) => wrong.includes(field.name));
+      const control = document.getElementById(`input-${name}`);
       control?.closest("details")?.setAttribute("open", "");
       control?.focus();
     } else if (matchMedia("(max-width: 899px)").matches) {
       document.getElementById("answer").scrollIntoView();
     }
   };
+  const clear = () => {
+    fresh();
+    go("/");
+    form.current.querySelector("textarea, input")?.focus();
+  };
   useEffect(() => {
     const onKeyDown = (event) => {
+      if (event.target.closest?.(".rating")) return; // has a form of its own
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
       else if (event.key === "Escape" && running.value) cancel();
     };
@@ -64,8 +73,10 @@ function Form() {
       <div class="form-foot">
         ${running.value
           ? html`<button type="button" class="button stop" onClick=${cancel}>Cancel <kbd>Esc</kbd></button>`
-          : html`<button type="submit" class="button primary" disabled=${!schema.value}>${targets.value.length > 1 ? "Run both" : "Run"} <kbd>${modifier}</kbd></button>`}
-        <button type="button" class="button quiet" onClick=${() => (fresh(), go("/"), form.current.querySelector("textarea, input")?.focus())}>Clear</button>
+          : html`<button type="submit" class="button primary" disabled=${!schema.value}>
+              ${targets.value.length > 1 ? "Run both" : "Run"} <kbd>${modifier}</kbd>
+            </button>`}
+        <button type="button" class="button quiet" onClick=${clear}>Clear</button>
         <${Hint} />
       </div>
     </form>
@@ -105,7 +116,9 @@ function Targets() {
               (model) => html`<optgroup label=${model.label} key=${model.label}>
                 ${model.options
                   .filter((option) => two || !option.adapter || key(option.target) === key(target))
-                  .map((option) => html`<option value=${key(option.target)} key=${key(option.target)}>${model.label.split("/")[1]} · ${option.label}</option>`)}
+                  .map((option) => html`<option value=${key(option.target)} key=${key(option.target)}>
+                    ${`${option.target.name} · ${option.label}`}
+                  </option>`)}
               </optgroup>`,
             )}
           </select>
@@ -136,9 +149,14 @@ function Folded({ title, fields: inside, open: unfolded = false, compact = false
     ? set.map((field) => (compact ? `${field.title} ${values.value[field.name]}` : field.title)).join(" · ")
     : inside.map((field) => field.title).join(" · ");
   return html`<details class="folded" open=${isOpen} onToggle=${(event) => setOpen(event.currentTarget.open)}>
-    <summary><span class="folded-title">${title}</span>${set.length > 0 && html`<span class="badge">${set.length} set</span>`}
-      <span class="folded-summary">${!isOpen || set.length ? summary : ""}</span></summary>
-    <div class=${compact ? "fields grid" : "fields"}>${inside.map((field) => html`<${Field} field=${field} compact=${compact} key=${field.name} />`)}</div>
+    <summary>
+      <span class="folded-title">${title}</span>
+      ${set.length > 0 && html`<span class="badge">${set.length} set</span>`}
+      <span class="folded-summary">${!isOpen || set.length ? summary : ""}</span>
+    </summary>
+    <div class=${compact ? "fields grid" : "fields"}>
+      ${inside.map((field) => html`<${Field} field=${field} compact=${compact} key=${field.name} />`)}
+    </div>
   </details>`;
 }
 
@@ -152,8 +170,12 @@ function Answers() {
     <div class=${two ? "answer-pair" : "answer-one"}>
       ${shown.map((live, index) => html`<${Answer} live=${live} key=${index} letter=${two ? "AB"[index] : ""} />`)}
     </div>
-    ${two && done && html`<p class="after"><a class="button" href=${`/compare?a=${ids[0]}&b=${ids[1]}`}>Mark the differences</a></p>`}
-    ${!two && done && origin.value && origin.value !== ids[0] && html`<p class="after"><a class="button" href=${`/compare?a=${origin.value}&b=${ids[0]}`}>Compare with the answer before</a></p>`}
+    ${done && two && html`<p class="after">
+      <a class="button" href=${`/compare?a=${ids[0]}&b=${ids[1]}`}>Mark the differences</a>
+    </p>`}
+    ${done && !two && origin.value && origin.value !== ids[0] && html`<p class="after">
+      <a class="button" href=${`/compare?a=${origin.value}&b=${ids[0]}`}>Compare with the answer before</a>
+    </p>`}
   `;
 }
 
@@ -174,7 +196,8 @@ function Recent() {
   }, []);
   if (!rows.length) return null;
   return html`<h2 class="recent-title">Asked before</h2>
-    <ol class="recent">${rows.map((row) => html`<li key=${row.id}><a href=${`/p/${row.id}`} dir="auto"><${Text} text=${headline(row.input_preview)} /></a>
+    <ol class="recent">${rows.map((row) => html`<li key=${row.id}>
+      <a href=${`/p/${row.id}`} dir="auto"><${Text} text=${headline(row.input_preview)} /></a>
       <time datetime=${row.created_at}>${when(row.created_at)}</time></li>`)}</ol>
     <a href="/?view=history">All of the history</a>`;
 }
