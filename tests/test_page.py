@@ -648,6 +648,17 @@ def test_the_code_on_screen_runs_and_gives_the_output_on_screen(
         page.get_by_role("tab", name="Output").click()
 
 
+def test_what_has_no_word_in_the_openai_api_is_sent_all_the_same(visit: Opener, tmp_path: Path) -> None:
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    asked = {"fields": '{"question": "it\'s"}', "system_prompt": "So: ", "style": "loud", "times": "2"}
+    run(page, **asked)
+    assert shown(page) == 'SO: {"QUESTION": "IT\'S"}{"QUESTION": "IT\'S"}'
+    code = program(page, "OpenAI client")
+    assert "client.completions.create" in code
+    (tmp_path / "answer.py").write_text(code, encoding="utf-8")
+    assert done([sys.executable, str(tmp_path / "answer.py")]) == 'SO: {"QUESTION": "IT\'S"}{"QUESTION": "IT\'S"}\n'
+
+
 def streamed(events: str) -> str:
     """The text of a stream of server-sent events."""
     pieces = []

@@ -114,25 +114,36 @@ ${use}`;
 // What OpenAI's own parameters can say; the rest of the inputs goes beside them by its own name.
 const SAME = ["max_tokens", "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty"];
 
-/** A model's inputs as OpenAI's: messages, its own parameters, and what it has no word for. */
-export function asChat(input) {
-  const { prompt, system_prompt: system, messages, stop, tools, json_schema: schema, ...rest } = input;
-  const given = parsed(messages);
-  const said = given ?? [
-    ...(system ? [{ role: "system", content: system }] : []),
-    { role: "user", content: prompt ?? "" },
-  ];
+/**
+ * A model's inputs as OpenAI's: the route, what that has parameters for, and what it has no word for. Values for a
+ * prompt template are no conversation, so they go to the route that takes a prompt.
+ */
+export function asOpenai(input) {
   const own = {};
-  for (const name of SAME) {
-    if (rest[name] !== undefined) own[name] = rest[name];
+  const rest = { ...input };
+  const take = (name, as = (value) => ({ [name]: value })) => {
+    if (rest[name] !== undefined && rest[name] !== "") Object.assign(own, as(rest[name]));
     delete rest[name];
+  };
+  const chat = input.fields === undefined || input.messages !== undefined;
+  if (chat) {
+    const { prompt, system_prompt: system } = input;
+    const said = parsed(input.messages) ?? [{ role: "user", content: prompt ?? "" }];
+    own.messages = system && said[0]?.role !== "system" ? [{ role: "system", content: system }, ...said] : said;
+    for (const name of ["messages", "prompt", "system_prompt"]) delete rest[name];
+    take("tools", (text) => ({ tools: parsed(text) ?? text }));
+    take("json_schema", (text) => ({
+      response_format: { type: "json_schema", json_schema: { name: "answer", schema: parsed(text) ?? text } },
+    }));
+    take("logprobs", (top) => ({ logprobs: true, top_logprobs: top }));
+  } else {
+    own.prompt = input.prompt ?? "";
+    delete rest.prompt;
+    take("logprobs");
   }
-  if (stop) own.stop = parsed(stop) ?? stop;
-  if (parsed(tools)) own.tools = parsed(tools);
-  if (parsed(schema)) {
-    own.response_format = { type: "json_schema", json_schema: { name: "answer", schema: parsed(schema) } };
-  }
-  return { messages: said, own, rest };
+  for (const name of SAME) take(name);
+  take("stop", (text) => ({ stop: parsed(text) ?? text }));
+  return { chat, own, rest };
 }
 
 function parsed(text) {
@@ -145,9 +156,10 @@ function parsed(text) {
 }
 
 function openai({ base, reference, input }) {
-  const { messages, own, rest } = asChat(input);
+  const { chat, own, rest } = asOpenai(input);
   const extra = Object.keys(rest).length ? { extra_body: rest } : {};
-  const all = Object.entries({ model: reference, messages, ...own, ...extra });
+  const all = Object.entries({ model: reference, ...own, ...extra });
+  const [route, piece] = chat ? ["chat.completions", "delta.content"] : ["completions", "text"];
   return `# pip install openai; the token is read from REPLICATE_API_TOKEN
 import os
 
@@ -155,13 +167,13 @@ from openai import OpenAI
 
 client = OpenAI(base_url=${python(`${base}/v1`)}, api_key=os.environ.get("REPLICATE_API_TOKEN") or "none")
 
-stream = client.chat.completions.create(
+stream = client.${route}.create(
 ${all.map(([name, value]) => `    ${name}=${python(value, "    ")},`).join("\n")}
     stream=True,
 )
 for chunk in stream:
     if chunk.choices:
-        print(chunk.choices[0].delta.content or "", end="", flush=True)
+        print(chunk.choices[0].${piece} or "", end="", flush=True)
 print()
 `;
 }
