@@ -5,8 +5,6 @@ Knows which part answers which path, and the order in which things start and end
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -24,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cogpress.config import Playground, Prompt
 from cogpress.errors import CogpressError
-from cogpress.local import access, history, replicate, resources, web
+from cogpress.local import access, history, openai, openai_errors, replicate, resources, web
 from cogpress.local.catalog import Catalog
 from cogpress.local.files import Files
 from cogpress.local.predictions import Prediction, Predictions
@@ -103,7 +101,7 @@ class _Static(StaticFiles):
 
 def routes(parts: Parts) -> list[BaseRoute]:
     """Every route but the streams'."""
-    made: list[BaseRoute] = [
+    return [
         Route("/", page),
         Route("/p/{id}", page),
         Route("/compare", page),
@@ -112,10 +110,8 @@ def routes(parts: Parts) -> list[BaseRoute]:
         *replicate.routes(parts),
         *resources.routes(parts),
         *history.routes(parts),
+        *openai.routes(parts),
     ]
-    if importlib.util.find_spec("cogpress.local.openai") is not None:
-        made += importlib.import_module("cogpress.local.openai").routes(parts)
-    return made
 
 
 async def _report(parts: Parts, request: Request) -> Response:
@@ -221,7 +217,7 @@ def application(
 
     options = settings.playground
     limits = access.Limits(settings.token, loopback, options.max_input_mb << 20, options.requests_per_minute)
-    return access.Access(dispatch, limits)
+    return openai_errors.Face(access.Access(dispatch, limits))
 
 
 def _label(source: str) -> str:
