@@ -43,7 +43,7 @@ export const choices = computed(() =>
     label: `${model.owner}/${model.name}`,
     options: model.versions.flatMap((version) => {
       const target = { owner: model.owner, name: model.name, version: version.id, adapter: null };
-      const label = version.label || version.id.slice(0, 8);
+      const label = (version.label || short(version.id)).replace(/^https?:\/\//, "");
       const adapters = (config.value.adapters ?? []).map((given) => (typeof given === "string" ? given : given.name));
       return [
         { target, label },

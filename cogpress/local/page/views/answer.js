@@ -48,7 +48,7 @@ export function Answer({ live, letter }) {
       </header>
       <${Figures} live=${live} />
       <${Tabs} name=${name} label="Answer" tabs=${tabs} active=${tab} onChange=${setTab}>
-        ${tab === "output" && html`<${Output} ...${{ live, text, json, looksJson, raw, status, done }} />`}
+        ${tab === "output" && html`<${Output} ...${{ live, text, json, looksJson, raw, status, done, narrow: Boolean(letter) }} />`}
         ${tab === "code" && html`<${Code} />`}
         ${tab === "logs" && (logs ? html`<pre class="logs" dir="auto"><${Text} text=${logs} /></pre>` : html`<p class="nothing">No logs.</p>`)}
         ${tab === "metrics" && html`<${Metrics} prediction=${prediction} />`}
@@ -111,7 +111,7 @@ const scrollerOf = (element) => {
     : { scroller: document.scrollingElement, target: document };
 };
 
-function Output({ live, text, json, looksJson, raw, status, done }) {
+function Output({ live, text, json, looksJson, raw, status, done, narrow }) {
   const end = useFollowing(text, done);
   return html`
     ${live.error.value && html`<${Notice} kind="error"><${Text} text=${live.error.value} /></${Notice}>`}
@@ -119,7 +119,7 @@ function Output({ live, text, json, looksJson, raw, status, done }) {
     ${status === "canceled" && html`<${Notice}>Canceled${text ? "; this is what had been written." : " before anything was written."}</${Notice}>`}
     ${text || !done
       ? html`<div class=${`output${looksJson ? " is-json" : ""}`} dir="auto" data-testid="output" ref=${end}>${json && !raw
-          ? html`<${Formatted} text=${text} />`
+          ? html`<${Formatted} text=${text} line=${narrow ? 42 : undefined} />`
           : html`<${Text} text=${text} />`}${!done && html`<span class="caret" aria-hidden="true"></span>`}</div>`
       : status === "succeeded" && html`<p class="nothing">The answer is empty.</p>`}
   `;

@@ -51,7 +51,8 @@ function Pair({ left, right }) {
           <span class="folded-summary">${equal.map(({ name }) => name).join(" · ")}</span>
         </summary>
         <dl class="equal">${equal.map(({ name, value }) => html`<div key=${name}>
-          <dt><code>${name}</code></dt><dd dir="auto"><${Text} text=${inputText(value)} /></dd>
+          <dt><code>${name}</code></dt>
+          <dd dir="auto" class=${isJson(inputText(value)) ? "is-json" : ""}><${Text} text=${pretty(inputText(value))} /></dd>
         </div>`)}</dl>
       </details>`}
     </section>
@@ -59,8 +60,8 @@ function Pair({ left, right }) {
       <h2 id="compare-outputs">Output</h2>
       ${!output.exact && html`<${Notice}>These are too long and too different to mark word by word.</${Notice}>`}
       <div class="compare-sides outputs">
-        <${Side} letter="A" tag="del" parts=${output.left} empty="No output." json=${/^\s*[[{]/.test(outputs[0])} />
-        <${Side} letter="B" tag="ins" parts=${output.right} empty="No output." json=${/^\s*[[{]/.test(outputs[1])} />
+        <${Side} letter="A" tag="del" parts=${output.left} empty="No output." json=${isJson(outputs[0])} />
+        <${Side} letter="B" tag="ins" parts=${output.right} empty="No output." json=${isJson(outputs[1])} />
       </div>
     </section>
     <section aria-labelledby="compare-metrics">
@@ -74,6 +75,8 @@ function Pair({ left, right }) {
     </section>
   `;
 }
+
+const isJson = (text) => /^\s*[[{]/.test(text);
 
 const FIGURES = [
   ["time_to_first_token", "First token", duration],

@@ -27,8 +27,8 @@ export const Text = ({ text }) =>
   );
 
 /** JSON laid out and coloured by kind, or else the text as it is. */
-export function Formatted({ text, line = NARROW.matches ? 42 : 76 }) {
-  const parts = layout(text, line);
+export function Formatted({ text, line = 76 }) {
+  const parts = layout(text, NARROW.matches ? 42 : line);
   if (!parts) return html`<${Text} text=${text} />`;
   return parts.map(([kind, part]) =>
     kind === "space" ? part : html`<span class=${`json-${kind}`}><${Text} text=${part} /></span>`,
