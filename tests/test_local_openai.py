@@ -15,10 +15,13 @@ import pytest
 from localreplicate import ROOT, TOKEN, Local, project
 from pydantic import BaseModel, Field
 
+from cogpress.local import openai as openai_routes
 from cogpress.local import openai_inputs
-from cogpress.local.openai import _encoded, chat_logprobs, text_logprobs
+from cogpress.local.catalog import Version
+from cogpress.local.openai_answers import Form, chat_logprobs, encoded, text_logprobs
 from cogpress.local.openai_errors import Wrong
 from cogpress.local.openai_tools import Tools, read
+from cogpress.local.predictions import Prediction
 from cogpress.server import Server
 
 openai = pytest.importorskip("openai", reason="requirements/dev.in lists OpenAI's client")
@@ -464,7 +467,7 @@ def test_log_probabilities_of_half_a_character() -> None:
     [one] = chat_logprobs([{"token": "�", "id": 1, "logprob": -1.0}], 0)["content"]
     assert one == {"token": "�", "logprob": -1.0, "bytes": None, "top_logprobs": []}
     assert text_logprobs([], 2)["tokens"] == []
-    assert json.loads(_encoded("a\ud800b🎈")) == "a?b🎈"
+    assert json.loads(encoded("a\ud800b🎈")) == "a?b🎈"
 
 
 def test_why_it_ended(client: Any) -> None:
@@ -522,6 +525,19 @@ def test_which_tools_the_model_is_told_of(client: Any) -> None:
         made = client.chat.completions.create(model="teller", messages=messages, tools=[TOOL], tool_choice=choice)
         [call] = made.choices[0].message.tool_calls
         assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Köln"})
+    chunks = list(
+        client.chat.completions.create(
+            model="teller",
+            messages=say('{"city"', ': "Köln"}', delay=0.05),
+            tools=[TOOL],
+            tool_choice=named,
+            stream=True,
+        )
+    )
+    streamed = [one for chunk in chunks for one in chunk.choices[0].delta.tool_calls or []]
+    assert [one.function.name for one in streamed] == ["weather", None, None]
+    assert [one.function.arguments for one in streamed] == ["", '{"city"', ': "Köln"}']
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
     body = {"messages": [{"role": "user", "content": "x"}], "tools": [TOOL], "tool_choice": named}
     inputs = openai_inputs.read(body, SCHEMA, chat=True).inputs
     assert json.loads(inputs["json_schema"]) == TOOL["function"]["parameters"]  # type: ignore[index]
@@ -591,6 +607,42 @@ def test_a_model_on_replicate_is_fronted(local: Local, tmp_path: Path, monkeypat
         assert near.wait(identifier)["status"] == "canceled"
         far = local.ask("GET", "/v1/predictions").json()["results"][0]
         assert local.wait(far["id"])["status"] == "canceled"
+
+
+def test_a_stream_that_waits_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without text for long, a stream begins with lines that clients skip; what fails then is told in the stream."""
+    monkeypatch.setattr(openai_routes, "PULSE_SECONDS", 0.05)
+
+    class Parts:
+        class Predictions:
+            later = cancel = staticmethod(lambda _: None)
+
+        predictions = Predictions
+
+    version = Version("1" * 64, "local/x", 0.0, {}, "http://nowhere")
+
+    async def main(status: str) -> list[dict[str, Any]]:
+        prediction = Prediction("x", version, {}, {})
+        form = Form(prediction, openai_inputs.Asked(stream=True), "x", chat=True)
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        response = openai_routes._Answer(Parts, prediction, form, stream=True)  # type: ignore[arg-type]
+        running = asyncio.create_task(response({"type": "http"}, asyncio.Event().wait, send))  # type: ignore[arg-type]
+        await asyncio.sleep(0.2)
+        prediction.start()
+        prediction.end(status, error="ValueError: oh", output="text" if status == "succeeded" else None)
+        await running
+        return sent
+
+    for status, last in (("succeeded", '"content":"text"'), ("failed", "ValueError: oh")):
+        start, *bodies = asyncio.run(main(status))
+        assert start["status"] == 200
+        assert bodies[0]["body"] == bodies[1]["body"] == b": waiting\n\n"
+        assert last in b"".join(one["body"] for one in bodies).decode()
+        assert bodies[-1]["body"].endswith(b"data: [DONE]\n\n")
 
 
 @pytest.mark.server

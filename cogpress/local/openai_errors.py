@@ -17,7 +17,7 @@ from cogpress.engine import DEAD
 if TYPE_CHECKING:
     from cogpress.local.predictions import Prediction
 
-_OURS = re.compile(r"/v1/(?:chat/completions|completions|models(?:/[^/]+)?)/?")
+_OURS = re.compile(r"/v1/(?:chat/completions|completions|models(?:/[^/]+){0,2})/?")
 """The paths whose errors OpenAI's clients read."""
 
 _KINDS = {
@@ -27,6 +27,9 @@ _KINDS = {
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
 }
+
+_REFUSALS = ("The model server refuses", "Replicate refuses (422)")
+"""How a backend tells that the model does not take an input."""
 
 _BROKEN = re.compile(
     r"[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b"
@@ -69,7 +72,7 @@ def of(prediction: Prediction) -> Wrong | None:
     if prediction.status != "failed":
         return None
     message = prediction.error or "The prediction failed."
-    if prediction.started_at is None and not message.startswith("The model server refuses"):
+    if prediction.started_at is None and not message.startswith(_REFUSALS):
         return Wrong(message, status=503, code="model_unavailable")
     broken = message == DEAD or _BROKEN.match(message) is not None
     if prediction.output is None and not broken:
