@@ -43,7 +43,8 @@ class Form:
 
     def whole(self) -> dict[str, Any]:
         """All of it, of a prediction that succeeded."""
-        text, calls = _text(self._prediction), []
+        text = _text(self._prediction)
+        calls: list[dict[str, Any]] = []
         choice: dict[str, Any] = {"index": 0}
         if self._chat:
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
