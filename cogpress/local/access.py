@@ -124,13 +124,13 @@ class Access:
             return error(403, "Forbidden", "Requests from other sites' pages are refused."), {}
         if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and not _is_visit(scope, headers):
             return error(403, "Forbidden", "Requests from other sites' pages are refused."), {}
-        if not self.authorized(headers) and not _OPEN.match(scope["path"]):
-            detail = "You did not pass a valid token. Send it as `Authorization: Bearer TOKEN`."
-            return error(401, "Unauthenticated", detail), {"WWW-Authenticate": "Bearer"}
-        wait = self._wait(scope)
+        wait = self._wait(scope)  # before the token is looked at, so that guesses are counted too
         if wait:
             detail = f"Request was throttled. More than {self._limits.per_minute} requests a minute. Wait {wait} s."
             return error(429, "Too many requests", detail), {"Retry-After": str(wait)}
+        if not self.authorized(headers) and not _OPEN.match(scope["path"]):
+            detail = "You did not pass a valid token. Send it as `Authorization: Bearer TOKEN`."
+            return error(401, "Unauthenticated", detail), {"WWW-Authenticate": "Bearer"}
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._limits.max_bytes:
             return self._too_large(), {}

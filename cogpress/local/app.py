@@ -5,11 +5,14 @@ Knows which part answers which path, and the order in which things start and end
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from starlette.applications import Starlette
@@ -30,11 +33,15 @@ from cogpress.local.servers import Servers
 from cogpress.local.store import Store
 from cogpress.local.streams import Streams
 from cogpress.local.trainings import Trainings
+from cogpress.local.versions import Version
 from cogpress.local.web import Parts
 from cogpress.local.webhooks import TRIES, Webhooks
 from cogpress.server import check_free
 
 PAGE = Path(__file__).parent / "page"
+
+HOUSEKEEPING_SECONDS = 60.0
+"""How often what is too old is looked for."""
 
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
@@ -53,7 +60,7 @@ class Settings:
     Attributes:
         root: the project's folder.
         folder: where it keeps what lasts.
-        models: (name, source) of each version that it serves; see `catalog.Version.source`.
+        models: (name or name:label, source) of each version that it serves; see `versions.Version.source`.
         playground: the options of model.yaml.
         host: the address to listen on.
         port: the port to listen on, where it is known before.
@@ -173,7 +180,10 @@ def _follow(parts: Parts) -> None:
 
 
 def application(
-    settings: Settings, parts: Parts | None = None, on_ready: Callable[[Parts], None] = lambda _parts: None
+    settings: Settings,
+    parts: Parts | None = None,
+    on_ready: Callable[[Parts], None] = lambda _parts: None,
+    stopped: asyncio.Event | None = None,
 ) -> ASGIApp:
     """The whole application.
 
@@ -181,22 +191,26 @@ def application(
         settings: how it is set up.
         parts: what it works with, where it was made before.
         on_ready: called when it answers.
+        stopped: set when it is told to stop, also while it starts.
 
     Raises:
         CogpressError: the address needs a token, or the store can not be opened.
     """
     loopback = access.check_address(settings.host, settings.token)
     made = parts or build(settings)
+    stopped = stopped or asyncio.Event()
     _follow(made)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        await made.catalog.load()
-        added = [await made.catalog.add(name, source, label=_label(source)) for name, source in settings.models]
-        if settings.start_first and added:
-            await made.catalog.warm(added[0])
-        on_ready(made)
         try:
+            await made.catalog.load()
+            added = [await _add(made, name, source) for name, source in settings.models]
+            made.predictions.later(_keep_house(made))
+            if settings.start_first and added:
+                await _unless(stopped, made.catalog.warm(added[0]))
+            if not stopped.is_set():
+                on_ready(made)
             yield
         finally:
             await made.trainings.close()
@@ -220,9 +234,32 @@ def application(
     return openai_errors.Face(access.Access(dispatch, limits))
 
 
-def _label(source: str) -> str:
-    """What people see of where a version comes from."""
-    return Path(source).name if source.startswith("folder:/") else source.removeprefix("folder:")
+async def _unless(stopped: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Wait for some work's end, or stop it: a model may take minutes to start, and Ctrl-C must not."""
+    task, stop = asyncio.ensure_future(work), asyncio.ensure_future(stopped.wait())
+    await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    elif not stopped.is_set():
+        task.result()
+
+
+async def _keep_house(parts: Parts) -> None:
+    """Remove what is too old, for as long as it runs."""
+    while True:
+        await asyncio.sleep(HOUSEKEEPING_SECONDS)
+        parts.predictions.forget_old()
+        await parts.store.remove_old()
+
+
+async def _add(parts: Parts, name: str, source: str) -> Version:
+    """A version that is given by `NAME` or `NAME:LABEL`, and by where it runs."""
+    name, _, label = name.partition(":")
+    # People see where it comes from, if nothing else tells it from its model's other versions.
+    shown = Path(source).name if source.startswith("folder:/") else re.sub(r"^(folder:|https?://)", "", source)
+    return await parts.catalog.add(name, source, label=label or shown)
 
 
 def _http_error(_request: Request, error: Exception) -> Response:
@@ -256,7 +293,8 @@ def serve(settings: Settings, on_ready: Callable[[Parts], None] = lambda _parts:
     check_free(settings.host, settings.port)
     # What a start failed with is raised, so that nothing more needs to be said.
     logging.getLogger("uvicorn.error").addFilter(lambda line: "startup failed" not in line.getMessage())
-    app = _Reporting(application(settings, on_ready=on_ready))
+    stopped = asyncio.Event()
+    app = _Reporting(application(settings, on_ready=on_ready, stopped=stopped))
     options = uvicorn.Config(
         app,
         host=settings.host,
@@ -268,8 +306,17 @@ def serve(settings: Settings, on_ready: Callable[[Parts], None] = lambda _parts:
         lifespan="on",
         timeout_graceful_shutdown=3,
     )
+
+    class Server(uvicorn.Server):
+        """Passes on that it is to stop, which it would itself look at only after the start."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            super().handle_exit(sig, frame)
+            # A signal alone does not wake every kind of loop.
+            asyncio.get_running_loop().call_soon_threadsafe(stopped.set)
+
     try:
-        uvicorn.Server(options).run()
+        Server(options).run()
     except SystemExit:
         if app.error is None:
             raise

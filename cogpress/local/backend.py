@@ -26,6 +26,9 @@ CANCEL_SECONDS = 3.0
 """How long a canceled prediction may go on before its connection is dropped."""
 
 
+CONNECT_SECONDS = 10.0
+
+
 class Busy(Exception):
     """It takes no more now, or is not ready yet; the same prediction may run a moment later."""
 
@@ -91,20 +94,23 @@ class Cog:
         self._host = parts.hostname or ""
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
+        self._http = httpx.AsyncClient(trust_env=False, timeout=5, verify=self._tls or False)
         self._exchanges: dict[str, exchange.Exchange] = {}
 
     async def run(self, prediction: Prediction) -> None:
         """See `Backend.run`."""
         inputs = await self._rewrite(prediction.payload, client.is_loopback(self._host))
+        if prediction.ended:  # canceled meanwhile
+            return
         streams = prediction.version.streams
         request = exchange.request(self.url, f"/predictions/{prediction.id}", {"input": inputs}, streams=streams)
         call = exchange.Exchange(request, prediction)
         try:
-            await asyncio.get_running_loop().create_connection(lambda: call, self._host, self._port, ssl=self._tls)
-        except OSError as error:
-            raise Unreachable(
-                f"The model server at {self.url} does not answer ({error.strerror or error}). Start it again."
-            ) from None
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await asyncio.get_running_loop().create_connection(lambda: call, self._host, self._port, ssl=self._tls)
+        except OSError as error:  # also for TimeoutError
+            why = error.strerror or str(error) or "no connection in time"
+            raise Unreachable(f"The model server at {self.url} does not answer ({why}). Start it again.") from None
         self._exchanges[prediction.id] = call
         try:
             if not streams:
@@ -147,15 +153,14 @@ class Cog:
 
     async def cancel(self, prediction: Prediction) -> None:
         """See `Backend.cancel`."""
-        async with httpx.AsyncClient(trust_env=False, timeout=5) as http:
-            # The runtime loses a cancellation that comes before the runner began, so it is said until it is heard.
-            for _ in range(int(CANCEL_SECONDS / 0.25)):
-                try:
-                    await http.post(f"{self.url}/predictions/{prediction.id}/cancel")
-                except httpx.HTTPError:
-                    break
-                if await prediction.wait(0.25):
-                    return
+        # The runtime loses a cancellation that comes before the runner began, so it is said until it is heard.
+        for _ in range(int(CANCEL_SECONDS / 0.25)):
+            try:
+                await self._http.post(f"{self.url}/predictions/{prediction.id}/cancel")
+            except httpx.HTTPError:
+                break
+            if await prediction.wait(0.25):
+                return
         call = self._exchanges.get(prediction.id)
         if call is not None:
             call.close()
@@ -168,6 +173,7 @@ class Cog:
         """Drop what still runs."""
         for call in list(self._exchanges.values()):
             call.close()
+        await self._http.aclose()
 
 
 def _read(call: exchange.Exchange) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Models, their versions and deployments: what can be asked, by which names, and what answers.
 
-Knows names and schemas and checks inputs against them; leaves running to `lane` and `backend`.
+Knows names and what lasts; leaves inputs to `versions` and running to `lane` and `backend`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,19 @@ import asyncio
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import jsonschema
 
 from cogpress import manifest, verdict
 from cogpress.errors import CogpressError
 from cogpress.local.backend import Backend, Cog, Rewrite, as_they_are
 from cogpress.local.lane import Lane
-from cogpress.local.predictions import InvalidInput
 from cogpress.local.servers import OnDemand, Servers
+from cogpress.local.versions import Deployment, Model, Version
 
 if TYPE_CHECKING:
     from cogpress.local.predictions import Prediction
@@ -37,127 +35,6 @@ NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 
 class NotFound(CogpressError):
     """There is no such model, version or deployment."""
-
-
-@dataclass(frozen=True, eq=False)
-class Version:
-    """One version of a model: what its inputs are, and where it runs."""
-
-    id: str
-    model: str
-    created: float
-    schema: dict[str, Any]
-    source: str
-    """`http(s)://…` a Cog server, `replicate:owner/name[:version]`, or `folder:PATH` of weights ("" for the
-    project's own)."""
-    label: str = ""
-    verified: str | None = None
-
-    @property
-    def cog_version(self) -> str:
-        """Of the Cog that made it, as far as its document tells."""
-        return str(self.schema.get("info", {}).get("version", "unknown"))
-
-    @cached_property
-    def iterator(self) -> bool:
-        """Whether its output is a list that grows."""
-        return self._schemas.get("Output", {}).get("x-cog-array-type") == "iterator"
-
-    @cached_property
-    def streams(self) -> bool:
-        """Whether it can be followed while it runs."""
-        if self.source.startswith("replicate:"):
-            return self.iterator
-        return bool(self.schema.get("paths", {}).get("/predictions", {}).get("post", {}).get("x-cog-streaming"))
-
-    @cached_property
-    def secrets(self) -> frozenset[str]:
-        """The names of inputs that must not be shown."""
-        properties = self._schemas.get("Input", {}).get("properties", {})
-        return frozenset(
-            name for name, one in properties.items() if one.get("x-cog-secret") or one.get("format") == "password"
-        )
-
-    @property
-    def _schemas(self) -> dict[str, Any]:
-        return self.schema.get("components", {}).get("schemas", {})
-
-    def check(self, inputs: dict[str, Any]) -> None:
-        """Check a prediction's input.
-
-        Raises:
-            InvalidInput: with each input that is wrong.
-        """
-        self._check(self._validator, inputs)
-
-    def check_training(self, inputs: dict[str, Any]) -> None:
-        """Check a training's input; raises as `check` does."""
-        self._check(self._training_validator, inputs)
-
-    @cached_property
-    def _validator(self) -> jsonschema.Draft7Validator:
-        return self._made("Input")
-
-    @cached_property
-    def _training_validator(self) -> jsonschema.Draft7Validator:
-        return self._made("TrainingInput")
-
-    def _made(self, name: str) -> jsonschema.Draft7Validator:
-        components = {"schemas": {name: {}, **self._schemas}}
-        return jsonschema.Draft7Validator({"$ref": f"#/components/schemas/{name}", "components": components})
-
-    def _check(self, validator: jsonschema.Draft7Validator, inputs: dict[str, Any]) -> None:
-        wrong = []
-        for error in validator.iter_errors(inputs):
-            name = str(error.absolute_path[0]) if error.absolute_path else "input"
-            if error.validator == "required":
-                missing = [one for one in error.validator_value if one not in inputs]
-                wrong += [(one, f"{one} is required") for one in missing if (one, f"{one} is required") not in wrong]
-            else:
-                wrong.append((name, "is not as described" if name in self.secrets else _shortened(error.message)))
-        if wrong:
-            raise InvalidInput(wrong)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 300 else f"{text[:200]} … {text[-80:]}"
-
-
-@dataclass
-class Model:
-    """A model with its versions, the newest last."""
-
-    owner: str
-    name: str
-    created: float = field(default_factory=time.time)
-    facts: dict[str, Any] = field(default_factory=dict)
-    """description, visibility, hardware, and addresses, as Replicate names them."""
-    versions: list[Version] = field(default_factory=list)
-
-    @property
-    def full_name(self) -> str:
-        """owner/name."""
-        return f"{self.owner}/{self.name}"
-
-
-@dataclass
-class Deployment:
-    """A name that stands for one version until it is changed."""
-
-    owner: str
-    name: str
-    model: str
-    version: str
-    created: float
-    release: int = 1
-    hardware: str = "cpu"
-    min_instances: int = 0
-    max_instances: int = 1
-
-    @property
-    def full_name(self) -> str:
-        """owner/name."""
-        return f"{self.owner}/{self.name}"
 
 
 class Catalog:
@@ -177,9 +54,12 @@ class Catalog:
         """
         self.models: dict[str, Model] = {}
         self.deployments: dict[str, Deployment] = {}
+        self.training: set[str] = set()
+        """Names in the folder of trained weights that trainings are making."""
         self.on_end: Callable[[Prediction], None] = lambda _prediction: None
         self._store, self._servers, self._root, self._rewrite, self._slots = store, servers, root, rewrite, slots
         self._lanes: dict[str, Lane] = {}
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def load(self) -> None:
         """Read what the store holds."""
@@ -192,6 +72,7 @@ class Catalog:
                 self.models[row["model"]].versions.append(version)
         for row in await self._store.read("SELECT * FROM deployments ORDER BY created"):
             self.deployments[row["name"]] = Deployment(**json.loads(row["data"]))
+        await asyncio.to_thread(self._remove_unused)
 
     async def add(self, name: str, source: str, *, label: str = "", port: int = 0) -> Version:
         """A version of a model, which is made where it does not exist; the same one twice is one.
@@ -214,11 +95,12 @@ class Catalog:
         identifier = hashlib.sha256(identity.encode()).hexdigest()
         for known in model.versions:
             if known.id == identifier:
-                # It is given again, so it is the one that is meant now.
+                # It is given again, so it is the one that is meant now, by the name that it has now.
                 model.versions.remove(known)
-                model.versions.append(known)
-                return known
-        version = Version(identifier, model.full_name, time.time(), document, source, label, verified)
+                version = replace(known, label=label or known.label, verified=verified)
+                break
+        else:
+            version = Version(identifier, model.full_name, time.time(), document, source, label, verified)
         model.versions.append(version)
         data = {name: getattr(version, name) for name in ("schema", "source", "label", "verified")}
         await self._store.write(
@@ -252,9 +134,38 @@ class Catalog:
         self._store.write("DELETE FROM models WHERE name = ?", model.full_name)
 
     def remove_version(self, version: Version) -> None:
-        """Forget a version; its predictions stay."""
+        """Forget a version; its predictions stay. Weights that a training made go when nothing asks them any more."""
         self.models[version.model].versions.remove(version)
         self._store.write("DELETE FROM versions WHERE id = ? AND model = ?", version.id, version.model)
+        task = asyncio.get_running_loop().create_task(self._let_go(version.source))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _let_go(self, source: str) -> None:
+        """End what runs for a source that no version has any more, when its last prediction has ended."""
+        lane = self._lanes.get(source)
+        if lane is not None:
+            await lane.idle()
+        if source in self._sources():
+            return
+        if lane is not None and self._lanes.pop(source, None) is not None:
+            await lane.close()
+        await asyncio.to_thread(self._remove_unused)
+
+    def _sources(self) -> set[str]:
+        return {version.source for model in self.models.values() for version in model.versions}
+
+    def _remove_unused(self) -> None:
+        """Remove weights that trainings made for versions that were deleted, and what a killed training left."""
+        # By name, so that a data folder that was moved loses nothing.
+        used = {Path(source).name for source in self._sources() if source.startswith("folder:")} | self.training
+        for entry in (self._store.folder / "trained").glob("*"):
+            if entry.name.partition(".")[0] in used:
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
 
     def save_deployment(self, deployment: Deployment) -> None:
         """Make or change a deployment."""
@@ -285,8 +196,7 @@ class Catalog:
             if full in self.models:
                 return self.latest(self.models[full])
             if full in self.deployments:
-                deployment = self.deployments[full]
-                return self.version(deployment.model, deployment.version)
+                return self.deployed(self.deployments[full])
         for model in self.models.values():
             for version in model.versions:
                 if version.id == reference:
@@ -324,6 +234,20 @@ class Catalog:
         if found is None:
             raise NotFound(f"There is no deployment {owner[:60]}/{name[:60]}. GET /v1/deployments lists them.")
         return found
+
+    def deployed(self, deployment: Deployment) -> Version:
+        """The version that a deployment stands for.
+
+        Raises:
+            NotFound: it is not served any more.
+        """
+        try:
+            return self.version(deployment.model, deployment.version)
+        except NotFound:
+            raise NotFound(
+                f"The deployment {deployment.full_name} stands for a version of {deployment.model} that was deleted "
+                f"({deployment.version[:12]}). Change it to one that GET /v1/models/{deployment.model}/versions lists."
+            ) from None
 
     def streams(self, model: str, version: str) -> bool:
         """Whether a version, of which a prediction is known, can be followed while it runs."""
@@ -371,6 +295,8 @@ class Catalog:
 
     async def close(self) -> None:
         """End everything that runs."""
+        for task in list(self._ending):
+            task.cancel()
         await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
         await self._servers.close()
 
@@ -382,3 +308,6 @@ def _look_at(source: str) -> tuple[str | None, str | None]:
         return None, None
     facts = manifest.read(folder)
     return verdict.state(folder, facts), manifest.fingerprint(folder)
+
+
+__all__ = ["NAME", "OWNER", "Catalog", "Deployment", "Model", "NotFound", "Version"]

@@ -26,7 +26,7 @@ class Exchange(asyncio.Protocol):
     def __init__(self, request: bytes, prediction: Prediction) -> None:
         self.status = 0
         self.body = b""
-        """What came last and is not an event yet; of an answer that is no stream, all of it."""
+        """An answer that is no stream, when it is whole."""
         self.completed: dict[str, Any] | None = None
         """The last event of a stream that ended as it should."""
         self.broken = False
@@ -36,6 +36,8 @@ class Exchange(asyncio.Protocol):
         self._prediction = prediction
         self._parser = httptools.HttpResponseParser(self)
         self._streams = False
+        self._rest = b""  # what came last and is not an event yet
+        self._blocks: list[bytes] = []
         self._whole = True
         self._transport: asyncio.BaseTransport | None = None
         self._next = 0
@@ -67,16 +69,17 @@ class Exchange(asyncio.Protocol):
         self._streams = self._streams and self.status == 200
 
     def on_body(self, body: bytes) -> None:
-        if self.body:
-            body = self.body + body
         if not self._streams:
-            self.body = body
+            self._blocks.append(body)  # joined once, at the end: it may be a file of many megabytes
             return
-        *events, self.body = body.split(b"\n\n")
+        if self._rest:
+            body = self._rest + body
+        *events, self._rest = body.split(b"\n\n")
         for event in events:
             self._event(event)
 
     def on_message_complete(self) -> None:
+        self.body = b"".join(self._blocks)
         self._finish(broken=self._streams and self.completed is None)
 
     # What an event says.

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
+from cogpress.local.replicate import GONE
 from cogpress.local.store import parsed
 from cogpress.local.web import Parts, Refused, answer, base_of, cursor, endpoint, place_of, read_json, stamp
 
@@ -128,7 +129,7 @@ def _preview(text: str) -> str:
 async def _rating(parts: Parts, identifier: str) -> dict[str, Any]:
     found = await parts.store.find(identifier)
     if found is None:
-        raise Refused(404, "Not found", "There is no such prediction, or it was removed.")
+        raise Refused(404, "Not found", GONE)
     return {"rating": found["rating"], "note": found["note"] or "", "correction": found["correction"]}
 
 
@@ -150,7 +151,7 @@ async def rate(parts: Parts, request: Request) -> Response:
             raise Refused(422, "Unprocessable", f"{name} must be text, and not a book.")
     await parts.store.write(
         "UPDATE predictions SET rating = ?, note = ?, correction = ? WHERE id = ?",
-        *(value, note.encode(errors="replace").decode() or None, correction or None, identifier),
+        *(value, note or None, correction or None, identifier),
     )
     return answer(await _rating(parts, identifier))
 

@@ -26,6 +26,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.004, 0.25
 
 _UNKNOWN_SLOTS = 64
 _PROBE_SECONDS = 5.0
+_IDLE_SECONDS = 1.0
+_LATE_SECONDS = 0.25
+"""A refusal this soon after an answer tells nothing of how many slots there are: the answer's may not be free yet."""
 
 
 class Lane:
@@ -47,6 +50,7 @@ class Lane:
         self._pause = 0.0
         self._paused: asyncio.TimerHandle | None = None
         self._refused_at = 0.0
+        self._ended_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -88,6 +92,9 @@ class Lane:
         except Busy:
             again = True
             self._refused_at = time.monotonic()
+            # Where the number of slots is not known, it is learnt.
+            if self.backend.slots is None and self._refused_at - self._ended_at > _LATE_SECONDS:
+                self._limit = max(1, len(self.running) - 1)
         except Unreachable as error:
             prediction.unreachable_since = prediction.unreachable_since or time.monotonic()
             again = time.monotonic() - prediction.unreachable_since < PATIENCE_SECONDS
@@ -112,14 +119,13 @@ class Lane:
             else:
                 if not prediction.ended:
                     prediction.end("failed", error="The model server gave no result. Its log may tell why.")
+                self._ended_at = time.monotonic()
                 self._on_end(prediction)
                 self._grow()
                 self._go_on()
 
     def _wait(self) -> None:
-        """Pause, and learn where the slots' number is not known."""
-        if self.backend.slots is None:
-            self._limit = max(1, len(self.running))
+        """Pause before the next try."""
         if self._paused is None:
             self._pause = min(max(_FIRST_PAUSE, self._pause * 2), _LONGEST_PAUSE)
             self._paused = asyncio.get_running_loop().call_later(self._pause, self._go_on)
@@ -134,6 +140,11 @@ class Lane:
         # Others may have used the server when it refused; now and then one more is tried.
         if self.backend.slots is None and time.monotonic() - self._refused_at > _PROBE_SECONDS:
             self._limit = min(self._limit + 1, _UNKNOWN_SLOTS)
+
+    async def idle(self) -> None:
+        """Wait until nothing waits and nothing runs."""
+        while self.running or self.waiting:
+            await asyncio.sleep(_IDLE_SECONDS)
 
     async def close(self) -> None:
         """End everything: what waits and what runs is marked as failed."""

@@ -16,6 +16,7 @@ For another face of the same predictions, this is all that is needed:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import secrets
@@ -38,11 +39,14 @@ ENDED = frozenset({"succeeded", "failed", "canceled"})
 CANCEL_SECONDS = 10.0
 """How long a canceled prediction is waited for; it ends sooner unless its server hangs."""
 
+START_SECONDS = 1.0
+"""How long a canceled prediction that has not begun may take to end by itself."""
+
 KEPT_SECONDS = 300.0
 """How long an ended prediction's events are kept for readers that come back; then only its output is known."""
 
 KEPT_BYTES = 64 << 20
-"""How much of events of ended predictions is kept at most."""
+"""How much of events and inputs of ended predictions is kept at most."""
 
 REDACTED = "[REDACTED]"
 """What is shown and stored of a secret input."""
@@ -127,7 +131,7 @@ class Prediction:
     frames: list[bytes] = field(default_factory=list)
     """The events of Replicate's stream, ready to be sent."""
     size: int = 0
-    """Bytes in `frames`."""
+    """Bytes of events and, roughly, of the input."""
     first_output: float = 0.0
     cancel_asked: bool = False
     unreachable_since: float = 0.0
@@ -297,7 +301,6 @@ class Predictions:
         self._kept: OrderedDict[str, Prediction] = OrderedDict()
         self._kept_bytes = 0
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._cleaned = time.monotonic()
         catalog.on_end = self._end
 
     async def create(self, version: Version, inputs: dict[str, Any], options: Options = Options()) -> Prediction:
@@ -317,7 +320,8 @@ class Predictions:
         version.check(payload)
         lane = self._catalog.lane(version)
         shown = {name: REDACTED if name in version.secrets else value for name, value in payload.items()}
-        prediction = Prediction(new_id(), version, shown, payload, options)
+        size = sum(len(value) for value in shown.values() if isinstance(value, str))
+        prediction = Prediction(new_id(), version, shown, payload, options, size=size)
         self._alive[prediction.id] = prediction
         self.on_create(prediction)
         written = self._store.insert(prediction.record())
@@ -327,20 +331,23 @@ class Predictions:
         return prediction
 
     def _end(self, prediction: Prediction) -> None:
-        self._alive.pop(prediction.id, None)
+        if self._alive.pop(prediction.id, None) is None:
+            return  # it was given up before its backend had let it go
         self._kept[prediction.id] = prediction
         self._kept_bytes += prediction.size
         self._store.update(prediction.record())
+        while self._kept_bytes > KEPT_BYTES and next(iter(self._kept)) != prediction.id:
+            self._forget_first()
+
+    def forget_old(self) -> None:
+        """Let go of the events of predictions that ended long ago; to be called now and then."""
         oldest = time.time() - KEPT_SECONDS
-        while self._kept:
-            first = next(iter(self._kept.values()))
-            if (self._kept_bytes <= KEPT_BYTES and (first.completed_at or 0) > oldest) or first is prediction:
-                break
-            del self._kept[first.id]
-            self._kept_bytes -= first.size
-        if time.monotonic() - self._cleaned > 60:
-            self._cleaned = time.monotonic()
-            self.later(self._store.remove_old())
+        while self._kept and (next(iter(self._kept.values())).completed_at or 0) < oldest:
+            self._forget_first()
+
+    def _forget_first(self) -> None:
+        _, first = self._kept.popitem(last=False)
+        self._kept_bytes -= first.size
 
     def later(self, work: Coroutine[Any, Any, Any]) -> None:
         """Do something that nobody waits for."""
@@ -369,14 +376,14 @@ class Predictions:
         prediction.cancel_asked = True
         if prediction.lane.drop(prediction):
             return
-        if prediction.status == "processing" or prediction.first_output:
+        with contextlib.suppress(CogpressError):  # it is said again, or its end is seen
             await prediction.lane.backend.cancel(prediction)
-        else:
-            # It is about to begin; as soon as it has, it can be told to end.
-            await prediction.changed(len(prediction.frames))
-            if not prediction.ended:
-                await prediction.lane.backend.cancel(prediction)
-        await prediction.wait(CANCEL_SECONDS)
+        if prediction.status == "processing":
+            await prediction.wait(CANCEL_SECONDS)
+        if prediction.status == "starting" and not await prediction.wait(START_SECONDS):
+            # Its server has yet to start, which takes minutes; when it has, it finds nothing to do.
+            prediction.end("canceled")
+            self._end(prediction)
 
     async def close(self) -> None:
         """End what runs, and what is done beside it."""

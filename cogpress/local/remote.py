@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,26 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 
+PATIENCE_SECONDS = 60.0
+"""How long Replicate may be out of reach while a prediction of ours runs there."""
+
+SILENT_SECONDS = 120.0
+"""How long a stream may say nothing before the prediction itself is looked at instead."""
+
+_LONGEST_WAIT = 60.0
+_BY_VERSION = "/v1/predictions"
+
+
+class _Missing(CogpressError):
+    """There is nothing of this name."""
+
+
+class _Away(Unreachable):
+    """Nothing that lasts: the same question may be answered a moment later."""
+
 
 class Remote:
-    """A model `owner/name`, or one version of it `owner/name:version`."""
+    """A model or deployment `owner/name`, or one version of a model `owner/name:version`."""
 
     slots: int | None = None
 
@@ -32,7 +50,7 @@ class Remote:
         """Describe it; nothing is asked yet.
 
         Args:
-            name: of the model, with a version or without.
+            name: of the model, with a version or without, or of a deployment.
             token: the one in REPLICATE_API_TOKEN where not given.
             base: Replicate's address where it is not the usual one (also REPLICATE_BASE_URL).
 
@@ -42,12 +60,14 @@ class Remote:
         token = token or os.environ.get("REPLICATE_API_TOKEN")
         if not token:
             raise CogpressError("Set REPLICATE_API_TOKEN to your token of Replicate, to ask a model there.")
-        self._model, _, self._version = name.partition(":")
+        self._name, _, self._version = name.partition(":")
+        self._route = ""
+        """Where predictions are created, when it is known."""
         base = (base or os.environ.get("REPLICATE_BASE_URL") or "https://api.replicate.com").rstrip("/")
         self._http = httpx.AsyncClient(
             base_url=base,
             headers={"Authorization": f"Bearer {token}"},
-            timeout=httpx.Timeout(20, read=None),
+            timeout=httpx.Timeout(20, read=SILENT_SECONDS),
             trust_env=not client.is_loopback(httpx.URL(base).host),
             limits=httpx.Limits(max_connections=None),
         )
@@ -55,16 +75,27 @@ class Remote:
 
     async def run(self, prediction: Prediction) -> None:
         """See `Backend.run`."""
-        body: dict[str, Any] = {"input": prediction.payload, "stream": True}
-        route = f"/v1/models/{self._model}/predictions"
-        if self._version:
-            route, body = "/v1/predictions", {**body, "version": self._version}
-        made = await self._ask("POST", route, body)
+        made = await self._create({"input": prediction.payload, "stream": True})
         self._remote[prediction.id] = made
         try:
+            if prediction.cancel_asked:
+                await self.cancel(prediction)
             await self._follow(prediction, made)
         finally:
             del self._remote[prediction.id]
+
+    async def _create(self, body: dict[str, Any]) -> dict[str, Any]:
+        if not self._route:
+            await self.schema()
+        if self._route != _BY_VERSION:
+            try:
+                return await self._ask("POST", self._route, body)
+            except _Missing:
+                # Replicate runs only models of its own choice by name, all others by version.
+                if not self._version:
+                    raise
+                self._route = _BY_VERSION
+        return await self._ask("POST", _BY_VERSION, {**body, "version": self._version})
 
     async def _follow(self, prediction: Prediction, made: dict[str, Any]) -> None:
         address = made["urls"].get("stream")
@@ -73,7 +104,7 @@ class Remote:
             with contextlib.suppress(httpx.HTTPError):
                 await self._stream(prediction, address)
         while made.get("status") not in ("succeeded", "failed", "canceled", "aborted"):
-            made = await self._ask("GET", f"/v1/predictions/{made['id']}")
+            made = await self._state(made["id"])
             if made.get("status") == "processing" and prediction.status == "starting":
                 prediction.start()
             if made.get("status") in ("starting", "processing"):
@@ -103,42 +134,82 @@ class Remote:
                 elif event in ("done", "error"):
                     return
 
+    async def _state(self, identifier: str) -> dict[str, Any]:
+        """A prediction that was created. What is in the way for a while must not lose it, nor have it made again."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return await self._ask("GET", f"/v1/predictions/{identifier}")
+            except Busy:
+                continue  # it waited for as long as it was told
+            except _Away as error:
+                if time.monotonic() > deadline:
+                    # No Unreachable, upon which it would be run anew.
+                    raise CogpressError(f"The prediction was lost from sight: {error}") from None
+                await asyncio.sleep(POLL_SECONDS)
+
     async def _ask(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
             response = await self._http.request(method, route, json=body)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise Unreachable(f"Replicate can not be reached ({error}). Check the network.") from None
+            raise _Away(f"Replicate can not be reached ({error}). Check the network.") from None
         except httpx.HTTPError as error:
-            raise CogpressError(f"Replicate's answer broke off ({error or type(error).__name__}).") from None
+            what = f"Replicate's answer broke off ({str(error) or type(error).__name__})."
+            raise (_Away if method == "GET" else CogpressError)(what) from None
         if response.status_code == 429:
             wait = response.headers.get("retry-after", "")
-            await asyncio.sleep(min(float(wait), 60) if wait.isdecimal() else 1.0)
+            await asyncio.sleep(min(float(wait), _LONGEST_WAIT) if wait.isdecimal() else 1.0)
             raise Busy
+        if response.status_code >= 500 and method == "GET":
+            raise _Away(f"Replicate answers {response.status_code}. Try again later.")
         try:
             answer = response.json()
         except ValueError:
             answer = None
         if response.status_code >= 400 or not isinstance(answer, dict):
             detail = answer.get("detail") if isinstance(answer, dict) else response.text[:200]
-            raise CogpressError(f"Replicate refuses ({response.status_code}): {detail}")
+            kind = _Missing if response.status_code == 404 else CogpressError
+            raise kind(f"Replicate refuses {route} ({response.status_code}): {detail}")
         return answer
 
     async def cancel(self, prediction: Prediction) -> None:
         """See `Backend.cancel`."""
         made = self._remote.get(prediction.id)
-        if made is not None:
-            await self._ask("POST", f"/v1/predictions/{made['id']}/cancel")
+        if made is None:
+            return
+        for _ in range(3):
+            with contextlib.suppress(Busy):
+                await self._ask("POST", f"/v1/predictions/{made['id']}/cancel")
+                return
 
     async def schema(self) -> dict[str, Any]:
         """See `Backend.schema`."""
-        if self._version:
-            found = await self._ask("GET", f"/v1/models/{self._model}/versions/{self._version}")
-        else:
-            found = (await self._ask("GET", f"/v1/models/{self._model}")).get("latest_version") or {}
+        try:
+            found = await self._find()
+        except Busy:
+            raise CogpressError("Replicate takes no more requests now. Try again in a minute.") from None
         schema = found.get("openapi_schema")
         if not isinstance(schema, dict):
-            raise CogpressError(f"The model {self._model} on Replicate has no version that tells its inputs.")
+            raise CogpressError(f"The model {self._name} on Replicate has no version that tells its inputs.")
         return schema
+
+    async def _find(self) -> dict[str, Any]:
+        """The version that is asked, by which route, learnt of the name."""
+        if self._version:
+            found = await self._ask("GET", f"/v1/models/{self._name}/versions/{self._version}")
+            self._route = self._route or _BY_VERSION
+            return found
+        try:
+            found = (await self._ask("GET", f"/v1/models/{self._name}")).get("latest_version") or {}
+            self._version, self._route = str(found.get("id") or ""), f"/v1/models/{self._name}/predictions"
+            return found
+        except _Missing as missing:
+            try:
+                release = (await self._ask("GET", f"/v1/deployments/{self._name}"))["current_release"]
+            except (_Missing, KeyError):
+                raise missing from None
+        self._route = f"/v1/deployments/{self._name}/predictions"
+        return await self._ask("GET", f"/v1/models/{release['model']}/versions/{release['version']}")
 
     async def close(self) -> None:
         """See `Backend.close`."""

@@ -18,6 +18,8 @@ from cogpress.local.predictions import ENDED, Options, Prediction
 from cogpress.local.store import parsed
 from cogpress.local.web import Parts, Refused, answer, base_of, endpoint, page_of, read_json, stamp, text_of
 
+GONE = "There is no such prediction: it was deleted, because of its age or their number, or the id is not complete."
+
 WAIT_SECONDS = 60
 """The longest that a request may wait for a prediction."""
 
@@ -100,7 +102,7 @@ async def create_by_model(parts: Parts, request: Request) -> Response:
 async def create_by_deployment(parts: Parts, request: Request) -> Response:
     """`POST /v1/deployments/OWNER/NAME/predictions`."""
     deployment = parts.catalog.deployment(request.path_params["owner"], request.path_params["name"])
-    version = parts.catalog.version(deployment.model, deployment.version)
+    version = parts.catalog.deployed(deployment)
     return await _create(parts, request, await read_json(request), version, deployment.full_name)
 
 
@@ -156,7 +158,7 @@ async def prediction(parts: Parts, request: Request) -> Response:
     """`GET /v1/predictions/ID`."""
     record = await parts.predictions.record(request.path_params["id"])
     if record is None:
-        raise Refused(404, "Not found", "There is no such prediction, or it was removed.")
+        raise Refused(404, "Not found", GONE)
     return answer(shape(parts, base_of(request), record))
 
 

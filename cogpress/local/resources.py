@@ -76,6 +76,7 @@ def version_shape(found: Version) -> dict[str, Any]:
         "created_at": stamp(found.created),
         "cog_version": found.cog_version,
         "openapi_schema": found.schema,
+        "label": found.label,
     }
 
 
@@ -170,7 +171,11 @@ async def version(parts: Parts, request: Request) -> Response:
 async def delete_version(parts: Parts, request: Request) -> Response:
     """`DELETE /v1/models/OWNER/NAME/versions/ID`."""
     found = parts.catalog.version(_model(parts, request).full_name, request.path_params["id"])
-    used = [one.full_name for one in parts.catalog.deployments.values() if one.version == found.id]
+    used = [
+        one.full_name
+        for one in parts.catalog.deployments.values()
+        if (one.model, one.version) == (found.model, found.id)
+    ]
     if used:
         raise Refused(400, "Bad request", f"The deployment {used[0]} uses this version. Change or delete it first.")
     parts.catalog.remove_version(found)

@@ -91,6 +91,11 @@ class Servers:
         async with self._room:
             self._room.notify_all()
 
+    async def end(self, one: OnDemand) -> None:
+        """End a server, whether it runs or not."""
+        async with self._room:
+            await self._end(one)
+
     async def _end(self, one: OnDemand) -> None:
         if one in self._running:
             self._running.remove(one)
@@ -165,8 +170,10 @@ class OnDemand:
             await self._stop()
 
     async def _stop(self) -> None:
-        self._cog, ended = None, self.server
-        self.server = None
+        cog, ended = self._cog, self.server
+        self._cog = self.server = None
+        if cog is not None:
+            await cog.close()
         if ended is not None:
             await asyncio.to_thread(ended.stop)
 
@@ -200,6 +207,4 @@ class OnDemand:
 
     async def close(self) -> None:
         """See `Backend.close`."""
-        if self._cog is not None:
-            await self._cog.close()
-        await self.stop()
+        await self._servers.end(self)

@@ -13,13 +13,13 @@ from cogpress.local.web import Parts
 def models(
     root: Path, settings: config.Config, url: str | None, named: list[str], weights: str | None
 ) -> tuple[tuple[str, str], ...]:
-    """(name, source) of each version to serve, as `Catalog.add` takes them.
+    """(name or name:label, source) of each version to serve, as `Catalog.add` takes them.
 
     Args:
         root: the project's folder.
         settings: its configuration.
         url: the default model's server, where it is not the project's own.
-        named: NAME=SOURCE pairs.
+        named: NAME=SOURCE or NAME:LABEL=SOURCE pairs.
         weights: what the project's own server serves.
 
     Raises:
@@ -33,7 +33,7 @@ def models(
     for pair in named:
         name, equals, text = pair.partition("=")
         if not equals or not name or not text:
-            raise CogpressError(f"--model {pair}: write --model NAME=SOURCE.")
+            raise CogpressError(f"--model {pair}: write --model NAME=SOURCE or NAME:LABEL=SOURCE.")
         found.append((name, source(text)))
     return tuple(found)
 

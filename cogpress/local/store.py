@@ -65,7 +65,7 @@ class Store:
         Raises:
             CogpressError: the folder can not be used, or another process uses it.
         """
-        self.folder = folder
+        self.folder = folder = folder.resolve()
         self.keep_prompts = keep_prompts
         self._days, self._count = retention_days, retention_count
         self._pending: list[tuple[str, tuple[Any, ...]]] = []
@@ -125,7 +125,7 @@ class Store:
         Returns:
             what can be awaited until it is written down; its order is that of the calls.
         """
-        self._pending.append((statement, values))
+        self._pending.append((statement, tuple(map(_storable, values))))
         if self._batch is None:
             self._batch = asyncio.get_running_loop().create_task(self._flush())
             self._batch.add_done_callback(_retrieved)
@@ -242,7 +242,7 @@ def searched(value: Any) -> str:
     """The text in an input or output that a search is to find: no file's content, nothing endless."""
     separator = "" if isinstance(value, list) else "\n"  # an output's chunks are one text
     text = separator.join(_texts(value))[:SEARCHED]
-    return text.replace("\0", " ").encode(errors="replace").decode()
+    return text.replace("\0", " ")
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -257,6 +257,13 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(one)
     elif value is not None:
         yield json.dumps(value)
+
+
+def _storable(value: Any) -> Any:
+    """Half a character, which no text in UTF-8 can hold, becomes a question mark; it would cost the whole batch."""
+    if isinstance(value, str) and not value.isascii():
+        return value.encode(errors="replace").decode()
+    return value
 
 
 def _plain(metrics: Row) -> Row:

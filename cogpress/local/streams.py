@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import hmac
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.types import Receive, Scope, Send
 
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 _PART = 64 << 10
 """Bytes that are given to a connection at once; it takes more only when it has sent most of them."""
+
+HEARTBEAT_SECONDS = 15.0
+"""A stream is silent no longer than this: proxies drop connections on which nothing comes, and a gone reader shows."""
+
+_HEARTBEAT = b": still running\n\n"
+"""A comment, which every client passes over."""
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -70,12 +76,13 @@ class Streams:
             await reader.send(send)
         finally:
             left.cancel()
+            reader.close()
 
     async def _ended(self, identifier: str, place: str, send: Send) -> None:
         """The stream of a prediction whose events are gone: its output, made into events again."""
         record = await self._predictions.record(identifier)
         if record is None:
-            await answer(send, error(404, "Not found", "This prediction was removed."), {})
+            await answer(send, error(404, "Not found", "This prediction was deleted."), {})
             return
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         seen = place.partition(":")[2]
@@ -95,6 +102,23 @@ class _Reader:
         self._seen = min(int(number), len(prediction.frames)) if number.isdecimal() else 0
         self._python = python
         self._gone = False
+        self._loop = asyncio.get_running_loop()
+        self._sent_at = self._loop.time()
+        self._silent = False
+        # One timer for each reader and none for each token: a token only notes when it was sent.
+        self._timer = self._loop.call_later(HEARTBEAT_SECONDS, self._look)
+
+    def _look(self) -> None:
+        """Have a heartbeat sent where nothing was for too long, and look again when that can be."""
+        wait = self._sent_at + HEARTBEAT_SECONDS - self._loop.time()
+        if wait <= 0:
+            self._silent, wait = True, HEARTBEAT_SECONDS
+            self._prediction.nudge()
+        self._timer = self._loop.call_later(wait, self._look)
+
+    def close(self) -> None:
+        """Look no more."""
+        self._timer.cancel()
 
     async def watch(self, receive: Receive) -> None:
         """Notice that the reader has gone."""
@@ -112,9 +136,13 @@ class _Reader:
                 body, self._seen = _part(frames, self._seen)
                 if self._python:
                     body = _PYTHON_BREAKS.sub(b"\ndata: ", body)
+                self._sent_at = self._loop.time()
                 await send({"type": "http.response.body", "body": body, "more_body": True})
             elif prediction.ended:
                 break
+            elif self._silent:
+                self._silent, self._sent_at = False, self._loop.time()
+                await send({"type": "http.response.body", "body": _HEARTBEAT, "more_body": True})
             else:
                 await prediction.changed(self._seen)
         if not self._gone:
@@ -130,9 +158,3 @@ def _part(frames: list[bytes], begin: int) -> tuple[bytes, int]:
         size += len(frames[end])
         end += 1
     return b"".join(frames[begin:end]), end
-
-
-def describe(streams: Streams, base: str, record: dict[str, Any]) -> dict[str, str]:
-    """The addresses of a prediction, its stream's among them."""
-    found = {"get": f"{base}/v1/predictions/{record['id']}", "cancel": f"{base}/v1/predictions/{record['id']}/cancel"}
-    return {**found, "web": f"{base}/p/{record['id']}", "stream": base + streams.path(record["id"])}

@@ -199,6 +199,7 @@ class Trainings:
         part = self._store.folder / "trained" / f"{identifier}.part"
         part.parent.mkdir(exist_ok=True)
         log = self._store.folder / "training.log"
+        self._catalog.training.add(identifier)
         self._server = made = server.Server(self._root, mode="train", log=log)
         try:
             await asyncio.to_thread(made.start)
@@ -227,6 +228,7 @@ class Trainings:
             await asyncio.to_thread(made.stop)
             part.unlink(missing_ok=True)
             part.with_suffix(".answer").unlink(missing_ok=True)
+            self._catalog.training.discard(identifier)
 
     async def _ask(self, url: str, body: dict[str, Any], part: Path) -> dict[str, Any]:
         """Train; the answer without the file in it, which is written to `part`."""

@@ -177,7 +177,7 @@ def _cursor(given: str | None) -> tuple[str, int]:
         direction, _, place = base64.urlsafe_b64decode(given + "=" * (-len(given) % 4)).decode().partition(":")
         if direction not in ("older", "newer"):
             raise ValueError
-        return direction, int(place)
+        return direction, max(0, min(int(place), _ALL))
     except ValueError:
         raise Refused(400, "Bad request", "The cursor is none that this server made.") from None
 

@@ -45,7 +45,8 @@ def check(url: Any, events: Any) -> tuple[str, ...] | None:
         try:
             parts = urlsplit(url) if isinstance(url, str) else None
             good = parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname)
-        except ValueError:
+            httpx.URL(url if good else "")
+        except (ValueError, httpx.InvalidURL):
             good = False
         if not good:
             raise CogpressError("webhook must be an http or https URL.")
