@@ -180,12 +180,13 @@ class Local:
 
 def main() -> None:
     from cogpress import cli
-    from cogpress.config import Playground
+    from cogpress.config import Playground, Prompt
     from cogpress.local import app
 
     given = json.loads(sys.argv[1])
     given["root"], given["folder"] = Path(given["root"]), Path(given["folder"])
     given["models"] = tuple(map(tuple, given["models"]))
+    given["prompt"] = Prompt(**given.pop("prompt", {}))
     given["playground"] = Playground(**given.pop("options", {}))
     cli.run(lambda: app.serve(app.Settings(**given)))
 

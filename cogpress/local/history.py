@@ -198,7 +198,8 @@ def example(record: dict[str, Any], form: Prompt) -> dict[str, Any] | None:
             messages = json.loads(inputs["messages"]) if isinstance(inputs["messages"], str) else inputs["messages"]
             if system and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": system}, *messages]
-            return {"messages": [*messages, {"role": "assistant", "content": right}]}
+            # As a prompt, because the assistant's earlier answers in it are not what was rated, and must not be learnt.
+            return {"prompt": messages, "completion": right}
         if inputs.get("fields"):
             fields = json.loads(inputs["fields"]) if isinstance(inputs["fields"], str) else inputs["fields"]
             if not isinstance(fields, dict):
