@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,22 @@ def project(folder: Path, slots: int = SLOTS) -> Path:
     )
     (folder / "predict.py").write_text(RUNNER.format(root=str(ROOT), slots=slots))
     (folder / "train.py").write_text(TRAINER)
+    return folder
+
+
+def javascript() -> Path:
+    """The folder in which programs find Replicate's and OpenAI's JavaScript clients, installed at first use."""
+    import pytest  # not for the process that this file also is
+
+    folder = ROOT / "tests" / "js"
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("Node.js and npm are not installed (Debian and Ubuntu: apt install nodejs npm)")
+    installed = folder / "node_modules" / ".package-lock.json"
+    if not installed.is_file() or installed.stat().st_mtime < (folder / "package-lock.json").stat().st_mtime:
+        command = ["npm", "ci", "--silent", "--no-audit", "--no-fund"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+        if done.returncode:
+            pytest.skip(f"npm can not install the JavaScript clients here: {done.stderr.strip()[-300:]}")
     return folder
 
 

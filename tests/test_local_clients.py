@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import subprocess
 import threading
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from localreplicate import ROOT, TOKEN, Local, project
+from localreplicate import TOKEN, Local, javascript, project
 
 from cogpress.server import Server
 
@@ -215,13 +214,7 @@ def test_webhooks_are_tried_again(client: Any, version: str, receiver: Receiver)
 
 @pytest.fixture(scope="module")
 def packages() -> Path:
-    folder = ROOT / "tests" / "js"
-    if shutil.which("npm") is None:
-        pytest.skip("needs Node.js")
-    installed = folder / "node_modules" / ".package-lock.json"
-    if not installed.is_file() or installed.stat().st_mtime < (folder / "package-lock.json").stat().st_mtime:
-        subprocess.run(["npm", "ci", "--silent", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=200)
-    return folder
+    return javascript()
 
 
 def test_javascript(packages: Path, local: Local, client: Any, version: str, receiver: Receiver) -> None:

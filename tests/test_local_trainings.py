@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from localreplicate import SLOTS, TOKEN, Local, project
+from localreplicate import SLOTS, TOKEN, Local, javascript, project
 from test_local_clients import Receiver
 
 from cogpress.errors import CogpressError
@@ -112,6 +112,70 @@ def test_a_training_is_canceled_while_it_waits_and_while_it_runs(client: Any, lo
         time.sleep(0.1)
     client.trainings.cancel(made[0].id)
     assert wait(client, made[0].id, 10).status == "canceled"
+
+
+def test_javascript(client: Any, local: Local) -> None:
+    folder = javascript()
+    base = client.models.get("local/echo").latest_version
+    receiver = Receiver()
+    done = subprocess.run(
+        ["node", "trainings.mjs", local.url, base.id, DATA, receiver.url],
+        cwd=folder,
+        env={**os.environ, "NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["made"] == ["starting", "local/echo", base.id]
+    assert (found["statuses"][0], found["statuses"][-1]) == ("starting", "succeeded"), found["error"]
+    assert found["logs"].splitlines() == ["step 0", "step 1"]
+    assert found["output"] == ["raw:what was learnt"]
+    assert found["latest"] is True
+    assert found["canceled"] == "canceled"
+    assert found["listed"] == found["ids"]
+    assert found["refused"] == [422, True]
+    assert json.loads(receiver.wait(1)[0]["body"])["status"] == "succeeded"
+
+
+def test_trained_weights_go_with_their_version(client: Any, local: Local) -> None:
+    base = client.models.get("local/echo").latest_version
+    trained = local.data / "trained"
+    kept = {path.name for path in trained.iterdir()}
+    for name in ("one", "two"):
+        client.models.create("local", name, visibility="private", hardware="cpu")
+    made = [
+        client.trainings.create(
+            model="local/echo", version=base.id, destination=f"local/{name}", input={"train_data": DATA, "steps": 1}
+        )
+        for name in ("one", "two")
+    ]
+    versions = [wait(client, one.id).output["version"] for one in made]
+    assert {path.name for path in trained.iterdir()} == kept | {one.id for one in made}
+    assert client.run(versions[0], input={"prompt": "weights", "count": 1})
+    route = f"/v1/models/{versions[0].replace(':', '/versions/')}"
+    long = local.create({"count": 40, "delay": 0.05}, "local/one")
+    deployment = {"name": "held", "model": "local/one", "version": versions[0].partition(":")[2], "hardware": "cpu"}
+    assert local.ask("POST", "/v1/deployments", deployment).status_code == 201
+    refused = local.ask("DELETE", route)
+    assert (refused.status_code, "local/held uses this version" in refused.json()["detail"]) == (400, True)
+    assert local.ask("DELETE", "/v1/deployments/local/held").status_code == 204
+    assert local.ask("DELETE", route).status_code == 202
+    gone = local.ask("POST", "/v1/models/local/one/predictions", {"input": {}})
+    assert (gone.status_code, "has no version yet" in gone.json()["detail"]) == (404, True)
+    assert local.wait(long["id"])["status"] == "succeeded"  # what ran is not cut off
+    deadline = time.monotonic() + 30
+    while (trained / made[0].id).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert client.run(versions[1], input={"prompt": "weights", "count": 1}) == ["raw:what was learnt"]
+    # What a run left behind that was killed while it trained goes at the next start.
+    (trained / "left.part").write_text("half")
+    (trained / "left").mkdir()
+    local.stop()
+    local.start()
+    assert {path.name for path in trained.iterdir()} == kept | {made[1].id}
 
 
 def test_a_report_without_its_key_is_refused(local: Local) -> None:
