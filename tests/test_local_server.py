@@ -27,8 +27,12 @@ CLIENTS = 64
 def local(trained_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     """As scripts/playground starts it, with a server of its own."""
     data = tmp_path_factory.mktemp("local")
-    with Local(ROOT, [("queries", f"folder:{trained_weights}")], data=data, start_first=True) as local:
+    local = Local(ROOT, [("queries", f"folder:{trained_weights}")], data=data, start_first=True)
+    try:
+        local.start(300)
         yield local
+    finally:
+        local.stop()
 
 
 @pytest.fixture
@@ -103,7 +107,7 @@ def test_every_prediction_is_accounted_for_when_the_model_server_is_killed(clien
         assert time.monotonic() < deadline, {name: len(found) for name, found in states.items()}
         time.sleep(0.5)
     assert sum(map(len, states.values())) == len(made)
-    assert all("ended or broke off" in one["error"] and one["output"] for one in states["failed"])
+    assert all("ended or broke off" in one["error"] for one in states["failed"])
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive  # the engine of the killed server is gone too, and does not hold its memory
     assert local.wait(short["id"], 60)["status"] == "succeeded"
