@@ -153,7 +153,7 @@ def test_trained_weights_go_with_their_version(client: Any, local: Local) -> Non
     ]
     versions = [wait(client, one.id).output["version"] for one in made]
     assert {path.name for path in trained.iterdir()} == kept | {one.id for one in made}
-    assert client.run(versions[0], input={"prompt": "weights", "count": 1})
+    assert list(client.run(versions[0], input={"prompt": "weights", "count": 1}))
     route = f"/v1/models/{versions[0].replace(':', '/versions/')}"
     long = local.create({"count": 40, "delay": 0.05}, "local/one")
     deployment = {"name": "held", "model": "local/one", "version": versions[0].partition(":")[2], "hardware": "cpu"}
@@ -169,7 +169,7 @@ def test_trained_weights_go_with_their_version(client: Any, local: Local) -> Non
     while (trained / made[0].id).exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert client.run(versions[1], input={"prompt": "weights", "count": 1}) == ["raw:what was learnt"]
+    assert list(client.run(versions[1], input={"prompt": "weights", "count": 1})) == ["raw:what was learnt"]
     # What a run left behind that was killed while it trained goes at the next start.
     (trained / "left.part").write_text("half")
     (trained / "left").mkdir()

@@ -170,6 +170,8 @@ class Prediction:
 
     def start(self) -> None:
         """It runs now."""
+        if self.ended:  # it was given up, and its backend does not know it yet; so below
+            return
         self.status = "processing"
         if self.started_at is None:
             self.started_at = time.time()
@@ -177,6 +179,8 @@ class Prediction:
 
     def add_output(self, chunk: Any) -> None:
         """The next chunk of a streamed output."""
+        if self.ended:
+            return
         if self._outputs == 0:
             self.first_output = time.time()
             self.output = []
@@ -187,6 +191,8 @@ class Prediction:
 
     def add_log(self, text: str) -> None:
         """More of the log."""
+        if self.ended:
+            return
         self.logs.append(text)
         self._add("logs", text.removesuffix("\n"))
 
