@@ -13,11 +13,20 @@ export function go(path, { replace = false } = {}) {
   if (!replace) scrollTo(0, 0);
 }
 
+/** An address that was cut off in a mail may end in half an escape. */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
 /** The view of an address, with what it names. */
 export function viewOf(url) {
   const params = url.searchParams;
   const permalink = /^\/p\/([^/]+)\/?$/.exec(url.pathname);
-  if (permalink) return { view: "run", id: decodeURIComponent(permalink[1]) };
+  if (permalink) return { view: "run", id: decoded(permalink[1]) };
   if (url.pathname === "/compare") return { view: "compare", a: params.get("a"), b: params.get("b") };
   if (params.get("view") === "history") return { view: "history", with: params.get("with") };
   return { view: "run", id: null };
