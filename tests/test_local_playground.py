@@ -162,6 +162,20 @@ def test_what_waits_for_a_server_to_start_is_canceled_at_once(tmp_path: Path) ->
     assert servers(root) == []
 
 
+def test_who_waits_for_a_server_that_fails_is_told_without_another_try(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    root = kit(tmp_path / "kit", f'open({str(starts)!r}, "a").write("x"); raise ValueError("broken weights")')
+    with Local(root, [("echo", f"folder:{root / 'weights'}")]) as local:
+        made = [local.create({"prompt": "slow", "count": 2}) for _ in range(6)]
+        found = [local.wait(one["id"]) for one in made]
+        assert {one["status"] for one in found} == {"failed"}
+        assert all("broken weights" in one["error"] for one in found)
+        assert len(starts.read_text()) == 1
+        assert local.create({"prompt": "later"}, wait=True)["status"] == "failed"
+        assert len(starts.read_text()) == 2
+    assert servers(root) == []
+
+
 def test_versions_are_told_apart_by_labels(tmp_path: Path) -> None:
     from cogpress.server import Server
 

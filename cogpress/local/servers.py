@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,7 @@ class OnDemand:
         self._servers, self._name, self._port, self._rewrite = servers, name, port, rewrite
         self._cog: Cog | None = None
         self._lock = asyncio.Lock()
+        self._failed_at, self._failure = 0.0, ""
         settings = server.read_cog_yaml(root)
         self._run, self._train = settings.get("run"), settings.get("train")
         self.slots: int | None = schema.concurrency(root, self._run) if self._run else 1
@@ -153,15 +155,23 @@ class OnDemand:
         Raises:
             CogpressError: it does not get ready.
         """
+        asked = time.monotonic()
         async with self._lock:
             if self._cog is not None and self.server is not None and self.server.alive:
                 return
+            if self._failed_at > asked:
+                # All who waited for this start learn why it failed; only who comes later has it tried again.
+                raise CogpressError(self._failure)
             await self._stop()
             made = server.Server(self.root, weights=self.weights, port=self._port, log=self.log)
             self.server = made
-            await asyncio.to_thread(made.start)
-            note()
-            await asyncio.to_thread(made.wait_ready, READY_SECONDS)
+            try:
+                await asyncio.to_thread(made.start)
+                note()
+                await asyncio.to_thread(made.wait_ready, READY_SECONDS)
+            except CogpressError as error:
+                self._failed_at, self._failure = time.monotonic(), str(error)
+                raise
             self._cog = Cog(made.url, self.slots, self._rewrite)
 
     async def stop(self) -> None:
