@@ -2,7 +2,7 @@
 
 Runs once for every token of every stream, on cores that the model wants too: the HTTP framing is undone in C
 (httptools), one pass finds the events, and what they hold goes straight to the prediction, without a task, a queue or a
-copy between. Measured in docs/measurements.md. Leaves connections, retries and what an answer means to `backend`.
+copy between; `scripts/bench playground` measures it. Leaves connections, retries and what an answer means to `backend`.
 """
 
 from __future__ import annotations
