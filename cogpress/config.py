@@ -269,7 +269,8 @@ def parse(data: Any, place: str) -> Config:
                 given = source.shown(given) if isinstance(given, str) else given
                 lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {given!r})")
         raise CogpressError(
-            f"{place} is not valid: {'; '.join(lines)}. README, docs/serving.md and docs/playground.md list every option."
+            f"{place} is not valid: {'; '.join(lines)}. README, docs/serving.md and docs/playground.md list every "
+            "option."
         ) from None
 
 

@@ -140,6 +140,8 @@ export async function open(id) {
     prediction = await get(predictionPath(id));
   } catch (error) {
     lives.value = [];
+    const first = choices.value[0]?.options[0]?.target;
+    if (first && !schema.value) await choose([first]); // so that something else can be asked
     if (error.status !== 404) throw error;
     throw new ApiError("This prediction is not here: it was deleted, or the address is not complete.", 404);
   }
