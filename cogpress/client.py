@@ -124,10 +124,11 @@ def connect(url: str, timeout: httpx.Timeout = _TIMEOUT) -> httpx.Client:
     # A proxy set for the internet can not reach this machine's own servers, and loading certificates for plain HTTP
     # would take longer than the rest of a request.
     parts = urlsplit(url)
-    return httpx.Client(timeout=timeout, trust_env=not _is_loopback(parts.hostname), verify=parts.scheme == "https")
+    return httpx.Client(timeout=timeout, trust_env=not is_loopback(parts.hostname), verify=parts.scheme == "https")
 
 
-def _is_loopback(host: str | None) -> bool:
+def is_loopback(host: str | None) -> bool:
+    """Whether a host is this machine itself."""
     try:
         return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
     except ValueError:
@@ -173,11 +174,15 @@ def _event(name: str, data: dict[str, Any]) -> Event:
 
 def _finished(prediction: dict[str, Any]) -> dict[str, Any]:
     if prediction.get("status") == "failed":
-        error = str(prediction.get("error") or "The prediction failed; the server's log tells why.")
-        for words in _AROUND_ERRORS:
-            error = error.removeprefix(words)
-        raise CogpressError(error)
+        raise CogpressError(plain_error(str(prediction.get("error") or "")))
     return prediction
+
+
+def plain_error(error: str) -> str:
+    """What a runner raised, without the runtime's words before it."""
+    for words in _AROUND_ERRORS:
+        error = error.removeprefix(words)
+    return error or "The prediction failed; the server's log tells why."
 
 
 class _NotFound(CogpressError):

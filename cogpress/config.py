@@ -189,6 +189,16 @@ class Verify(_Section):
     served_difference: Annotated[float, Field(gt=0)] | None = None
 
 
+class Playground(_Section):
+    """The local Replicate of scripts/playground: what it keeps, and how much it takes."""
+
+    retention_days: Annotated[float, Field(gt=0, le=36_500)] = 30.0
+    retention_count: Annotated[int, Field(ge=1)] = 10_000
+    keep_prompts: bool = True
+    max_input_mb: Annotated[int, Field(ge=1, le=65_536)] = 64
+    requests_per_minute: Annotated[int, Field(ge=1)] = 6000
+
+
 class Config(_Section):
     """One model, from base to server."""
 
@@ -200,6 +210,7 @@ class Config(_Section):
     merge: Merge = "dequantized"
     verify: Verify = Verify()
     serve: Serve = Serve()
+    playground: Playground = Playground()
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")], _Source] = {}
 
     def public(self) -> dict[str, Any]:
@@ -258,7 +269,8 @@ def parse(data: Any, place: str) -> Config:
                 given = source.shown(given) if isinstance(given, str) else given
                 lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {given!r})")
         raise CogpressError(
-            f"{place} is not valid: {'; '.join(lines)}. README and docs/serving.md list every option."
+            f"{place} is not valid: {'; '.join(lines)}. README, docs/serving.md and docs/playground.md list every "
+            "option."
         ) from None
 
 

@@ -86,6 +86,16 @@ class Server:
         """Where the server answers."""
         return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
 
+    @property
+    def pid(self) -> int | None:
+        """The server's process, which leads a session of its own; None where it was not started."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server's process runs."""
+        return self._process is not None and self._process.poll() is None
+
     def __enter__(self) -> Server:
         self.start()
         return self
@@ -106,7 +116,7 @@ class Server:
         wanted = "train" if self.mode == "train" else "run"
         if not settings.get(wanted):
             raise CogpressError(f"{self.root / 'cog.yaml'} has no `{wanted}:`, so there is nothing to serve. Add it.")
-        _check_free(self.host, self.port)
+        check_free(self.host, self.port)
         schema.write(self.root, run, train)
         command = [sys.executable, "-m", "cog.server.http", "--host", self.host]
         if self.mode == "train":
@@ -252,6 +262,14 @@ def end_family(leader: subprocess.Popen[bytes], grace: float | None = None) -> N
         psutil.wait_procs(killed, timeout=FAMILY_SECONDS)
 
 
+def end_session(leader: psutil.Process) -> None:
+    """End a process that leads a session and everything that it started, of a run that was killed."""
+    family = {leader, *_family(leader.pid)}
+    told = [process for process in family if _signal(process, signal.SIGTERM)]
+    _, left = psutil.wait_procs(told, timeout=GRACE_SECONDS)
+    psutil.wait_procs([process for process in left if _signal(process, signal.SIGKILL)], timeout=FAMILY_SECONDS)
+
+
 def _family(pid: int) -> set[psutil.Process]:
     """A process's descendants, and everything else in the session that it leads; not the process itself."""
     found: set[psutil.Process] = set()
@@ -323,7 +341,12 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _check_free(host: str, port: int) -> None:
+def check_free(host: str, port: int) -> None:
+    """Check that a port can be listened on.
+
+    Raises:
+        CogpressError: it can not.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

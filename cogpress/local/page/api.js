@@ -1,0 +1,86 @@
+// Requests to this server, and the token that it may ask for. The token lives as long as the tab and is sent as a
+// header only; it is in no URL and no code on screen.
+
+import { signal } from "./vendor/signals.js";
+
+const KEY = "cogpress.token";
+
+/** Set where a request was refused for lack of a (right) token. */
+export const tokenWanted = signal(null);
+
+/** An answer that is none, in words for people. */
+export class ApiError extends Error {
+  constructor(message, status = 0, fields = []) {
+    super(message);
+    this.status = status;
+    this.fields = fields;
+  }
+}
+
+const token = () => sessionStorage.getItem(KEY);
+
+/** Ask for a token; where there is one, only if the server does not take it. */
+export function needToken() {
+  if (!token()) tokenWanted.value = "";
+  else send("/v1/account").catch(() => {}); // being refused, it asks
+}
+
+export function giveToken(text) {
+  sessionStorage.setItem(KEY, text.trim());
+  tokenWanted.value = null;
+}
+
+/** Send a request; returns the Response of a 2xx answer. */
+export async function send(path, { method = "GET", body, signal: abort, headers = {} } = {}) {
+  const all = { Accept: "application/json", ...headers };
+  if (token()) all.Authorization = `Bearer ${token()}`;
+  const form = body instanceof FormData;
+  if (body !== undefined && !form) all["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(path, { method, headers: all, signal: abort, body: form ? body : JSON.stringify(body) });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The server does not answer. Is it still running?");
+  }
+  if (response.ok) return response;
+  if (response.status === 401) tokenWanted.value = token() ? "The server did not accept this token." : "";
+  throw await problemOf(response);
+}
+
+async function problemOf(response) {
+  let said = {};
+  try {
+    said = await response.json();
+  } catch {
+    // An answer of something else than this server; its status is all that is known.
+  }
+  const fields = said.invalid_fields ?? [];
+  const listed = fields.map((field) => `${field.field}: ${field.description}`).join("; ");
+  const detail = typeof said.detail === "string" ? said.detail : listed;
+  return new ApiError(detail || said.title || `The server answered ${response.status}.`, response.status, fields);
+}
+
+export const get = async (path, options) => (await send(path, options)).json();
+export const post = async (path, body) => (await send(path, { method: "POST", body })).json();
+export const put = async (path, body) => (await send(path, { method: "PUT", body })).json();
+
+/** The path of a URL that the server gave: it may know itself by another name than this page does. */
+export const local = (url) => {
+  const { pathname, search } = new URL(url, location.origin);
+  return pathname + search;
+};
+
+const part = encodeURIComponent;
+
+export const versionPath = ({ owner, name, version }) =>
+  `/v1/models/${part(owner)}/${part(name)}/versions/${part(version)}`;
+export const predictionPath = (id) => `/v1/predictions/${part(id)}`;
+export const ratingPath = (id) => `/playground/api/predictions/${part(id)}/rating`;
+
+/** Store a file with the server; returns its URL. */
+export async function upload(file) {
+  const body = new FormData();
+  body.append("content", file, file.name);
+  return (await (await send("/v1/files", { method: "POST", body })).json()).urls.get;
+}

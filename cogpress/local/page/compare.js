@@ -1,0 +1,38 @@
+// What differs between two predictions: which inputs, and which words of a text.
+
+import { diffWordsWithSpace } from "./vendor/diff/diff/word.js";
+
+// A comparison that takes longer than this is not worth freezing the page for.
+const LONGEST_MS = 1500;
+
+/**
+ * Two texts in parts, for showing side by side: [{text, changed}] for each. `exact` is false where they were too long
+ * and too different to compare word by word.
+ */
+export function sides(left, right) {
+  const whole = (text, changed) => [{ text, changed }];
+  if (left === right) return { left: whole(left, false), right: whole(right, false), exact: true };
+  const parts = diffWordsWithSpace(left, right, { timeout: LONGEST_MS });
+  if (!parts) return { left: whole(left, true), right: whole(right, true), exact: false };
+  const of = (skip) =>
+    parts
+      .filter((part) => !part[skip])
+      .map(({ value, added, removed }) => ({ text: value, changed: Boolean(added || removed) }));
+  return { left: of("added"), right: of("removed"), exact: true };
+}
+
+const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
+
+/** The inputs of both by name: those that differ, and the names of those that do not. */
+export function inputs(left = {}, right = {}) {
+  const names = [...new Set([...Object.keys(left ?? {}), ...Object.keys(right ?? {})])];
+  const differing = names
+    .filter((name) => !same(left?.[name], right?.[name]))
+    .map((name) => ({ name, left: left?.[name], right: right?.[name] }));
+  const equal = names.filter((name) => same(left?.[name], right?.[name])).map((name) => ({ name, value: left[name] }));
+  return { differing, equal };
+}
+
+/** An input's value as text to compare; undefined is one that was left to the model. */
+export const inputText = (value) =>
+  value === undefined ? "" : typeof value === "string" ? value : JSON.stringify(value, null, 2);

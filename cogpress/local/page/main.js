@@ -1,0 +1,7 @@
+// Where the page starts.
+
+import { render } from "./vendor/preact.js";
+import { html } from "./html.js";
+import { App } from "./views/app.js";
+
+render(html`<${App} />`, document.getElementById("page"));

@@ -1,0 +1,180 @@
+// What is on the workbench: which models are asked, the form as it is filled in, and the answers on show. It outlives
+// a visit to the history, so that half a question is not lost.
+
+import { batch, computed, signal } from "./vendor/signals.js";
+import { ApiError, get, predictionPath, versionPath } from "./api.js";
+import { collect, fieldsOf, filled, groups, streams, withoutSecrets } from "./form.js";
+import { Live } from "./stream.js";
+import { short } from "./text.js";
+import { go } from "./router.js";
+
+export const config = signal(null);
+
+/** One or two of {owner, name, version, adapter}; two are asked at once. */
+export const targets = signal([]);
+export const schema = signal(null); // the OpenAPI document of the first target
+export const schemaProblem = signal(null);
+export const values = signal({});
+export const lives = signal([]);
+export const showProblems = signal(false);
+export const announcement = signal("");
+export const promoted = signal([]); // optional inputs that a prediction used, so that they stand with the question
+export const origin = signal(null); // the prediction that the one on show was made from
+
+export const fields = computed(() => (schema.value ? fieldsOf(schema.value) : []));
+export const grouped = computed(() => groups(fields.value, promoted.value));
+export const request = computed(() => collect(fields.value, values.value));
+export const streaming = computed(() => streams(schema.value));
+export const running = computed(() => lives.value.some((live) => live.running));
+
+/** Whether the form says something else than the answer on show was asked. */
+export const edited = computed(() => {
+  const asked = lives.value[0]?.prediction.value?.input;
+  if (!asked || !fields.value.length) return false;
+  const before = collect(fields.value, filled(fields.value, withoutSecrets(fields.value, asked))).input;
+  return JSON.stringify(before) !== JSON.stringify(withoutSecrets(fields.value, request.value.input));
+});
+
+export const key = ({ owner, name, version, adapter }) => [owner, name, version, adapter ?? ""].join("/");
+
+/** Everything that can be asked: each version, and each adapter of it. */
+export const choices = computed(() =>
+  (config.value?.models ?? []).map((model) => ({
+    label: `${model.owner}/${model.name}`,
+    options: model.versions.flatMap((version) => {
+      const target = { owner: model.owner, name: model.name, version: version.id, adapter: null };
+      const label = (version.label || short(version.id)).replace(/^https?:\/\//, "");
+      const adapters = (config.value.adapters ?? []).map((given) => (typeof given === "string" ? given : given.name));
+      return [
+        { target, label },
+        ...adapters.map((adapter) => ({ target: { ...target, adapter }, label: `${label} with ${adapter}`, adapter })),
+      ];
+    }),
+  })),
+);
+
+/** A version, and the adapter that an input names, as people know them. */
+export const labelOf = (target) => {
+  for (const model of choices.value)
+    for (const option of model.options) if (key(option.target) === key(target)) return option.label;
+  return [short(target.version), target.adapter && `with ${target.adapter}`].filter(Boolean).join(" ");
+};
+
+/** Ask these from now on; the form keeps what the new model also has. */
+export async function choose(chosen, input = null) {
+  const before = targets.value[0];
+  const first = chosen[0];
+  targets.value = chosen;
+  if (!first) return;
+  if (before && key({ ...before, adapter: null }) === key({ ...first, adapter: null }) && schema.value) {
+    if (input) values.value = filled(fields.value, withoutSecrets(fields.value, input));
+    return;
+  }
+  try {
+    const { openapi_schema: document } = await get(versionPath(first));
+    batch(() => {
+      const keep = schema.value ? request.value.input : {};
+      schema.value = document;
+      schemaProblem.value = null;
+      values.value = filled(fields.value, input ? withoutSecrets(fields.value, input) : keep);
+      showProblems.value = false;
+    });
+  } catch (error) {
+    batch(() => {
+      schema.value = null;
+      schemaProblem.value = error.message;
+    });
+  }
+}
+
+export const set = (name, value) => {
+  values.value = { ...values.value, [name]: value };
+};
+
+/** Ask. Returns the names of fields that have to be corrected first. */
+export async function run() {
+  const { input, problems } = request.value;
+  if (Object.keys(problems).length) {
+    showProblems.value = true;
+    announcement.value = `Not sent: ${Object.keys(problems).length} to correct.`;
+    return Object.keys(problems);
+  }
+  lives.value.forEach((live) => live.close());
+  const before = lives.value.length === 1 ? lives.value[0].prediction.value?.id : null;
+  const asked = targets.value.map((target) => ({ target, live: new Live(`${target.name} · ${labelOf(target)}`) }));
+  batch(() => {
+    lives.value = asked.map(({ live }) => live);
+    announcement.value = "Running.";
+    origin.value = before ?? null;
+  });
+  const two = asked.length > 1;
+  const created = await Promise.allSettled(
+    asked.map(({ target, live }) => live.create("/v1/predictions", bodyOf(target, input))),
+  );
+  if (!two && created[0].status === "fulfilled" && lives.value[0] === asked[0].live) go(`/p/${created[0].value.id}`);
+  if (two) go("/", { replace: true });
+  return [];
+}
+
+const bodyOf = (target, input) => ({
+  version: target.version,
+  input: target.adapter ? { ...input, adapter: target.adapter } : input,
+  stream: streaming.value,
+});
+
+export async function cancel() {
+  await Promise.allSettled(lives.value.filter((live) => live.running).map((live) => live.cancel()));
+}
+
+/** Tell those who do not see the page how an answer ended. */
+export const announceEnd = ({ status, error }) => {
+  announcement.value = { failed: `Failed: ${error.value}`, canceled: "Canceled." }[status.value] ?? "Done.";
+};
+
+/** Show a prediction by its permalink: its input in the form, its output beside it. */
+export async function open(id) {
+  if (lives.value.some((live) => live.prediction.value?.id === id)) return;
+  lives.value.forEach((live) => live.close());
+  let prediction;
+  try {
+    prediction = await get(predictionPath(id));
+  } catch (error) {
+    lives.value = [];
+    const first = choices.value[0]?.options[0]?.target;
+    if (first && !schema.value) await choose([first]); // so that something else can be asked
+    if (error.status !== 404) throw error;
+    throw new ApiError("This prediction is not here: it was deleted, or the address is not complete.", 404);
+  }
+  const live = new Live().show(prediction);
+  batch(() => {
+    lives.value = [live];
+    origin.value = null;
+  });
+  const target = targetOf(prediction);
+  live.label = whoOf(prediction);
+  promoted.value = Object.keys(prediction.input ?? {});
+  await choose([target], prediction.input ?? {});
+}
+
+export function targetOf(prediction) {
+  const [owner, name] = (prediction.model ?? "/").split("/");
+  return { owner, name, version: prediction.version ?? "", adapter: null };
+}
+
+/** What answered, in words: the model, its version and the adapter. */
+export function whoOf(prediction) {
+  const target = targetOf(prediction);
+  return `${target.name} · ${labelOf({ ...target, adapter: prediction.input?.adapter || null })}`;
+}
+
+/** An empty form for another question. */
+export function fresh() {
+  lives.value.forEach((live) => live.close());
+  batch(() => {
+    lives.value = [];
+    values.value = filled(fields.value);
+    showProblems.value = false;
+    promoted.value = [];
+    origin.value = null;
+  });
+}

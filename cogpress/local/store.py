@@ -1,0 +1,277 @@
+"""What lasts: one SQLite file in one folder, written in batches by one thread.
+
+Knows tables, what must be gone when (retention) and what must never be written (prompts, where they are to be kept
+out); leaves the meaning of rows to the parts that write them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import fcntl
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cogpress.errors import CogpressError
+
+CRASHED = "The local Replicate ended while this was waiting or running, so that there is no whole answer. Run it again."
+"""The error of what was not ended when the store was opened."""
+
+SEARCHED = 100_000
+"""Characters of a text that can be searched for; the rest is kept all the same."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS predictions (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created REAL NOT NULL, started REAL, completed REAL,
+    status TEXT NOT NULL, model TEXT NOT NULL, version TEXT NOT NULL, deployment TEXT, source TEXT NOT NULL,
+    input TEXT, output TEXT, logs TEXT, error TEXT, metrics TEXT, webhook TEXT, events TEXT,
+    removed INTEGER NOT NULL DEFAULT 0, rating TEXT, note TEXT, correction TEXT);
+CREATE INDEX IF NOT EXISTS predictions_created ON predictions (created);
+CREATE INDEX IF NOT EXISTS predictions_rating ON predictions (rating) WHERE rating IS NOT NULL;
+CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5 (input, output, prefix = '2 3');
+CREATE TABLE IF NOT EXISTS trainings (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL, data TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS models (name TEXT PRIMARY KEY, created REAL NOT NULL, data TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS versions (
+    id TEXT NOT NULL, model TEXT NOT NULL, created REAL NOT NULL, data TEXT NOT NULL, PRIMARY KEY (id, model));
+CREATE TABLE IF NOT EXISTS deployments (name TEXT PRIMARY KEY, created REAL NOT NULL, data TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS files (id TEXT PRIMARY KEY, created REAL NOT NULL, data TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+Row = dict[str, Any]
+
+
+class Store:
+    """The database and the folder around it; one process at a time."""
+
+    def __init__(
+        self, folder: Path, *, keep_prompts: bool = True, retention_days: float = 30, retention_count: int = 10_000
+    ) -> None:
+        """Open or make it; what was not ended when it was last used is marked as failed.
+
+        Args:
+            folder: for the database, uploaded files and trained weights.
+            keep_prompts: whether inputs, outputs and logs are written.
+            retention_days: what is older is removed.
+            retention_count: how many predictions are kept; the oldest go first, rated ones only by their age.
+
+        Raises:
+            CogpressError: the folder can not be used, or another process uses it.
+        """
+        self.folder = folder = folder.resolve()
+        self.keep_prompts = keep_prompts
+        self._days, self._count = retention_days, retention_count
+        self._pending: list[tuple[str, tuple[Any, ...]]] = []
+        self._batch: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "store")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)  # it holds what people asked
+            self._lock = (folder / "lock").open("a")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CogpressError(f"Another local Replicate uses {folder}. Stop it, or name another folder.") from None
+        except OSError as error:
+            raise CogpressError(f"{folder} can not be used: {error.strerror}. Name another folder.") from None
+        try:
+            self._database = sqlite3.connect(folder / "predictions.sqlite", check_same_thread=False)
+            self._database.row_factory = sqlite3.Row
+            self._prepare()
+        except sqlite3.Error as error:
+            self._lock.close()
+            raise CogpressError(
+                f"{folder / 'predictions.sqlite'} can not be read ({error}). Move it away to begin anew."
+            ) from None
+
+    def _prepare(self) -> None:
+        self._database.execute("PRAGMA journal_mode = WAL")
+        # A crash of the machine may cost the last moments, never the file; a crash of this process costs nothing.
+        self._database.execute("PRAGMA synchronous = NORMAL")
+        self._database.executescript(_SCHEMA)
+        with self._database as database:
+            database.execute(
+                "UPDATE predictions SET status = 'failed', error = ?, completed = ? "
+                "WHERE status IN ('starting', 'processing')",
+                (CRASHED, time.time()),
+            )
+            rows = database.execute("SELECT id, data FROM trainings WHERE status IN ('starting', 'processing')")
+            for row in rows.fetchall():
+                data = json.loads(row["data"]) | {"status": "failed", "error": CRASHED, "completed": time.time()}
+                database.execute(
+                    "UPDATE trainings SET status = 'failed', data = ? WHERE id = ?", (json.dumps(data), row["id"])
+                )
+        self._remove_old()
+
+    def secret(self, name: str) -> bytes:
+        """A secret of this installation, made at its first use. To be called before requests are served."""
+        found = self._database.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+        if found is None:
+            made = base64.b64encode(secrets.token_bytes(32)).decode()
+            with self._database as database:
+                database.execute("INSERT INTO settings VALUES (?, ?)", (name, made))
+            return base64.b64decode(made)
+        return base64.b64decode(found["value"])
+
+    def write(self, statement: str, *values: Any) -> asyncio.Future[None]:
+        """Write soon, together with what else is written at this moment.
+
+        Returns:
+            what can be awaited until it is written down; its order is that of the calls.
+        """
+        self._pending.append((statement, tuple(map(_storable, values))))
+        if self._batch is None:
+            self._batch = asyncio.get_running_loop().create_task(self._flush())
+            self._batch.add_done_callback(_retrieved)
+        return self._batch
+
+    async def _flush(self) -> None:
+        await asyncio.sleep(0)
+        pending, self._pending, self._batch = self._pending, [], None
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._commit, pending)
+
+    def _commit(self, pending: list[tuple[str, tuple[Any, ...]]]) -> None:
+        with self._database as database:
+            for statement, values in pending:
+                database.execute(statement, values)
+
+    async def read(self, query: str, *values: Any) -> list[Row]:
+        """The rows of a query, after everything that was written before."""
+        if self._batch is not None:
+            await asyncio.shield(self._batch)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._fetch, query, values)
+
+    def _fetch(self, query: str, values: tuple[Any, ...]) -> list[Row]:
+        return [dict(row) for row in self._database.execute(query, values)]
+
+    # Predictions, whose rows are `Prediction.record()`s.
+
+    def insert(self, record: Row) -> asyncio.Future[None]:
+        """A new prediction."""
+        texts = [json.dumps(record["input"]), *(json.dumps(record[name]) for name in ("metrics", "events"))]
+        if not self.keep_prompts:
+            texts[0] = "null"
+        self.write(
+            "INSERT INTO predictions (id, created, status, model, version, deployment, source, input, metrics, events, "
+            "webhook, removed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            *(record[name] for name in ("id", "created", "status", "model", "version", "deployment", "source")),
+            *texts,
+            record["webhook"],
+            not self.keep_prompts,
+        )
+        return self.write(
+            "INSERT INTO search (rowid, input, output) SELECT seq, ?, '' FROM predictions WHERE id = ?",
+            searched(record["input"]) if self.keep_prompts else "",
+            record["id"],
+        )
+
+    def update(self, record: Row) -> asyncio.Future[None]:
+        """How a prediction ended."""
+        kept = self.keep_prompts
+        self.write(
+            "UPDATE predictions SET status = ?, started = ?, completed = ?, output = ?, logs = ?, error = ?, "
+            "metrics = ? WHERE id = ?",
+            *(record[name] for name in ("status", "started", "completed")),
+            json.dumps(record["output"] if kept else None),
+            json.dumps(record["logs"] if kept else ""),
+            # An error may quote the input.
+            json.dumps(record["error"] if kept or not record["error"] else "It failed; why is kept out of the store."),
+            json.dumps(record["metrics"] if kept else _plain(record["metrics"])),
+            record["id"],
+        )
+        return self.write(
+            "UPDATE search SET output = ? WHERE rowid = (SELECT seq FROM predictions WHERE id = ?)",
+            searched(record["output"]) if kept else "",
+            record["id"],
+        )
+
+    async def find(self, identifier: str) -> Row | None:
+        """A prediction by its id, with its rating."""
+        rows = await self.read("SELECT * FROM predictions WHERE id = ?", identifier)
+        return parsed(rows[0]) if rows else None
+
+    async def remove_old(self) -> None:
+        """Remove what is older than it may be, and the oldest of what is more than may be kept."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._remove_old)
+
+    def _remove_old(self) -> None:
+        before = time.time() - self._days * 86400
+        with self._database as database:
+            ended = "status NOT IN ('starting', 'processing')"
+            gone = [
+                row["seq"]
+                for row in database.execute(
+                    f"SELECT seq FROM predictions WHERE {ended} AND (created < ? OR (rating IS NULL AND seq <= ("
+                    "SELECT seq FROM predictions ORDER BY seq DESC LIMIT 1 OFFSET ?)))",
+                    (before, self._count),
+                )
+            ]
+            database.executemany("DELETE FROM search WHERE rowid = ?", ((seq,) for seq in gone))
+            database.executemany("DELETE FROM predictions WHERE seq = ?", ((seq,) for seq in gone))
+            files = [row["id"] for row in database.execute("SELECT id FROM files WHERE created < ?", (before,))]
+            database.executemany("DELETE FROM files WHERE id = ?", ((name,) for name in files))
+        for name in files:
+            (self.folder / "files" / name).unlink(missing_ok=True)
+
+    async def close(self) -> None:
+        """Write what is left and let the folder go."""
+        if self._batch is not None:
+            await asyncio.gather(self._batch, return_exceptions=True)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._database.close)
+        self._thread.shutdown()
+        self._lock.close()
+
+
+def parsed(row: Row) -> Row:
+    """A prediction's row with its JSON read."""
+    for name in ("input", "output", "metrics", "events"):
+        row[name] = json.loads(row[name]) if row[name] else None
+    for name in ("logs", "error"):
+        text = row[name]
+        row[name] = json.loads(text) if text and text[0] == '"' else None if text == "null" else text
+    return row
+
+
+def searched(value: Any) -> str:
+    """The text in an input or output that a search is to find: no file's content, nothing endless."""
+    separator = "" if isinstance(value, list) else "\n"  # an output's chunks are one text
+    text = separator.join(_texts(value))[:SEARCHED]
+    return text.replace("\0", " ")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        if not value.startswith("data:"):
+            yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+    elif value is not None:
+        yield json.dumps(value)
+
+
+def _storable(value: Any) -> Any:
+    """Half a character, which no text in UTF-8 can hold, becomes a question mark; it would cost the whole batch."""
+    if isinstance(value, str) and not value.isascii():
+        return value.encode(errors="replace").decode()
+    return value
+
+
+def _plain(metrics: Row) -> Row:
+    """Metrics without those that hold text, such as log-probabilities."""
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def _retrieved(task: asyncio.Task[None]) -> None:
+    """Somebody may wait for the batch or nobody; an error is said once in either case."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        print(f"The store can not be written: {error}. Free space on its disk, or check its permissions.", flush=True)
