@@ -6,7 +6,6 @@ Knows prompts, limits and the order of a start; leaves weights to `fetch`, token
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -63,7 +62,6 @@ class Server:
         self.tokenizer = base.tokenizer(self.folder)
         read = time.perf_counter()
         self.engine = engine.load(self.folder, serve, concurrency, self.adapters.rank)
-        settle_memory()
         ready = time.perf_counter()
         self.cold_start = {**seconds, "tokenizer": read - fetched, "engine": ready - read, "total": ready - started}
         """Seconds of the start: `fetch` and `check`, at the same time `imports` (which `saved` so much), `tokenizer`,
@@ -210,15 +208,6 @@ class Server:
             }
             for token, value, others in steps
         ]
-
-
-def settle_memory() -> None:
-    """Leave what is loaded out of garbage collections to come.
-
-    There are millions of objects, which all live as long as the server; looking through them holds every stream up.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def find_weights(weights: str | os.PathLike[str] | None, root: Path, serve: config.Serve) -> str:
