@@ -332,8 +332,10 @@ def test_names_of_models(client: Any, local: Local) -> None:
 
 def test_models(client: Any, local: Local) -> None:
     found = client.models.list()
-    assert {"local/teller", "acme/echo"} <= {one.id for one in found}
+    assert {"local/teller", "local/teller@blue", "acme/echo"} <= {one.id for one in found}
     assert client.models.retrieve("teller").id == "teller"
+    assert client.models.retrieve("local/teller").id == "local/teller"
+    assert local.ask("GET", "/v1/models/local/teller").json()["id"] == "local/teller"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nothing")
     both = local.ask("GET", "/v1/models").json()

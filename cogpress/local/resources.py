@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from cogpress.local import openai
 from cogpress.local.catalog import NAME, OWNER, Deployment, Model, Version
 from cogpress.local.files import File
 from cogpress.local.web import Parts, Refused, answer, base_of, endpoint, read_json, stamp, text_of
@@ -95,12 +96,7 @@ async def models(parts: Parts, request: Request) -> Response:
     """`GET /v1/models`, for Replicate's clients and OpenAI's at once: each finds its keys."""
     base = base_of(request)
     found = list(parts.catalog.models.values())
-    known = [
-        {"id": one.full_name, "object": "model", "created": int(one.created), "owned_by": one.owner}
-        for one in found
-        if one.versions
-    ]
-    return answer({**_page([model_shape(base, one) for one in found]), "object": "list", "data": known})
+    return answer({**_page([model_shape(base, one) for one in found]), "object": "list", "data": openai.entries(parts)})
 
 
 async def search(parts: Parts, request: Request) -> Response:
@@ -146,7 +142,7 @@ async def model(parts: Parts, request: Request) -> Response:
     """`GET /v1/models/OWNER/NAME`."""
     found = _model(parts, request)
     counted = await parts.store.read("SELECT count(*) AS runs FROM predictions WHERE model = ?", found.full_name)
-    return answer(model_shape(base_of(request), found) | {"run_count": counted[0]["runs"]})
+    return answer(openai.entry(found) | model_shape(base_of(request), found) | {"run_count": counted[0]["runs"]})
 
 
 async def delete_model(parts: Parts, request: Request) -> Response:
