@@ -75,7 +75,9 @@ def stream(chunks: AsyncIterator[str]) -> Iterator[str]:
     async def pump() -> None:
         try:
             async for chunk in chunks:
-                items.put(chunk)
+                # At the end of the loop's turn: one step of the engine brings a chunk for every stream, and a thread
+                # that is woken at once only waits for the interpreter, which the loop still holds.
+                loop.call_soon(items.put, chunk)
         finally:
             close = getattr(chunks, "aclose", None)
             if close is not None:
@@ -85,7 +87,8 @@ def stream(chunks: AsyncIterator[str]) -> Iterator[str]:
         # Also for a task that was cancelled before its first step, so that the thread below never waits for ever.
         items.put(_Ended(asyncio.CancelledError() if task.cancelled() else task.exception()))
 
-    task = asyncio.get_running_loop().create_task(pump())
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(pump())
     task.add_done_callback(ended)
     _pumps.get([]).append(task)
 

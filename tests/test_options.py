@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cogpress import config, engine
@@ -34,6 +38,24 @@ def test_on_a_cpu(folder: Path) -> None:
     assert found["load_format"] == "safetensors"
     assert found["disable_log_stats"] is True
     assert not {"gpu_memory_utilization", "enable_lora", "speculative_config", "quantization"} & found.keys()
+
+
+def test_every_thread_of_a_child_stands_back() -> None:
+    program = "import threading, sys; [threading.Thread(target=sys.stdin.read).start() for _ in range(3)]; print('on')"
+    with subprocess.Popen(
+        [sys.executable, "-uc", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout.readline() == "on\n"
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        vllm.stand_back()
+        vllm.stand_back()
+        threads = [thread.id for thread in psutil.Process(child.pid).threads()]
+        assert len(threads) == 4
+        assert {os.getpriority(os.PRIO_PROCESS, one) for one in threads} == {max(before, vllm.NICENESS)}
+        assert os.getpriority(os.PRIO_PROCESS, 0) == before
+        child.stdin.close()
 
 
 def test_on_gpus(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 import time
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from cogpress import archive, client, fetch, manifest
+from cogpress.engines import vllm
 from cogpress.errors import CogpressError
 from cogpress.server import Server
 from examples import queries
@@ -73,6 +75,18 @@ def test_the_log_says_where_the_time_of_the_start_went(server: Server) -> None:
     assert list(parts) == ["fetch", "check", "imports", "tokenizer", "engine"]
     assert sum(parts.values()) - float(line[3]) == pytest.approx(float(line[1]), abs=1)
     assert "First token of the first answer after" in server.log.read_text()
+
+
+def test_the_engine_stands_back_for_what_carries_its_tokens(server: Server) -> None:
+    assert server._process is not None
+    leader = psutil.Process(server._process.pid)
+    family = [leader, *leader.children(recursive=True)]
+    engine = [process for process in family if process.name().startswith("VLLM")]
+    threads = [thread.id for process in engine for thread in process.threads()]
+    assert len(engine) == 2
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {max(vllm.NICENESS, leader.nice())}
+    others = [process for process in family if process not in engine and "python" in process.name()]
+    assert {process.nice() for process in others} == {leader.nice()}
 
 
 def test_text_streams_long_before_it_ends(server: Server, rows: list[queries.Row]) -> None:
