@@ -1,0 +1,55 @@
+"""Every reason for which a push fails, found in seconds before it.
+
+Knows the list of checks and how they run: facts are gathered once, and each check is a function of them. Each topic's
+rules are in the file of its name.
+"""
+
+from __future__ import annotations
+
+import time
+
+from cogpress.errors import CogpressError
+from cogpress.preflight import cogyaml, image, packages, place, signature, weights
+from cogpress.preflight.check import Check, Finding, Row, failed
+from cogpress.preflight.facts import Facts, Request, gather
+from cogpress.preflight.fix import fix
+from cogpress.preflight.report import Report
+
+__all__ = ["CHECKS", "Facts", "Report", "Request", "check", "gather", "run"]
+
+CHECKS: list[Check] = [
+    *cogyaml.CHECKS,
+    *signature.CHECKS,
+    *packages.CHECKS,
+    *weights.CHECKS,
+    *image.CHECKS,
+    *place.CHECKS,
+]
+
+
+def run(request: Request, *, fixes: bool = False) -> Report:
+    """Gather the facts, check, and with `fixes` do what is safe and check again.
+
+    Args:
+        request: what is to be pushed, and where to.
+        fixes: write `.dockerignore` entries and settle interrupted writers.
+    """
+    started = time.perf_counter()
+    facts = gather(request)
+    done: list[str] = []
+    if fixes:
+        done = list(fix(facts))
+        facts = gather(request) if done else facts
+    return Report(check(facts), time.perf_counter() - started, tuple(done))
+
+
+def check(facts: Facts) -> list[Row]:
+    """Each check's findings."""
+    return [Row(one.topic, one.name, finding) for one in CHECKS for finding in _look(one, facts)]
+
+
+def _look(one: Check, facts: Facts) -> list[Finding]:
+    try:
+        return list(one.look(facts))
+    except CogpressError as error:
+        return [failed(str(error), "Correct it and run it again.")]
