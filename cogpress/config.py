@@ -214,6 +214,7 @@ class Plan(_Section):
     cold_start_seconds: Annotated[float, Field(ge=0)] = 120.0
     idle_seconds: Annotated[float, Field(ge=0)] = 60.0
     tokens_per_second: dict[str, Annotated[float, Field(gt=0)]] = {}
+    answer_share: Annotated[float, Field(gt=0, le=1)] | None = None
     training_tokens: Annotated[int, Field(ge=1)] | None = None
     training_tokens_per_second: dict[str, Annotated[float, Field(gt=0)]] = {}
 

@@ -7,12 +7,12 @@ Knows which question goes to which part and how machines are ranked; leaves coun
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from cogpress import cost, hardware, memory, source
+from cogpress import cost, memory, source
 from cogpress.architecture import Architecture
 from cogpress.config import Config
 from cogpress.cost import Load, Running, Speed
@@ -146,7 +146,12 @@ def _whole(one: Memory) -> dict[str, float]:
 
 
 def make(
-    settings: Config, model: Architecture, table: Table, *, root: Path | None = None, notes: tuple[str, ...] = ()
+    settings: Config,
+    model: Architecture,
+    table: Table,
+    *,
+    report: Mapping[str, Any] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Plan:
     """Plan a model's training and serving.
 
@@ -154,7 +159,7 @@ def make(
         settings: of `model.yaml`; `base`, `train`, `serve` and `plan` are used.
         model: its architecture.
         table: the hardware to choose from.
-        root: the project's folder, in whose finished run the training's tokens are looked up.
+        report: what a run counted of the training's data, as `data_report` reads it.
         notes: to be kept with the plan's own.
 
     Raises:
@@ -164,7 +169,7 @@ def make(
         # Of an account's list, which can be shorter, a measured speed may name more.
         if not table.listed:
             table.machine(sku)
-    train, serve = training_of(settings, model), serving_of(settings, model)
+    train, serve = training_of(settings, model, report or {}), serving_of(settings, model)
     asked = settings.plan
     load = Load(asked.input_tokens, asked.output_tokens, asked.requests_per_hour / 3600)
     if load.input_tokens + load.output_tokens > serve.context:
@@ -172,7 +177,7 @@ def make(
             f"plan.input_tokens and output_tokens are {load.input_tokens + load.output_tokens} together, and "
             f"plan.context is {serve.context}. Raise the context or shorten the requests."
         )
-    tokens = training_tokens(settings, root)
+    tokens = training_tokens(settings, report or {})
     said = [*notes]
     if caution := table.caution():
         said.append(caution)
@@ -205,8 +210,14 @@ def make(
     )
 
 
-def training_of(settings: Config, model: Architecture) -> Training:
-    """How `model.yaml` trains on a GPU. Rows are never longer than the model's context."""
+def training_of(settings: Config, model: Architecture, report: Mapping[str, Any]) -> Training:
+    """How `model.yaml` trains on a GPU. Rows are never longer than the model's context.
+
+    The share of tokens with loss is what `plan.answer_share` says, or what the report counted, or all.
+    """
+    counted = (
+        report["learnt_tokens"] / report["tokens"] if report.get("learnt_tokens") and report.get("tokens") else 1.0
+    )
     train = settings.train
     method: Method = {"nf4": "nf4", "int8": "int8", "none": "lora"}[settings.base.quantization]  # type: ignore[assignment]
     return Training(
@@ -216,6 +227,7 @@ def training_of(settings: Config, model: Architecture) -> Training:
         rank=train.rank,
         targets=train.target_modules,
         checkpointing=True,
+        answers=settings.plan.answer_share or min(1.0, counted),
         optimizer="adamw" if train.optimizer == "adamw" else "paged_adamw_8bit",
     )
 
@@ -256,30 +268,34 @@ def _scheme(settings: Config, model: Architecture) -> Scheme:
     return "float16" if dtype == "float16" else "float32" if settings.serve.dtype == "float32" else "bfloat16"
 
 
-def training_tokens(settings: Config, root: Path | None) -> tuple[int, str] | None:
-    """How many tokens a training sees, and how that is known; None where nothing tells."""
+def training_tokens(settings: Config, report: Mapping[str, Any]) -> tuple[int, str] | None:
+    """How many tokens a training sees, and how that is known; None where nothing tells.
+
+    Args:
+        settings: of `model.yaml`.
+        report: what a run of the same data counted (`data.json`); empty where there is none.
+    """
     train = settings.train
     if settings.plan.training_tokens is not None:
         return settings.plan.training_tokens, "plan.training_tokens"
-    if root is not None:
-        try:
-            saved = json.loads((root / "runs" / settings.name / "result.json").read_text(encoding="utf-8"))
-            if saved["key"]["train"] == train.model_dump(mode="json"):
-                return int(saved["result"]["tokens"]), "the finished run"
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # there is no such run, and the other ways are tried
+    rows, counted = report.get("train", 0) + report.get("validation", 0), report.get("tokens", 0)
     if train.max_steps is not None:
-        return (
-            train.max_steps * train.batch_size * train.gradient_accumulation * train.max_length,
-            "train.max_steps, each row as long as max_length: an upper bound",
-        )
-    path = root / settings.data.train if root is not None and settings.data.train else None
-    if path is not None and path.is_file() and path.suffix in (".jsonl", ".json"):
-        return (
-            max(1, round(path.stat().st_size / 4 * train.epochs)),
-            "the size of data.train, at four characters a token",
-        )
+        steps = train.max_steps * train.batch_size * train.gradient_accumulation
+        if rows and counted:
+            return round(steps * counted / rows), "train.max_steps, with rows as long as the last run's"
+        return steps * train.max_length, "train.max_steps, each row as long as max_length: an upper bound"
+    if rows and counted:
+        return round(report["train"] / rows * counted * train.epochs), "the last run's data"
     return None
+
+
+def data_report(run: Path) -> dict[str, Any]:
+    """What a run counted of its data; empty where it has not."""
+    try:
+        found = json.loads((run / "data.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
@@ -396,14 +412,3 @@ def _serving_rank(row: Served) -> tuple[Any, ...]:
     ways = [way.per_month for way in (row.serverless, row.always_on) if way is not None]
     price = row.machine.price_per_second
     return (row.refused is not None, min(ways, default=float("inf")), float("inf") if price is None else price)
-
-
-def from_project(settings: Config, root: Path, *, model: Architecture) -> Plan:
-    """Plan with the hardware that `model.yaml` and the account name.
-
-    Raises:
-        CogpressError: as `make`; the table can not be read; Replicate does not know the token.
-    """
-    path = root / settings.plan.hardware if settings.plan.hardware else None
-    table, note = hardware.current(hardware.table(path, settings.plan.prices))
-    return make(settings, model, table, root=root, notes=(note,) if note else ())
