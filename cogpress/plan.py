@@ -188,6 +188,8 @@ def make(
         )
     if not (asked.tokens_per_second and asked.training_tokens_per_second):
         said.append("Speeds that are not measured are reckoned from data sheets: expect half to double.")
+    # A training takes one GPU; more of them would be paid and idle.
+    trainers = [one for one in table.machines if one.gpus <= 1] or table.machines
     return Plan(
         model=source.shown(settings.base.source),
         architecture=model,
@@ -203,7 +205,7 @@ def make(
             for name in METHODS
         },
         schemes={name: memory.serving(model, replace(serve, scheme=name)) for name in get_args(Scheme)},
-        trained=_ranked([_trained(model, train, one, settings, tokens) for one in table.machines], _training_rank),
+        trained=_ranked([_trained(model, train, one, settings, tokens) for one in trainers], _training_rank),
         served=_ranked([_served(model, serve, one, settings, load) for one in table.machines], _serving_rank),
         tokens=tokens,
         notes=tuple(said),

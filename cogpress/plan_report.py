@@ -25,7 +25,7 @@ from cogpress.plan import Plan
 NAME = "plan.json"
 PICTURE = "plan.png"
 
-RATES = tuple(10 ** (power / 4) for power in range(0, 21))
+RATES = tuple(10 ** (power / 4) for power in range(21))
 """Requests an hour on the picture: from one to a hundred thousand."""
 
 _METHODS = {"full": "full", "lora": "LoRA", "int8": "LoRA on int8", "nf4": "QLoRA (nf4)"}
@@ -196,7 +196,7 @@ def _costs(plan: Plan) -> Table:
     load = plan.load
     table = Table(
         "hardware", "instances online", "serverless, a month", "requests that wait", "for", "always on, a month",
-        title=f"{3600 * load.per_second:,.0f} requests an hour, of {load.input_tokens:,} + {load.output_tokens:,} tokens",
+        title=f"{3600 * load.per_second:,.0f} requests an hour, {load.input_tokens:,} + {load.output_tokens:,} tokens",
     )  # fmt: skip
     for row in plan.served:
         if row.serverless is not None and row.always_on is not None:

@@ -312,8 +312,10 @@ def plan(
     for size, names in sizes.items():
         if size < span:
             left.axvline(size, color=_INK, linewidth=1.1, linestyle="--")
-            left.annotate(", ".join(names), (size, 1), xycoords=("data", "axes fraction"), xytext=(-3, -4),
-                          textcoords="offset points", rotation=90, ha="right", va="top", fontsize=8, color=_INK)  # fmt: skip
+            left.annotate(
+                ", ".join(names), (size, 1), xycoords=("data", "axes fraction"), xytext=(-3, -4),
+                textcoords="offset points", rotation=90, ha="right", va="top", fontsize=8, color=_INK,
+            )  # fmt: skip
     left.set_yticks(range(len(bars)), [label for label, _ in bars])
     left.set_ylim(len(bars) - 0.4, -0.6)
     left.set_xlim(0, span)
