@@ -123,8 +123,9 @@ def gather(request: Request) -> Facts:
         machine_found = pool.submit(machine.look, request.root)
         replicate_found = pool.submit(_replicate, request, request.destination or _image(cog))
         weights = weights_found.result()
-        base = ((weights.manifest or {}).get("base") or {}).get("source") or (settings and settings.base.source)
-        named = [base, settings.serve.weights if settings else None]
+        base = ((weights.manifest or {}).get("base") or {}).get("source")
+        base = base or (settings.base.source if settings else None)
+        named: list[str | None] = [base, settings.serve.weights if settings else None]
         repositories = sorted({found for found in map(_repository, named) if found})
         hub = {name: _hub(request, name) for name in repositories}
         return Facts(
