@@ -73,7 +73,7 @@ def project(root: Path) -> Path:
         "model.yaml": "name: test\n",
         "predict.py": RUNNER,
         "train.py": TRAINER,
-        "requirements/gpu.in": "-r base.in\nvllm==0.32.0\nnvidia-cuda-runtime<13.1\ncolorama; sys_platform == 'win32'\n",
+        "requirements/gpu.in": "-r base.in\nvllm==0.32.0\nnvidia-cuda-runtime<13.1\ncolorama; os_name == 'nt'\n",
         "requirements/base.in": "torch==2.13.0  # the one of vLLM\n",
         "requirements/gpu.lock": LOCK,
         ".dockerignore": "\n".join(NEVER) + "\n",

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from cogpress import config, manifest, source, verdict
+from cogpress import config, hardware, manifest, source, verdict
 from cogpress.errors import CogpressError
 from cogpress.preflight import machine
 from cogpress.preflight.ignore import NAME, Entry, Ignore, context
@@ -79,6 +79,8 @@ class Facts:
     ignore: Ignore | None
     entries: list[Entry]
     weights: Weights
+    hardware: hardware.Machine | None
+    """What the model is to run on, where it is named and in the table."""
     machine: Machine
     replicate: Asked
     hub: dict[str, Asked]
@@ -137,6 +139,7 @@ def gather(request: Request) -> Facts:
             ignore=ignore,
             entries=context(request.root, ignore or Ignore("")),
             weights=weights,
+            hardware=_hardware(request, settings),
             machine=machine_found.result(),
             replicate=replicate_found.result(),
             hub=hub,
@@ -160,6 +163,14 @@ def _settings(root: Path) -> tuple[config.Config | None, str | None]:
         return config.load(root / "model.yaml"), None
     except CogpressError as error:
         return None, str(error)
+
+
+def _hardware(request: Request, settings: config.Config | None) -> hardware.Machine | None:
+    own = settings.plan.hardware if settings else None
+    try:
+        return hardware.table(request.root / own if own else None).machine(request.hardware or "")
+    except CogpressError:
+        return None
 
 
 def _ignore(root: Path) -> Ignore | None:

@@ -159,7 +159,9 @@ def _hardware(facts: Facts) -> Iterator[Finding]:
     if not isinstance(answer.content, list):
         yield _refused(answer, "the hardware")
         return
-    known: dict[str, Any] = {str(item.get("sku")): item.get("name") for item in answer.content if isinstance(item, dict)}
+    known: dict[str, Any] = {
+        str(item.get("sku")): item.get("name") for item in answer.content if isinstance(item, dict)
+    }
     if wanted not in known:
         yield failed(f"Replicate has no hardware {wanted}.", f"Name one of {some(known, 12)}.")
     else:

@@ -1,14 +1,13 @@
 """The weights that are pushed: there, whole, verified, of a form that the hardware computes with, and allowed to ship.
 
-Knows generations of GPUs and licences by their identifiers; leaves memory to the plan and how weights are checked to
-`manifest` and `verdict`.
+Knows what a generation of GPUs computes with, and licences by their identifiers; leaves GPUs to `hardware`, what fits
+beside the weights to the plan, and how weights are checked to `manifest` and `verdict`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from cogpress import archive, origin, source
 from cogpress.errors import CogpressError
@@ -18,36 +17,10 @@ from cogpress.preflight.facts import Facts
 TOPIC = "Weights"
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A generation: NVIDIA's compute capability, and the bytes of one card."""
-
-    capability: tuple[int, int]
-    memory: int
-
-
-GPUS = {
-    "t4": Gpu((7, 5), 16_000_000_000),
-    "a40": Gpu((8, 6), 48_000_000_000),
-    "a100": Gpu((8, 0), 80_000_000_000),
-    "l40s": Gpu((8, 9), 48_000_000_000),
-    "h100": Gpu((9, 0), 80_000_000_000),
-    "h200": Gpu((9, 0), 141_000_000_000),
-    "b200": Gpu((10, 0), 180_000_000_000),
-}
-
 NEEDS = {"bfloat16": (8, 0), "fp8": (8, 9), "int8": (7, 5), "int4": (7, 5), "awq": (7, 5)}
 """Compute capability from which on a GPU computes with a type or scheme."""
 
 NOT_FOR_SALE = re.compile(r"cc-by-nc.*|.*non-?commercial.*|.*research.*", re.IGNORECASE)
-
-
-def gpus(sku: str) -> tuple[Gpu, int] | None:
-    """The card that a SKU or a name of Replicate's hardware speaks of, and how many; None where it is none."""
-    text = sku.lower()
-    found = re.search(r"(?<![a-z0-9])(" + "|".join(sorted(GPUS, key=len, reverse=True)) + r")(?![a-z0-9])", text)
-    many = re.search(r"(?<!\w)(\d+)x(?!\w)", text)
-    return (GPUS[found[1]], int(many[1]) if many else 1) if found else None
 
 
 def scheme(model: dict[str, object]) -> str | None:
@@ -146,18 +119,20 @@ def _interrupted(facts: Facts) -> Iterator[Finding]:
 
 
 def _generation(facts: Facts) -> Iterator[Finding]:
-    hardware, settings = facts.request.hardware, facts.settings
+    hardware, settings, gpu = facts.request.hardware, facts.settings, facts.hardware
     if not hardware or hardware == "auto":
         yield skipped("no hardware is named", "--hardware SKU")
         return
-    found = gpus(hardware)
-    if found is None:
-        if hardware == "cpu" and facts.build.get("gpu") is True:
-            yield failed("The image is for GPUs (build.gpu), and the hardware is cpu.", "Name a GPU's SKU.")
-        else:
-            yield skipped(f"this cogpress does not know the GPU of {hardware}")
+    if gpu is None:
+        yield skipped(f"cogpress does not know {hardware}", "Add it in a file that model.yaml names as plan.hardware.")
         return
-    capability = found[0].capability
+    if gpu.gpus == 0:
+        if facts.build.get("gpu") is True:
+            yield failed(f"The image is for GPUs (build.gpu), and {hardware} has none.", "Name a GPU's SKU.")
+        else:
+            yield passed(f"{hardware}, and an image for CPUs")
+        return
+    capability = gpu.capability
     made = scheme(facts.weights.model)
     dtype = settings.serve.dtype if settings else "auto"
     shown = f"{hardware} (compute capability {capability[0]}.{capability[1]})"
@@ -182,15 +157,13 @@ def _generation(facts: Facts) -> Iterator[Finding]:
 
 
 def _fits(facts: Facts) -> Iterator[Finding]:
-    hardware, settings = facts.request.hardware, facts.settings
-    found = gpus(hardware) if hardware and hardware != "auto" else None
-    if found is None or not facts.weights.bytes:
-        yield skipped("no GPU is named" if facts.weights.bytes else "there are no weights to look at")
+    gpu, settings = facts.hardware, facts.settings
+    if gpu is None or gpu.gpus == 0 or not facts.weights.bytes:
+        yield skipped("no known GPU is named" if facts.weights.bytes else "there are no weights to look at")
         return
-    gpu, count = found
     share = settings.serve.gpu_memory_share if settings else 0.9
-    room = gpu.memory * count * share
-    told = f"{size(facts.weights.bytes)} of weights in {size(room)} of {hardware} ({count} x {size(gpu.memory)})"
+    room = gpu.gpu_bytes * gpu.gpus * share
+    told = f"{size(facts.weights.bytes)} of weights in {size(room)} of {gpu.sku} ({gpu.gpus} x {size(gpu.gpu_bytes)})"
     if facts.weights.bytes * 1.05 > room:
         yield failed(f"{told} do not fit.", "scripts/plan shows the hardware that fits; or scripts/quantize.")
     elif facts.weights.bytes * 1.25 > room:
