@@ -269,7 +269,7 @@ def _described(model: Any, settings: Mapping[str, Any], shown: str) -> Architect
         max_context=int(getattr(text, "max_position_embeddings", 0) or 4096),
         gated=bool(names & {"gate_proj", "gate_up_proj"}) or experts > 0,
         dtype=str(dtype).removeprefix("torch."),
-        scheme=_scheme(settings.get("quantization_config")),
+        scheme=scheme_of(settings.get("quantization_config")),
     )
 
 
@@ -319,7 +319,8 @@ def _caches(text: Any, heads: int, shown: str) -> tuple[Cache, ...]:
     return tuple(Cache(values, window if ATTENTION[kind] else None) for kind in kinds[: layers - shared])
 
 
-def _scheme(found: Any) -> str | None:
+def scheme_of(found: Any) -> str | None:
+    """The scheme of a `quantization_config`, by the name that scripts/quantize has for it; None where there is none."""
     if not isinstance(found, Mapping):
         return None
     method = str(found.get("quant_method") or "")

@@ -313,8 +313,8 @@ def plan(
         if size < span:
             left.axvline(size, color=_INK, linewidth=1.1, linestyle="--")
             left.annotate(
-                ", ".join(names), (size, 1), xycoords=("data", "axes fraction"), xytext=(-3, -4),
-                textcoords="offset points", rotation=90, ha="right", va="top", fontsize=8, color=_INK,
+                ", ".join(names), (size, 0), xycoords=("data", "axes fraction"), xytext=(-3, 4),
+                textcoords="offset points", rotation=90, ha="right", va="bottom", fontsize=8, color=_INK,
             )  # fmt: skip
     left.set_yticks(range(len(bars)), [label for label, _ in bars])
     left.set_ylim(len(bars) - 0.4, -0.6)
@@ -344,5 +344,5 @@ def plan(
         waits.set_ylabel("requests that wait for a start, serverless (%)", color="#888888")
         waits.spines["top"].set_visible(False)
         right.plot([], [], color="#888888", linewidth=1.2, linestyle="--", label="requests that wait")
-        right.legend(frameon=False, loc="upper left")
+        right.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.04))
     figure.savefig(path, dpi=110)
