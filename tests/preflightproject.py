@@ -8,8 +8,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from cogpress import manifest
 from cogpress.preflight.image import NEVER
@@ -63,7 +67,20 @@ def train(data: cog.Path = Input(description="Examples.")) -> TrainingOutput:
     return TrainingOutput(weights=data)
 """
 
+
+def closure(package: str) -> dict[str, str]:
+    """What an installed package needs, all the way down, in the versions that are installed."""
+    found: dict[str, str] = {}
+    for line in metadata.requires(package) or []:
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        if not (requirement.marker and not requirement.marker.evaluate({"extra": "", "python_version": "3.12"})):
+            found |= {name: metadata.version(name), **closure(name)}
+    return found
+
+
 LOCK = "# The image: Python 3.12\nvllm==0.32.0\ntorch==2.13.0\nnvidia-cuda-runtime==13.0.96\nnvidia-cudnn-cu13==9.2\n"
+LOCK += "".join(f"{name}=={version}\n" for name, version in sorted(closure("torch").items()))
 
 
 def project(root: Path) -> Path:

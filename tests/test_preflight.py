@@ -195,6 +195,9 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("Packages: requirements", "warning", lock("vllm==", "--pre\nvllm=="), "the options --pre"),
     ("Packages: requirements", "failed", lock("torch==2.13.0", "torch==2.13.0\ntorch==2.13.0"), "twice"),
     ("Packages: requirements", "warning", lock("torch==", "cog==0.23.1\ntorch=="), "cog build installs"),
+    ("Packages: read by Cog", "failed", lock("torch==2.13.0", "torch[opt]==2.13.0 --hash=sha256:00"), "torch[opt]"),
+    ("Packages: read by Cog", "warning", lock("torch==2.13.0", "torch==2.13.0 ; os_name == 'nt'"), "conditions"),
+    ("Packages: read by Cog", "failed", lock("torch==2.13.0", "torch==2.13.0" + " --hash=sha256:00" * 5000), "more ha"),
     ("Packages: lock is current", "failed", swap("requirements/base.in", "2.13.0", "2.14.0"), "not ==2.14.0"),
     ("Packages: lock is current", "failed", swap("requirements/gpu.in", "<13.1", "<13.0"), "not <13.0"),
     ("Packages: lock is current", "failed", swap("requirements/base.in", "torch", "peft==1\ntorch"), "peft is missing"),
@@ -255,6 +258,15 @@ def test_what_is_wrong_is_found(here: Path, name: str, outcome: str, change: Cha
     assert [
         row.finding.message for row in found if row.finding.outcome == outcome and message in row.finding.message
     ], found
+
+
+def test_a_lock_that_lacks_what_a_package_needs(here: Path) -> None:
+    from importlib.metadata import version
+
+    (here / "requirements" / "gpu.lock").write_text(f"httpx=={version('httpx')}\n")
+    [row] = findings(here, "Packages: versions agree")
+    assert row.finding.outcome == "failed"
+    assert "needs httpcore, which is not locked" in row.finding.message
 
 
 def disagreeing_lock() -> str:
@@ -459,7 +471,7 @@ def test_programs_that_do_not_work(
     here: Path, tmp_path: Path, name: str, answer: str, status: int, outcome: str, message: str
 ) -> None:
     program(tmp_path / "bin", name, answer, status)
-    [row] = findings(here, f"This machine: {name.title()}")
+    [row] = findings(here, f"Machine: {name.title()}")
     assert row.finding.outcome == outcome
     assert message in row.finding.message
 
@@ -467,7 +479,7 @@ def test_programs_that_do_not_work(
 def test_programs_that_are_not_there(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("Docker", "Cog"):
-        [row] = findings(here, f"This machine: {name}")
+        [row] = findings(here, f"Machine: {name}")
         assert row.finding.outcome == "failed"
 
 
@@ -483,13 +495,13 @@ def test_programs_that_are_not_there(here: Path, tmp_path: Path, monkeypatch: py
 )
 def test_the_log_in_is_dockers(here: Path, tmp_path: Path, content: Any, outcome: str) -> None:
     (tmp_path / "docker" / "config.json").write_text(json.dumps(content))
-    [row] = findings(here, "This machine: log-in")
+    [row] = findings(here, "Machine: log-in")
     assert row.finding.outcome == outcome
 
 
 def test_without_a_token_nothing_is_asked(here: Path, api: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REPLICATE_API_TOKEN")
-    [row] = findings(here, "This machine: token")
+    [row] = findings(here, "Machine: token")
     assert row.finding.outcome == "failed"
     assert [row.finding.outcome for row in findings(here, "Replicate: account")] == ["skipped"]
     assert api.asked == []
@@ -637,6 +649,11 @@ def test_without_fix_nothing_is_written(here: Path) -> None:
     before = sorted(path for path in here.rglob("*") if ".git/" not in str(path))
     run(here)
     assert sorted(path for path in here.rglob("*") if ".git/" not in str(path)) == before
+
+
+def test_topics_can_be_left_out(here: Path) -> None:
+    report = preflight.run(preflight.Request(here), skip=["machine", "weights"])
+    assert {row.topic for row in report.rows} == {"Configuration", "Inputs", "Packages", "Image", "Replicate"}
 
 
 def test_the_report_shows_the_worst_first(here: Path) -> None:

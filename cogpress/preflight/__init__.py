@@ -7,6 +7,7 @@ rules are in the file of its name.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from cogpress.errors import CogpressError
 from cogpress.preflight import cogyaml, image, packages, place, signature, weights
@@ -15,7 +16,7 @@ from cogpress.preflight.facts import Facts, Request, gather
 from cogpress.preflight.fix import fix
 from cogpress.preflight.report import Report
 
-__all__ = ["CHECKS", "Facts", "Report", "Request", "check", "gather", "run"]
+__all__ = ["CHECKS", "TOPICS", "Facts", "Report", "Request", "check", "gather", "run"]
 
 CHECKS: list[Check] = [
     *cogyaml.CHECKS,
@@ -27,12 +28,17 @@ CHECKS: list[Check] = [
 ]
 
 
-def run(request: Request, *, fixes: bool = False) -> Report:
+TOPICS = tuple(dict.fromkeys(one.topic.lower() for one in CHECKS))
+"""What can be left out, in the order of the checks."""
+
+
+def run(request: Request, *, fixes: bool = False, skip: Sequence[str] = ()) -> Report:
     """Gather the facts, check, and with `fixes` do what is safe and check again.
 
     Args:
         request: what is to be pushed, and where to.
         fixes: write `.dockerignore` entries and settle interrupted writers.
+        skip: topics that are left out, of `TOPICS`.
     """
     started = time.perf_counter()
     facts = gather(request)
@@ -40,12 +46,13 @@ def run(request: Request, *, fixes: bool = False) -> Report:
     if fixes:
         done = list(fix(facts))
         facts = gather(request) if done else facts
-    return Report(check(facts), time.perf_counter() - started, tuple(done))
+    return Report(check(facts, skip), time.perf_counter() - started, tuple(done))
 
 
-def check(facts: Facts) -> list[Row]:
-    """Each check's findings."""
-    return [Row(one.topic, one.name, finding) for one in CHECKS for finding in _look(one, facts)]
+def check(facts: Facts, skip: Sequence[str] = ()) -> list[Row]:
+    """Each check's findings, but for those of topics that are left out."""
+    wanted = [one for one in CHECKS if one.topic.lower() not in skip]
+    return [Row(one.topic, one.name, finding) for one in wanted for finding in _look(one, facts)]
 
 
 def _look(one: Check, facts: Facts) -> list[Finding]:

@@ -29,6 +29,11 @@ TORCH_OF_VLLM = {"0.32": ("2.13", "13.0")}
 LEFT_OUT = {"cog", "coglet", "llm", "llama-cpp-python"}
 """What the lock leaves out on purpose: `cog build` installs the first two."""
 
+LONGEST_LINE = 65_536
+"""Bytes of a line, continuations joined, from which on Cog does not read it."""
+
+_PLAIN = re.compile(r"[a-zA-Z0-9_-]+==[^ ;]+( |;|$)")
+
 _CUDA_PARTS = re.compile(
     r"nvidia-cuda-(runtime|nvrtc|cupti|nvcc|crt|cccl)|nvidia-(nvjitlink|nvvm)|cuda-(python|bindings)"
 )
@@ -79,6 +84,31 @@ def _listed(facts: Facts) -> Iterator[Finding]:
         yield warning(f"{name} has {some(by_cog)}, which cog build installs.", "Name it as build.sdk_version instead.")
     if not loose and not options and not twice and not by_cog:
         yield passed(f"{name}: {len(lines)} packages, each with its version")
+
+
+def _read_by_cog(facts: Facts) -> Iterator[Finding]:
+    """Cog takes `name==version` of each line and drops hashes and markers; other lines it passes on whole."""
+    name = _file(facts)
+    lines = [line for line in _lines((facts.text(name) if name else None) or "") if not line.startswith("-")]
+    if not lines:
+        yield skipped("there are no requirements to read")
+        return
+    whole = [line.split()[0] for line in lines if "--hash" in line and not _PLAIN.match(line)]
+    marked = [line.split()[0] for line in lines if _PLAIN.match(line) and ";" in line]
+    long = [line.split()[0] for line in lines if len(line) >= LONGEST_LINE]
+    if whole:
+        yield failed(
+            f"Cog passes {some(whole)} of {name} on with its hashes, and pip then asks for everybody's.",
+            "Write name==version there, without extras and addresses, or leave its hashes out.",
+        )
+    if marked:
+        yield warning(
+            f"Cog drops the conditions after ; of {some(marked)} in {name}.", "Lock for the image alone: scripts/lock."
+        )
+    if long:
+        yield failed(f"{some(long)} of {name} has more hashes than Cog reads in a line.", "Leave hashes of it out.")
+    if not whole and not marked and not long:
+        yield passed("Cog reads every line as it is meant")
 
 
 def _names(lines: list[str]) -> list[str]:
@@ -160,7 +190,10 @@ def _agrees(facts: Facts) -> Iterator[Finding]:
             package = canonicalize_name(requirement.name)
             if requirement.marker and not requirement.marker.evaluate(environment):
                 continue
-            if package in locked and not requirement.specifier.contains(locked[package], prereleases=True):
+            if package not in locked:
+                if package not in LEFT_OUT:
+                    wrong.append(f"{name} {version} needs {package}, which is not locked")
+            elif not requirement.specifier.contains(locked[package], prereleases=True):
                 wrong.append(
                     f"{name} {version} needs {package}{requirement.specifier}, and {locked[package]} is locked"
                 )
@@ -273,6 +306,7 @@ def _sdk(facts: Facts) -> Iterator[Finding]:
 
 CHECKS = [
     Check(TOPIC, "requirements", _listed),
+    Check(TOPIC, "read by Cog", _read_by_cog),
     Check(TOPIC, "lock is current", _current),
     Check(TOPIC, "versions agree", _agrees),
     Check(TOPIC, "vLLM and torch", _engine),

@@ -14,7 +14,7 @@ from cogpress.preflight.facts import Facts
 from cogpress.preflight.machine import REGISTRY
 from cogpress.preflight.web import Answer
 
-MACHINE, REPLICATE = "This machine", "Replicate"
+MACHINE, REPLICATE = "Machine", "Replicate"
 
 IMAGE_BYTES = 30_000_000_000
 """Disk that a build takes beside the weights: CUDA, torch and vLLM, and what is downloaded on the way."""

@@ -57,11 +57,12 @@ class Report:
         """Show it: topics with failures first; what passed in one line a topic, unless `everything` is asked for."""
         for line in self.fixed:
             console.print(Text.assemble(("✓ ", "green"), ("fixed  ", "bold"), line))
+        width = max((len(row.name) for row in self.rows), default=0)
         for topic in self._topics():
             console.print()
             console.print(Text(topic, "bold"))
             rows = sorted((row for row in self.rows if row.topic == topic), key=_rank)
-            console.print(Padding(_table(rows, everything), (0, 0, 0, 2)))
+            console.print(Padding(_table(rows, width, everything), (0, 0, 0, 2)))
         console.print()
         console.print(self._summary())
 
@@ -88,10 +89,10 @@ def _rank(row: Row) -> int:
     return OUTCOMES.index(row.finding.outcome)
 
 
-def _table(rows: list[Row], everything: bool) -> Table:
+def _table(rows: list[Row], width: int, everything: bool) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, style="bold")
+    table.add_column(no_wrap=True, style="bold", min_width=width)
     table.add_column(overflow="fold")
     for row in rows:
         if everything or row.finding.outcome != "passed":
