@@ -212,6 +212,7 @@ def read(settings: Mapping[str, Any], shown: str = "This config.json") -> Archit
         CogpressError: transformers does not know the architecture, or a layer's memory is not that of attention.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     base.quiet_libraries()
@@ -223,7 +224,8 @@ def read(settings: Mapping[str, Any], shown: str = "This config.json") -> Archit
             found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(found, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError,
+            StrictDataclassError) as error:  # fmt: skip
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CogpressError(
             f"{shown} is no language model that transformers can build: {said} Name one of a known architecture."
