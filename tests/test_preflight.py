@@ -145,7 +145,7 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("Configuration: CUDA", "warning", cog('  cuda: "13.0"\n', ""), "build.cuda is missing"),
     ("Configuration: environment", "failed", cog("DO_NOT_TRACK=1", "CUDA_VISIBLE_DEVICES=0"), "CUDA_VISIBLE_DEVICES"),
     ("Configuration: environment", "failed", cog("DO_NOT_TRACK=1", "HF_ENDPOINT=x"), "HF_ENDPOINT"),
-    ("Configuration: environment", "failed", cog("DO_NOT_TRACK=1", "DO_NOT_TRACK"), "without a value"),
+    ("Configuration: environment", "failed", cog("DO_NOT_TRACK=1", "DO_NOT_TRACK"), "Entry 1 of environment"),
     ("Configuration: environment", "failed", cog("=1\n", "=1\n  - DO_NOT_TRACK=0\n"), "twice"),
     ("Configuration: build commands", "failed", cog("- curl", "- |-\n      pwd\n      curl"), "several lines"),
     ("Configuration: build commands", "warning", cog("curl --fail", "pwd; curl --fail"), "goes on after"),
@@ -559,6 +559,18 @@ def test_a_server_that_is_away(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [row] = findings(here, "Replicate: account")
     assert row.finding.outcome == "failed"
     assert "can not be reached" in row.finding.message
+
+
+def test_no_message_quotes_a_secret(here: Path, tmp_path: Path) -> None:
+    runner('default=""', f'default=str("{SECRET}")')(here)
+    cog("DO_NOT_TRACK=1", SECRET)(here)
+    program(tmp_path / "bin", "docker", f"denied for {TOKEN} and {SECRET}", 1)
+    report = run(here)
+    assert not report.passed
+    assert TOKEN not in str(report.to_dict())
+    assert SECRET not in str(report.to_dict())
+    write("cog.yaml", f"build: [{SECRET}")(here)
+    assert SECRET not in str(run(here).to_dict())
 
 
 def test_what_is_no_api(here: Path, api: Stub) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cogpress.errors import CogpressError
 from cogpress.preflight import cogyaml, image, packages, place, signature, weights
@@ -15,6 +16,7 @@ from cogpress.preflight.check import Check, Finding, Row, failed
 from cogpress.preflight.facts import Facts, Request, gather
 from cogpress.preflight.fix import fix
 from cogpress.preflight.report import Report
+from cogpress.preflight.secrets import redacted
 
 __all__ = ["CHECKS", "TOPICS", "Facts", "Report", "Request", "check", "gather", "run"]
 
@@ -57,6 +59,12 @@ def check(facts: Facts, skip: Sequence[str] = ()) -> list[Row]:
 
 def _look(one: Check, facts: Facts) -> list[Finding]:
     try:
-        return list(one.look(facts))
+        found = list(one.look(facts))
     except CogpressError as error:
-        return [failed(str(error), "Correct it and run it again.")]
+        found = [failed(str(error), "Correct it and run it again.")]
+    # A message can quote what a file or a program says, and that can be a secret.
+    token = facts.machine.token
+    return [
+        replace(finding, message=redacted(finding.message, token), fix=redacted(finding.fix, token))
+        for finding in found
+    ]

@@ -124,21 +124,22 @@ def _variables(facts: Facts) -> Iterator[Finding]:
     if not isinstance(given, list):
         yield failed("environment is no list.", "Write - NAME=value, a line each.")
         return
-    good, seen = True, set()
-    for entry in given:
+    every, seen = True, set[str]()
+    for number, entry in enumerate(given, 1):
         name, equals, _ = str(entry).partition("=")
-        problem = None
+        good = False
         if not equals or not name:
-            problem = (f"environment has {name!r} without a value.", "Write - NAME=value.")
+            # Not shown: it may be a value without its name.
+            yield failed(f"Entry {number} of environment is no NAME=value.", "Write - NAME=value.")
         elif FORBIDDEN.fullmatch(name):
-            problem = (f"environment sets {name}, which Cog sets itself and refuses here.", "Remove that line.")
+            yield failed(f"environment sets {name}, which Cog sets itself and refuses here.", "Remove that line.")
         elif name in seen:
-            problem = (f"environment sets {name} twice.", "Keep one of the two lines.")
-        if problem:
-            good = False
-            yield failed(*problem)
+            yield failed(f"environment sets {name} twice.", "Keep one of the two lines.")
+        else:
+            good = True
+        every &= good
         seen.add(name)
-    if good:
+    if every:
         yield passed(f"{len(seen)} variables" if seen else "none set")
 
 

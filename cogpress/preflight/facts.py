@@ -154,7 +154,12 @@ def _cog(root: Path) -> tuple[dict[str, Any] | None, str | None]:
     except (OSError, UnicodeDecodeError) as error:
         return None, f"can not be read ({type(error).__name__})"
     except yaml.YAMLError as error:
-        return None, f"is not YAML: {' '.join(str(error).split())}"
+        # Without the line itself, which can hold a secret.
+        mark = getattr(error, "problem_mark", None)
+        return (
+            None,
+            f"is not YAML{f' in line {mark.line + 1}' if mark else ''}: {getattr(error, 'problem', 'unreadable')}",
+        )
     return (content, None) if isinstance(content, dict) else (None, "holds no options")
 
 

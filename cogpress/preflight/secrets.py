@@ -1,6 +1,6 @@
 """Secrets and private data in text: by the forms of tokens, by chance-like values of telling names, by file names.
 
-Knows what they look like; never gives one back: a find is a kind, a file and a line.
+Knows what they look like; never gives one back: a find is a kind and a line.
 """
 
 from __future__ import annotations
@@ -72,6 +72,13 @@ def in_text(text: str) -> Iterator[Find]:
         if not kinds and any(_by_chance(match["value"]) for match in _NAMED.finditer(line)):
             kinds = ["a value that looks like a secret"]
         yield from (Find(kind, number) for kind in kinds)
+
+
+def redacted(text: str, known: str | None = None) -> str:
+    """A text for people, with what has a secret's form, and a secret that is known, taken out."""
+    for form in _FORMS.values():
+        text = form.sub("(secret)", text)
+    return text.replace(known, "(secret)") if known else text
 
 
 def _by_chance(value: str) -> bool:
