@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import preflightmessages
 import pytest
 from preflightproject import TOKEN, Stub, git, program, project, seal, stub
 from rich.console import Console
@@ -698,3 +700,31 @@ def test_the_command(here: Path) -> None:
     assert done.returncode == 1
     assert "notes.txt, line 1" in done.stdout
     assert SECRET not in done.stdout + done.stderr
+
+
+# the page
+
+
+@pytest.mark.parametrize("topic", preflightmessages.TOPICS)
+def test_the_page_lists_every_message(topic: str) -> None:
+    page = (ROOT / "docs" / "preflight.md").read_text().replace("\\", "").replace("&lt;", "<")
+    listed = {line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")}
+    made = list(preflightmessages.messages(topic))
+    assert made
+    missing = [message for _, _, message, _ in made if preflightmessages.words(message) >= 2 and message not in listed]
+    assert missing == []
+
+
+@pytest.mark.parametrize("topic", preflightmessages.TOPICS)
+def test_each_message_that_something_is_wrong_has_a_fix(topic: str) -> None:
+    bare = [row for row in preflightmessages.messages(topic) if row[1] in ("failed", "warning", "how") and not row[3]]
+    assert bare == []
+
+
+def test_the_page_lists_every_option() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "preflight"), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    page = (ROOT / "docs" / "preflight.md").read_text()
+    options = set(re.findall(r"--[a-z]+", shown)) - {"--help"}
+    assert not [option for option in options if option not in page]
+    assert not [name for name in preflight.TOPICS if f"`{name}`" not in page]
