@@ -19,6 +19,7 @@ from cogpress.architecture import Architecture
 from cogpress.config import Config
 from cogpress.cost import Running
 from cogpress.errors import CogpressError
+from cogpress.hardware import Machine
 from cogpress.memory import Memory
 from cogpress.plan import Plan
 
@@ -148,12 +149,11 @@ def _schemes(plan: Plan) -> Table:
 def _trained(plan: Plan) -> Table:
     told = f"{plan.tokens[0]:,} tokens ({plan.tokens[1]})" if plan.tokens else "an unknown number of tokens"
     table = Table(
-        "hardware", "$ / hour", "room", "largest batch", "longest rows", "tokens/s", "time", "cost",
+        "hardware", "$ / s", "$ / hour", "room", "largest batch", "longest rows", "tokens/s", "time", "cost",
         title=f"Training with {_METHODS[plan.training.method]} on one GPU: {told}",
     )  # fmt: skip
     for row in plan.trained:
-        price = row.machine.price_per_hour
-        start = [row.machine.sku, "?" if price is None else f"{price:.2f}"]
+        start = [row.machine.sku, *_price(row.machine)]
         if row.refused:
             table.add_row(*start, Text(row.refused), *_numbers(row.batch, row.length), style="dim")
             continue
@@ -167,13 +167,12 @@ def _trained(plan: Plan) -> Table:
 def _served(plan: Plan) -> Table:
     how = plan.serving
     table = Table(
-        "hardware", "$ / hour", "room per GPU", "longest context", "most at once", "tokens/s", "one stream",
+        "hardware", "$ / s", "$ / hour", "room per GPU", "longest context", "most at once", "tokens/s", "one stream",
         "$ / 1 M tokens",
         title=f"Serving {how.scheme}, {how.concurrency} sequences of {how.context:,} tokens",
     )  # fmt: skip
     for row in plan.served:
-        price = row.machine.price_per_hour
-        start = [row.machine.sku, "?" if price is None else f"{price:.2f}"]
+        start = [row.machine.sku, *_price(row.machine)]
         if row.refused:
             table.add_row(*start, Text(row.refused), *_numbers(row.context, row.concurrency), style="dim")
             continue
@@ -186,6 +185,12 @@ def _served(plan: Plan) -> Table:
         table.add_row(*start, gigabytes(row.room), *_numbers(row.context, row.concurrency), together, alone, paid)
     table.caption = "* reckoned, not measured"
     return table
+
+
+def _price(machine: Machine) -> tuple[str, str]:
+    if machine.price_per_second is None or machine.price_per_hour is None:
+        return "?", "?"
+    return f"{machine.price_per_second:.6f}", f"{machine.price_per_hour:.2f}"
 
 
 def _numbers(*values: int) -> Iterable[str]:

@@ -312,15 +312,14 @@ def plan(
     for size, names in sizes.items():
         if size < span:
             left.axvline(size, color=_INK, linewidth=1.1, linestyle="--")
-            left.annotate(
-                ", ".join(names), (size, 0), xycoords=("data", "axes fraction"), xytext=(-3, 4),
-                textcoords="offset points", rotation=90, ha="right", va="bottom", fontsize=8, color=_INK,
-            )  # fmt: skip
+            shown = ", ".join(names).replace("Nvidia ", "")
+            left.annotate(shown, (size, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                          textcoords="offset points", ha="center", va="bottom", fontsize=8, color=_INK)  # fmt: skip
     left.set_yticks(range(len(bars)), [label for label, _ in bars])
     left.set_ylim(len(bars) - 0.4, -0.6)
     left.set_xlim(0, span)
     left.set_xlabel("GB of GPU memory")
-    left.set_title("memory; training with checkpointing", loc="left", color=_INK)
+    left.set_title("memory; training with checkpointing", loc="left", color=_INK, pad=20)
     left.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(_PARTS), fontsize=8,
                 columnspacing=1, handlelength=1)  # fmt: skip
     if curves is None:
@@ -337,7 +336,7 @@ def plan(
         right.set_ylabel("US dollars a month")
         right.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         right.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        right.set_title(f"cost on {machine}", loc="left", color=_INK)
+        right.set_title(f"cost on {machine}", loc="left", color=_INK, pad=20)
         waits = right.twinx()
         waits.plot(rates, [100 * one.cold for _, one, _ in points], color="#888888", linewidth=1.2, linestyle="--")
         waits.set_ylim(0, 105)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from rich.console import Console
 from cogpress import config, hardware, memory, plan, plan_report
 from cogpress.errors import CogpressError
 from cogpress.plan import Plan
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "plan"
 
 
 def made(asked: dict[str, Any] | None = None, model: Any = LLAMA3, **sections: Any) -> Plan:
@@ -154,6 +159,40 @@ def test_a_commands_options_go_over_model_yaml() -> None:
             plan_report.changed(settings, {}, [wrong], None)
     with pytest.raises(CogpressError, match=r"plan\.context"):
         plan_report.changed(settings, {"context": 1}, [], None)
+
+
+def test_help_names_the_options() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
+    for option in ("--scheme", "--context", "--requests-per-hour", "--speed", "--json", "REPLICATE_API_TOKEN"):
+        assert option in done.stdout, option
+
+
+@pytest.mark.slow
+def test_the_command_plans_a_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+                    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+                    "tie_word_embeddings": True, "max_position_embeddings": 8192})
+    )  # fmt: skip
+
+    def ask(*options: str) -> subprocess.CompletedProcess[str]:
+        tokenless = {name: value for name, value in os.environ.items() if name != "REPLICATE_API_TOKEN"}
+        command = [sys.executable, SCRIPT, str(tmp_path), *options]
+        return subprocess.run(command, capture_output=True, text=True, env=tokenless)
+
+    data = json.loads(ask("--json", "--concurrency", "4", "--speed", "gpu-t4=100").stdout)
+    assert data["architecture"]["parameters"] == 134_515_008
+    assert data["serving"]["concurrency"] == 4
+    assert {row["machine"]: row["speed"] and row["speed"]["tokens_per_second"] for row in data["served"]}[
+        "gpu-t4"
+    ] == 100
+    shown = ask("--out", str(tmp_path / "out"))
+    assert shown.returncode == 0, shown.stderr
+    assert "134,515,008" in shown.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {plan_report.NAME, plan_report.PICTURE}
+    wrong = ask("--scheme", "int3")
+    assert (wrong.returncode, "Traceback" in wrong.stderr) == (1, False)
+    assert "plan.scheme" in wrong.stderr
 
 
 def test_words_for_numbers() -> None:
