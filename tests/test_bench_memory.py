@@ -56,4 +56,7 @@ def test_predictions_that_are_far_off_fail(
             bench.run(out, tmp_path, tmp_path, console)
     cases = json.loads(out.read_text())["cases"]
     assert {case["model"] for case in cases} == {"135 M", "1.1 B"}
+    if passes:
+        bench.run(out, tmp_path, tmp_path, console, quick=True)
+        assert {case["model"] for case in json.loads(out.read_text())["cases"]} == {"135 M"}
     assert {"train", "serve"} >= {case["case"] for case in cases} >= {"train"}

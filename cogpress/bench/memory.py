@@ -55,7 +55,7 @@ SERVINGS: dict[str, tuple[Serving, ...]] = {
 }
 
 
-def run(out: Path, cache: Path, work: Path, console: Console) -> dict[str, Any]:
+def run(out: Path, cache: Path, work: Path, console: Console, *, quick: bool = False) -> dict[str, Any]:
     """Measure every case once and compare; serving is measured on CPUs alone, since on a GPU vLLM takes all there is.
 
     Args:
@@ -63,6 +63,7 @@ def run(out: Path, cache: Path, work: Path, console: Console) -> dict[str, Any]:
         cache: where fetched models are kept.
         work: where the 1.1 B checkpoint is made (2.2 GB) and kept for the next time.
         console: where progress is shown.
+        quick: leave the 1.1 B model out.
 
     Raises:
         CogpressError: a prediction is further off than `LIMIT`, after everything is written.
@@ -73,7 +74,9 @@ def run(out: Path, cache: Path, work: Path, console: Console) -> dict[str, Any]:
     # In fixed large pieces memory goes back to the system when it is freed, so that what is resident is what is used.
     # Read by the C library when a process starts, which the measured ones do after this.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
-    folders = {"135 M": base.fetch("embedded", cache), "1.1 B": in_fresh_process(checkpoint.make, work)[0]}
+    folders = {"135 M": base.fetch("embedded", cache)}
+    if not quick:
+        folders["1.1 B"] = in_fresh_process(checkpoint.make, work)[0]
     rows: list[dict[str, Any]] = []
     for name, folder in folders.items():
         cases: list[Training | Serving] = [*TRAININGS[name], *([] if cuda else SERVINGS[name])]
