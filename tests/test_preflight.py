@@ -18,7 +18,7 @@ import pytest
 from preflightproject import TOKEN, Stub, git, program, project, seal, stub
 from rich.console import Console
 
-from cogpress import preflight
+from cogpress import plan, preflight
 from cogpress.preflight import place, secrets, web, weights
 from cogpress.preflight.check import Row
 from cogpress.preflight.ignore import Ignore, context
@@ -307,6 +307,36 @@ def test_weights_must_fit_the_gpu(here: Path, size: int, outcome: str) -> None:
     facts = replace(facts, weights=replace(facts.weights, bytes=size * 10**9))
     [row] = [row for row in preflight.check(facts) if (row.topic, row.name) == ("Weights", "memory")]
     assert row.finding.outcome == outcome
+
+
+@pytest.mark.parametrize(("refused", "outcome"), [(None, "passed"), ("lacks 3.0 GB on each GPU", "failed")])
+def test_the_plan_tells_whether_it_fits(here: Path, refused: str | None, outcome: str) -> None:
+    facts = preflight.gather(preflight.Request(here, hardware="gpu-l40s", offline=True))
+    assert facts.hardware is not None
+    served = plan.Served(facts.hardware, refused, None, 1e9, 4096, 32)  # type: ignore[arg-type]
+    [row] = [row for row in preflight.check(replace(facts, served=served)) if row.name == "memory"]
+    assert row.finding.outcome == outcome
+    assert (refused or "context up to 4,096 tokens, or 32 predictions at once") in row.finding.message
+
+
+@pytest.mark.slow
+def test_the_plan_is_asked_about_real_weights(here: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+        "max_position_embeddings": 8192,
+        "dtype": "bfloat16",
+    }
+    weights_config(config)(here)
+    [row] = findings(here, "Weights: memory")
+    assert row.finding.outcome == "passed"
+    assert "as scripts/plan reckons" in row.finding.message
 
 
 @pytest.mark.parametrize(
@@ -646,6 +676,16 @@ def test_fix_settles_an_interrupted_writer(here: Path) -> None:
     assert (here / "weights" / "model.safetensors").is_file()
     assert not place.exists()
     assert [row.finding.outcome for row in findings(here, "Weights: unchanged")] == ["passed"]
+
+
+def test_fix_settles_what_a_run_left(here: Path) -> None:
+    place = here / "runs" / "one" / ".adapter.part-abc"
+    write("runs/one/.adapter.part-abc/new/a", "a")(here)
+    report = preflight.run(preflight.Request(here, offline=True), fixes=True)
+    assert report.fixed == (
+        "runs/one/adapter: removed what an interrupted writer left; there was no folder to put back",
+    )
+    assert not place.exists()
 
 
 def test_fix_leaves_a_writer_at_work(here: Path) -> None:

@@ -144,9 +144,10 @@ def _variables(facts: Facts) -> Iterator[Finding]:
 
 
 def _commands(facts: Facts) -> Iterator[Finding]:
-    given = facts.build.get("run") or []
+    listed = facts.build.get("run")
+    given = listed if isinstance(listed, list) else []
     found = []
-    for number, command in enumerate(given if isinstance(given, list) else [], 1):
+    for number, command in enumerate(given, 1):
         text = command.get("command") if isinstance(command, dict) else command
         where = f"Command {number} of build.run"
         if not isinstance(text, str):

@@ -9,13 +9,13 @@ import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cogpress import config, hardware, manifest, source, verdict
+from cogpress import architecture, config, hardware, manifest, plan, source, verdict
 from cogpress.errors import CogpressError
 from cogpress.preflight import machine
 from cogpress.preflight.ignore import NAME, Entry, Ignore, context
@@ -56,7 +56,7 @@ class Weights:
     problem: str | None = None
     different: str | None = None
     left: tuple[str, ...] = ()
-    """Places of interrupted writers beside it."""
+    """Places of interrupted writers, beside it and in the folders of runs."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Facts:
     weights: Weights
     hardware: hardware.Machine | None
     """What the model is to run on, where it is named and in the table."""
+    served: plan.Served | None
+    """What scripts/plan says of serving there, where it knows the model and the hardware."""
     machine: Machine
     replicate: Asked
     hub: dict[str, Asked]
@@ -104,8 +106,7 @@ class Facts:
     @property
     def base(self) -> str | None:
         """The source of the model that the weights were made from, None where nothing says so."""
-        recorded = ((self.weights.manifest or {}).get("base") or {}).get("source")
-        return recorded or (self.settings.base.source if self.settings else None)
+        return _base(self.weights, self.settings)
 
     def text(self, name: str) -> str | None:
         """The content of a file of the project, None where it is not there or no text."""
@@ -125,9 +126,7 @@ def gather(request: Request) -> Facts:
         machine_found = pool.submit(machine.look, request.root)
         replicate_found = pool.submit(_replicate, request, request.destination or _image(cog))
         weights = weights_found.result()
-        base = ((weights.manifest or {}).get("base") or {}).get("source")
-        base = base or (settings.base.source if settings else None)
-        named: list[str | None] = [base, settings.serve.weights if settings else None]
+        named: list[str | None] = [_base(weights, settings), settings.serve.weights if settings else None]
         repositories = sorted({found for found in map(_repository, named) if found})
         hub = {name: _hub(request, name) for name in repositories}
         return Facts(
@@ -139,7 +138,8 @@ def gather(request: Request) -> Facts:
             ignore=ignore,
             entries=context(request.root, ignore or Ignore("")),
             weights=weights,
-            hardware=_hardware(request, settings),
+            hardware=(known := _hardware(request, settings)),
+            served=_served(weights, settings, known),
             machine=machine_found.result(),
             replicate=replicate_found.result(),
             hub=hub,
@@ -170,11 +170,27 @@ def _settings(root: Path) -> tuple[config.Config | None, str | None]:
         return None, str(error)
 
 
+def _base(weights: Weights, settings: config.Config | None) -> str | None:
+    recorded = (weights.manifest or {}).get("base")
+    found = recorded.get("source") if isinstance(recorded, dict) else None
+    return found if isinstance(found, str) else settings.base.source if settings else None
+
+
 def _hardware(request: Request, settings: config.Config | None) -> hardware.Machine | None:
     own = settings.plan.hardware if settings else None
     try:
         return hardware.table(request.root / own if own else None).machine(request.hardware or "")
     except CogpressError:
+        return None
+
+
+def _served(weights: Weights, settings: config.Config | None, known: hardware.Machine | None) -> plan.Served | None:
+    if settings is None or known is None or known.gpus == 0 or "hidden_size" not in weights.model:
+        return None
+    try:
+        model = architecture.read(weights.model, "weights/config.json")
+        return plan.make(settings, model, replace(hardware.table(), machines=(known,))).served[0]
+    except (CogpressError, IndexError):
         return None
 
 
@@ -193,7 +209,8 @@ def _image(cog: dict[str, Any] | None) -> str | None:
 
 def _weights(root: Path) -> Weights:
     folder = root / "weights"
-    left = tuple(sorted(path.name for path in root.glob(".weights.part-*")))
+    places = [*root.glob(".*.part-*"), *root.glob("runs/.*.part-*"), *root.glob("runs/*/.*.part-*")]
+    left = tuple(sorted(path.relative_to(root).as_posix() for path in places))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if not size:
         return Weights(folder, problem="holds no *.safetensors", left=left)

@@ -28,14 +28,16 @@ def fix(facts: Facts) -> Iterator[str]:
         break_line = "\n" if before and not before.endswith("\n") else ""
         path.write_text(f"{before}{break_line}{gap}{_HEADER}\n" + "\n".join(lines) + "\n", encoding="utf-8")
         yield f"{NAME}: added {', '.join(lines)}"
-    if facts.weights.left:
-        there = archive.settle(facts.weights.folder)
-        left = [name for name in facts.weights.left if (facts.root / name).exists()]
-        if left:
-            yield f"{', '.join(left)} stays: its writer is at work"
+    for name in facts.weights.left:
+        place = facts.root / name
+        target = place.with_name(place.name[1:].rpartition(".part-")[0])
+        there = archive.settle(target)
+        shown = target.relative_to(facts.root).as_posix()
+        if place.exists():
+            yield f"{name} stays: its writer is at work"
         else:
             told = "" if there else "; there was no folder to put back"
-            yield f"weights/: removed what an interrupted writer left{told}"
+            yield f"{shown}: removed what an interrupted writer left{told}"
 
 
 def _covered(name: str, lines: list[str]) -> bool:

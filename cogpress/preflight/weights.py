@@ -110,12 +110,12 @@ def _prompt(facts: Facts) -> Iterator[Finding]:
 def _interrupted(facts: Facts) -> Iterator[Finding]:
     if facts.weights.left:
         yield warning(
-            f"A writer of weights/ was interrupted, or is at work: {some(facts.weights.left)}.",
+            f"A writer was interrupted, or is at work: {some(facts.weights.left)}.",
             "--fix puts back what it had moved and removes the rest.",
             safe=True,
         )
     else:
-        yield passed("no interrupted writer left anything beside weights/")
+        yield passed("no interrupted writer left anything beside weights/ or in runs/")
 
 
 def _generation(facts: Facts) -> Iterator[Finding]:
@@ -160,6 +160,14 @@ def _fits(facts: Facts) -> Iterator[Finding]:
     gpu, settings = facts.hardware, facts.settings
     if gpu is None or gpu.gpus == 0 or not facts.weights.bytes:
         yield skipped("no known GPU is named" if facts.weights.bytes else "there are no weights to look at")
+        return
+    served = facts.served
+    if served is not None and served.refused:
+        yield failed(f"{gpu.sku} {served.refused}.", "scripts/plan shows the hardware that fits; or scripts/quantize.")
+        return
+    if served is not None:
+        told = f"context up to {served.context:,} tokens, or {served.concurrency:,} predictions at once"
+        yield passed(f"{gpu.sku}: {told}, as scripts/plan reckons")
         return
     share = settings.serve.gpu_memory_share if settings else 0.9
     room = gpu.gpu_bytes * gpu.gpus * share
