@@ -482,6 +482,18 @@ def test_secrets_that_git_tracks_are_told(here: Path) -> None:
     assert "prod.env" in row.finding.message
 
 
+def test_links_lead_nowhere_in_an_image(here: Path, tmp_path: Path) -> None:
+    (here / "also.py").symlink_to("predict.py")
+    [row] = findings(here, "Image: links")
+    assert row.finding.outcome == "passed"
+    (tmp_path / "elsewhere").mkdir()
+    (here / "weights").rename(tmp_path / "elsewhere" / "weights")
+    (here / "weights").symlink_to(tmp_path / "elsewhere" / "weights")
+    [row] = findings(here, "Image: links")
+    assert row.finding.outcome == "failed"
+    assert row.finding.message.startswith("weights is a link")
+
+
 def test_a_folder_without_git_is_no_mistake(here: Path, tmp_path: Path) -> None:
     (here / ".git").rename(tmp_path / "git")
     [row] = findings(here, "Image: git")

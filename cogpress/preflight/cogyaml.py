@@ -53,12 +53,13 @@ def _options(facts: Facts) -> Iterator[Finding]:
             f"cog.yaml {facts.cog_problem}.", "Take the repository's cog.yaml again, or correct what it names."
         )
         return
-    unknown = [(name, KEYS) for name in facts.cog if name not in KEYS]
-    unknown += [(f"build.{name}", {f"build.{key}" for key in BUILD_KEYS}) for name in facts.build.keys() - BUILD_KEYS]
-    for name, known in unknown:
-        near = difflib.get_close_matches(str(name), known, 1)
+    unknown = [("", str(name), KEYS) for name in facts.cog if name not in KEYS]
+    unknown += [("build.", str(name), BUILD_KEYS) for name in facts.build if name not in BUILD_KEYS]
+    for section, name, known in unknown:
+        near = difflib.get_close_matches(name, known, 1, cutoff=0.7)
         yield failed(
-            f"{name} is no option of cog.yaml.", f"Write {near[0]}." if near else "Remove it; Cog refuses the file."
+            f"{section}{name} is no option of cog.yaml.",
+            f"Write {near[0]}." if near else "Remove it; Cog refuses the file.",
         )
     if not isinstance(facts.cog.get("build", {}), dict):
         yield failed("build is no section.", "Write its options below it, each on a line of its own.")

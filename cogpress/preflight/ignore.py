@@ -16,10 +16,11 @@ NAME = ".dockerignore"
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the build's context: its path from the top, with slashes, and its bytes."""
+    """A file of the build's context: its path from the top, with slashes, its bytes, and whether it is a link."""
 
     name: str
     size: int
+    link: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _expression(pattern: str) -> str:
 
 
 def context(root: Path, ignore: Ignore) -> list[Entry]:
-    """The files that a build would send, links to files included, by name."""
+    """The files that a build would send, by name; links are sent as links, to folders too."""
     return sorted(_walk(root, "", ignore), key=lambda entry: entry.name)
 
 
@@ -106,4 +107,4 @@ def _walk(root: Path, folder: str, ignore: Ignore) -> Iterator[Entry]:
             if not ignored or ignore.may_hold(name):
                 yield from _walk(root, name, ignore)
         elif not ignored:
-            yield Entry(name, child.stat(follow_symlinks=False).st_size)
+            yield Entry(name, child.stat(follow_symlinks=False).st_size, child.is_symlink())

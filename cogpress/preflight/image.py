@@ -95,6 +95,25 @@ def _let_in(facts: Facts) -> Iterator[Finding]:
         yield passed(f"{NAME} lets in all {len(_needed(facts))} files that serving needs")
 
 
+def _links(facts: Facts) -> Iterator[Finding]:
+    """Docker sends a link as a link: what it leads to is there only where that is sent too."""
+    links = [entry.name for entry in facts.entries if entry.link]
+    root = facts.root.resolve()
+    lost = []
+    for name in links:
+        target = (root / name).resolve()
+        inside = target.is_relative_to(root) and target.exists()
+        if not inside or (facts.ignore and facts.ignore.ignores(target.relative_to(root).as_posix())):
+            lost.append(name)
+    if lost:
+        yield failed(
+            f"{some(lost)} is a link to what does not enter the image, where it would lead nowhere.",
+            f"Put the files themselves there: cp -rL {lost[0]} ELSEWHERE, and move that to its place.",
+        )
+    else:
+        yield passed(f"{len(links)} links, to what enters the image too" if links else "none")
+
+
 def _size(facts: Facts) -> Iterator[Finding]:
     inside = [entry for entry in facts.entries if entry.name.startswith("weights/")]
     others = [entry for entry in facts.entries if not entry.name.startswith("weights/")]
@@ -202,6 +221,7 @@ def _git(facts: Facts) -> Iterator[Finding]:
 CHECKS = [
     Check(TOPIC, "left out", _left_out),
     Check(TOPIC, "let in", _let_in),
+    Check(TOPIC, "links", _links),
     Check(TOPIC, "size", _size),
     Check(TOPIC, "secrets", _secrets),
     Check(TOPIC, "private data", _private),

@@ -78,7 +78,7 @@ def _ask(name: str, *arguments: str) -> Program:
         return Program(path, problem=f"does not answer ({type(error).__name__})")
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-        return Program(path, problem=f"says: {lines[-1][:200].rstrip('.')}")
+        return Program(path, problem=f"says: {lines[-1][:200].rstrip('.?! ')}")
     found = re.search(r"\d+\.\d+(\.\d+)?\S*", done.stdout)
     return Program(path, version=found.group() if found else done.stdout.strip()[:40])
 
