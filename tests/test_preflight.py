@@ -482,6 +482,14 @@ def test_secrets_that_git_tracks_are_told(here: Path) -> None:
     assert "prod.env" in row.finding.message
 
 
+def test_data_that_is_let_in_by_name_is_meant(here: Path) -> None:
+    write("units.csv", "a,b")(here)
+    (here / ".dockerignore").write_text((here / ".dockerignore").read_text() + "!units.csv\n")
+    [row] = findings(here, "Image: private data")
+    assert row.finding.outcome == "warning"
+    assert preflight.run(preflight.Request(here, offline=True), fixes=True).fixed == ()
+
+
 def test_links_lead_nowhere_in_an_image(here: Path, tmp_path: Path) -> None:
     (here / "also.py").symlink_to("predict.py")
     [row] = findings(here, "Image: links")

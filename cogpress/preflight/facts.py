@@ -268,5 +268,7 @@ def _hub(request: Request, repository: str) -> Asked:
     base = os.environ.get("HF_ENDPOINT") or HUB
     if not source.allowed(base):
         return Asked(problem=f"{source.shown(base)} (HF_ENDPOINT) is neither https nor this machine")
-    api = Api(base, os.environ.get("HF_TOKEN") or None, f"The Hugging Face Hub at {source.shown(base)}")
+    from huggingface_hub import get_token  # takes a moment to import, and most projects ask nothing
+
+    api = Api(base, get_token(), f"The Hugging Face Hub at {source.shown(base)}")
     return _asked(api, [f"/api/models/{repository}"])

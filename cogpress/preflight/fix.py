@@ -18,7 +18,7 @@ _HEADER = "# Never in an image: secrets, data, environments, caches (written by 
 def fix(facts: Facts) -> Iterator[str]:
     """Do the safe ones; gives a line for each thing done."""
     lines = image.missing(facts)
-    inside = [entry.name for entry in facts.entries if secrets.by_name(entry.name) or secrets.is_data(entry.name)]
+    inside = [entry.name for entry in facts.entries if secrets.by_name(entry.name)] + image.data_files(facts)
     # A name of its own only where no general line leaves the file out.
     lines += [f"/{name}" for name in inside if not _covered(name, lines)]
     if lines:

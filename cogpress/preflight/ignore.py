@@ -47,6 +47,10 @@ class Ignore:
                 decision = not pattern.keeps
         return decision
 
+    def names(self, path: str) -> bool:
+        """Whether a path is let in by its whole name, which nobody writes by accident."""
+        return any(pattern.keeps and pattern.text == path for pattern in self._patterns)
+
     def may_hold(self, folder: str) -> bool:
         """Whether anything below an ignored folder can be let in by a `!` pattern."""
         parts = folder.split("/")

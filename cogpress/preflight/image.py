@@ -174,23 +174,35 @@ def _vocabulary(entry: Entry) -> bool:
     return entry.name.startswith("weights/") and entry.name.rpartition("/")[2] in ("tokenizer.json", "vocab.json")
 
 
+def data_files(facts: Facts) -> list[str]:
+    """Files that may be people's data, and that nobody let in by name."""
+    found = [entry.name for entry in facts.entries if secrets.is_data(entry.name)]
+    return [name for name in found if not (facts.ignore and facts.ignore.names(name))]
+
+
 def _private(facts: Facts) -> Iterator[Finding]:
-    data = [entry.name for entry in facts.entries if secrets.is_data(entry.name)]
+    data = data_files(facts)
+    meant = [entry.name for entry in facts.entries if secrets.is_data(entry.name) and entry.name not in data]
+    if meant:
+        yield warning(
+            f"{some(meant)} enters the image, let in by name: every user of the image has it.",
+            f"Nothing, if it is public; otherwise take the line out of {NAME}.",
+        )
     if data:
         yield failed(
             f"{some(data)} would enter the image: examples can be private, and every user of the image has them.",
-            f"Leave {'it' if len(data) == 1 else 'them'} out in {NAME}: --fix does.",
+            f"Leave it out in {NAME}: --fix does. What serving needs and everybody may have, let in as !{data[0]}.",
             safe=True,
         )
     people = []
     for entry in facts.entries:
-        if entry.size <= TEXT_BYTES and not _vocabulary(entry) and entry.name not in data:
+        if entry.size <= TEXT_BYTES and not _vocabulary(entry) and not secrets.is_data(entry.name):
             text = facts.text(entry.name)
             if text is not None and secrets.addresses(text) >= secrets.MANY_ADDRESSES:
                 people.append(entry.name)
     if people:
         yield warning(f"{some(people)} hold many e-mail addresses.", f"Look at them; leave them out in {NAME}.")
-    if not data and not people:
+    if not data and not people and not meant:
         yield passed("no data files, no lists of addresses")
 
 
