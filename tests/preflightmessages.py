@@ -9,6 +9,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "cogpress" / "preflight"
 
+CONSTANTS = {"NAME": ".dockerignore", "REGISTRY": "r8.im", "AGAIN": "Run scripts/lock."}
+
 TOPICS = ("cogyaml", "signature", "packages", "weights", "image", "place")
 
 
@@ -30,11 +32,13 @@ def text(node: ast.expr) -> str:
     if isinstance(node, ast.Constant):
         found = str(node.value)
     elif isinstance(node, ast.JoinedStr):
-        found = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        found = "".join(map(text, node.values))
+    elif isinstance(node, ast.FormattedValue):
+        found = text(node.value) if isinstance(node.value, ast.Name) else "…"
     elif isinstance(node, ast.BinOp):
         found = text(node.left) + text(node.right)
-    elif isinstance(node, ast.Name) and node.id == "AGAIN":
-        found = "Run scripts/lock."
+    elif isinstance(node, ast.Name):
+        found = CONSTANTS.get(node.id, "…")
     return re.sub("…+", "…", found)
 
 
