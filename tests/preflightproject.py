@@ -144,7 +144,6 @@ class Stub:
             "/v1/account": (200, {"username": "you"}),
             "/v1/hardware": (200, [{"name": "CPU", "sku": "cpu"}, {"name": "Nvidia L40S GPU", "sku": "gpu-l40s"}]),
             "/v1/models/you/model": (200, {"visibility": "private"}),
-            "/v1/models/you/model/versions": (200, {"results": []}),
         }
 
 

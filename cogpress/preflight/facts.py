@@ -244,7 +244,7 @@ def _replicate(request: Request, destination: str | None) -> Asked:
         return Asked(problem=f"{source.shown(base)} (REPLICATE_BASE_URL) is neither https nor this machine")
     routes = ["/v1/account", "/v1/hardware"]
     if destination and re.fullmatch(r"[\w.-]+/[\w.-]+", destination):
-        routes += [f"/v1/models/{destination}", f"/v1/models/{destination}/versions"]
+        routes.append(f"/v1/models/{destination}")
     return _asked(Api(base, token, f"Replicate's API at {source.shown(base)}"), routes)
 
 
@@ -253,6 +253,8 @@ def _asked(api: Api, routes: list[str]) -> Asked:
         return Asked({route: api.get(route) for route in routes})
     except CogpressError as error:
         return Asked(problem=str(error))
+    finally:
+        api.close()
 
 
 def _repository(text: str | None) -> str | None:

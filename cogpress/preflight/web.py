@@ -53,6 +53,10 @@ class Api:
             headers=headers, timeout=10, trust_env=not client.is_loopback(httpx.URL(self.base).host)
         )
 
+    def close(self) -> None:
+        """End its connections."""
+        self._http.close()
+
     def get(self, route: str) -> Answer:
         """The answer to one question, good or refused.
 
