@@ -138,6 +138,7 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("Configuration: deprecated names", "warning", cog('run: "p', 'predict: "p'), "predict is deprecated"),
     ("Configuration: deprecated names", "warning", cog("build:", "concurrency:\n  max: 8\nbuild:"), "concurrency"),
     ("Configuration: deprecated names", "failed", cog("train:", 'predict: "predict.py:Runner"\ntrain:'), "both"),
+    ("Configuration: deprecated names", "warning", cog("  gpu:", "  fast: true\n  gpu:"), "earlier releases"),
     ("Configuration: Python", "failed", cog('"3.12"', "3.10"), "number 3.1"),
     ("Configuration: Python", "failed", cog('"3.12"', '"3.7"'), "no images for Python 3.7"),
     ("Configuration: Python", "failed", cog('  python_version: "3.12"\n', ""), "python_version is missing"),

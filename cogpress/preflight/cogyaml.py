@@ -1,6 +1,7 @@
 """cog.yaml against Cog's rules: options, names that are past, versions, variables, commands.
 
-Knows what Cog 0.23 accepts; leaves the runner that it names to `signature` and the packages to `packages`.
+Knows what Cog accepts, as its reference and public copies of its source state it; leaves
+the runner that it names to `signature` and the packages to `packages`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ PAST = {
     "build.pre_install": "build.run",
 }
 """Deprecated options, and what takes their place."""
+
+EARLIER = ("tests", "build.fast", "build.python_overrides")
+"""Options that some earlier releases had."""
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 CUDAS = (*(f"11.{minor}" for minor in range(9)), *(f"12.{minor}" for minor in range(10) if minor != 7))
@@ -79,7 +83,10 @@ def _past(facts: Facts) -> Iterator[Finding]:
     for name, instead in PAST.items():
         if name in given:
             yield warning(f"{name} is deprecated.", f"Write {instead} instead.")
-    if not given & PAST.keys():
+    for name in EARLIER:
+        if name in given:
+            yield warning(f"{name} is of earlier releases of Cog, and this one may refuse it.", "Remove it.")
+    if not given & {*PAST, *EARLIER}:
         yield passed("no deprecated option")
 
 

@@ -1,7 +1,8 @@
 """The runner and the training function as Cog's build reads them: from their source, without running it.
 
 Knows which annotations, defaults and decorators that parser understands, and what it drops without a word; leaves
-what an input means to `predict.py`. The rules are those of Cog 0.23 as its source states them.
+what an input means to `predict.py`. The rules were read in public copies of Cog's source, whose releases are not told
+apart there, so that the image's own build has the last word.
 """
 
 from __future__ import annotations
