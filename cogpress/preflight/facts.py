@@ -17,6 +17,7 @@ import yaml
 
 from cogpress import architecture, config, hardware, manifest, plan, source, verdict
 from cogpress.errors import CogpressError
+from cogpress.hardware import Machine as Hardware
 from cogpress.preflight import machine
 from cogpress.preflight.ignore import NAME, Entry, Ignore, context
 from cogpress.preflight.machine import Machine
@@ -79,7 +80,7 @@ class Facts:
     ignore: Ignore | None
     entries: list[Entry]
     weights: Weights
-    hardware: hardware.Machine | None
+    hardware: Hardware | None
     """What the model is to run on, where it is named and in the table."""
     served: plan.Served | None
     """What scripts/plan says of serving there, where it knows the model and the hardware."""
@@ -176,7 +177,7 @@ def _base(weights: Weights, settings: config.Config | None) -> str | None:
     return found if isinstance(found, str) else settings.base.source if settings else None
 
 
-def _hardware(request: Request, settings: config.Config | None) -> hardware.Machine | None:
+def _hardware(request: Request, settings: config.Config | None) -> Hardware | None:
     own = settings.plan.hardware if settings else None
     try:
         return hardware.table(request.root / own if own else None).machine(request.hardware or "")
@@ -184,7 +185,7 @@ def _hardware(request: Request, settings: config.Config | None) -> hardware.Mach
         return None
 
 
-def _served(weights: Weights, settings: config.Config | None, known: hardware.Machine | None) -> plan.Served | None:
+def _served(weights: Weights, settings: config.Config | None, known: Hardware | None) -> plan.Served | None:
     if settings is None or known is None or known.gpus == 0 or "hidden_size" not in weights.model:
         return None
     try:
