@@ -78,7 +78,7 @@ def test_results_are_in_order_and_the_engine_is_kept_full(tmp_path: Path, go: Ca
     write(tmp_path / "in.jsonl", [{"prompt": f"p{n}", "id": n} for n in range(20)])
     model, seen = Model(), []
     totals = go(model, progress=lambda *now: seen.append(now))
-    assert model.at_once == 4
+    assert model.at_once == 6
     found = results(tmp_path / "out.jsonl")
     assert [row["line"] for row in found] == list(range(1, 21))
     assert [(row["id"], row["output"]) for row in found] == [(n, f"answer to p{n}") for n in range(20)]
