@@ -12,7 +12,7 @@ from typing import Any
 from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
 from cogpress.preflight.facts import Facts
 from cogpress.preflight.machine import REGISTRY
-from cogpress.preflight.web import Answer
+from cogpress.preflight.web import REFUSED, Answer
 
 MACHINE, REPLICATE = "Machine", "Replicate"
 
@@ -108,13 +108,7 @@ def _unasked(facts: Facts) -> Finding:
 def _refused(answer: Answer, what: str) -> Finding:
     """A 4xx, and what it asks of the user."""
     told = f" ({answer.detail})" if answer.detail else ""
-    reasons = {
-        401: ("does not know the token", "Set REPLICATE_API_TOKEN to one that is valid."),
-        402: ("asks for a payment method", "Add one at replicate.com/account/billing."),
-        403: ("does not let this token see it", "Take a token of the owner, or of a member of the organisation."),
-        404: ("does not have it", "Check the name and REPLICATE_BASE_URL."),
-    }
-    reason, fix = reasons.get(answer.status, (f"answered {answer.status}", "Read what it says and run it again."))
+    reason, fix = REFUSED.get(answer.status, (f"answered {answer.status}", "Read what it says and run it again."))
     return failed(f"Asked for {what}, Replicate {reason}{told}.", fix)
 
 
