@@ -120,7 +120,7 @@ def say(text):
 
 
 def fail(text, status=1):
-    say(f"ⅹ {text}")
+    say(f"cog: {text}")
     sys.exit(status)
 
 

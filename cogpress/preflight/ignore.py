@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,4 +112,6 @@ def _walk(root: Path, folder: str, ignore: Ignore) -> Iterator[Entry]:
             if not ignored or ignore.may_hold(name):
                 yield from _walk(root, name, ignore)
         elif not ignored:
-            yield Entry(name, child.stat(follow_symlinks=False).st_size, child.is_symlink())
+            # A file can be gone by now, such as one of git's locks.
+            with suppress(FileNotFoundError):
+                yield Entry(name, child.stat(follow_symlinks=False).st_size, child.is_symlink())
