@@ -110,8 +110,8 @@ def stream(url: str, inputs: dict[str, Any], identifier: str | None = None) -> I
             if response.status_code != 200:
                 response.read()
                 raise _refused(response)
-            for name, data in _events(response.iter_bytes()):
-                yield _event(name, data)
+            for name, data in server_sent(response.iter_bytes()):
+                yield _event(name, json.loads(data))
                 if name == "completed":
                     return
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -140,13 +140,14 @@ def _body(inputs: dict[str, Any]) -> dict[str, Any]:
     return {"input": {name: value for name, value in inputs.items() if value is not None}}
 
 
-def _events(chunks: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Server-sent events: name and parsed data."""
+def server_sent(chunks: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Server-sent events: name and data, which is not decoded."""
     name = "message"
     data: list[bytes] = []
     for line in _lines(chunks):
+        line = line.removesuffix(b"\r")
         if not line and data:
-            yield name, json.loads(b"\n".join(data))
+            yield name, b"\n".join(data)
             name, data = "message", []
         elif line.startswith(b"event:"):
             name = line.removeprefix(b"event:").strip().decode()

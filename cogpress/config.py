@@ -199,6 +199,26 @@ class Playground(_Section):
     requests_per_minute: Annotated[int, Field(ge=1)] = 6000
 
 
+class Plan(_Section):
+    """What scripts/plan reckons with: the load, and what this kit can not know of prices, speeds and starts."""
+
+    hardware: str | None = None
+    prices: dict[str, Annotated[float, Field(ge=0)]] = {}
+    scheme: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8", "awq"] = "auto"
+    context: Annotated[int, Field(ge=16)] | None = None
+    concurrency: Annotated[int, Field(ge=1, le=4096)] = 32
+    input_tokens: Annotated[int, Field(ge=1)] = 500
+    output_tokens: Annotated[int, Field(ge=1)] = 200
+    requests_per_hour: Annotated[float, Field(gt=0)] = 60.0
+    private: bool = True
+    cold_start_seconds: Annotated[float, Field(ge=0)] = 120.0
+    idle_seconds: Annotated[float, Field(ge=0)] = 60.0
+    tokens_per_second: dict[str, Annotated[float, Field(gt=0)]] = {}
+    answer_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    training_tokens: Annotated[int, Field(ge=1)] | None = None
+    training_tokens_per_second: dict[str, Annotated[float, Field(gt=0)]] = {}
+
+
 class Config(_Section):
     """One model, from base to server."""
 
@@ -211,6 +231,7 @@ class Config(_Section):
     verify: Verify = Verify()
     serve: Serve = Serve()
     playground: Playground = Playground()
+    plan: Plan = Plan()
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")], _Source] = {}
 
     def public(self) -> dict[str, Any]:
@@ -269,8 +290,8 @@ def parse(data: Any, place: str) -> Config:
                 given = source.shown(given) if isinstance(given, str) else given
                 lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {given!r})")
         raise CogpressError(
-            f"{place} is not valid: {'; '.join(lines)}. README, docs/serving.md and docs/playground.md list every "
-            "option."
+            f"{place} is not valid: {'; '.join(lines)}. README, docs/serving.md, docs/playground.md "
+            "and docs/hardware.md list every option."
         ) from None
 
 

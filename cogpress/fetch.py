@@ -218,7 +218,7 @@ def _files(wanted: Source, cache: Path) -> Model:
         def fill(folder: Path) -> None:
             (folder / manifest.NAME).write_bytes(listed)
             sizes = _listed(folder, wanted.shown)
-            remotes = web.look([_beside(wanted.text, name) for name in sizes])
+            remotes = web.look([beside(wanted.text, name) for name in sizes])
             for remote, (name, size) in zip(remotes, sizes.items(), strict=True):
                 if remote.size not in (None, size):
                     raise CogpressError(
@@ -240,13 +240,13 @@ def _files(wanted: Source, cache: Path) -> Model:
 def _bring_verdict(url: str, folder: Path) -> None:
     """The verification report published beside a manifest, if there is one: it can be newer than the weights here."""
     try:
-        report = web.read(_beside(url, verdict.NAME), MAX_MANIFEST)
+        report = web.read(beside(url, verdict.NAME), MAX_MANIFEST)
         manifest.write_json(folder / verdict.NAME, json.loads(report))
     except (CogpressError, ValueError):
         return  # it has none, or what answers is some page
 
 
-def _beside(url: str, name: str) -> str:
+def beside(url: str, name: str) -> str:
     """The URL of a file beside the manifest; a query, such as the token of a storage container, holds for it too."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=parts.path.removesuffix(manifest.NAME) + quote(name)))
@@ -350,7 +350,7 @@ def _hub(wanted: Source, cache: Path) -> Model:
     try:
         listed = {info.filename: info for info in snapshot(dry_run=True)}
     except (OSError, ValueError) as error:
-        refused = _not_had(wanted, error.__cause__ or error)
+        refused = not_had(wanted, error.__cause__ or error)
         try:
             folder = Path(snapshot(local_files_only=True, allow_patterns=["config.json"]))
         except (OSError, ValueError):
@@ -363,7 +363,7 @@ def _hub(wanted: Source, cache: Path) -> Model:
     try:
         folder = Path(snapshot(allow_patterns=[glob.escape(name) for name in names]))
     except (OSError, ValueError) as error:
-        raise _not_had(wanted, error) from None
+        raise not_had(wanted, error) from None
     return check(folder)
 
 
@@ -375,7 +375,7 @@ def _needed(wanted: Source, names: Iterable[str]) -> list[str]:
         try:
             return Path(hf_hub_download(wanted.repository, name, revision=wanted.revision)).parent
         except (OSError, ValueError) as error:
-            raise _not_had(wanted, error) from None
+            raise not_had(wanted, error) from None
 
     names = set(names)
     top = {name for name in names if "/" not in name}
@@ -408,7 +408,7 @@ def _own_list(folder: Path) -> dict[str, int]:
         return {}
 
 
-def _not_had(wanted: Source, error: BaseException) -> CogpressError:
+def not_had(wanted: Source, error: BaseException) -> CogpressError:
     said = str(error).strip().splitlines()
     # An address that the Hub redirects to is signed.
     reason = re.sub(r"\?\S+", "", said[0]) if said else type(error).__name__

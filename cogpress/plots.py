@@ -266,3 +266,82 @@ def serving_curves(sides: Mapping[str, Sequence[Mapping[str, float]]], path: Pat
     kinds.append(Line2D([], [], color=_INK, label="99th percentile", **dashed))
     panels[1].legend(handles=kinds, frameon=False, loc="upper left")
     figure.savefig(path, dpi=120)
+
+
+_PARTS = {
+    "weights": _BLUE, "gradients": "#8fb3d9", "optimizer": "#5b8c5a", "activations": _ORANGE, "logits": "#e0a08f",
+    "cache": "#b58a3c", "overhead": "#aaaaaa",
+}  # fmt: skip
+
+
+def plan(
+    bars: Sequence[tuple[str, Mapping[str, float]]],
+    machines: Sequence[tuple[str, float]],
+    curves: tuple[str, Sequence[tuple[float, Any, Any]]] | None,
+    requests: float,
+    name: str,
+    path: Path,
+) -> None:
+    """Write a PNG: memory of each way to train and serve beside what GPUs have, and cost by requests an hour.
+
+    Args:
+        bars: label, and gigabytes by part.
+        machines: name of each GPU and its gigabytes.
+        curves: the hardware's name, and at each rate what it costs serverless and always on, as `cost.Running`; None
+            where that is not known.
+        requests: an hour, marked on the curves.
+        name: the model's, for the title.
+        path: the picture, replaced if it exists; its folder must exist.
+    """
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = (_styled(axes) for axes in figure.subplots(1, 2, width_ratios=(1.25, 1)))
+    figure.suptitle(f"Plan of {name}", x=0.01, ha="left", color=_INK)
+    totals = [sum(parts.values()) for _, parts in bars]
+    for part, colour in _PARTS.items():
+        starts = [sum(parts.get(one, 0) for one in list(_PARTS)[: list(_PARTS).index(part)]) for _, parts in bars]
+        widths = [parts.get(part, 0) for _, parts in bars]
+        left.barh(range(len(bars)), widths, 0.7, left=starts, color=colour, label=part)
+    for place, total in enumerate(totals):
+        left.text(total, place, f" {total:,.1f}", va="center", color=_INK)
+    span = 1.15 * max(totals, default=1)
+    # One line for GPUs of the same memory.
+    sizes: dict[float, list[str]] = {}
+    for machine, size in machines:
+        sizes.setdefault(size, []).append(machine)
+    for size, names in sizes.items():
+        if size < span:
+            left.axvline(size, color=_INK, linewidth=1.1, linestyle="--")
+            shown = ", ".join(names).replace("Nvidia ", "")
+            left.annotate(shown, (size, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                          textcoords="offset points", ha="center", va="bottom", fontsize=8, color=_INK)  # fmt: skip
+    left.set_yticks(range(len(bars)), [label for label, _ in bars])
+    left.set_ylim(len(bars) - 0.4, -0.6)
+    left.set_xlim(0, span)
+    left.set_xlabel("GB of GPU memory")
+    left.set_title("memory; training with checkpointing", loc="left", color=_INK, pad=20)
+    left.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(_PARTS), fontsize=8,
+                columnspacing=1, handlelength=1)  # fmt: skip
+    if curves is None:
+        right.set_title("cost not known", loc="left", color=_ORANGE)
+    else:
+        machine, points = curves
+        rates = [rate for rate, _, _ in points]
+        right.plot(rates, [one.per_month for _, one, _ in points], color=_BLUE, linewidth=1.8, label="serverless")
+        right.plot(rates, [one.per_month for _, _, one in points], color=_ORANGE, linewidth=1.8, label="always on")
+        right.axvline(requests, color=_INK, linewidth=1, linestyle=":", label=f"{requests:,.0f} requests an hour")
+        right.set_xscale("log")
+        right.set_yscale("log")
+        right.set_xlabel("requests an hour")
+        right.set_ylabel("US dollars a month")
+        right.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        right.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        right.set_title(f"cost on {machine}", loc="left", color=_INK, pad=20)
+        waits = right.twinx()
+        waits.plot(rates, [100 * one.cold for _, one, _ in points], color="#888888", linewidth=1.2, linestyle="--")
+        waits.set_ylim(0, 105)
+        waits.set_ylabel("requests that wait for a start, serverless (%)", color="#888888")
+        waits.spines["top"].set_visible(False)
+        right.plot([], [], color="#888888", linewidth=1.2, linestyle="--", label="requests that wait")
+        right.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.04))
+    figure.savefig(path, dpi=110)

@@ -119,6 +119,9 @@ def javascript() -> Path:
 class Local:
     """The local Replicate as a process; starts on entry, leaves nothing on exit."""
 
+    program = Path(__file__)
+    """What is run: this file, or one that ends in its `main`."""
+
     def __init__(
         self, root: Path, models: list[tuple[str, str]], *, data: Path | None = None, port: int = 0, **more: Any
     ) -> None:
@@ -142,7 +145,7 @@ class Local:
         self.data.mkdir(parents=True, exist_ok=True)
         with (self.data / "local.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, json.dumps({**settings, **self.more})],
+                [sys.executable, str(self.program), json.dumps({**settings, **self.more})],
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,

@@ -32,7 +32,7 @@ def run(out: Path, work: Path, rounds: int, console: Console) -> dict[str, Any]:
         rounds: how often each side is measured.
         console: where progress is shown.
     """
-    base_folder, adapter_folder = in_fresh_process(_make, work)
+    base_folder, adapter_folder = in_fresh_process(make, work)
     sides = {"cogpress": _ours, "peft": _peft}
     measured = alternate(
         {name: partial(in_fresh_process, side, base_folder, adapter_folder, work) for name, side in sides.items()},
@@ -60,7 +60,7 @@ def run(out: Path, work: Path, rounds: int, console: Console) -> dict[str, Any]:
     return report
 
 
-def _make(work: Path) -> tuple[Path, Path]:
+def make(work: Path) -> tuple[Path, Path]:
     """A Llama of 1.1 B random parameters in shards of 500 MB, and a random adapter on all its linear layers."""
     base.quiet_libraries()
     import torch

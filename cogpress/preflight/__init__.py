@@ -1,0 +1,72 @@
+"""Every reason for which a push fails, found in seconds before it.
+
+Knows the list of checks and how they run: facts are gathered once, and each check is a function of them. Each topic's
+rules are in the file of its name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cogpress.errors import CogpressError
+from cogpress.preflight import cogyaml, image, packages, place, signature, weights
+from cogpress.preflight.check import Check, Finding, Row, failed
+from cogpress.preflight.facts import Facts, Request, gather
+from cogpress.preflight.fix import fix
+from cogpress.preflight.report import Report
+from cogpress.preflight.secrets import redacted
+
+__all__ = ["CHECKS", "TOPICS", "Facts", "Report", "Request", "check", "gather", "run"]
+
+CHECKS: list[Check] = [
+    *cogyaml.CHECKS,
+    *signature.CHECKS,
+    *packages.CHECKS,
+    *weights.CHECKS,
+    *image.CHECKS,
+    *place.CHECKS,
+]
+
+
+TOPICS = tuple(dict.fromkeys(one.topic.lower() for one in CHECKS))
+"""What can be left out, in the order of the checks."""
+
+
+def run(request: Request, *, fixes: bool = False, skip: Sequence[str] = ()) -> Report:
+    """Gather the facts, check, and with `fixes` do what is safe and check again.
+
+    Args:
+        request: what is to be pushed, and where to.
+        fixes: write `.dockerignore` entries and settle interrupted writers.
+        skip: topics that are left out, of `TOPICS`.
+    """
+    started = time.perf_counter()
+    if "replicate" in skip and "weights" in skip:
+        request = replace(request, offline=True)  # nobody would read the answers
+    facts = gather(request)
+    done: list[str] = []
+    if fixes:
+        done = list(fix(facts))
+        facts = gather(request) if done else facts
+    return Report(check(facts, skip), time.perf_counter() - started, tuple(done))
+
+
+def check(facts: Facts, skip: Sequence[str] = ()) -> list[Row]:
+    """Each check's findings, but for those of topics that are left out."""
+    wanted = [one for one in CHECKS if one.topic.lower() not in skip]
+    return [Row(one.topic, one.name, finding) for one in wanted for finding in _look(one, facts)]
+
+
+def _look(one: Check, facts: Facts) -> list[Finding]:
+    try:
+        found = list(one.look(facts))
+    except CogpressError as error:
+        found = [failed(str(error), "Correct it and run it again.")]
+    # A message can quote what a file or a program says, and that can be a secret.
+    token = facts.machine.token
+    return [
+        replace(finding, message=redacted(finding.message, token), fix=redacted(finding.fix, token))
+        for finding in found
+    ]

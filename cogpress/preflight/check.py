@@ -1,0 +1,96 @@
+"""What a check is: a name in a topic, and a function from gathered facts to findings.
+
+Knows outcomes and their order; leaves the facts to `facts` and each rule to the file of its topic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from cogpress.preflight.facts import Facts
+
+Outcome = Literal["failed", "warning", "skipped", "passed"]
+
+OUTCOMES: tuple[Outcome, ...] = ("failed", "warning", "skipped", "passed")
+"""The worst first."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a check has to say.
+
+    Attributes:
+        outcome: `failed` stops a push, `warning` does not, `skipped` could not be looked at.
+        message: what is there and where; for `skipped`, why it was not looked at.
+        fix: what to do; empty where there is nothing to do.
+        safe: whether `--fix` does it.
+    """
+
+    outcome: Outcome
+    message: str
+    fix: str = ""
+    safe: bool = False
+
+
+def passed(message: str) -> Finding:
+    """All is well; the message says what was seen."""
+    return Finding("passed", message)
+
+
+def failed(message: str, fix: str, *, safe: bool = False) -> Finding:
+    """The push would fail, or would ship what must not be shipped."""
+    return Finding("failed", message, fix, safe)
+
+
+def warning(message: str, fix: str, *, safe: bool = False) -> Finding:
+    """The push works, and somebody should know this before."""
+    return Finding("warning", message, fix, safe)
+
+
+def skipped(message: str, fix: str = "") -> Finding:
+    """Not looked at, and why."""
+    return Finding("skipped", message, fix)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule: `look` gives at least one finding."""
+
+    topic: str
+    name: str
+    look: Callable[[Facts], Iterable[Finding]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finding with the check that it comes from."""
+
+    topic: str
+    name: str
+    finding: Finding
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        found: dict[str, Any] = {"topic": self.topic, "check": self.name, "outcome": self.finding.outcome}
+        found["message"] = self.finding.message
+        if self.finding.fix:
+            found |= {"fix": self.finding.fix, "fix_is_safe": self.finding.safe}
+        return found
+
+
+def some(names: Iterable[str], most: int = 4) -> str:
+    """A list for a message, cut where it is long."""
+    listed = list(names)
+    more = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count:.0f} B"

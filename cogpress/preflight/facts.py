@@ -1,0 +1,277 @@
+"""Everything that the checks look at, gathered once: files read, programs and servers asked.
+
+Knows where each fact is; judges nothing. What can not be had is a fact too: `problem` says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cogpress import architecture, config, hardware, manifest, plan, source, verdict
+from cogpress.errors import CogpressError
+from cogpress.hardware import Machine as Hardware
+from cogpress.preflight import machine
+from cogpress.preflight.ignore import NAME, Entry, Ignore, context
+from cogpress.preflight.machine import Machine
+from cogpress.preflight.web import Answer, Api
+
+REPLICATE = "https://api.replicate.com"
+HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user wants pushed.
+
+    Attributes:
+        root: the project's folder.
+        destination: owner/name on Replicate; the `image` of cog.yaml where not given.
+        hardware: the SKU that the model runs on.
+        offline: ask no server.
+    """
+
+    root: Path
+    destination: str | None = None
+    hardware: str | None = None
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The folder that goes into the image; `different` says how it is not what its manifest lists."""
+
+    folder: Path
+    bytes: int = 0
+    manifest: dict[str, Any] | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    """The model's own config.json."""
+    state: verdict.State = "unverified"
+    problem: str | None = None
+    different: str | None = None
+    left: tuple[str, ...] = ()
+    """Places of interrupted writers, beside it and in the folders of runs."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A server's answers by route; `problem` where it was not asked, or can not be."""
+
+    answers: dict[str, Answer] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All facts of one preflight."""
+
+    request: Request
+    cog: dict[str, Any] | None
+    cog_problem: str | None
+    settings: config.Config | None
+    settings_problem: str | None
+    ignore: Ignore | None
+    entries: list[Entry]
+    weights: Weights
+    hardware: Hardware | None
+    """What the model is to run on, where it is named and in the table."""
+    served: plan.Served | None
+    """What scripts/plan says of serving there, where it knows the model and the hardware."""
+    machine: Machine
+    replicate: Asked
+    hub: dict[str, Asked]
+
+    @property
+    def root(self) -> Path:
+        """The project's folder."""
+        return self.request.root
+
+    @property
+    def build(self) -> dict[str, Any]:
+        """The section `build` of cog.yaml, empty where there is none."""
+        found = (self.cog or {}).get("build")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def destination(self) -> str | None:
+        """Where to, as owner/name."""
+        return self.request.destination or _image(self.cog)
+
+    @property
+    def base(self) -> str | None:
+        """The source of the model that the weights were made from, None where nothing says so."""
+        return _base(self.weights, self.settings)
+
+    def text(self, name: str) -> str | None:
+        """The content of a file of the project, None where it is not there or no text."""
+        try:
+            return (self.root / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
+
+
+def gather(request: Request) -> Facts:
+    """Look at everything, at the same time where it waits for something."""
+    cog, cog_problem = _cog(request.root)
+    settings, settings_problem = _settings(request.root)
+    ignore = _ignore(request.root)
+    with ThreadPoolExecutor(4) as pool:
+        weights_found = pool.submit(_weights, request.root)
+        machine_found = pool.submit(machine.look, request.root)
+        replicate_found = pool.submit(_replicate, request, request.destination or _image(cog))
+        weights = weights_found.result()
+        named: list[str | None] = [_base(weights, settings), settings.serve.weights if settings else None]
+        repositories = sorted({found for found in map(_repository, named) if found})
+        hub = {name: _hub(request, name) for name in repositories}
+        return Facts(
+            request=request,
+            cog=cog,
+            cog_problem=cog_problem,
+            settings=settings,
+            settings_problem=settings_problem,
+            ignore=ignore,
+            entries=context(request.root, ignore or Ignore("")),
+            weights=weights,
+            hardware=(known := _hardware(request, settings)),
+            served=_served(weights, settings, known),
+            machine=machine_found.result(),
+            replicate=replicate_found.result(),
+            hub=hub,
+        )
+
+
+def _cog(root: Path) -> tuple[dict[str, Any] | None, str | None]:
+    try:
+        content = yaml.safe_load((root / "cog.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None, "is missing"
+    except (OSError, UnicodeDecodeError) as error:
+        return None, f"can not be read ({type(error).__name__})"
+    except yaml.YAMLError as error:
+        # Without the line itself, which can hold a secret.
+        mark = getattr(error, "problem_mark", None)
+        return (
+            None,
+            f"is not YAML{f' in line {mark.line + 1}' if mark else ''}: {getattr(error, 'problem', 'unreadable')}",
+        )
+    return (content, None) if isinstance(content, dict) else (None, "holds no options")
+
+
+def _settings(root: Path) -> tuple[config.Config | None, str | None]:
+    try:
+        return config.load(root / "model.yaml"), None
+    except CogpressError as error:
+        return None, str(error)
+
+
+def _base(weights: Weights, settings: config.Config | None) -> str | None:
+    recorded = (weights.manifest or {}).get("base")
+    found = recorded.get("source") if isinstance(recorded, dict) else None
+    return found if isinstance(found, str) else settings.base.source if settings else None
+
+
+def _hardware(request: Request, settings: config.Config | None) -> Hardware | None:
+    own = settings.plan.hardware if settings else None
+    try:
+        return hardware.table(request.root / own if own else None).machine(request.hardware or "")
+    except CogpressError:
+        return None
+
+
+def _served(weights: Weights, settings: config.Config | None, known: Hardware | None) -> plan.Served | None:
+    if settings is None or known is None or known.gpus == 0 or "hidden_size" not in weights.model:
+        return None
+    try:
+        model = architecture.read(weights.model, "weights/config.json")
+        return plan.make(settings, model, replace(hardware.table(), machines=(known,))).served[0]
+    except (CogpressError, IndexError):
+        return None
+
+
+def _ignore(root: Path) -> Ignore | None:
+    try:
+        return Ignore((root / NAME).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _image(cog: dict[str, Any] | None) -> str | None:
+    image = (cog or {}).get("image")
+    prefix = f"{machine.REGISTRY}/"
+    return image.removeprefix(prefix) if isinstance(image, str) and image.startswith(prefix) else None
+
+
+def _weights(root: Path) -> Weights:
+    folder = root / "weights"
+    places = [*root.glob(".*.part-*"), *root.glob("runs/.*.part-*"), *root.glob("runs/*/.*.part-*")]
+    left = tuple(sorted(path.relative_to(root).as_posix() for path in places))
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if not size:
+        return Weights(folder, problem="holds no *.safetensors", left=left)
+    try:
+        facts = manifest.read(folder)
+        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, CogpressError) as error:
+        problem = str(error) if isinstance(error, CogpressError) else "has no config.json that can be read"
+        return Weights(folder, size, problem=problem, left=left)
+    if not isinstance(model, dict):
+        return Weights(folder, size, facts, problem="has a config.json that is no JSON object", left=left)
+    different = None
+    try:
+        if facts is not None:
+            manifest.check(folder, facts)
+        state = verdict.state(folder, facts)
+    except (CogpressError, OSError, KeyError, TypeError) as error:
+        state = "changed"
+        different = str(error) if isinstance(error, CogpressError) else f"{folder / manifest.NAME} is damaged."
+    return Weights(folder, size, facts, model, state, None, different, left)
+
+
+def _replicate(request: Request, destination: str | None) -> Asked:
+    token = os.environ.get("REPLICATE_API_TOKEN", "").strip()
+    if request.offline:
+        return Asked(problem="servers are not asked (--offline)")
+    if not token:
+        return Asked(problem="there is no REPLICATE_API_TOKEN to ask Replicate with")
+    base = os.environ.get("REPLICATE_BASE_URL") or REPLICATE
+    if not source.allowed(base):
+        return Asked(problem=f"{source.shown(base)} (REPLICATE_BASE_URL) is neither https nor this machine")
+    routes = ["/v1/account", "/v1/hardware"]
+    if destination and re.fullmatch(r"[\w.-]+/[\w.-]+", destination):
+        routes.append(f"/v1/models/{destination}")
+    return _asked(Api(base, token, f"Replicate's API at {source.shown(base)}"), routes)
+
+
+def _asked(api: Api, routes: list[str]) -> Asked:
+    try:
+        return Asked({route: api.get(route) for route in routes})
+    except CogpressError as error:
+        return Asked(problem=str(error))
+    finally:
+        api.close()
+
+
+def _repository(text: str | None) -> str | None:
+    try:
+        return source.parse(text).repository or None if text and text != "embedded" else None
+    except CogpressError:
+        return None
+
+
+def _hub(request: Request, repository: str) -> Asked:
+    if request.offline or os.environ.get("HF_HUB_OFFLINE") == "1":
+        return Asked(problem="servers are not asked")
+    base = os.environ.get("HF_ENDPOINT") or HUB
+    if not source.allowed(base):
+        return Asked(problem=f"{source.shown(base)} (HF_ENDPOINT) is neither https nor this machine")
+    from huggingface_hub import get_token  # takes a moment to import, and most projects ask nothing
+
+    api = Api(base, get_token(), f"The Hugging Face Hub at {source.shown(base)}")
+    return _asked(api, [f"/api/models/{repository}"])

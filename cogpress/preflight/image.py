@@ -1,0 +1,241 @@
+"""What enters the image: what is left out, what is let in, how much it is, and nothing that is secret.
+
+Knows the build's context; leaves how secrets look to `secrets` and the weights' own state to `weights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cogpress.preflight import secrets
+from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
+from cogpress.preflight.facts import Facts
+from cogpress.preflight.ignore import NAME, Entry
+
+TOPIC = "Image"
+
+NEVER = (
+    *("**/.env", "**/.env.*", "**/*.env", "**/*.pem", "**/*.key", "**/.netrc", "**/.git", "**/.cache"),
+    *(".venv*", "runs", "data", "**/__pycache__", "**/*.py[cod]"),
+)
+"""What `.dockerignore` has to leave out of any image, in its own words."""
+
+SAMPLES = {
+    "**/.env": ("x.d/.env", ".env"),
+    "**/.env.*": ("x.d/.env.local", ".env.local"),
+    "**/*.env": ("x.d/prod.env", "prod.env"),
+    "**/*.pem": ("x.d/server.pem", "server.pem"),
+    "**/*.key": ("x.d/id.key", "id.key"),
+    "**/.netrc": ("x.d/.netrc", ".netrc"),
+    "**/.git": (".git/config", "x.d/.git/config"),
+    "**/.cache": (".cache/base/model.safetensors",),
+    ".venv*": (".venv/bin/python", ".venv-quantize/bin/python"),
+    "runs": ("runs/demo/weights/model.safetensors",),
+    "data": ("data/train.jsonl",),
+    "**/__pycache__": ("cogpress/__pycache__/base.pyc",),
+    "**/*.py[cod]": ("cogpress/base.pyc",),
+}
+"""Paths by which it is seen whether each of these is left out."""
+
+LARGE_OTHER = 200_000_000
+"""Bytes beside the weights from which on something is in the image that need not be."""
+
+LARGE_IMAGE = 30_000_000_000
+"""Bytes of weights from which on a push and a cold start take so long that they are better fetched at the start."""
+
+TEXT_BYTES = 8 << 20
+"""Larger files are no text that a person wrote."""
+
+_BINARY = {".safetensors", ".png", ".jpg", ".jpeg", ".gif", ".woff2", ".tar", ".gz", ".zip", ".so", ".parquet"}
+
+
+def missing(facts: Facts) -> list[str]:
+    """Lines that `.dockerignore` lacks."""
+    if facts.ignore is None:
+        return list(NEVER)
+    return [line for line in NEVER if not all(map(facts.ignore.ignores, SAMPLES[line]))]
+
+
+def _left_out(facts: Facts) -> Iterator[Finding]:
+    lines = missing(facts)
+    if facts.ignore is None:
+        yield failed(
+            f"There is no {NAME}: everything in the folder would enter the image.", "--fix writes one.", safe=True
+        )
+    elif lines:
+        yield warning(f"{NAME} does not leave out {some(lines, 6)}.", "--fix adds these lines.", safe=True)
+    else:
+        yield passed(f"{NAME} leaves out secrets, environments, caches and runs")
+
+
+def _needed(facts: Facts) -> list[str]:
+    cog = facts.cog or {}
+    named = [str(cog.get(key)).partition(":")[0] for key in ("run", "predict", "train") if cog.get(key)]
+    requirements = facts.build.get("python_requirements")
+    needed = ["cog.yaml", "model.yaml", *named, *([requirements] if isinstance(requirements, str) else [])]
+    package = facts.root / "cogpress"
+    needed += [path.relative_to(facts.root).as_posix() for path in package.rglob("*.py")] if package.is_dir() else []
+    listed = (facts.weights.manifest or {}).get("files") or {}
+    needed += [f"weights/{name}" for name in listed] if facts.weights.bytes else []
+    return [*needed, ".cog/openapi_schema.json"]
+
+
+def _let_in(facts: Facts) -> Iterator[Finding]:
+    if facts.ignore is None:
+        yield skipped(f"there is no {NAME}")
+        return
+    kept_out = [name for name in _needed(facts) if facts.ignore.ignores(name)]
+    if kept_out:
+        tops = list(dict.fromkeys(name.split("/")[0] for name in kept_out))
+        yield failed(
+            f"{NAME} keeps {some(kept_out)} out of the image, which needs it.",
+            f"Add the line{'s' if len(tops) > 1 else ''} {some('!' + top for top in tops)}.",
+        )
+    else:
+        yield passed(f"{NAME} lets in all {len(_needed(facts))} files that serving needs")
+
+
+def _links(facts: Facts) -> Iterator[Finding]:
+    """Docker sends a link as a link: what it leads to is there only where that is sent too."""
+    links = [entry.name for entry in facts.entries if entry.link]
+    root = facts.root.resolve()
+    lost = []
+    for name in links:
+        target = (root / name).resolve()
+        inside = target.is_relative_to(root) and target.exists()
+        if not inside or (facts.ignore and facts.ignore.ignores(target.relative_to(root).as_posix())):
+            lost.append(name)
+    if lost:
+        yield failed(
+            f"{some(lost)} is a link to what does not enter the image, where it would lead nowhere.",
+            f"Put the files themselves there: cp -rL {lost[0]} ELSEWHERE, and move that to its place.",
+        )
+    else:
+        yield passed(f"{len(links)} links, to what enters the image too" if links else "none")
+
+
+def _size(facts: Facts) -> Iterator[Finding]:
+    inside = [entry for entry in facts.entries if entry.name.startswith("weights/")]
+    others = [entry for entry in facts.entries if not entry.name.startswith("weights/")]
+    weights, rest = _sum(inside), _sum(others)
+    told = f"{size(weights)} of weights and {size(rest)} in {len(others)} other files"
+    largest = sorted(others, key=lambda entry: -entry.size)[:3]
+    if rest > LARGE_OTHER:
+        shown = some(f"{entry.name} ({size(entry.size)})" for entry in largest)
+        yield warning(
+            f"The image gets {told}, the largest {shown}.", f"Leave out in {NAME} what serving does not need."
+        )
+    elif weights > LARGE_IMAGE:
+        yield warning(
+            f"The image gets {told}: a long push, and long cold starts.",
+            "Put the weights where https reaches them and name the place as serve.weights in model.yaml.",
+        )
+    else:
+        yield passed(told)
+
+
+def _sum(entries: list[Entry]) -> int:
+    return sum(entry.size for entry in entries)
+
+
+def _secrets(facts: Facts) -> Iterator[Finding]:
+    found = []
+    read = 0
+    for entry in facts.entries:
+        if kind := secrets.by_name(entry.name):
+            found.append(
+                failed(
+                    f"{entry.name}, {kind}, would enter the image.", f"Leave it out in {NAME}: --fix does.", safe=True
+                )
+            )
+            continue
+        if entry.size > TEXT_BYTES or any(entry.name.endswith(suffix) for suffix in _BINARY) or _vocabulary(entry):
+            continue
+        text = facts.text(entry.name)
+        if text is None:
+            continue
+        read += 1
+        for find in secrets.in_text(text):
+            found.append(
+                failed(
+                    f"{entry.name}, line {find.line}, holds {find.kind}, which would enter the image.",
+                    "Take it out and make a new one: whoever had this file has it. Programs read it from the "
+                    "environment.",
+                )
+            )
+    yield from found[:20]
+    if len(found) > 20:
+        yield failed(f"{len(found) - 20} more files or lines hold secrets.", "Correct these first.")
+    if not found:
+        yield passed(f"none in {read} text files, by form, by entropy, by name")
+
+
+def _vocabulary(entry: Entry) -> bool:
+    return entry.name.startswith("weights/") and entry.name.rpartition("/")[2] in ("tokenizer.json", "vocab.json")
+
+
+def data_files(facts: Facts) -> list[str]:
+    """Files that may be people's data, and that nobody let in by name."""
+    found = [entry.name for entry in facts.entries if secrets.is_data(entry.name)]
+    return [name for name in found if not (facts.ignore and facts.ignore.names(name))]
+
+
+def _private(facts: Facts) -> Iterator[Finding]:
+    data = data_files(facts)
+    meant = [entry.name for entry in facts.entries if secrets.is_data(entry.name) and entry.name not in data]
+    if meant:
+        yield warning(
+            f"{some(meant)} enters the image, let in by name: every user of the image has it.",
+            f"Nothing, if it is public; otherwise take the line out of {NAME}.",
+        )
+    if data:
+        yield failed(
+            f"{some(data)} would enter the image: examples can be private, and every user of the image has them.",
+            f"Leave it out in {NAME}: --fix does. What serving needs and everybody may have, let in as !{data[0]}.",
+            safe=True,
+        )
+    people = []
+    for entry in facts.entries:
+        if entry.size <= TEXT_BYTES and not _vocabulary(entry) and not secrets.is_data(entry.name):
+            text = facts.text(entry.name)
+            if text is not None and secrets.addresses(text) >= secrets.MANY_ADDRESSES:
+                people.append(entry.name)
+    if people:
+        yield warning(f"{some(people)} hold many e-mail addresses.", f"Look at them; leave them out in {NAME}.")
+    if not data and not people and not meant:
+        yield passed("no data files, no lists of addresses")
+
+
+def _git(facts: Facts) -> Iterator[Finding]:
+    git = facts.machine.git
+    if git is None:
+        yield skipped("the folder is no git repository, so nothing tells later what was pushed", "git init")
+        return
+    inside = {entry.name for entry in facts.entries}
+    tracked = sorted(name for name in git.tracked if secrets.by_name(name))
+    if tracked:
+        yield failed(
+            f"{some(tracked)} is tracked by git, and may hold secrets.",
+            f"git rm --cached {tracked[0]}, add it to .gitignore, and make new secrets.",
+        )
+    changed = [name for name in (*git.changed, *git.untracked) if name in inside]
+    if changed:
+        yield warning(
+            f"{some(changed)} differ from commit {git.commit or '(none)'}, so that no commit says what is pushed.",
+            "git commit",
+        )
+    elif not tracked:
+        yield passed(
+            f"what enters the image is commit {git.commit}" + (", weights aside" if facts.weights.bytes else "")
+        )
+
+
+CHECKS = [
+    Check(TOPIC, "left out", _left_out),
+    Check(TOPIC, "let in", _let_in),
+    Check(TOPIC, "links", _links),
+    Check(TOPIC, "size", _size),
+    Check(TOPIC, "secrets", _secrets),
+    Check(TOPIC, "private data", _private),
+    Check(TOPIC, "git", _git),
+]

@@ -1,0 +1,120 @@
+"""What this machine has for a push: programs, log-ins, disk, git.
+
+Knows how each is asked, in seconds and without changing anything; leaves to the checks what is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REGISTRY = "r8.im"
+"""Replicate's registry of images."""
+
+SECONDS = 15
+"""The longest that a program may take to say its version."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program on the PATH: `version` where it answered, else `problem`."""
+
+    path: str | None
+    version: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Git:
+    """The project's repository: what is changed, what is tracked, where it stands."""
+
+    commit: str
+    changed: list[str]
+    untracked: list[str]
+    tracked: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All of it. `logged_in` is None where only a helper program knows."""
+
+    docker: Program
+    cog: Program
+    logged_in: bool | None
+    free: int
+    token: str | None = field(repr=False, default=None)
+    git: Git | None = None
+
+
+def look(root: Path) -> Machine:
+    """Ask programs and files; nothing is sent anywhere."""
+    return Machine(
+        docker=_ask("docker", "info", "--format", "{{.ServerVersion}}"),
+        cog=_ask("cog", "--version"),
+        logged_in=_logged_in(),
+        free=shutil.disk_usage(root).free,
+        token=os.environ.get("REPLICATE_API_TOKEN", "").strip() or None,
+        git=_git(root),
+    )
+
+
+def _ask(name: str, *arguments: str) -> Program:
+    path = shutil.which(name)
+    if path is None:
+        return Program(None, problem="is not on the PATH")
+    # Nothing that only says its version needs a token.
+    environment = {key: value for key, value in os.environ.items() if "TOKEN" not in key}
+    environment |= {"COG_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
+    try:
+        done = subprocess.run(
+            [path, *arguments], env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Program(path, problem=f"does not answer ({type(error).__name__})")
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
+        return Program(path, problem=f"says: {lines[-1][:200].rstrip('.?! ')}")
+    found = re.search(r"\d+\.\d+(\.\d+)?\S*", done.stdout)
+    return Program(path, version=found.group() if found else done.stdout.strip()[:40])
+
+
+def _logged_in() -> bool | None:
+    """Whether Docker's configuration knows the registry, which is where `cog login` writes."""
+    folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(content, dict):
+        return False
+    places = {*(content.get("auths") or {}), *(content.get("credHelpers") or {})}
+    if any(re.sub(r"^https?://", "", place).split("/")[0] == REGISTRY for place in places):
+        return True
+    return None if content.get("credsStore") else False
+
+
+def _git(root: Path) -> Git | None:
+    def ask(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=SECONDS, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    status = ask("status", "--porcelain", "-z", "--no-renames", "--", ".")
+    if status is None:
+        return None
+    lines = [line for line in status.split("\0") if line]
+    return Git(
+        commit=(ask("rev-parse", "--short=12", "HEAD") or "").strip(),
+        changed=[line[3:] for line in lines if not line.startswith("??")],
+        untracked=[line[3:] for line in lines if line.startswith("??")],
+        tracked=frozenset(filter(None, (ask("ls-files", "-z") or "").split("\0"))),
+    )

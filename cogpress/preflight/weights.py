@@ -1,0 +1,261 @@
+"""The weights that are pushed: there, whole, verified, of a form that the hardware computes with, and allowed to ship.
+
+Knows what a generation of GPUs computes with, and licences by their identifiers; leaves GPUs to `hardware`, what fits
+beside the weights to the plan, and how weights are checked to `manifest` and `verdict`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from cogpress import archive, origin, source
+from cogpress.errors import CogpressError
+from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
+from cogpress.preflight.facts import Facts
+
+TOPIC = "Weights"
+
+
+NEEDS = {"bfloat16": (8, 0), "fp8": (8, 9), "int8": (7, 5), "int4": (7, 5), "awq": (7, 5)}
+"""Compute capability from which on a GPU computes with a type or scheme."""
+
+NOT_FOR_SALE = re.compile(r"cc-by-nc.*|.*non-?commercial.*|.*research.*", re.IGNORECASE)
+
+
+def scheme(model: dict[str, object]) -> str | None:
+    """How the weights are quantized, by their own config.json; None for weights of 16 or 32 bits."""
+    quantization = model.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return None
+    text = str(quantization).lower()
+    if quantization.get("quant_method") == "fp8" or "'type': 'float'" in text:
+        return "fp8"
+    if "awq" in text:
+        return "awq"
+    return "int4" if re.search(r"'(num_bits|bits)': 4", text) else "int8"
+
+
+def _there(facts: Facts) -> Iterator[Finding]:
+    weights, settings = facts.weights, facts.settings
+    elsewhere = settings.serve.weights if settings else None
+    if weights.bytes and weights.problem is None:
+        yield passed(f"{size(weights.bytes)} in weights/")
+        if elsewhere:
+            yield warning(
+                "model.yaml names serve.weights too, which the folder weights/ wins over.", "Keep one of the two."
+            )
+    elif elsewhere:
+        found = source.parse(elsewhere)
+        if found.kind == "path":
+            yield failed(
+                f"serve.weights is {found.shown}, a folder of this machine, which the image does not have.",
+                "Put it into weights/ (scripts/train --install), or name a place that https reaches.",
+            )
+        elif found.kind == "hub" and not found.revision:
+            yield warning(f"{found.shown} can change under the model.", "Name a revision: hf://…@REVISION.")
+        else:
+            yield passed(f"fetched at the start from {found.shown}")
+    else:
+        yield failed(
+            f"The folder weights/ {weights.problem or 'holds no model'}, and model.yaml names no serve.weights.",
+            "scripts/train --install, or name serve.weights.",
+        )
+    for name in [path.name for path in weights.folder.glob("*") if path.suffix in archive.PICKLES]:
+        yield failed(f"weights/{name} is a pickle file, which can run code when loaded.", "Save it as safetensors.")
+
+
+def _unchanged(facts: Facts) -> Iterator[Finding]:
+    weights = facts.weights
+    if not weights.bytes or weights.problem:
+        yield skipped("there are no weights to look at")
+    elif weights.different:
+        yield failed(weights.different, "Install them again: scripts/train --install.")
+    elif weights.manifest is None:
+        yield warning(
+            "weights/ has no manifest, so that nobody can tell whether its files are whole.",
+            "Make them with scripts/train or scripts/merge, which write one.",
+        )
+    else:
+        yield passed(f"{len(weights.manifest.get('files') or {})} files are those of the manifest, by sha256")
+
+
+def _verified(facts: Facts) -> Iterator[Finding]:
+    weights = facts.weights
+    if not weights.bytes or weights.problem:
+        yield skipped("there are no weights to look at")
+    elif weights.state == "verified":
+        yield passed("these very files passed scripts/verify")
+    elif weights.state == "failed":
+        yield failed("The weights failed verification.", "Read weights/verification.md for what it most likely is.")
+    elif weights.state == "changed":
+        yield failed("The weights changed since they were verified.", "scripts/verify weights")
+    else:
+        yield failed("The weights are not verified.", "scripts/verify weights")
+
+
+def _prompt(facts: Facts) -> Iterator[Finding]:
+    recorded, settings = (facts.weights.manifest or {}).get("prompt"), facts.settings
+    if not isinstance(recorded, dict) or settings is None:
+        yield skipped("nothing says which prompt the weights were trained with")
+    elif recorded != settings.prompt.model_dump():
+        yield warning(
+            "model.yaml has another prompt than the weights were trained with; the image takes theirs.",
+            "Train again with the new prompt, or put the old one back.",
+        )
+    else:
+        yield passed("model.yaml's prompt is the one of the training")
+
+
+def _interrupted(facts: Facts) -> Iterator[Finding]:
+    if facts.weights.left:
+        yield warning(
+            f"A writer was interrupted, or is at work: {some(facts.weights.left)}.",
+            "--fix puts back what it had moved and removes the rest.",
+            safe=True,
+        )
+    else:
+        yield passed("no interrupted writer left anything beside weights/ or in runs/")
+
+
+def _generation(facts: Facts) -> Iterator[Finding]:
+    hardware, settings, gpu = facts.request.hardware, facts.settings, facts.hardware
+    if not hardware or hardware == "auto":
+        yield skipped("no hardware is named", "--hardware SKU")
+        return
+    if gpu is None:
+        yield skipped(f"cogpress does not know {hardware}", "Add it in a file that model.yaml names as plan.hardware.")
+        return
+    if gpu.gpus == 0:
+        if facts.build.get("gpu") is True:
+            yield failed(f"The image is for GPUs (build.gpu), and {hardware} has none.", "Name a GPU's SKU.")
+        else:
+            yield passed(f"{hardware}, and an image for CPUs")
+        return
+    capability = gpu.capability
+    made = scheme(facts.weights.model)
+    dtype = settings.serve.dtype if settings else "auto"
+    shown = f"{hardware} (compute capability {capability[0]}.{capability[1]})"
+    good = True
+    if made and capability < NEEDS[made]:
+        good = False
+        if made == "fp8":
+            yield warning(
+                f"fp8 weights on {shown}: it computes with them in 16 bits, smaller but hardly faster.",
+                "Take an Ada, Hopper or later GPU (L40S, H100), or scripts/quantize --scheme int8.",
+            )
+        else:
+            yield failed(f"{shown} does not compute with {made} weights.", "Take a later GPU.")
+    if dtype == "bfloat16" and capability < NEEDS["bfloat16"]:
+        good = False
+        yield failed(f"serve.dtype is bfloat16, and {shown} has none.", "Write dtype: float16, or auto.")
+    if settings and settings.serve.kv_cache_dtype.startswith("fp8") and capability < NEEDS["fp8"]:
+        good = False
+        yield failed(f"serve.kv_cache_dtype is fp8, and {shown} has none.", "Write kv_cache_dtype: auto.")
+    if good:
+        yield passed(f"{made or 'unquantized'} weights, dtype {dtype}, on {shown}")
+
+
+def _fits(facts: Facts) -> Iterator[Finding]:
+    gpu, settings = facts.hardware, facts.settings
+    if gpu is None or gpu.gpus == 0 or not facts.weights.bytes:
+        yield skipped("no known GPU is named" if facts.weights.bytes else "there are no weights to look at")
+        return
+    served = facts.served
+    if served is not None and served.refused:
+        yield failed(f"{gpu.sku} {served.refused}.", "scripts/plan shows the hardware that fits; or scripts/quantize.")
+        return
+    if served is not None:
+        told = f"context up to {served.context:,} tokens, or {served.concurrency:,} predictions at once"
+        yield passed(f"{gpu.sku}: {told}, as scripts/plan reckons")
+        return
+    share = settings.serve.gpu_memory_share if settings else 0.9
+    room = gpu.gpu_bytes * gpu.gpus * share
+    told = f"{size(facts.weights.bytes)} of weights in {size(room)} of {gpu.sku} ({gpu.gpus} x {size(gpu.gpu_bytes)})"
+    if facts.weights.bytes * 1.05 > room:
+        yield failed(f"{told} do not fit.", "scripts/plan shows the hardware that fits; or scripts/quantize.")
+    elif facts.weights.bytes * 1.25 > room:
+        yield warning(f"{told} leave little for the context.", "scripts/plan shows what context and concurrency fit.")
+    else:
+        yield passed(told)
+
+
+def _licence(facts: Facts) -> Iterator[Finding]:
+    base = facts.base
+    if base is None:
+        yield skipped("nothing says what the weights were made from")
+        return
+    asked = facts.hub.get(source.parse(base).repository) if base != "embedded" else None
+    if asked is not None and asked.problem:
+        yield skipped(f"the licence of {origin.public_name(base)} is on the Hub; {asked.problem}")
+        return
+
+    def card_data(repository: str, _revision: str | None) -> dict[str, object]:
+        content = next(iter(asked.answers.values())).content if asked else None
+        card = content.get("cardData") if isinstance(content, dict) else None
+        return card if isinstance(card, dict) else {}
+
+    try:
+        found = origin.find(base, card_data)
+    except CogpressError as error:
+        yield warning(str(error), "Look up the base's licence yourself.")
+        return
+    licence = found.licence
+    if licence is None:
+        yield warning(f"The licence of {found.shown} is not known.", "Look it up, and name it as license_url.")
+    elif NOT_FOR_SALE.fullmatch(licence.identifier) or NOT_FOR_SALE.fullmatch(licence.name or ""):
+        yield warning(
+            f"{found.shown} is {licence.name or licence.identifier}: not for business.",
+            "Ask its owner, or take another.",
+        )
+    elif licence.identifier in ("other",) or licence.identifier.startswith(("llama", "gemma")):
+        yield warning(
+            f"{found.shown} is under {licence.name or licence.identifier}, which has conditions of its own"
+            f"{': ' + licence.link if licence.link else ''}.",
+            "Read what it asks of who serves it: a notice, a name, an acceptable use.",
+        )
+    else:
+        yield passed(f"{found.shown}: {licence.identifier}")
+
+
+def _gated(facts: Facts) -> Iterator[Finding]:
+    if not facts.hub:
+        yield passed("no model of the Hub is named")
+        return
+    served = facts.settings.serve.weights if facts.settings else None
+    for name, asked in facts.hub.items():
+        fetched = not facts.weights.bytes and source.parse(served or "").repository == name if served else False
+        answer = next(iter(asked.answers.values()), None)
+        if asked.problem or answer is None:
+            yield skipped(f"{name}: {asked.problem}")
+        elif answer.status in (401, 403, 404):
+            how = failed if fetched else warning
+            yield how(
+                f"{name} is private, gated or not there (the Hub answered {answer.status}).",
+                "Check the name, accept its terms on its page, and set HF_TOKEN here.",
+            )
+        elif answer.status != 200 or not isinstance(answer.content, dict):
+            yield skipped(f"{name}: the Hub answered {answer.status}")
+        elif answer.content.get("gated") or answer.content.get("private"):
+            if fetched:
+                yield failed(
+                    f"{name} is gated or private, and the image has no token to fetch it with.",
+                    "Put the weights into weights/, so that they travel in the image.",
+                )
+            else:
+                yield warning(f"{name} is gated: its terms hold for what is made from it.", "Read them on its page.")
+        else:
+            yield passed(f"{name} is open")
+
+
+CHECKS = [
+    Check(TOPIC, "there", _there),
+    Check(TOPIC, "unchanged", _unchanged),
+    Check(TOPIC, "verified", _verified),
+    Check(TOPIC, "prompt", _prompt),
+    Check(TOPIC, "interrupted writers", _interrupted),
+    Check(TOPIC, "GPU generation", _generation),
+    Check(TOPIC, "memory", _fits),
+    Check(TOPIC, "licence", _licence),
+    Check(TOPIC, "gated models", _gated),
+]
