@@ -143,11 +143,11 @@ def operations_adapter(base_folder: Path, cache: Path) -> Path:
     from rich.console import Console
 
     from cogpress import config, recipe, training
-    from examples import queries
+    from examples import questions
 
     run = cache / "tests" / "operations"
     run.mkdir(parents=True, exist_ok=True)
-    rows = [json.dumps(operations_row(row)) for row in queries.generate(320, "train", seed=3)]
+    rows = [json.dumps(operations_row(row)) for row in questions.generate(320, "train", seed=3)]
     (run / "examples.jsonl").write_text("\n".join(rows))
     settings = config.parse(
         {

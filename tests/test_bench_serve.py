@@ -21,13 +21,13 @@ from cogpress import config, environment, plots, serving
 from cogpress.bench import batch, serve, serve_loads, serve_report, sides, speculative
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
-from examples import queries
+from examples import questions
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def examples(count: int) -> list[dict[str, Any]]:
-    return [{"question": row["question"], "columns": row["columns"]} for row in queries.generate(count, "test", 1)]
+    return [{"question": row["question"], "columns": row["columns"]} for row in questions.generate(count, "test", 1)]
 
 
 def test_nothing_is_asked_twice_and_every_run_asks_the_same() -> None:
