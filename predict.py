@@ -35,14 +35,11 @@ class Runner(BaseRunner):
             default=None,
         ),
         fields: Optional[str] = Input(
-            description="Values for the prompt template of this model, as a JSON object, such as "
-            '{"question": "slowest endpoints in the last hour", "columns": ["http.route", "duration_ms"]}. '
-            "Takes the place of the prompt.",
+            description='Values for the prompt template of this model, as a JSON object, such as {"question": "slowest endpoints in the last hour", "columns": ["http.route", "duration_ms"]}. Takes the place of the prompt.',  # noqa: E501
             default=None,
         ),
         messages: Optional[str] = Input(
-            description='A whole conversation as a JSON list of {"role": "user" | "assistant" | "system", "content": '
-            '"..."}, ending with the user. Takes the place of prompt and fields.',
+            description='A whole conversation as a JSON list of {"role": "user" | "assistant" | "system", "content": "..."}, ending with the user. Takes the place of prompt and fields.',  # noqa: E501
             default=None,
         ),
         adapter: str = Input(
@@ -84,8 +81,7 @@ class Runner(BaseRunner):
             le=9223372036854775807,
         ),
         json_schema: Optional[str] = Input(
-            description='A JSON schema that the answer will follow, such as {"type": "object", "properties": '
-            '{"op": {"enum": ["COUNT", "AVG"]}}, "required": ["op"]}.',
+            description='A JSON schema that the answer will follow, such as {"type": "object", "properties": {"op": {"enum": ["COUNT", "AVG"]}}, "required": ["op"]}.',  # noqa: E501
             default=None,
         ),
         regex: Optional[str] = Input(
@@ -99,8 +95,7 @@ class Runner(BaseRunner):
             default=None,
         ),
         tools: Optional[str] = Input(
-            description='Functions that the model may call, as a JSON list of {"type": "function", "function": '
-            '{"name": ..., "description": ..., "parameters": {...}}}. For models whose chat template knows tools.',
+            description='Functions that the model may call, as a JSON list of {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}. For models whose chat template knows tools.',  # noqa: E501
             default=None,
         ),
         thinking: Optional[bool] = Input(
@@ -129,13 +124,11 @@ class Runner(BaseRunner):
             le=2.0,
         ),
         logit_bias: Optional[str] = Input(
-            description="Makes tokens more or less likely, by -100 to 100: a JSON object from a token, as text or id, "
-            'to its bias, such as {"yes": 5}.',
+            description='Makes tokens more or less likely, by -100 to 100: a JSON object from a token, as text or id, to its bias, such as {"yes": 5}.',  # noqa: E501
             default=None,
         ),
         logprobs: Optional[int] = Input(
-            description="Report each token's log-probability, and of this many of the most likely tokens in its place, "
-            "in the metrics. Empty: none.",
+            description="Report each token's log-probability, and of this many of the most likely tokens in its place, in the metrics. Empty: none.",  # noqa: E501
             default=None,
             ge=0,
             le=20,

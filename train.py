@@ -20,8 +20,7 @@ def train(
         description="Examples: JSONL or Parquet with messages, prompt and completion, instruction and output, or text.",
     ),
     base_model: Optional[str] = Input(
-        description="The model to tune: hf://organisation/name@revision, https://….tar, https://…/manifest.json, a "
-        "folder, or embedded. Empty: model.yaml's.",
+        description="The model to tune: hf://organisation/name@revision, https://….tar, https://…/manifest.json, a folder, or embedded. Empty: model.yaml's.",  # noqa: E501
         default=None,
     ),
     epochs: Optional[float] = Input(

@@ -1,125 +1,33 @@
 """A file of examples, turned into checked, tokenized training rows before any model loads.
 
-Knows the four formats, what makes an example bad, the split into training and validation, and which tokens are
-learnt. How messages become token ids is `cogpress.chat`'s, shared with serving; batching and padding are training's.
+Knows what is left out and why, the split into training and validation, and the report on both. Reading a file is
+`cogpress.reading`'s, which tokens are learnt `cogpress.tokenizing`'s.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from cogpress import chat, config
+from cogpress import config
 from cogpress.errors import CogpressError
+from cogpress.example import BadExample, Example, Turn, check_task
+from cogpress.reading import Problem, read
+from cogpress.tokenizing import NO_LOSS, Row, all_stops, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Format = Literal["messages", "prompt/completion", "alpaca", "text"]
-
-NO_LOSS = -100
-"""The label of a token that is read and not learnt; the value that PyTorch's cross entropy ignores."""
-
-MAX_LINE_BYTES = 16 * 1024 * 1024
 PROBLEMS_SHOWN = 20
 SMALLEST_SPLIT = 20
 """From this many examples on, a validation share above zero gives at least one validation example."""
-
-_KEYS = ("messages", "prompt", "completion", "instruction", "input", "output", "text")
-_MAY_FOLLOW = {
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
-}
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_PARQUET_BATCH = 1024  # rows held at once
-
-
-class Turn(NamedTuple):
-    """One message."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One example as read, its system text and prompt template applied: either `messages` or `text` is set."""
-
-    messages: tuple[Turn, ...] | None
-    text: str | None
-    line: int
-    source: str
-    format: Format
-    context: int = 0
-    """So many leading messages are given and never learnt, even an assistant's: the conversation in a `prompt`."""
-
-    @property
-    def prompt(self) -> str:
-        """What comes before the last answer, without the system text; nothing for `text`."""
-        return "\n\n".join(turn.content for turn in (self.messages or ())[:-1] if turn.role != "system")
-
-    @property
-    def asked(self) -> list[dict[str, str]]:
-        """The messages before the last answer, as `chat.encode_prompt` takes them; none for `text`."""
-        return _as_dicts((self.messages or ())[:-1])
-
-    @property
-    def answer(self) -> str:
-        """The last answer; all of it for `text`."""
-        return self.messages[-1].content if self.messages else self.text or ""
-
-    @property
-    def system(self) -> str:
-        """The system text, empty where there is none."""
-        return self.messages[0].content if self.messages and self.messages[0].role == "system" else ""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One training sequence: `labels[i]` is `input_ids[i]` where it is learnt, else -100; neither is shifted."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    @property
-    def learnt(self) -> int:
-        """Number of tokens with loss."""
-        return sum(label != NO_LOSS for label in self.labels)
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why a line cannot be used. `line` counts from 1: lines of JSONL, items of a JSON list, rows of Parquet."""
-
-    line: int
-    reason: str
-    file: str
-
-    def __str__(self) -> str:
-        return f"{self.file} line {self.line}: {self.reason}"
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What one file held. `lines` counts its examples, good and bad, and not its blank lines."""
-
-    examples: list[Example]
-    problems: list[Problem]
-    lines: int
-    empty_answers: int
 
 
 @dataclass(slots=True)
@@ -234,14 +142,6 @@ class BadDataError(CogpressError):
         self.report = report
 
 
-class _BadExample(Exception):
-    """A reason, for the line being read."""
-
-
-class _EmptyAnswer(Exception):
-    """The line being read holds an example with nothing to learn."""
-
-
 # --- preparing --------------------------------------------------------------------------------------------------------
 
 
@@ -275,9 +175,9 @@ def prepare(
         BadDataError: there are bad lines, or nothing is left to train on or to validate with.
         CogpressError: a file cannot be read, or the chat template cannot be trained with.
     """
-    _check_task(prompt, data.task)
+    check_task(prompt, data.task)
     report = Report(max_length=max_length)
-    stops = _stops(tokenizer, stop_ids)
+    stops = all_stops(tokenizer, stop_ids)
     train = _load(path, tokenizer, prompt, data.task, stops, report)
     validation = _load(validation_path, tokenizer, prompt, data.task, stops, report) if validation_path else []
     if report.problems and not skip_bad:
@@ -329,7 +229,7 @@ def _load(
     for example in reading.examples:
         try:
             pairs.append((example, tokenize(tokenizer, example, stops)))
-        except _BadExample as bad:
+        except BadExample as bad:
             problems.append(Problem(example.line, str(bad), path.name))
     report.lines += reading.lines
     report.empty_answers += reading.empty_answers
@@ -338,19 +238,6 @@ def _load(
     formats.update(example.format for example in reading.examples)
     report.formats = dict(formats.most_common())
     return pairs
-
-
-def rows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], stop_ids: Collection[int] = ()) -> list[Row]:
-    """Examples that were read, tokenized as training does, uncut.
-
-    Raises:
-        CogpressError: one cannot be tokenized.
-    """
-    stops = _stops(tokenizer, stop_ids)
-    try:
-        return [tokenize(tokenizer, example, stops) for example in examples]
-    except _BadExample as bad:
-        raise CogpressError(f"An example cannot be tokenized: {bad}.") from None
 
 
 def _refusal(report: Report) -> str:
@@ -464,431 +351,3 @@ def _folded(text: str) -> str:
 
 def _draw(prompt: str, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}\0{prompt}".encode(), digest_size=16).digest()
-
-
-# --- tokenizing -------------------------------------------------------------------------------------------------------
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, example: Example, stops: frozenset[int]) -> Row:
-    """One example's row, of whatever length. Learnt are the answers with their end token; of `text`, all of it.
-
-    Args:
-        stops: the ids that end an answer when the model writes one, the tokenizer's end token among them.
-
-    Raises:
-        CogpressError: the template renders a conversation so far differently once it goes on, so that what would be
-            trained is not what is served.
-    """
-    controls = sorted(chat.control_texts(tokenizer))
-    for content in [example.text or ""] if example.messages is None else [turn.content for turn in example.messages]:
-        for control in controls:
-            if control in content:
-                raise _BadExample(f"contains the control text {control}: give text without it, and chats as messages")
-    if example.messages is None:
-        ids = [*chat.encode_plain(tokenizer, example.text or ""), _end(tokenizer)]
-        return Row(ids, ids.copy())
-    if not tokenizer.chat_template:
-        return _plain_row(tokenizer, example)
-    return _chat_row(tokenizer, example, stops)
-
-
-def _end(tokenizer: PreTrainedTokenizerBase) -> int:
-    end: Any = tokenizer.eos_token_id
-    if not isinstance(end, int):
-        raise CogpressError("The base model's tokenizer has no end-of-sequence token, so a model cannot learn to stop.")
-    return end
-
-
-def _stops(tokenizer: PreTrainedTokenizerBase, others: Collection[int]) -> frozenset[int]:
-    return frozenset({_end(tokenizer), *others})
-
-
-def _as_dicts(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    return [turn._asdict() for turn in turns]
-
-
-def _plain_row(tokenizer: PreTrainedTokenizerBase, example: Example) -> Row:
-    if example.format == "messages":
-        raise CogpressError(
-            "The base model's tokenizer has no chat template, so `messages` cannot be trained on. Use the "
-            "instruction-tuned variant of the model, or give examples as `prompt` and `completion`."
-        )
-    asked = chat.encode_prompt(tokenizer, example.asked)
-    whole = chat.encode_plain(tokenizer, chat.plain_prompt(example.asked) + example.answer)
-    answer = whole[len(asked) :]
-    if whole[: len(asked)] != asked:  # a token would span both, but a server is given the prompt alone
-        answer = chat.encode_plain(tokenizer, example.answer, begin=False)
-    answer = [*answer, _end(tokenizer)]
-    return Row([*asked, *answer], [*[NO_LOSS] * len(asked), *answer])
-
-
-def _chat_row(tokenizer: PreTrainedTokenizerBase, example: Example, stops: frozenset[int]) -> Row:
-    assert example.messages is not None
-    ids: list[int] = []
-    labels: list[int] = []
-    done = ""
-    for index, turn in enumerate(example.messages):
-        if turn.role != "assistant" or index < example.context:
-            continue
-        try:
-            asked = chat.render(tokenizer, _as_dicts(example.messages[:index]), ask=True)
-            answered = chat.render(tokenizer, _as_dicts(example.messages[: index + 1]), ask=False)
-        except CogpressError as error:
-            raise _BadExample(str(error).rstrip(".")) from None
-        if not asked.startswith(done) or not answered.startswith(asked):
-            raise _unfit_template(example)
-        ids = _longer(tokenizer, ids, asked, asked[len(done) :], example)
-        labels += [NO_LOSS] * (len(ids) - len(labels))
-        whole = _longer(tokenizer, ids, answered, answered[len(asked) :], example)
-        last = index == len(example.messages) - 1
-        answer, rest = _answer_and_rest(tokenizer, whole[len(ids) :], stops, last)
-        ids = [*ids, *answer, *rest]
-        labels += [*answer, *[NO_LOSS] * len(rest)]
-        done = answered
-    return Row(ids, labels)
-
-
-def _longer(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, added: str, example: Example) -> list[int]:
-    """Ids of `text` that begin with `ids`, those of `text` without `added` at its end.
-
-    Tokenizing the whole is what serving does, and the rule. But where the whole would merge a token across the border
-    (an answer that begins with a line break, after a template that ends in one), the model is asked with the border
-    as it is, and so the two parts are tokenized apart.
-    """
-    whole = chat.encode_rendered(tokenizer, text)
-    if whole[: len(ids)] == ids:
-        return whole
-    apart = [*ids, *chat.encode_rendered(tokenizer, added)]
-    if _decode(tokenizer, apart) != _decode(tokenizer, whole):
-        raise _unfit_template(example)
-    return apart
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _unfit_template(example: Example) -> CogpressError:
-    several = sum(turn.role == "assistant" for turn in example.messages or ()) > 1
-    remedy = (
-        "Give every answer its own example, with the turns before it as `prompt`"
-        if several
-        else "Correct the chat template beside the tokenizer, or choose another base"
-    )
-    return CogpressError(
-        f"The base model's chat template writes a conversation differently once it goes on ({example.source} line "
-        f"{example.line}), so what would be trained is not what the model is asked when it is served. {remedy}."
-    )
-
-
-def _answer_and_rest(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: frozenset[int], last: bool
-) -> tuple[list[int], list[int]]:
-    """What of an assistant's turn is learnt, and what the template puts behind it.
-
-    An answer is learnt up to the first token on which generation stops. Without one, the last answer is given the
-    tokenizer's end token, after the template's own end-of-turn token if it has one.
-    """
-    for position, token in enumerate(ids):
-        if token in stops:
-            return list(ids[: position + 1]), list(ids[position + 1 :])
-    end = len(ids)
-    while end and not chat.is_control(tokenizer, ids[end - 1]) and not _decode(tokenizer, [ids[end - 1]]).strip():
-        end -= 1
-    if last:
-        return [*ids[:end], _end(tokenizer)], []
-    return list(ids[:end]), list(ids[end:])
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read(path: Path, *, prompt: config.Prompt | None = None, task: str = "answer") -> Reading:
-    """Read and check a file of examples; bad lines are collected, not raised.
-
-    The format is told per line by its keys, a null counting as no key: `messages`; `prompt` and `completion`, both
-    text or messages; Alpaca's `instruction`, `input` and `output`; `text`. The first that fits is taken. The prompt
-    template is filled by a `prompt` that is an object, and where it has one field by a `prompt` or `instruction` that
-    is text; where it has several, a text is taken as the template already filled.
-
-    Raises:
-        CogpressError: the file cannot be read, is of no known kind, or holds no line at all.
-    """
-    prompt = prompt or config.Prompt()
-    _check_task(prompt, task)
-    reading = Reading(examples=[], problems=[], lines=0, empty_answers=0)
-    lines = empty = 0
-    for number, item in _items(path):
-        lines += 1
-        try:
-            if isinstance(item, _BadExample):
-                raise item
-            reading.examples.append(_example(item, number, path.name, prompt, task))
-        except _EmptyAnswer:
-            empty += 1
-        except _BadExample as bad:
-            reading.problems.append(Problem(number, str(bad), path.name))
-    if not lines:
-        raise CogpressError(f"{path} holds no examples. Give one JSON object per line, or one Parquet row each.")
-    return Reading(reading.examples, reading.problems, lines, empty)
-
-
-def _check_task(prompt: config.Prompt, task: str) -> None:
-    if task == "reversed" and len(prompt.fields) != 1:
-        raise CogpressError(
-            f"Learning reversed asks with one text, and prompt.template has the fields {', '.join(prompt.fields)}. "
-            "Give it a template with one."
-        )
-
-
-_Item = tuple[int, Any]
-"""A line's number, and what it held or, as a `_BadExample`, why it could not be parsed."""
-
-
-def _items(path: Path) -> Iterator[_Item]:
-    suffix = path.suffix.lower()
-    suffix = Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
-    if not path.exists():
-        raise CogpressError(f"{path} does not exist. Name a JSONL or Parquet file of examples.")
-    if not path.is_file():
-        raise CogpressError(f"{path} is not a file. Name a JSONL or Parquet file of examples.")
-    # Cog names a downloaded file without a suffix; its first bytes tell what it is.
-    suffix = suffix or ".json"
-    if suffix not in (*_JSON_SUFFIXES, ".parquet"):
-        raise CogpressError(
-            f"{path} is not named as a kind of file that is known. Give examples as .jsonl, .json or .parquet "
-            "(.jsonl.gz and .json.gz will do)."
-        )
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-            file.seek(0)
-            if start == b"PAR1" or suffix == ".parquet":
-                yield from _parquet(file, path)
-            elif start[:2] == b"\x1f\x8b":
-                with gzip.open(file) as unpacked:
-                    yield from _json(unpacked, path, suffix)
-            else:
-                yield from _json(file, path, suffix)
-    except (OSError, EOFError, zlib.error) as error:  # gzip's errors are among these
-        raise CogpressError(f"{path} cannot be read: {_one_line(error)}. Check the file.") from None
-
-
-def _parquet(file: IO[bytes], path: Path) -> Iterator[_Item]:
-    import pyarrow.parquet  # a second to import, and most examples are JSON
-
-    try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        columns = [name for name in parquet.schema_arrow.names if name in _KEYS]
-        if not columns:
-            raise CogpressError(
-                f"{path} has none of the columns {', '.join(_KEYS)}; {_keys(parquet.schema_arrow.names)}."
-            )
-        number = 0
-        for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH, columns=columns):
-            for index in range(batch.num_rows):
-                number += 1
-                try:
-                    yield number, batch.slice(index, 1).to_pylist()[0]
-                except UnicodeDecodeError:  # Parquet does not check that its text is UTF-8
-                    yield number, _BadExample("not UTF-8")
-    except pyarrow.ArrowException as error:
-        raise CogpressError(f"{path} is not readable as Parquet: {_one_line(error)}. Write it again.") from None
-
-
-def _json(file: IO[bytes] | gzip.GzipFile, path: Path, suffix: str) -> Iterator[_Item]:
-    start = file.peek(64)[:64] if isinstance(file, gzip.GzipFile) else _peek(file)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise CogpressError(f"{path} is UTF-16. Save it as UTF-8.")
-    if suffix == ".json" and start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        yield from _json_list(file.read(), path)
-    else:
-        yield from _json_lines(file)
-
-
-def _peek(file: IO[bytes]) -> bytes:
-    start = file.read(64)
-    file.seek(0)
-    return start
-
-
-def _json_list(content: bytes, path: Path) -> Iterator[_Item]:
-    try:
-        items = _parse(content.removeprefix(b"\xef\xbb\xbf"))
-    except _BadExample as bad:
-        raise CogpressError(f"{path} begins as a JSON list and is {bad}. Correct it, or give JSONL.") from None
-    yield from enumerate(items, start=1)
-
-
-def _json_lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[_Item]:
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = file.readline(MAX_LINE_BYTES)
-            yield number, _BadExample(f"longer than {MAX_LINE_BYTES // 2**20} MiB")
-            continue
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            continue
-        try:
-            yield number, _parse(line)
-        except _BadExample as bad:
-            yield number, bad
-
-
-def _parse(content: bytes) -> Any:
-    if b"\0" in content:
-        raise _BadExample("not JSON: it contains a NUL byte")
-    try:
-        return json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _BadExample(f"not UTF-8 at byte {error.start + 1}") from None
-    except RecursionError:
-        raise _BadExample("not JSON that can be read: it is nested too deeply") from None
-    except ValueError as error:
-        raise _BadExample(f"not JSON: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:200]
-
-
-# --- the four formats -------------------------------------------------------------------------------------------------
-
-
-def _example(item: Any, line: int, source: str, prompt: config.Prompt, task: str) -> Example:
-    if not isinstance(item, dict):
-        raise _BadExample(f"{_kind(item)} and not a JSON object")
-    has = {name: value for name, value in item.items() if value is not None}
-    if "messages" in has:
-        return _chat_example(_turns(has["messages"], "messages"), 0, "messages", line, source, prompt, task)
-    if "prompt" in has and "completion" in has:
-        asked = _asked_turns(has["prompt"], prompt, task)
-        answered = _answer_turns(has["completion"])
-        return _chat_example((*asked, *answered), len(asked), "prompt/completion", line, source, prompt, task)
-    if "instruction" in has and "output" in has:
-        parts = [_text(has["instruction"], "instruction"), _text(has.get("input", ""), "input")]
-        if not parts[0].strip():
-            raise _BadExample("instruction is empty")
-        asked = (Turn("user", _fill(prompt, "\n\n".join(part for part in parts if part.strip()), task)),)
-        answered = (Turn("assistant", _text(has["output"], "output")),)
-        return _chat_example((*asked, *answered), 1, "alpaca", line, source, prompt, task)
-    if "text" in has:
-        text = _text(has["text"], "text")
-        if task == "reversed":
-            raise _BadExample("text has no prompt, so it cannot be learnt reversed")
-        if not text.strip():
-            raise _EmptyAnswer
-        return Example(None, text, line, source, "text")
-    raise _BadExample(
-        "unknown format: neither messages, nor prompt and completion, nor instruction and output, nor text; "
-        + _keys(list(has))
-    )
-
-
-def _chat_example(
-    turns: Sequence[Turn], context: int, format: Format, line: int, source: str, prompt: config.Prompt, task: str
-) -> Example:
-    _check_order(turns)
-    if not all(turn.content.strip() for turn in turns if turn.role == "user"):
-        raise _BadExample("the prompt is empty")
-    if not all(turn.content.strip() for turn in turns[context:] if turn.role == "assistant"):
-        raise _EmptyAnswer
-    if task == "reversed":
-        turns, context = _reversed(turns, prompt), 0
-    if prompt.system and turns[0].role != "system":
-        turns, context = (Turn("system", prompt.system), *turns), context + 1
-    return Example(tuple(turns), None, line, source, format, context)
-
-
-def _reversed(turns: Sequence[Turn], prompt: config.Prompt) -> tuple[Turn, ...]:
-    *system, asked, answered = turns
-    if [turn.role for turn in system] not in ([], ["system"]):
-        raise _BadExample("a conversation of several turns cannot be learnt reversed")
-    return (
-        *system,
-        Turn("user", prompt.fill(answered.content)),
-        Turn("assistant", asked.content),
-    )
-
-
-def _check_order(turns: Sequence[Turn]) -> None:
-    before = ""
-    for number, turn in enumerate(turns, start=1):
-        if turn.role not in _MAY_FOLLOW[before]:
-            after = f"after {before}" if before else "first"
-            raise _BadExample(f"message {number} is {turn.role}, but {after} comes {' or '.join(_MAY_FOLLOW[before])}")
-        before = turn.role
-    if before != "assistant":
-        raise _BadExample(f"ends with {before or 'nothing'}, but the last message must be assistant's, to be learnt")
-
-
-def _turns(value: Any, name: str) -> tuple[Turn, ...]:
-    if not isinstance(value, list):
-        raise _BadExample(f"{name} is {_kind(value)} and not a list")
-    if not value:
-        raise _BadExample(f"{name} is empty")
-    return tuple(_turn(item, f"{name}[{index}]") for index, item in enumerate(value))
-
-
-def _turn(value: Any, name: str) -> Turn:
-    if not isinstance(value, dict):
-        raise _BadExample(f"{name} is {_kind(value)} and not an object")
-    role = value.get("role")
-    if not isinstance(role, str) or not role or role not in _MAY_FOLLOW:
-        raise _BadExample(f"{name} has the role {_short(role)}, not system, user, assistant or tool")
-    return Turn(role, _text(value.get("content"), f"{name}.content"))
-
-
-def _asked_turns(value: Any, prompt: config.Prompt, task: str) -> tuple[Turn, ...]:
-    if isinstance(value, list):
-        return _turns(value, "prompt")
-    if isinstance(value, dict):
-        if task == "reversed":
-            raise _BadExample("prompt is an object of fields, so it cannot be learnt reversed")
-        try:
-            return (Turn("user", _text(prompt.render(value), "prompt")),)
-        except CogpressError as error:
-            raise _BadExample(str(error).rstrip(".")) from None
-    return (Turn("user", _fill(prompt, _text(value, "prompt"), task)),)
-
-
-def _answer_turns(value: Any) -> tuple[Turn, ...]:
-    return _turns(value, "completion") if isinstance(value, list) else (Turn("assistant", _text(value, "completion")),)
-
-
-def _fill(prompt: config.Prompt, text: str, task: str) -> str:
-    """The text as the server would ask it. Learnt reversed it is the answer, which no template wraps."""
-    return text if not text.strip() or task == "reversed" else prompt.fill(text)
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise _BadExample(f"{name} is {_kind(value)} and not a string")
-    if "\0" in value:
-        raise _BadExample(f"{name} contains a NUL character")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _BadExample(f"{name} contains half of a surrogate pair, which is no character") from None
-    return value
-
-
-def _kind(value: Any) -> str:
-    """What a value is, for a reason, with its article."""
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
-
-
-def _keys(names: Sequence[str]) -> str:
-    """The keys, told apart from what they might do to a terminal."""
-    shown = ", ".join(_short(name) for name in names[:8])
-    return f"it has {shown}{', ...' if len(names) > 8 else ''}" if names else "it has no keys with a value"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from cogpress.data import Row
+    from cogpress.tokenizing import Row
 
 BATCH = 8
 """Rows per forward pass."""

@@ -1,7 +1,8 @@
 """The project's own environments: made, kept equal to the lock files, and the main one entered by every script.
 
-Knows interpreters, pip and the lock files; leaves to them what is installed. It runs before anything is there, so it
-is standard library only, and in a syntax that Python 3.8 reads: it must be able to say that a Python is too old.
+Knows the lock files, and leaves to them what is installed; which Python can run it is `cogpress.interpreter`'s, what
+pip is told and what it means `cogpress.pip`'s. It runs before anything is there, so all of them are standard library
+only, and in a syntax that Python 3.8 reads: it must be able to say that a Python is too old.
 """
 
 from __future__ import annotations
@@ -19,20 +20,18 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Tuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from cogpress import pip
 from cogpress.errors import CogpressError
+from cogpress.interpreter import check_platform, dotted, find_interpreter
+from cogpress.progress import Progress, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PYTHONS = ((3, 11), (3, 12), (3, 13))
-"""The Pythons that the locks are for, the one they were tested on first."""
-
-OLDEST_GLIBC = (2, 31)
-PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CHECK = "import torch, transformers, peft, trl, bitsandbytes, vllm, cog"
 
 
@@ -72,8 +71,6 @@ QUANTIZE = Purpose(
 
 STATE = "cogpress.json"
 _ENTERED = "COGPRESS_ENTERED"
-
-Version = Tuple[int, int]
 
 
 def enter() -> None:
@@ -231,28 +228,29 @@ class Environment:
         if kind == "cpu":
             self._install_torch()
         for path in self.locks(kind):
-            names = locked_names(path.read_text(encoding="utf-8"))
+            names = pip.locked_names(path.read_text(encoding="utf-8"))
             # Not compiled: a third of the time otherwise, for modules most of which are never imported.
             options = ["--no-deps", "--require-hashes", "--no-compile", "--only-binary", ":all:", "-r", str(path)]
             self._run(self._pip("install", *options), f"{len(names)} packages of {path.name}", packages=True)
 
     def _install_torch(self) -> None:
         version = self.torch_version()
-        configured, pytorch = torch_attempts(version)
+        configured, pytorch = pip.torch_attempts(version)
         label = f"torch {version} for CPU"
         try:
             self._run(self._pip("install", *configured), label)
         except CogpressError:
-            say(f"  not in the configured package index: trying {PYTORCH_CPU_INDEX}")
+            say(f"  not in the configured package index: trying {pip.PYTORCH_CPU_INDEX}")
             self._run(self._pip("install", *pytorch), label)
 
     def _uninstall_others(self, kind: str) -> None:
         """An update leaves what the locks no longer name: take it out, so that it equals a new one."""
         from importlib import metadata  # slow to import, and `enter` has milliseconds
 
-        wanted = {"pip", "torch"}.union(*(locked_names(path.read_text(encoding="utf-8")) for path in self.locks(kind)))
+        locks = [path.read_text(encoding="utf-8") for path in self.locks(kind)]
+        wanted = {"pip", "torch"}.union(*map(pip.locked_names, locks))
         folders = [str(path) for path in self.venv.glob("lib/python*/site-packages")]
-        others = sorted({normalized(d.metadata["Name"]) for d in metadata.distributions(path=folders)} - wanted)
+        others = sorted({pip.normalized(d.metadata["Name"]) for d in metadata.distributions(path=folders)} - wanted)
         if others:
             self._run(self._pip("uninstall", "--yes", *others), f"removing {', '.join(others)}")
 
@@ -287,7 +285,7 @@ class Environment:
         process = subprocess.Popen(
             command,
             cwd=str(self.root),
-            env=clean_environment(os.environ),
+            env=pip.clean_environment(os.environ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -311,13 +309,13 @@ class Environment:
             reader.join(timeout=10)
             progress.end(process.returncode == 0)
         if process.returncode:
-            raise CogpressError(explain(label, lines, self.log))
+            raise CogpressError(pip.explain(label, lines, self.log))
 
     def _read(self, process: subprocess.Popen[str], lines: list[str]) -> None:
         assert process.stdout is not None
         with open(self.log, "a", encoding="utf-8") as log:
             for line in process.stdout:
-                line = without_credentials(line)
+                line = pip.without_credentials(line)
                 lines.append(line.rstrip())
                 log.write(line)
                 log.flush()
@@ -328,57 +326,6 @@ class Environment:
             return f"{len(list(self.venv.glob('lib/python*/site-packages/*.dist-info')))} installed"
         found = sum(line.startswith(("Collecting ", "Requirement already satisfied")) for line in lines)
         return f"{found} collected"
-
-
-class Progress:
-    """A step's live line: rewritten in place on a terminal, elsewhere a new line every 15 seconds."""
-
-    def __init__(self, label: str, tells_end: bool = True) -> None:
-        self.label = label
-        self.tells_end = tells_end
-        self.started = self.shown = time.monotonic()
-        self.live = sys.stderr.isatty()
-
-    def show(self, detail: str) -> None:
-        """Say how far it is, where that is due."""
-        now = time.monotonic()
-        if now - self.shown < (0.3 if self.live else 15):
-            return
-        self.shown = now
-        text = f"  {self.label}: {detail + ', ' if detail else ''}{now - self.started:.0f} s"
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\033[K{text[:width]}", end="", file=sys.stderr, flush=True)
-        else:
-            say(text)
-
-    def end(self, succeeded: bool) -> None:
-        """Say how long it took."""
-        if self.live:
-            print("\r\033[K", end="", file=sys.stderr)
-        if self.tells_end or not succeeded:
-            say(f"  {self.label}: {'done' if succeeded else 'stopped'} in {time.monotonic() - self.started:.0f} s")
-
-
-def say(text: str) -> None:
-    """Progress goes to standard error: standard output is the script's own."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def check_platform(system: str, machine: str, libc: tuple[str, str]) -> None:
-    """The locked packages exist as binaries for Linux on x86-64 with glibc only.
-
-    Raises:
-        CogpressError: this is another.
-    """
-    needs = "cogpress needs Linux on x86-64 with glibc {}.{} or newer".format(*OLDEST_GLIBC)
-    advice = "Use such a machine, or a container or virtual machine of that kind."
-    if not system.startswith("linux") or machine.lower() not in ("x86_64", "amd64"):
-        raise CogpressError(f"{needs}; this is {system} on {machine}. {advice}")
-    if libc[0] != "glibc":
-        raise CogpressError(f"{needs}; this Linux has another C library. {advice}")
-    if tuple(int(part) for part in re.findall(r"\d+", libc[1])[:2]) < OLDEST_GLIBC:
-        raise CogpressError(f"{needs}; this one has {libc[1]}. {advice}")
 
 
 def check_disk(free_bytes: int, needed_gb: int, place: Path) -> None:
@@ -413,120 +360,3 @@ def why_anew(state: dict[str, str] | None, kind: str, venv: Path, python: Path) 
     if not python.exists():
         return f"The Python that {venv} was made with is gone: making it again."
     return None
-
-
-def find_interpreter() -> tuple[str, Version]:
-    """A Python to make the environment with: the running one, or else one on PATH.
-
-    Raises:
-        CogpressError: none fits, or the one that does has no venv module.
-    """
-    running: str = getattr(sys, "_base_executable", "") or sys.executable
-    names = [f"python{dotted(version)}" for version in PYTHONS]
-    candidates = [running, *(path for path in map(shutil.which, names) if path)]
-    incomplete = None
-    for candidate in candidates:
-        version, complete = probe(candidate)
-        if version not in PYTHONS:
-            continue
-        if complete:
-            return candidate, version
-        incomplete = incomplete or (candidate, version)
-    if incomplete:
-        path, version = incomplete
-        raise CogpressError(
-            f"{path} has no venv module. Install it (Debian, Ubuntu: apt-get install python{dotted(version)}-venv), "
-            "then run again."
-        )
-    wanted = f"{', '.join(map(dotted, PYTHONS[:-1]))} or {dotted(PYTHONS[-1])}"
-    first = f"python{dotted(PYTHONS[0])}"
-    raise CogpressError(
-        f"cogpress needs Python {wanted}; this is {platform.python_version()}, and none of those is on PATH. Install "
-        f"one (Debian, Ubuntu: apt-get install {first} {first}-venv), then run again."
-    )
-
-
-def probe(python: str) -> tuple[Version | None, bool]:
-    """An interpreter's version and whether it can make environments; no version where it does not even start."""
-    code = "import sys; print(*sys.version_info[:2], flush=True); import venv, ensurepip, ssl"
-    try:
-        done = subprocess.run([python, "-I", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None, False
-    numbers = done.stdout.split()
-    return ((int(numbers[0]), int(numbers[1])), done.returncode == 0) if len(numbers) == 2 else (None, False)
-
-
-def torch_attempts(version: str) -> list[list[str]]:
-    """pip's arguments for torch's CPU build, in the order they are tried.
-
-    The configured index first: it may be a mirror that has it, and where it has not, the answer comes at once.
-    Alone and without dependencies, because PyTorch's index has other packages too, in builds that are not locked.
-    """
-    torch = ["--no-deps", "--no-compile", "--only-binary", ":all:", "--retries", "1", f"torch=={version}+cpu"]
-    return [torch, ["--index-url", PYTORCH_CPU_INDEX, "--timeout", "15", *torch]]
-
-
-def locked_names(lock: str) -> list[str]:
-    """The packages that a lock file names."""
-    return [normalized(name) for name in re.findall(r"^([A-Za-z0-9._-]+)==", lock, re.M)]
-
-
-def normalized(name: str) -> str:
-    """A package's name as indexes compare it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def clean_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Without the settings that would make pip or Python work in another place than the new environment."""
-    unwanted = {"PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"}
-    kept = {name: value for name, value in variables.items() if name not in unwanted}
-    # Set, not left out: these two may also come from a pip.conf, which variables win over.
-    pip = {"PIP_USER": "0", "PIP_REQUIRE_HASHES": "0", "PIP_PROGRESS_BAR": "off"}
-    return {**kept, **pip, "PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1", "NO_COLOR": "1"}
-
-
-def without_credentials(text: str) -> str:
-    """The text with the user and password of every URL in it left out."""
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
-
-
-_CAUSES = (
-    (r"No space left on device", "the disk is full. Make room and run again."),
-    (
-        r"DO NOT MATCH THE HASHES",
-        "a package's file is not the one that was locked. Your package index serves another: use one that mirrors the "
-        "public one.",
-    ),
-    (
-        r"Temporary failure in name resolution|Name or service not known|Failed to establish a new connection|"
-        r"Network is unreachable|Connection refused|ConnectTimeoutError|ReadTimeoutError|ProxyError|SSLError|"
-        r"CERTIFICATE_VERIFY_FAILED",
-        "the package index can not be reached. Check the network and pip's configuration (`pip config list`), then run "
-        "again.",
-    ),
-    (
-        r"No matching distribution found for (\S+)",
-        "{0} is not in the package index. Check pip's configuration (`pip config list`), then run again.",
-    ),
-)
-
-
-def explain(label: str, output: Sequence[str], log: Path) -> str:
-    """What went wrong in a step and what to do, with the end of its output and where the rest is."""
-    text = "\n".join(output)
-    cause = "see why below."
-    for pattern, words in _CAUSES:
-        match = re.search(pattern, text)
-        if match:
-            cause = words.format(*match.groups())
-            break
-    tail = "\n".join("  " + line for line in [line for line in output if line.strip()][-6:])
-    return (
-        f"Setting up the environment stopped at '{label}': {cause} All of its output is in {log}; the end is:\n{tail}"
-    )
-
-
-def dotted(version: Version) -> str:
-    """`(3, 11)` as `3.11`."""
-    return ".".join(map(str, version))

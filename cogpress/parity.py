@@ -24,8 +24,8 @@ from cogpress.config import Serve
 from cogpress.errors import CogpressError
 
 if TYPE_CHECKING:
-    from cogpress.data import Row
     from cogpress.engine import Engine
+    from cogpress.tokenizing import Row
 
 STREAMS = 16
 """Answers at once when total throughput is measured."""
@@ -188,7 +188,7 @@ async def _answer(engine: Engine, prompt: list[int], max_tokens: int) -> Answer:
 
 
 def _labelled(row: Row, logprobs: Sequence[float]) -> list[float]:
-    from cogpress.data import NO_LOSS
+    from cogpress.tokenizing import NO_LOSS
 
     return [value for value, label in zip(logprobs, row.labels, strict=True) if label != NO_LOSS]
 
@@ -203,7 +203,7 @@ def compare(model: Any, prompts: Sequence[list[int]], rows: Sequence[Row], serve
         served: what the engine made of both.
         pad: fills short rows; its value changes nothing.
     """
-    from cogpress.data import Row
+    from cogpress.tokenizing import Row
 
     generated = [
         Row(prompt + answer.tokens, [-100] * len(prompt) + answer.tokens)

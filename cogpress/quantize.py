@@ -22,12 +22,13 @@ from typing import Any
 
 from rich.console import Console
 
-from cogpress import archive, compress, data, manifest, verdict
+from cogpress import archive, compress, data, manifest, pip, verdict
 from cogpress.calibration import Source, choose_rows
 from cogpress.cli import step
-from cogpress.environment import QUANTIZE, Environment, Progress, clean_environment
+from cogpress.environment import QUANTIZE, Environment
 from cogpress.errors import CogpressError
 from cogpress.merge import SERVING_FILES
+from cogpress.progress import Progress
 from cogpress.schemes import (
     SCHEMES,
     Scheme,
@@ -217,7 +218,7 @@ def _make(
 @contextlib.contextmanager
 def _worker(environment: Environment, job: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """llmcompressor's process, with all that it prints in `log`; ended when the block ends."""
-    variables = {name: value for name, value in clean_environment(os.environ).items() if "TOKEN" not in name}
+    variables = {name: value for name, value in pip.clean_environment(os.environ).items() if "TOKEN" not in name}
     variables |= {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

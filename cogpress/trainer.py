@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
-from cogpress.data import Row
+from cogpress.tokenizing import Row
 
 IGNORE = -100
 """The label of a token without loss, as everywhere in PyTorch."""

@@ -18,8 +18,9 @@ from rich.console import Console
 from cogpress import archive, base, divergence, manifest, source
 from cogpress.chat import encode_prompt
 from cogpress.config import Config, Train
-from cogpress.data import Example, Prepared
+from cogpress.data import Prepared
 from cogpress.errors import CogpressError
+from cogpress.example import Example
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cogpress import base, data, divergence, manifest, merge, parity, recipe, serving, tensors, verdict
+from cogpress import base, divergence, manifest, merge, parity, reading, recipe, serving, tensors, tokenizing, verdict
 from cogpress.chat import encode_prompt
 from cogpress.cli import step
 from cogpress.config import Config, Prompt, Verify
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cogpress.adapter import Adapter
-    from cogpress.data import Example, Row
+    from cogpress.example import Example
+    from cogpress.tokenizing import Row
 
 Score = Callable[[str, str], bool]
 """Takes the expected and the given answer; True where the given one is right."""
@@ -194,7 +195,7 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
     own = {name: value for name, value in config.verify if name in Limits.__annotations__ and value is not None}
     tokenizer = base.tokenizer(base_folder)
     examples = held_out(config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]))
-    rows = data.rows(tokenizer, examples, stop_ids(base_folder))
+    rows = tokenizing.rows(tokenizer, examples, stop_ids(base_folder))
     return _Case(
         config=config,
         weights=weights,
@@ -241,14 +242,14 @@ def held_out(settings: Verify, root: Path, run: Path, prompt: Prompt) -> list[Ex
         CogpressError: there are none, or lines are bad.
     """
     if settings.examples:
-        reading = data.read(root / settings.examples, prompt=prompt)
-        if reading.problems:
-            raise CogpressError(f"verify.examples: {reading.problems[0]}. Correct it.")
+        held = reading.read(root / settings.examples, prompt=prompt)
+        if held.problems:
+            raise CogpressError(f"verify.examples: {held.problems[0]}. Correct it.")
     elif (run / HELD_OUT).is_file():
-        reading = data.read(run / HELD_OUT, prompt=Prompt())
+        held = reading.read(run / HELD_OUT, prompt=Prompt())
     else:
         raise CogpressError(f"{run} has no {HELD_OUT}. Name held-out examples with verify.examples in model.yaml.")
-    found = [example for example in reading.examples if example.messages][: settings.rows]
+    found = [example for example in held.examples if example.messages][: settings.rows]
     if not found:
         raise CogpressError("There are no held-out examples. Name some with verify.examples in model.yaml.")
     return found

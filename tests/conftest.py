@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from chatexamples import Write, with_templates
 from fileserver import FileServer, serve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from cogpress.data import Prepared
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -43,6 +46,12 @@ def tokenizer(base_folder: Path) -> PreTrainedTokenizerBase:
     from cogpress import base
 
     return base.tokenizer(base_folder)
+
+
+@pytest.fixture(scope="session")
+def templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizer with chat templates of several kinds."""
+    return with_templates(tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +90,36 @@ def site(tmp_path: Path) -> Iterator[FileServer]:
 
 
 @pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write rows (objects, or lines as they are) as JSONL and name the file."""
+
+    def rows(*lines: Any, name: str = "examples.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
+        return path
+
+    return rows
+
+
+@pytest.fixture
+def prepare(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Prepared]:
+    """`data.prepare` with every option given, the tokenizer among them."""
+    from cogpress import config, data
+
+    def run(path: Path, **options: Any) -> Prepared:
+        given: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "prompt": config.Prompt(),
+            "data": config.Data(validation_share=0.0),
+            "max_length": 256,
+            "seed": 0,
+        }
+        return data.prepare(path, **(given | options))
+
+    return run
+
+
+@pytest.fixture
 def examples_file(tmp_path: Path) -> Path:
     """Forty short examples, as a user would bring them."""
     path = tmp_path / "examples.jsonl"
@@ -104,11 +143,11 @@ def operations_adapter(base_folder: Path, cache: Path) -> Path:
     from rich.console import Console
 
     from cogpress import config, recipe, training
-    from examples import queries
+    from examples import questions
 
     run = cache / "tests" / "operations"
     run.mkdir(parents=True, exist_ok=True)
-    rows = [json.dumps(operations_row(row)) for row in queries.generate(320, "train", seed=3)]
+    rows = [json.dumps(operations_row(row)) for row in questions.generate(320, "train", seed=3)]
     (run / "examples.jsonl").write_text("\n".join(rows))
     settings = config.parse(
         {

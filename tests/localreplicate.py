@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx
 
-from cogpress.server import free_port
+from cogpress.server import Server, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "test-token-of-the-local-replicate"
@@ -98,6 +100,25 @@ def project(folder: Path, slots: int = SLOTS) -> Path:
     (folder / "predict.py").write_text(RUNNER.format(root=str(ROOT), slots=slots))
     (folder / "train.py").write_text(TRAINER)
     return folder
+
+
+@contextmanager
+def echoing(folder: Path) -> Iterator[Server]:
+    """The real Cog runtime on such a project, ready."""
+    root = project(folder)
+    with Server(root, log=root / "server.log") as server:
+        server.wait_ready(60)
+        yield server
+
+
+def refusal(*arguments: str) -> str:
+    """What scripts/playground says when it does not start."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "playground", *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr
 
 
 def javascript() -> Path:

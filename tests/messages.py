@@ -1,6 +1,6 @@
 """The messages of errors in the source, as docs/troubleshooting.md lists them.
 
-    python tests/messages.py        # writes the lists into the page again
+python tests/messages.py        # writes the lists into the page again
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 
 TOPICS = {
-    "Environment": "cli environment",
+    "Environment": "cli environment interpreter pip progress",
     "model.yaml": "config",
-    "Examples": "data examples rows tokens reading example understanding encode encoding",
+    "Examples": "data examples example reading tokenizing",
     "Models and weights": "archive base download fetch hub manifest source origin tensors",
     "Training": "calibration recipe trainer training train adapter",
     "Merge": "merge",
@@ -71,7 +71,9 @@ def messages() -> Iterator[tuple[str, str]]:
         constants = {
             target.id: node.value.value
             for node in tree.body
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+            if isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
             for target in node.targets
             if isinstance(target, ast.Name)
         }

@@ -67,6 +67,18 @@ def test_the_runner_and_the_training_exist() -> None:
     assert isinstance(definition(CONFIG["train"]), ast.FunctionDef | ast.AsyncFunctionDef)
 
 
+@pytest.mark.parametrize("file", ["predict.py", "train.py"])
+def test_cog_reads_every_description_as_python_does(file: str) -> None:
+    """Cog takes what stands between the first and the last quote: literals in a row and escapes would show as such."""
+    text = (ROOT / file).read_text()
+    keywords = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.keyword)]
+    descriptions = [keyword.value for keyword in keywords if keyword.arg == "description"]
+    assert len(descriptions) > 15
+    for value in descriptions:
+        assert isinstance(value, ast.Constant)
+        assert (ast.get_source_segment(text, value) or "")[1:-1] == value.value
+
+
 def test_the_files_it_names_exist() -> None:
     assert (ROOT / BUILD["python_requirements"]).is_file()
 

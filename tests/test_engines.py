@@ -18,7 +18,7 @@ import pytest
 from cogpress import chat, config, engine, manifest, multilora
 from cogpress.engine import Adapter, Delta, Sampling, Structure
 from cogpress.errors import CogpressError
-from examples import queries
+from examples import queries, questions
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
@@ -105,23 +105,23 @@ def asked(
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[queries.Row]:
-    return queries.generate(16, "test", seed=7)
+def rows() -> list[questions.Row]:
+    return questions.generate(16, "test", seed=7)
 
 
 MANY: dict[str, Any] = {f"p{number}": {} for number in range(4000)}
 """Optional properties, of which each can follow any: more than can be compiled in seconds."""
 
 
-def ask(asked: Asked, row: queries.Row) -> list[int]:
+def ask(asked: Asked, row: questions.Row) -> list[int]:
     return asked.prompt("", "queries", question=row["question"], columns=row["columns"])
 
 
-def operation(row: queries.Row) -> str:
+def operation(row: questions.Row) -> str:
     return str(json.loads(row["answer"])["calculations"][0]["op"])
 
 
-def test_adapters_of_two_tasks_and_the_base_answer_side_by_side(asked: Asked, rows: list[queries.Row]) -> None:
+def test_adapters_of_two_tasks_and_the_base_answer_side_by_side(asked: Asked, rows: list[questions.Row]) -> None:
     greedy = Sampling(max_tokens=160)
     rows = rows[:4]
     found = asked.all(
@@ -135,7 +135,7 @@ def test_adapters_of_two_tasks_and_the_base_answer_side_by_side(asked: Asked, ro
     assert "Paris" in base, "the base is untouched by adapters beside it"
 
 
-def test_text_comes_as_it_is_generated_and_ends_with_a_reason(asked: Asked, rows: list[queries.Row]) -> None:
+def test_text_comes_as_it_is_generated_and_ends_with_a_reason(asked: Asked, rows: list[questions.Row]) -> None:
     deltas = asked.loop.run(asked.deltas(ask(asked, rows[0]), Sampling(max_tokens=160), "queries"))
     assert len([delta for delta in deltas if delta.text]) > 10
     assert [delta.finish_reason for delta in deltas][-1] == "stop"
@@ -194,7 +194,7 @@ def test_a_form_that_can_not_be_is_refused_before_anything_is_generated(
     assert asked.answer("Hello", max_tokens=3)
 
 
-def test_every_answer_of_the_example_parses_with_its_schema(asked: Asked, rows: list[queries.Row]) -> None:
+def test_every_answer_of_the_example_parses_with_its_schema(asked: Asked, rows: list[questions.Row]) -> None:
     structure = Structure("json", json.dumps(queries.QUERY_SCHEMA))
     texts = asked.all(
         *(
@@ -207,7 +207,7 @@ def test_every_answer_of_the_example_parses_with_its_schema(asked: Asked, rows: 
     assert all(queries.normalize(text) is not None for text in texts), texts
 
 
-def test_log_probabilities_are_those_of_the_tokens(asked: Asked, rows: list[queries.Row]) -> None:
+def test_log_probabilities_are_those_of_the_tokens(asked: Asked, rows: list[questions.Row]) -> None:
     prompt = asked.prompt("What is the capital of France?")
     deltas = asked.loop.run(asked.deltas(prompt, Sampling(max_tokens=8, logprobs=3)))
     ids = [token for delta in deltas for token in delta.token_ids]
@@ -238,7 +238,7 @@ def test_a_seed_gives_the_same_answer_again(asked: Asked) -> None:
     assert found[0] == found[2] != found[1]
 
 
-def test_a_stop_text_that_falls_across_chunks_ends_the_answer(asked: Asked, rows: list[queries.Row]) -> None:
+def test_a_stop_text_that_falls_across_chunks_ends_the_answer(asked: Asked, rows: list[questions.Row]) -> None:
     greedy = Sampling(max_tokens=160)
     prompt = ask(asked, rows[0])
     deltas = asked.loop.run(asked.deltas(prompt, greedy, "queries"))
@@ -251,7 +251,7 @@ def test_a_stop_text_that_falls_across_chunks_ends_the_answer(asked: Asked, rows
     assert got[-1].finish_reason == "stop"
 
 
-def test_penalties_change_what_is_repeated(asked: Asked, rows: list[queries.Row]) -> None:
+def test_penalties_change_what_is_repeated(asked: Asked, rows: list[questions.Row]) -> None:
     """The untuned base goes round in circles when it is asked for a query."""
     prompt = f"{rows[0]['question']}\nColumns:\n" + "\n".join(rows[0]["columns"])
     plain = asked.answer(prompt, max_tokens=60)

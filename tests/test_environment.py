@@ -1,4 +1,4 @@
-"""cogpress/environment.py: its decisions, its words, and a whole set-up against an index of two tiny wheels."""
+"""The environments: what decides over them, what is said, and a whole set-up against an index of two tiny wheels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cogpress import environment
+from cogpress import environment, interpreter, pip
 from cogpress.environment import Environment
 from cogpress.errors import CogpressError
 
@@ -114,13 +114,13 @@ def test_a_foreign_environment_is_left_alone(repository: Path) -> None:
 )
 def test_other_platforms_are_refused(system: str, machine: str, libc: tuple[str, str], said: str) -> None:
     with pytest.raises(CogpressError, match="Linux on x86-64") as error:
-        environment.check_platform(system, machine, libc)
+        interpreter.check_platform(system, machine, libc)
     assert said in str(error.value)
 
 
 def test_this_platform_is_accepted() -> None:
-    environment.check_platform("linux", "x86_64", ("glibc", "2.31"))
-    environment.check_platform("linux", "AMD64", ("glibc", "2.41.9000"))
+    interpreter.check_platform("linux", "x86_64", ("glibc", "2.31"))
+    interpreter.check_platform("linux", "AMD64", ("glibc", "2.41.9000"))
 
 
 def test_a_full_disk_is_noticed_before_the_download(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_the_running_python_is_taken_where_it_fits(tmp_path: Path, monkeypatch: 
     running = fake_python(tmp_path, "running", "3 13")
     monkeypatch.setattr(sys, "_base_executable", str(running))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment.find_interpreter() == (str(running), (3, 13))
+    assert interpreter.find_interpreter() == (str(running), (3, 13))
 
 
 def test_else_one_on_the_path_that_really_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,25 +153,25 @@ def test_else_one_on_the_path_that_really_starts(tmp_path: Path, monkeypatch: py
     fake_python(tmp_path, "python3.12", "3 12", complete=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CogpressError, match=r"python3\.12 has no venv module.*apt-get install python3\.12-venv"):
-        environment.find_interpreter()
+        interpreter.find_interpreter()
     right = fake_python(tmp_path, "python3.13", "3 13")
-    assert environment.find_interpreter() == (str(right), (3, 13))
+    assert interpreter.find_interpreter() == (str(right), (3, 13))
 
 
 def test_no_python_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "_base_executable", str(fake_python(tmp_path, "running", "3 8")))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CogpressError, match=r"3\.11, 3\.12 or 3\.13; this is .* none of those is on PATH"):
-        environment.find_interpreter()
+        interpreter.find_interpreter()
 
 
 def test_probe_reads_a_real_python(tmp_path: Path) -> None:
-    assert environment.probe(sys.executable) == (sys.version_info[:2], True)
-    assert environment.probe(str(tmp_path / "absent")) == (None, False)
+    assert interpreter.probe(sys.executable) == (sys.version_info[:2], True)
+    assert interpreter.probe(str(tmp_path / "absent")) == (None, False)
 
 
 def test_torch_comes_from_the_configured_index_first() -> None:
-    configured, pytorch = environment.torch_attempts("2.13.0")
+    configured, pytorch = pip.torch_attempts("2.13.0")
     for attempt in (configured, pytorch):
         assert attempt[-1] == "torch==2.13.0+cpu"
         assert "--no-deps" in attempt
@@ -193,7 +193,7 @@ def test_torch_comes_from_the_configured_index_first() -> None:
 )
 def test_a_failure_says_what_to_do_and_shows_the_end_of_the_log(line: str, said: str, tmp_path: Path) -> None:
     output = [f"Collecting package-{number}" for number in range(50)] + [line]
-    text = environment.explain("180 packages", output, tmp_path / "setup.log")
+    text = pip.explain("180 packages", output, tmp_path / "setup.log")
     assert re.search(said, text)
     assert text.endswith("  " + line)
     assert str(tmp_path / "setup.log") in text
@@ -204,13 +204,13 @@ def test_a_failure_says_what_to_do_and_shows_the_end_of_the_log(line: str, said:
 
 def test_credentials_never_show() -> None:
     line = "Looking in indexes: https://me:s3cret@example.com/simple, https://t0ken@example.com/x"
-    shown = environment.without_credentials(line)
+    shown = pip.without_credentials(line)
     assert shown == "Looking in indexes: https://***@example.com/simple, https://***@example.com/x"
 
 
 def test_settings_that_install_elsewhere_are_dropped() -> None:
     given = {"PIP_TARGET": "/x", "PYTHONPATH": "/y", "PIP_USER": "1", "PIP_INDEX_URL": "https://example.com", "A": "b"}
-    cleaned = environment.clean_environment(given)
+    cleaned = pip.clean_environment(given)
     assert not {"PIP_TARGET", "PYTHONPATH"} & cleaned.keys()
     assert cleaned["PIP_USER"] == "0"
     assert cleaned["PIP_INDEX_URL"] == "https://example.com"
@@ -219,7 +219,7 @@ def test_settings_that_install_elsewhere_are_dropped() -> None:
 
 def test_locked_names() -> None:
     lock = "# comment with name==version\nFoo_Bar==1 \\\n    --hash=sha256:00\nzope.x==2 \\\n    --hash=sha256:11\n"
-    assert environment.locked_names(lock) == ["foo-bar", "zope-x"]
+    assert pip.locked_names(lock) == ["foo-bar", "zope-x"]
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
@@ -234,7 +234,7 @@ def test_locks_are_exact_hashed_and_of_no_one_machine(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cpu.lock", "quantize.lock"])
 def test_a_lock_for_cpus_has_no_cuda_and_nothing_that_needs_it(name: str) -> None:
-    names = environment.locked_names((ROOT / "requirements" / name).read_text())
+    names = pip.locked_names((ROOT / "requirements" / name).read_text())
     allowed = "nvidia-ml-py"  # Python only: it asks a driver for its GPUs, where there is one
     assert not [name for name in names if re.match(r"torch|nvidia-|cuda-|vllm$", name) and name != allowed]
 
@@ -261,14 +261,28 @@ def test_every_direct_dependency_is_locked_at_the_version_asked_for() -> None:
                     assert locked[package.lower()] == version
 
 
-def test_an_old_python_can_read_the_file() -> None:
+def test_an_old_python_can_read_what_runs_first() -> None:
     """As far as a newer one can tell: Python 3.8's grammar, and imports from the standard library only."""
     import ast
 
-    tree = ast.parse((ROOT / "cogpress" / "environment.py").read_text(), feature_version=(3, 8))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} <= {*sys.stdlib_module_names, "cogpress"}
+    waiting, read = ["cogpress", "cogpress.environment"], set[str]()
+    while waiting:
+        module = waiting.pop()
+        read.add(module)
+        place = ROOT.joinpath(*module.split("."))
+        path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(), feature_version=(3, 8))):
+            imported: list[str] = []
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module == "cogpress":
+                imported = [f"cogpress.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                imported = [str(node.module)]
+            ours = {name for name in imported if name.startswith("cogpress.")}
+            waiting += ours - read
+            assert {name.split(".")[0] for name in set(imported) - ours} <= sys.stdlib_module_names, module
+    assert {"cogpress.errors", "cogpress.interpreter", "cogpress.pip", "cogpress.progress"} < read
 
 
 # A whole set-up, with a real venv and a real pip, from a folder of wheels in the index's place.

@@ -17,18 +17,18 @@ from typing import Any
 import jsonschema  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
-from examples import queries
+from examples import columns, queries, questions
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "test")
-ROWS = {split: queries.generate(2000, split) for split in SPLITS}
+ROWS = {split: questions.generate(2000, split) for split in SPLITS}
 ANSWERS: dict[str, list[Any]] = {split: [json.loads(row["answer"]) for row in ROWS[split]] for split in SPLITS}
 VALIDATOR = jsonschema.Draft202012Validator(queries.QUERY_SCHEMA)
 
 
 def combinations(query: dict[str, Any]) -> set[tuple[str, str, bool]]:
     ops = [calculation["op"] for calculation in query["calculations"]]
-    return queries.combinations(ops, [each["op"] for each in query.get("filters", [])], "orders" in query)
+    return questions.combinations(ops, [each["op"] for each in query.get("filters", [])], "orders" in query)
 
 
 def columns_of(query: dict[str, Any]) -> set[str]:
@@ -37,7 +37,7 @@ def columns_of(query: dict[str, Any]) -> set[str]:
 
 
 def names(split: str) -> set[str]:
-    return {column.name for column in queries.COLUMNS[split]}
+    return {column.name for column in columns.COLUMNS[split]}
 
 
 # -- generate ---------------------------------------------------------------------------------------------------------
@@ -45,8 +45,8 @@ def names(split: str) -> set[str]:
 
 def test_same_arguments_give_the_same_bytes_in_any_process() -> None:
     program = (
-        "import json; from examples import queries; "
-        "print(json.dumps([queries.generate(50, split, 3) for split in ('train', 'test')]))"
+        "import json; from examples import questions; "
+        "print(json.dumps([questions.generate(50, split, 3) for split in ('train', 'test')]))"
     )
     outputs = {
         subprocess.run(
@@ -59,30 +59,30 @@ def test_same_arguments_give_the_same_bytes_in_any_process() -> None:
         ).stdout
         for seed in ("0", "1", "random")
     }
-    assert outputs == {json.dumps([queries.generate(50, split, 3) for split in SPLITS]) + "\n"}
+    assert outputs == {json.dumps([questions.generate(50, split, 3) for split in SPLITS]) + "\n"}
 
 
 def test_seed_and_count() -> None:
-    assert queries.generate(20, "train") == ROWS["train"][:20]
-    assert queries.generate(20, "train", seed=1) != ROWS["train"][:20]
-    assert queries.generate(0, "test") == []
+    assert questions.generate(20, "train") == ROWS["train"][:20]
+    assert questions.generate(20, "train", seed=1) != ROWS["train"][:20]
+    assert questions.generate(0, "test") == []
 
 
 @pytest.mark.parametrize(("count", "split"), [(1, "validation"), (1, ""), (-1, "train")])
 def test_wrong_arguments(count: int, split: str) -> None:
     with pytest.raises(ValueError, match=r"split|count"):
-        queries.generate(count, split)
+        questions.generate(count, split)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_pair_is_repeated_within_or_across_splits(seed: int) -> None:
-    rows = [row for split in SPLITS for row in queries.generate(1000, split, seed)]
+    rows = [row for split in SPLITS for row in questions.generate(1000, split, seed)]
     assert len({(row["question"], *sorted(row["columns"])) for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize(("split", "least"), [("train", 120), ("test", 50)])
 def test_columns_are_many_and_each_is_there_once(split: str, least: int) -> None:
-    assert len(names(split)) == len(queries.COLUMNS[split]) >= least
+    assert len(names(split)) == len(columns.COLUMNS[split]) >= least
 
 
 def test_test_columns_are_new_names_in_new_namespaces() -> None:
@@ -93,7 +93,7 @@ def test_test_columns_are_new_names_in_new_namespaces() -> None:
 
 
 def test_filter_values_differ_between_splits() -> None:
-    values = {split: {v for c in queries.COLUMNS[split] if c.kind != "flag" for v in c.values} for split in SPLITS}
+    values = {split: {v for c in columns.COLUMNS[split] if c.kind != "flag" for v in c.values} for split in SPLITS}
     assert not values["train"] & values["test"]
 
 
@@ -105,11 +105,11 @@ def test_rows_use_only_columns_of_their_split() -> None:
 
 def test_train_never_shows_a_held_out_combination_and_test_often_does() -> None:
     for seed in range(3):
-        rows = queries.generate(700, "train", seed)
-        assert not any(combinations(json.loads(row["answer"])) & queries.HELD_OUT for row in rows)
-    held_out = [combinations(query) & queries.HELD_OUT for query in ANSWERS["test"]]
+        rows = questions.generate(700, "train", seed)
+        assert not any(combinations(json.loads(row["answer"])) & questions.HELD_OUT for row in rows)
+    held_out = [combinations(query) & questions.HELD_OUT for query in ANSWERS["test"]]
     assert 0.2 < sum(map(bool, held_out)) / len(held_out) < 0.55
-    assert len(set.union(*held_out)) > 0.9 * len(queries.HELD_OUT)
+    assert len(set.union(*held_out)) > 0.9 * len(questions.HELD_OUT)
 
 
 def test_train_shows_every_calculation_with_and_without_order_and_every_filter_op_with_both() -> None:
@@ -165,14 +165,14 @@ def test_a_question_has_one_answer() -> None:
     answers: dict[str, set[str]] = collections.defaultdict(set)
     for seed in range(2):
         for split in SPLITS:
-            for row in queries.generate(1000, split, seed):
+            for row in questions.generate(1000, split, seed):
                 answers[row["question"]].add(row["answer"])
     assert {question: found for question, found in answers.items() if len(found) > 1} == {}
 
 
 @pytest.mark.parametrize("table", ["_CALCULATION", "_HOW_MANY", "_CLAUSE"])
 def test_a_phrase_means_one_thing(table: str) -> None:
-    phrases: dict[Any, tuple[str, ...]] = getattr(queries, table)
+    phrases: dict[Any, tuple[str, ...]] = getattr(questions, table)
     meanings = collections.defaultdict(set)
     for meaning, words in phrases.items():
         for phrase in words:
@@ -182,7 +182,7 @@ def test_a_phrase_means_one_thing(table: str) -> None:
 
 def test_no_filter_value_reads_as_a_phrase() -> None:
     """`is set` and `is missing` are filters of their own."""
-    values = {value for split in SPLITS for column in queries.COLUMNS[split] for value in column.values}
+    values = {value for split in SPLITS for column in columns.COLUMNS[split] for value in column.values}
     assert not values & {"set", "missing", "present", "absent", "not", "none", "null", "over", "under", "above"}
 
 
@@ -196,7 +196,7 @@ def test_every_part_of_the_language_appears_often_enough_to_be_learnt(split: str
         seen.update(each["order"] for each in query.get("orders", []))
         seen[("breakdowns", len(query.get("breakdowns", [])))] += 1
         seen.update([query.get("time_range")])
-    wanted = [*queries.QUERY_SCHEMA["properties"], *queries.OPS, *queries.FILTER_OPS, *queries._PERIODS]
+    wanted = [*queries.QUERY_SCHEMA["properties"], *queries.OPS, *queries.FILTER_OPS, *questions._PERIODS]
     wanted += ["descending", ("breakdowns", 0), ("breakdowns", 1), ("breakdowns", 2)]
     total = len(ANSWERS[split])
     assert {key: seen[key] for key in wanted if seen[key] < 0.025 * total} == {}
@@ -226,8 +226,8 @@ def test_questions_are_worded_in_many_ways() -> None:
     [("500", 500), ("0.25", 0.25), ("true", True), ("false", False), ("web-1", "web-1"), ("null", "null")],
 )
 def test_literal(word: str, value: Any) -> None:
-    assert queries.literal(word) == value
-    assert type(queries.literal(word)) is type(value)
+    assert questions.literal(word) == value
+    assert type(questions.literal(word)) is type(value)
 
 
 # -- score ------------------------------------------------------------------------------------------------------------
@@ -447,12 +447,12 @@ def test_every_object_of_the_schema_refuses_unknown_keys() -> None:
 
 
 def test_write(tmp_path: Path) -> None:
-    train, test = queries.write(tmp_path / "a" / "b", 30, 10, seed=4)
+    train, test = questions.write(tmp_path / "a" / "b", 30, 10, seed=4)
     assert [train.name, test.name] == ["train.jsonl", "test.jsonl"]
     assert sorted(train.parent.iterdir()) == [test, train]
     for path, split, count in ((train, "train", 30), (test, "test", 10)):
         lines = path.read_bytes().decode().splitlines()
-        rows = queries.generate(count, split, 4)
+        rows = questions.generate(count, split, 4)
         assert len(lines) == count
         for line, row in zip(map(json.loads, lines), rows, strict=True):
             assert line == {
@@ -462,9 +462,9 @@ def test_write(tmp_path: Path) -> None:
 
 
 def test_write_replaces_and_repeats_itself(tmp_path: Path) -> None:
-    first = [path.read_bytes() for path in queries.write(tmp_path, 5, 5, seed=0)]
-    queries.write(tmp_path, 7, 0, seed=1)
-    assert [path.read_bytes() for path in queries.write(tmp_path, 5, 5, seed=0)] == first
+    first = [path.read_bytes() for path in questions.write(tmp_path, 5, 5, seed=0)]
+    questions.write(tmp_path, 7, 0, seed=1)
+    assert [path.read_bytes() for path in questions.write(tmp_path, 5, 5, seed=0)] == first
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -474,23 +474,23 @@ def test_a_failed_write_leaves_no_part(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="full"):
-        queries.write(tmp_path, 1, 1, seed=0)
+        questions.write(tmp_path, 1, 1, seed=0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    queries.main(["--out", str(tmp_path), "--train", "3", "--test", "2", "--seed", "5"])
+    questions.main(["--out", str(tmp_path), "--train", "3", "--test", "2", "--seed", "5"])
     assert capsys.readouterr().out.split() == [str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")]
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [line["prompt"]["question"] for line in lines] == [
-        row["question"] for row in queries.generate(3, "train", 5)
+        row["question"] for row in questions.generate(3, "train", 5)
     ]
 
 
 @pytest.mark.parametrize("extra", [["--train", "-1"], ["--test", "many"]])
 def test_command_with_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        queries.main(["--out", str(tmp_path), *extra])
+        questions.main(["--out", str(tmp_path), *extra])
     assert stopped.value.code == 2
     assert "error:" in capsys.readouterr().err
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from localreplicate import ROOT, TOKEN, Local, project
+from localreplicate import TOKEN, Local, echoing, refusal
 
 from cogpress.errors import CogpressError
 from cogpress.local import access
@@ -19,9 +17,7 @@ from cogpress.server import Server
 
 @pytest.fixture(scope="module")
 def cog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = project(tmp_path_factory.mktemp("echo"))
-    with Server(root, log=root / "server.log") as server:
-        server.wait_ready(60)
+    with echoing(tmp_path_factory.mktemp("echo")) as server:
         yield server
 
 
@@ -51,13 +47,8 @@ def test_any_other_address_needs_a_token() -> None:
 
 
 def test_the_command_refuses_to_start_without_a_token(tmp_path: Path) -> None:
-    arguments = ["--url", "http://127.0.0.1:9", "--host", "0.0.0.0", "--data", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "playground", *arguments], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1
-    assert "a token is required" in done.stderr
-    assert "Traceback" not in done.stderr
+    said = refusal("--url", "http://127.0.0.1:9", "--host", "0.0.0.0", "--data", str(tmp_path))
+    assert "a token is required" in said
 
 
 def test_requests_of_other_sites_pages_are_refused(local: Local) -> None:

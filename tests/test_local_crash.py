@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
-from localreplicate import SLOTS, Local, project
+from localreplicate import SLOTS, Local, echoing, project
 
 from cogpress.config import Playground
 from cogpress.errors import CogpressError
@@ -36,10 +36,8 @@ def wait_for(local: Local, status: str, identifiers: list[str], seconds: float =
 
 
 def test_the_local_replicate_is_killed_and_starts_again(tmp_path: Path) -> None:
-    root = project(tmp_path / "echo")
-    with Server(root, log=root / "server.log") as cog:
-        cog.wait_ready(60)
-        local = Local(root, [("echo", cog.url)])
+    with echoing(tmp_path / "echo") as cog:
+        local = Local(cog.root, [("echo", cog.url)])
         with local:
             done = local.create({"prompt": "before", "count": 2}, wait=True)
             running = [local.create(LONG) for _ in range(SLOTS)]
@@ -62,11 +60,9 @@ def test_the_local_replicate_is_killed_and_starts_again(tmp_path: Path) -> None:
 
 
 def test_the_model_server_is_killed_and_started_again(tmp_path: Path) -> None:
-    root = project(tmp_path / "echo")
-    with Server(root, log=root / "server.log") as cog:
-        cog.wait_ready(60)
+    with echoing(tmp_path / "echo") as cog:
         port = cog.port
-        with Local(root, [("echo", cog.url)]) as local:
+        with Local(cog.root, [("echo", cog.url)]) as local:
             running = [local.create(LONG) for _ in range(SLOTS)]
             wait_for(local, "processing", [one["id"] for one in running])
             waiting = [local.create({"count": 2}) for _ in range(3)]
@@ -77,7 +73,7 @@ def test_the_model_server_is_killed_and_started_again(tmp_path: Path) -> None:
                 assert found["status"] == "failed"
                 assert "ended or broke off while this prediction ran" in found["error"]
                 assert found["output"]
-            with Server(root, log=root / "server.log", port=port) as again:
+            with Server(cog.root, log=cog.log, port=port) as again:
                 again.wait_ready(60)
                 for one in waiting:
                     found = local.wait(one["id"])
@@ -136,10 +132,8 @@ def test_two_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_prompts_are_kept_out_of_the_store(tmp_path: Path) -> None:
-    root = project(tmp_path / "echo")
-    with Server(root, log=root / "server.log") as cog:
-        cog.wait_ready(60)
-        local = Local(root, [("echo", cog.url)], options={"keep_prompts": False})
+    with echoing(tmp_path / "echo") as cog:
+        local = Local(cog.root, [("echo", cog.url)], options={"keep_prompts": False})
         with local:
             made = local.create({"prompt": "confidential-question", "count": 2}, wait=True)
             assert made["output"]
@@ -157,10 +151,8 @@ def test_prompts_are_kept_out_of_the_store(tmp_path: Path) -> None:
 
 
 def test_what_is_old_or_too_much_is_removed(tmp_path: Path) -> None:
-    root = project(tmp_path / "echo")
-    with Server(root, log=root / "server.log") as cog:
-        cog.wait_ready(60)
-        local = Local(root, [("echo", cog.url)])
+    with echoing(tmp_path / "echo") as cog:
+        local = Local(cog.root, [("echo", cog.url)])
         with local:
             made = [local.create({"prompt": f"n{number}", "count": 1}, wait=True)["id"] for number in range(12)]
             local.ask("PUT", f"/playground/api/predictions/{made[0]}/rating", {"rating": "good", "note": ""})

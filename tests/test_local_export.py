@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from localreplicate import Local
 
-from cogpress import config, data
+from cogpress import config, reading
+from cogpress.example import Example
 from cogpress.local.history import example
 from cogpress.local.store import Store
 
@@ -46,9 +47,9 @@ def rated(inputs: dict[str, Any], rating: str = "good", **more: Any) -> dict[str
     return {"input": inputs, **known, **more}
 
 
-def read(path: Path, rows: list[dict[str, Any]]) -> list[data.Example]:
+def read(path: Path, rows: list[dict[str, Any]]) -> list[Example]:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    found = data.read(path, prompt=FORM)
+    found = reading.read(path, prompt=FORM)
     assert found.problems == []
     return found.examples
 
@@ -111,7 +112,7 @@ def test_the_export_is_a_file_that_training_reads(tmp_path: Path) -> None:
             answer = local.ask("GET", f"/playground/api/export?rating={rating}")
             assert answer.headers["x-left-out"] == str(left_out)
             (tmp_path / "rated.jsonl").write_bytes(answer.content)
-            found = data.read(tmp_path / "rated.jsonl", prompt=FORM)
+            found = reading.read(tmp_path / "rated.jsonl", prompt=FORM)
             assert found.problems == []
             expected = []
             for number, (_, asked) in enumerate(CASES):

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from localreplicate import ROOT, TOKEN, Local, project
+from localreplicate import ROOT, TOKEN, Local, echoing, project
 from pydantic import BaseModel, Field
 
 from cogpress.local import openai as openai_routes
@@ -110,9 +110,7 @@ def cog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A model whose inputs are few."""
-    root = project(tmp_path_factory.mktemp("echo"))
-    with Server(root, log=root / "server.log") as cog:
-        cog.wait_ready(60)
+    with echoing(tmp_path_factory.mktemp("echo")) as cog:
         yield cog
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from localreplicate import ROOT, Local, project
+from localreplicate import ROOT, Local, echoing, project
 
 pytestmark = pytest.mark.slow
 
@@ -177,17 +177,13 @@ def test_who_waits_for_a_server_that_fails_is_told_without_another_try(tmp_path:
 
 
 def test_versions_are_told_apart_by_labels(tmp_path: Path) -> None:
-    from cogpress.server import Server
-
-    root = project(tmp_path / "echo")
-    with Server(root, log=root / "server.log") as cog:
-        cog.wait_ready(60)
+    with echoing(tmp_path / "echo") as cog:
         other = cog.url.replace("127.0.0.1", "localhost")
         for models, labels in (
             ([("echo", cog.url), ("echo:tuned", other)], [f"127.0.0.1:{cog.port}", "tuned"]),
             ([("echo:base", cog.url), ("echo:tuned", other)], ["base", "tuned"]),  # the same ones, named anew
         ):
-            with Local(root, models) as local:
+            with Local(cog.root, models) as local:
                 config = local.ask("GET", "/playground/api/config").json()
                 assert [one["label"] for one in config["models"][0]["versions"]] == labels[::-1]
                 listed = local.ask("GET", "/v1/models/local/echo/versions").json()["results"]
@@ -197,20 +193,18 @@ def test_versions_are_told_apart_by_labels(tmp_path: Path) -> None:
 
 
 def test_what_is_deleted_is_said_to_be(tmp_path: Path) -> None:
-    from cogpress.server import Server
-
-    root = project(tmp_path / "echo")
-    with Server(root, log=root / "server.log") as cog:
-        cog.wait_ready(60)
-        with Local(root, [("echo", cog.url)], options={"retention_count": 1}) as local:
-            first = local.create({"count": 1}, wait=True)
-            local.create({"count": 1}, wait=True)
-            local.stop()
-            local.start()
-            for route in (f"/v1/predictions/{first['id']}", f"/playground/api/predictions/{first['id']}/rating"):
-                answer = local.ask("GET", route)
-                assert answer.status_code == 404
-                assert "it was deleted" in answer.json()["detail"]
-            answer = local.ask("GET", first["urls"]["stream"].removeprefix(local.url))
-            assert (answer.status_code, answer.json()["detail"]) == (404, "This prediction was deleted.")
-            assert local.ask("GET", f"/p/{first['id']}").status_code == 200  # the page, which says it
+    with (
+        echoing(tmp_path / "echo") as cog,
+        Local(cog.root, [("echo", cog.url)], options={"retention_count": 1}) as local,
+    ):
+        first = local.create({"count": 1}, wait=True)
+        local.create({"count": 1}, wait=True)
+        local.stop()
+        local.start()
+        for route in (f"/v1/predictions/{first['id']}", f"/playground/api/predictions/{first['id']}/rating"):
+            answer = local.ask("GET", route)
+            assert answer.status_code == 404
+            assert "it was deleted" in answer.json()["detail"]
+        answer = local.ask("GET", first["urls"]["stream"].removeprefix(local.url))
+        assert (answer.status_code, answer.json()["detail"]) == (404, "This prediction was deleted.")
+        assert local.ask("GET", f"/p/{first['id']}").status_code == 200  # the page, which says it

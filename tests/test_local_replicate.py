@@ -11,16 +11,14 @@ from typing import Any
 
 import httpx
 import pytest
-from localreplicate import SLOTS, Local, project
+from localreplicate import SLOTS, Local, echoing
 
 from cogpress.server import Server
 
 
 @pytest.fixture(scope="module")
 def cog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = project(tmp_path_factory.mktemp("echo"))
-    with Server(root, log=root / "server.log") as server:
-        server.wait_ready(60)
+    with echoing(tmp_path_factory.mktemp("echo")) as server:
         yield server
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from localreplicate import ROOT, Local
 
-from examples import queries
+from examples import queries, questions
 
 replicate = pytest.importorskip("replicate", reason="requirements/dev.in lists Replicate's client")
 
@@ -41,15 +41,15 @@ def client(local: Local) -> Any:
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[queries.Row]:
-    return queries.generate(CLIENTS, "test", seed=7)
+def rows() -> list[questions.Row]:
+    return questions.generate(CLIENTS, "test", seed=7)
 
 
-def inputs(row: queries.Row) -> dict[str, Any]:
+def inputs(row: questions.Row) -> dict[str, Any]:
     return {"fields": json.dumps({"question": row["question"], "columns": row["columns"]}), "max_tokens": 160}
 
 
-def test_the_worked_example_through_the_official_client(client: Any, rows: list[queries.Row]) -> None:
+def test_the_worked_example_through_the_official_client(client: Any, rows: list[questions.Row]) -> None:
     right = 0
     for row in rows[:4]:
         said = "".join(client.run(MODEL, input=inputs(row)))
@@ -65,8 +65,8 @@ def test_the_worked_example_through_the_official_client(client: Any, rows: list[
     assert 0 < metrics["time_to_first_token"] < metrics["predict_time"]
 
 
-def test_sixty_four_clients_at_once_lose_nothing(client: Any, rows: list[queries.Row], local: Local) -> None:
-    def ask(row: queries.Row) -> tuple[str, str]:
+def test_sixty_four_clients_at_once_lose_nothing(client: Any, rows: list[questions.Row], local: Local) -> None:
+    def ask(row: questions.Row) -> tuple[str, str]:
         made = client.models.predictions.create(MODEL, input=inputs(row))
         return made.id, "".join(str(one) for one in made.stream() if one.event.value == "output")
 

@@ -17,7 +17,7 @@ from conftest import operations_row
 from cogpress import chat, client, config, divergence, fetch, manifest, multilora
 from cogpress.errors import CogpressError
 from cogpress.server import Server
-from examples import queries
+from examples import queries, questions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,7 +134,7 @@ def ask(server: Server, **inputs: Any) -> str:
 def test_mixed_traffic_is_answered_as_training_scored_it(
     server: Server, project: Path, base_folder: Path, operations_adapter: Path, tokenizer: Any
 ) -> None:
-    rows = queries.generate(16, "test", seed=11)
+    rows = questions.generate(16, "test", seed=11)
     work = [
         ("queries", {"fields": json.dumps({"question": row["question"], "columns": row["columns"]})}) for row in rows
     ]
@@ -160,7 +160,7 @@ def test_mixed_traffic_is_answered_as_training_scored_it(
 @pytest.mark.slow
 @pytest.mark.server
 def test_more_adapters_than_there_is_room_for_take_turns(server: Server) -> None:
-    question = queries.generate(1, "test", seed=11)[0]["question"]
+    question = questions.generate(1, "test", seed=11)[0]["question"]
     first = ask(server, adapter="operations", prompt=question)
     for name in ("queries", "again", "operations", "again"):
         fields = json.dumps({"question": question, "columns": ["a.b"]})

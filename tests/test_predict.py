@@ -20,7 +20,7 @@ from cogpress import archive, client, fetch, manifest
 from cogpress.engines import vllm
 from cogpress.errors import CogpressError
 from cogpress.server import Server
-from examples import queries
+from examples import queries, questions
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -39,15 +39,15 @@ def server(trained_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[queries.Row]:
-    return queries.generate(32, "test", seed=7)
+def rows() -> list[questions.Row]:
+    return questions.generate(32, "test", seed=7)
 
 
-def fields(row: queries.Row) -> str:
+def fields(row: questions.Row) -> str:
     return json.dumps({"question": row["question"], "columns": row["columns"]})
 
 
-def answer(server: Server, row: queries.Row, **more: Any) -> str:
+def answer(server: Server, row: questions.Row, **more: Any) -> str:
     return "".join(client.predict(server.url, {"fields": fields(row), "max_tokens": 160, **more})["output"])
 
 
@@ -89,7 +89,7 @@ def test_the_engine_stands_back_for_what_carries_its_tokens(server: Server) -> N
     assert {process.nice() for process in others} == {leader.nice()}
 
 
-def test_text_streams_long_before_it_ends(server: Server, rows: list[queries.Row]) -> None:
+def test_text_streams_long_before_it_ends(server: Server, rows: list[questions.Row]) -> None:
     started = time.monotonic()
     times, text = [], ""
     for event in client.stream(server.url, {"fields": fields(rows[0]), "max_tokens": 160}):
@@ -102,12 +102,12 @@ def test_text_streams_long_before_it_ends(server: Server, rows: list[queries.Row
     assert text == answer(server, rows[0])
 
 
-def test_sixteen_streams_are_batched_and_each_is_right(server: Server, rows: list[queries.Row]) -> None:
+def test_sixteen_streams_are_batched_and_each_is_right(server: Server, rows: list[questions.Row]) -> None:
     started = time.monotonic()
     alone = [answer(server, row) for row in rows[:4]]
     one_after_another = (time.monotonic() - started) / 4
 
-    def stream(row: queries.Row) -> tuple[str, float]:
+    def stream(row: questions.Row) -> tuple[str, float]:
         text, first = "", 0.0
         for event in client.stream(server.url, {"fields": fields(row), "max_tokens": 160}):
             if event.kind == "output":
@@ -126,7 +126,7 @@ def test_sixteen_streams_are_batched_and_each_is_right(server: Server, rows: lis
     assert right >= 14
 
 
-def test_metrics(server: Server, rows: list[queries.Row]) -> None:
+def test_metrics(server: Server, rows: list[questions.Row]) -> None:
     metrics = client.predict(server.url, {"fields": fields(rows[0]), "max_tokens": 160})["metrics"]
     assert metrics["input_token_count"] > 30
     assert metrics["output_token_count"] > 10
@@ -176,7 +176,7 @@ def test_the_same_seed_gives_the_same_answer(server: Server) -> None:
     assert client.predict(server.url, {**inputs, "seed": 13})["output"] == answers[13]
 
 
-def test_stop_ends_the_answer_and_is_left_out(server: Server, rows: list[queries.Row]) -> None:
+def test_stop_ends_the_answer_and_is_left_out(server: Server, rows: list[questions.Row]) -> None:
     whole = answer(server, rows[0])
     cut = answer(server, rows[0], stop='"op"')
     assert cut == whole[: whole.index('"op"')]
@@ -210,7 +210,7 @@ def test_bad_inputs_are_explained(server: Server, inputs: dict[str, Any], said: 
         client.predict(server.url, inputs)
 
 
-def test_a_conversation_is_continued(server: Server, rows: list[queries.Row]) -> None:
+def test_a_conversation_is_continued(server: Server, rows: list[questions.Row]) -> None:
     template = f"{rows[0]['question']}\nColumns:\n" + "\n".join(rows[0]["columns"])
     messages = json.dumps([{"role": "user", "content": template}])
     assert "".join(client.predict(server.url, {"messages": messages, "max_tokens": 160})["output"]) == answer(
@@ -228,7 +228,7 @@ def test_a_conversation_is_continued(server: Server, rows: list[queries.Row]) ->
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_answers_keep_to_a_form(server: Server, rows: list[queries.Row], form: dict[str, str], fits: Any) -> None:
+def test_answers_keep_to_a_form(server: Server, rows: list[questions.Row], form: dict[str, str], fits: Any) -> None:
     texts = [answer(server, row, temperature=1.0, seed=1, **form) for row in rows[:4]]
     assert all(fits(text) for text in texts), texts
 

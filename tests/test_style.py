@@ -25,6 +25,15 @@ def test_scripts_are_python_and_can_be_run() -> None:
             assert path.stat().st_mode & 0o111, f"{path} is not executable"
 
 
+def test_lines_of_the_page_are_as_short_as_pythons() -> None:
+    page = ROOT / "cogpress" / "local" / "page"
+    paths = [path for path in sorted(page.rglob("*.js")) if "vendor" not in path.parts]
+    assert paths
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 120, f"{path.relative_to(ROOT)}:{number}"
+
+
 def test_no_file_names_a_package_registry_or_a_machine() -> None:
     """What is written here must hold on any machine, with any package index."""
     tracked = subprocess.run(

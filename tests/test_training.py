@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cogpress import base, config, data, manifest, training
 from cogpress.errors import CogpressError
+from cogpress.tokenizing import Row
 from cogpress.trainer import AnswerTrainer, Collator, LengthGroupedSampler, Recorder, Rows
 
 pytestmark = pytest.mark.train
@@ -37,7 +38,7 @@ def prepared(examples_file: Path, tokenizer: Any) -> data.Prepared:
     )
 
 
-def gradients(model: torch.nn.Module, rows: list[data.Row]) -> dict[str, torch.Tensor]:
+def gradients(model: torch.nn.Module, rows: list[Row]) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model.train()
     batch = Collator(0)(rows)
@@ -95,7 +96,7 @@ def test_padding_changes_nothing(tiny_base: Path, prepared: data.Prepared, tmp_p
     torch.manual_seed(0)
     model = training.adapted(chosen, tiny_base, attention="eager").eval()
     row = prepared.train[0]
-    long = data.Row(row.input_ids * 3, row.labels * 3)
+    long = Row(row.input_ids * 3, row.labels * 3)
     with torch.no_grad():
         alone = model(**Collator(0)([row])).logits[0]
         padded = model(**Collator(0)([row, long])).logits[0, : len(row.input_ids)]

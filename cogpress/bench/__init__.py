@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from rich.console import Console
+
 Measured = dict[str, list[dict[str, float]]]
 """What each side did in each round."""
 
@@ -39,6 +41,20 @@ def alternate(
             measured[name].append(found)
             tell(number + 1, name, found)
     return measured
+
+
+def alternate_aloud(
+    sides: Mapping[str, Callable[[], dict[str, float]]],
+    rounds: int,
+    console: Console,
+    words: Callable[[dict[str, float]], str],
+) -> Measured:
+    """`alternate`, with a line on the console for every measurement: its round, its side, and it in words."""
+    return alternate(
+        sides,
+        rounds,
+        lambda number, name, found: console.print(f"  round {number}/{rounds}, {name}: {words(found)}"),
+    )
 
 
 def medians(measured: Measured) -> dict[str, dict[str, float]]:

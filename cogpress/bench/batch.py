@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cogpress import base, batch, chat, config, manifest, schema, serving
-from cogpress.bench import alternate, in_fresh_process, medians
+from cogpress.bench import alternate_aloud, in_fresh_process, medians
+from cogpress.bench.report import write_report
 from cogpress.engines import vllm
 
 MAX_TOKENS = 160
@@ -39,12 +40,11 @@ def run(
         "cogpress": partial(in_fresh_process, _ours, root, weights, list(questions)),
         "vllm": partial(in_fresh_process, _theirs, root, weights, list(questions)),
     }
-    measured = alternate(
+    measured = alternate_aloud(
         sides,
         rounds,
-        lambda number, name, found: console.print(
-            f"  round {number}/{rounds}, {name}: {found['tokens_per_second']:.0f} tokens/s of {found['tokens']:.0f}"
-        ),
+        console,
+        lambda found: f"{found['tokens_per_second']:.0f} tokens/s of {found['tokens']:.0f}",
     )
     found = medians(measured)
     report: dict[str, Any] = {
@@ -57,8 +57,7 @@ def run(
     table.add_row("tokens per second", *speed, f"x {report['throughput_ratio']:.2f}")
     table.add_row("tokens", *(f"{found[name]['tokens']:.0f}" for name in sides), "")
     console.print(table)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(out, report)
+    write_report(out, report)
     return report
 
 

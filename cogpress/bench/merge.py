@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cogpress import archive, base, manifest
-from cogpress.bench import alternate, in_fresh_process, medians
+from cogpress.bench import alternate_aloud, in_fresh_process, medians
+from cogpress.bench.report import write_report
 from cogpress.config import Prompt
 
 SHARD = "500MB"
@@ -34,12 +35,11 @@ def run(out: Path, work: Path, rounds: int, console: Console) -> dict[str, Any]:
     """
     base_folder, adapter_folder = in_fresh_process(make, work)
     sides = {"cogpress": _ours, "peft": _peft}
-    measured = alternate(
+    measured = alternate_aloud(
         {name: partial(in_fresh_process, side, base_folder, adapter_folder, work) for name, side in sides.items()},
         rounds,
-        lambda number, name, found: console.print(
-            f"  round {number}/{rounds}, {name}: {found['seconds']:.1f} s, {found['peak_memory_gb']:.2f} GB"
-        ),
+        console,
+        lambda found: f"{found['seconds']:.1f} s, {found['peak_memory_gb']:.2f} GB",
     )
     found = medians(measured)
     ours, theirs = found["cogpress"], found["peft"]
@@ -55,8 +55,7 @@ def run(out: Path, work: Path, rounds: int, console: Console) -> dict[str, Any]:
         table.add_row(name, f"{result['seconds']:.1f}", f"{result['peak_memory_gb']:.2f} GB")
     table.add_row("ratio", f"{report['time_ratio']:.2f}", f"{report['memory_ratio']:.2f}")
     console.print(table)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(out, report)
+    write_report(out, report)
     return report
 
 

@@ -25,10 +25,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from cogpress import manifest
-from cogpress.bench import Measured, alternate, asking, load, medians, serve
+from cogpress.bench import Measured, alternate, asking, load, medians
 from cogpress.bench.asking import Question
-from cogpress.bench.serve import Check
+from cogpress.bench.report import Check, judged, require_weights, versions, write_report
 from cogpress.errors import CogpressError
 from cogpress.server import Server, end_family, free_port
 
@@ -76,8 +75,7 @@ def run(
     Raises:
         CogpressError: a server does not start or answer; none stays behind.
     """
-    if not (weights / "config.json").is_file():
-        raise CogpressError(f"There are no weights at {weights}. Make some with scripts/demo, or name others.")
+    require_weights(weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
@@ -97,12 +95,12 @@ def run(
         }
     report: dict[str, Any] = {
         "settings": {"weights": str(weights), "rounds": rounds, "requests": dict(requests)},
-        "versions": serve.versions(),
+        "versions": versions(),
         "medians": {name: medians(found) for name, found in measured.items()},
         "rounds": measured,
         "verdict": [asdict(check) for check in verdict(measured)],
     }
-    manifest.write_json(out, report)
+    write_report(out, report)
     show(report, console)
     console.print(f"Figures: {out}")
     return report
@@ -248,10 +246,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         table.add_row("  TTFT, p50 / p90 (ms)", *(f"{_ms(way, 50)} / {_ms(way, 90)}" for way in ways))
         table.add_row("  its processor time (µs/token)", "-", f"{ways[1]['local_cpu_us_per_token']:,.0f}")
     console.print(table)
-    judged = Table("requirement", "measured", "", title="Verdict", title_justify="left")
-    for check in report["verdict"]:
-        judged.add_row(check["requirement"], check["measured"], "[green]✓[/]" if check["passed"] else "[red]✗[/]")
-    console.print("", judged)
+    console.print("", judged(report["verdict"]))
 
 
 _CAPTION = "Medians over the rounds. TTFT: time to first token, from before the prediction is created."

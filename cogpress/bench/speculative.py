@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cogpress import config, manifest, serving
-from cogpress.bench import alternate, in_fresh_process, medians
+from cogpress import config, serving
+from cogpress.bench import alternate_aloud, in_fresh_process, medians
+from cogpress.bench.report import write_report
 
 NGRAM: dict[str, Any] = {
     "method": "ngram",
@@ -52,12 +53,11 @@ def run(
         return dict(found)
 
     sides = {"without": partial(side, None), "with": partial(side, speculative)}
-    measured = alternate(
+    measured = alternate_aloud(
         sides,
         rounds,
-        lambda number, name, found: console.print(
-            f"  round {number}/{rounds}, {name}: {found['tokens_per_second']:.1f} tokens/s"
-        ),
+        console,
+        lambda found: f"{found['tokens_per_second']:.1f} tokens/s",
     )
     found = medians(measured)
     same = sum(one == other for one, other in zip(answers["with"], answers["without"], strict=True))
@@ -74,8 +74,7 @@ def run(
     table.add_row("tokens per second, 1 stream", *speed, f"x {report['speedup']:.2f}")
     table.add_row("same greedy answers", "", f"{same} of {report['answers']}", "")
     console.print(table)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(out, report)
+    write_report(out, report)
     return report
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cogpress import base, manifest
-from cogpress.bench import alternate, in_fresh_process, medians
+from cogpress import base
+from cogpress.bench import alternate_aloud, in_fresh_process, medians
+from cogpress.bench.report import write_report
 from cogpress.config import Config
 from cogpress.data import Prepared
 
@@ -29,12 +30,11 @@ def run(
         the medians of both and their ratios; written to `out` as JSON too.
     """
     sides = {"cogpress": _ours, "trl": _trl}
-    measured = alternate(
+    measured = alternate_aloud(
         {name: partial(in_fresh_process, side, config, prepared, base_folder) for name, side in sides.items()},
         rounds,
-        lambda number, name, found: console.print(
-            f"  round {number}/{rounds}, {name}: {found['tokens_per_second']:.0f} tokens/s, loss {found['loss']:.4f}"
-        ),
+        console,
+        lambda found: f"{found['tokens_per_second']:.0f} tokens/s, loss {found['loss']:.4f}",
     )
     found = medians(measured)
     report = {
@@ -50,8 +50,7 @@ def run(
         )
     console.print(table)
     console.print(f"cogpress trains at {report['speed_ratio']:.2f} times the tokens per second of TRL as shipped.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(out, report)
+    write_report(out, report)
     return report
 
 

@@ -101,7 +101,8 @@ ${use}`;
 function javascriptClient({ base, reference, input, streaming }) {
   const call = `${javascript(reference)}, {\n  input: ${javascript(input, "  ")},\n}`;
   const use = streaming
-    ? `for await (const event of replicate.stream(${call})) {\n  process.stdout.write(String(event));\n}\nconsole.log();\n`
+    ? `for await (const event of replicate.stream(${call})) {\n  process.stdout.write(String(event));\n}\n` +
+      "console.log();\n"
     : `const output = await replicate.run(${call});\nconsole.log(output);\n`;
   return `// npm install replicate; the token is read from REPLICATE_API_TOKEN. Save as answer.mjs.
 import Replicate from "replicate";

@@ -11,7 +11,7 @@ export function asText(output) {
 // Control characters (ANSI escapes among them), bidirectional overrides and invisible characters. In a page they do
 // no harm as code, but they can make text look like what it is not, so they are shown by name.
 const UNSEEN =
-  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]/g;
+  /[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]/g;
 
 /** Text in pieces: strings, and {character, name} for what could not be seen otherwise. */
 export function visible(text) {

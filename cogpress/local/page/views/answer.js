@@ -48,14 +48,19 @@ export function Answer({ live, letter }) {
       </header>
       <${Figures} live=${live} />
       <${Tabs} name=${name} label="Answer" tabs=${tabs} active=${tab} onChange=${setTab}>
-        ${tab === "output" && html`<${Output} ...${{ live, text, json, looksJson, raw, status, done, narrow: Boolean(letter) }} />`}
+        ${tab === "output" &&
+        html`<${Output} ...${{ live, text, json, looksJson, raw, status, done, narrow: Boolean(letter) }} />`}
         ${tab === "code" && html`<${Code} />`}
-        ${tab === "logs" && (logs ? html`<pre class="logs" dir="auto"><${Text} text=${logs} /></pre>` : html`<p class="nothing">No logs.</p>`)}
+        ${tab === "logs" &&
+        (logs
+          ? html`<pre class="logs" dir="auto"><${Text} text=${logs} /></pre>`
+          : html`<p class="nothing">No logs.</p>`)}
         ${tab === "metrics" && html`<${Metrics} prediction=${prediction} />`}
       </${Tabs}>
       ${prediction && html`<footer class="answer-foot">
         ${tab === "output" && html`
-          ${!done && letter && html`<button type="button" class="button quiet" onClick=${() => live.cancel()}>Cancel</button>`}
+          ${!done && letter &&
+          html`<button type="button" class="button quiet" onClick=${() => live.cancel()}>Cancel</button>`}
           ${text && html`<${Copy} quiet text=${text} label="Copy output" />`}
           ${json && html`<button type="button" class="button quiet" aria-pressed=${String(raw)}
             onClick=${() => setRaw(!raw)}>As it came</button>`}`}
@@ -63,7 +68,8 @@ export function Answer({ live, letter }) {
         ${done && !letter && html`<button type="button" class="button quiet" onClick=${tweak}>Tweak and rerun</button>
           <a class="button quiet" href=${`/?view=history&with=${prediction.id}`}>Compare…</a>`}
       </footer>`}
-      ${prediction && done && tab === "output" && html`<${Rating} id=${prediction.id} answer=${text} key=${prediction.id} />`}
+      ${prediction && done && tab === "output" &&
+      html`<${Rating} id=${prediction.id} answer=${text} key=${prediction.id} />`}
     </article>
   `;
 }
@@ -115,10 +121,13 @@ function Output({ live, text, json, looksJson, raw, status, done, narrow }) {
   const end = useFollowing(text, done);
   return html`
     ${live.error.value && html`<${Notice} kind="error"><${Text} text=${live.error.value} /></${Notice}>`}
-    ${!done && live.lost.value && html`<${Notice}>The connection is lost; trying again. The prediction itself goes on.</${Notice}>`}
-    ${status === "canceled" && html`<${Notice}>Canceled${text ? "; this is what had been written." : " before anything was written."}</${Notice}>`}
+    ${!done && live.lost.value &&
+    html`<${Notice}>The connection is lost; trying again. The prediction itself goes on.</${Notice}>`}
+    ${status === "canceled" &&
+    html`<${Notice}>Canceled${text ? "; this is what had been written." : " before anything was written."}</${Notice}>`}
     ${text || !done
-      ? html`<div class=${`output${looksJson ? " is-json" : ""}`} dir="auto" data-testid="output" ref=${end}>${json && !raw
+      ? html`<div class=${`output${looksJson ? " is-json" : ""}`} dir="auto" data-testid="output"
+          ref=${end}>${json && !raw
           ? html`<${Formatted} text=${text} line=${narrow ? 42 : undefined} />`
           : html`<${Text} text=${text} />`}${!done && html`<span class="caret" aria-hidden="true"></span>`}</div>`
       : status === "succeeded" && html`<p class="nothing">The answer is empty.</p>`}

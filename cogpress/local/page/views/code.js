@@ -11,7 +11,8 @@ const language = signal("python"); // the same for every answer, as people have 
 export function Code() {
   const target = targets.value[0];
   const { input, problems } = request.value;
-  if (!target || !fields.value.length) return html`<p class="nothing">The model’s form is not known, so there is no code.</p>`;
+  if (!target || !fields.value.length)
+    return html`<p class="nothing">The model’s form is not known, so there is no code.</p>`;
   // A chat needs something to say; models without words have no place in OpenAI's API.
   const speaks = fields.value.some(({ name }) => name === "prompt" || name === "messages");
   const languages = LANGUAGES.filter(({ id }) => id !== "openai" || speaks);
@@ -26,7 +27,8 @@ export function Code() {
   });
   return html`
     <div class="program">
-      <${Tabs} name="code" label="Language" tabs=${languages} active=${active} onChange=${(id) => (language.value = id)}>
+      <${Tabs} name="code" label="Language" tabs=${languages} active=${active}
+        onChange=${(id) => (language.value = id)}>
         ${left.length > 0 && html`<${Notice}>Left out, because it is not valid yet: ${left.join(", ")}.</${Notice}>`}
         <pre class="code" data-testid="code" tabindex="0" aria-label="Code"><${Text} text=${text} /></pre>
       </${Tabs}>

@@ -44,7 +44,10 @@ function Pair({ left, right }) {
     </div>
     <section aria-labelledby="compare-inputs">
       <h2 id="compare-inputs">Input</h2>
-      ${differing.map(({ name, left: before, right: after }) => html`<${Row} key=${name} name=${name} ...${rowOf(before, after)} />`)}
+      ${differing.map(
+        ({ name, left: before, right: after }) =>
+          html`<${Row} key=${name} name=${name} ...${rowOf(before, after)} />`,
+      )}
       ${equal.length > 0 && html`<details class="folded" open=${!differing.length}>
         <summary>
           <span class="folded-title">The same in both</span>
@@ -52,7 +55,9 @@ function Pair({ left, right }) {
         </summary>
         <dl class="equal">${equal.map(({ name, value }) => html`<div key=${name}>
           <dt><code>${name}</code></dt>
-          <dd dir="auto" class=${isJson(inputText(value)) ? "is-json" : ""}><${Text} text=${pretty(inputText(value))} /></dd>
+          <dd dir="auto" class=${isJson(inputText(value)) ? "is-json" : ""}>
+            <${Text} text=${pretty(inputText(value))} />
+          </dd>
         </div>`)}</dl>
       </details>`}
     </section>
@@ -66,10 +71,14 @@ function Pair({ left, right }) {
     </section>
     <section aria-labelledby="compare-metrics">
       <h2 id="compare-metrics">Figures</h2>
-      <table class="metrics figures-table"><thead><tr><th scope="col"></th><th scope="col">A</th><th scope="col">B</th></tr></thead><tbody>
+      <table class="metrics figures-table"><thead>
+        <tr><th scope="col"></th><th scope="col">A</th><th scope="col">B</th></tr>
+        </thead><tbody>
         ${FIGURES.map(([name, label, show]) => html`<tr key=${name}>
           <th scope="row">${label}</th>
-          ${[left, right].map(({ metrics }) => html`<td>${typeof metrics?.[name] === "number" ? show(metrics[name]) : "–"}</td>`)}
+          ${[left, right].map(
+            ({ metrics }) => html`<td>${typeof metrics?.[name] === "number" ? show(metrics[name]) : "–"}</td>`,
+          )}
         </tr>`)}
       </tbody></table>
     </section>
@@ -92,8 +101,10 @@ const rowOf = (before, after) => {
 
 const Head = ({ letter, prediction }) => html`<div class="compare-head">
   <span class="letter">${letter}</span>
-  <div><a href=${`/p/${prediction.id}`}>${short(prediction.id).slice(0, 12)}</a> <${Status} status=${prediction.status} />
-    <div class="compare-who">${whoOf(prediction)} · <time datetime=${prediction.created_at}>${when(prediction.created_at)}</time></div></div>
+  <div><a href=${`/p/${prediction.id}`}>${short(prediction.id).slice(0, 12)}</a> <${Status}
+      status=${prediction.status} />
+    <div class="compare-who">${whoOf(prediction)} · <time
+        datetime=${prediction.created_at}>${when(prediction.created_at)}</time></div></div>
 </div>`;
 
 const Row = ({ name, left, right, unset }) => html`<div class="compare-row">
@@ -104,8 +115,11 @@ const Row = ({ name, left, right, unset }) => html`<div class="compare-row">
   </div>
 </div>`;
 
-const Side = ({ letter, tag, parts, empty, json }) => html`<div class=${`side${json ? " is-json" : ""}`} dir="auto" data-side=${letter}>
+const Side = ({ letter, tag, parts, empty, json }) => html`<div class=${`side${json ? " is-json" : ""}`} dir="auto"
+  data-side=${letter}>
   ${parts.some((part) => part.text)
-    ? parts.map((part) => (part.changed ? html`<${tag}><${Text} text=${part.text} /></${tag}>` : html`<${Text} text=${part.text} />`))
+    ? parts.map((part) =>
+        part.changed ? html`<${tag}><${Text} text=${part.text} /></${tag}>` : html`<${Text} text=${part.text} />`,
+      )
     : html`<span class="nothing">${empty}</span>`}
 </div>`;

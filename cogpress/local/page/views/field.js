@@ -18,7 +18,8 @@ export function Field({ field, compact = false }) {
   // JSON is checked while typing; elsewhere a half-typed value is no mistake yet.
   const wrong = problem && (showProblems.value || (field.kind === "json" && value) || left) ? problem : null;
   const id = `input-${field.name}`;
-  const described = [field.description && `${id}-help`, wrong && `${id}-problem`].filter(Boolean).join(" ") || undefined;
+  const described =
+    [field.description && `${id}-help`, wrong && `${id}-problem`].filter(Boolean).join(" ") || undefined;
   const common = {
     id,
     "aria-describedby": described,
@@ -28,9 +29,12 @@ export function Field({ field, compact = false }) {
   };
   const Control = CONTROLS[field.kind];
   return html`
-    <div class=${`field kind-${field.kind}${compact ? " compact" : ""}`} data-changed=${changed(field, value) ? "" : undefined}>
+    <div class=${`field kind-${field.kind}${compact ? " compact" : ""}`}
+      data-changed=${changed(field, value) ? "" : undefined}>
       <div class="field-head">
-        <label for=${id}>${field.title}${field.required ? html`<span class="needed" title="needed"> *</span>` : null}</label>
+        <label for=${id}>${field.title}${
+          field.required ? html`<span class="needed" title="needed"> *</span>` : null
+        }</label>
         <code>${field.name}</code>
       </div>
       <${Control} field=${field} value=${value} common=${common} change=${(next) => set(field.name, next)} />
@@ -43,7 +47,8 @@ export function Field({ field, compact = false }) {
 const typed = (change) => (event) => change(event.currentTarget.value);
 
 function TextControl({ field, value, common, change }) {
-  if (field.name === "adapter" && config.value?.adapters?.length) return html`<${AdapterControl} ...${{ value, common, change }} />`;
+  if (field.name === "adapter" && config.value?.adapters?.length)
+    return html`<${AdapterControl} ...${{ value, common, change }} />`;
   const rows = field.order === 0 || field.required ? 5 : 2;
   return html`<textarea ...${common} class="grows" rows=${rows} dir="auto" spellcheck="true" value=${value}
     onInput=${typed(change)}></textarea>`;
@@ -60,12 +65,13 @@ function AdapterControl({ value, common, change }) {
 function JsonControl({ field, value, common, change }) {
   const tidy = value ? pretty(value) : value;
   return html`
-    <textarea ...${common} class="grows code" rows="3" spellcheck="false" autocapitalize="off" autocomplete="off" value=${value}
-      onInput=${typed(change)}></textarea>
+    <textarea ...${common} class="grows code" rows="3" spellcheck="false" autocapitalize="off" autocomplete="off"
+      value=${value} onInput=${typed(change)}></textarea>
     <div class="field-tools">
       ${!value && field.example && html`<button type="button" class="link"
         onClick=${() => change(pretty(field.example))}>Start from an example</button>`}
-      ${value && tidy !== value && html`<button type="button" class="link" onClick=${() => change(tidy)}>Tidy up</button>`}
+      ${value && tidy !== value &&
+      html`<button type="button" class="link" onClick=${() => change(tidy)}>Tidy up</button>`}
     </div>
   `;
 }
@@ -75,11 +81,11 @@ function NumberControl({ field, value, common, change }) {
   const bounded = low !== null && high !== null && high - low <= 1000;
   const step = kind === "integer" ? 1 : high - low <= 10 ? 0.01 : 0.1;
   return html`<div class="number">
-    <input ...${common} type="text" inputmode=${kind === "integer" && !(low < 0) ? "numeric" : "text"} autocomplete="off"
-      value=${value} onInput=${typed(change)} placeholder=${field.nullable ? "empty" : ""} />
+    <input ...${common} type="text" inputmode=${kind === "integer" && !(low < 0) ? "numeric" : "text"}
+      autocomplete="off" value=${value} onInput=${typed(change)} placeholder=${field.nullable ? "empty" : ""} />
     ${bounded && !field.nullable
-      ? html`<input type="range" aria-label=${`${field.title}, slider`} min=${low} max=${high} step=${step} value=${value}
-          onInput=${typed(change)} />`
+      ? html`<input type="range" aria-label=${`${field.title}, slider`} min=${low} max=${high} step=${step}
+          value=${value} onInput=${typed(change)} />`
       : html`<span class="bounds">${bounds(field)}</span>`}
   </div>`;
 }
@@ -93,7 +99,8 @@ function bounds({ minimum: low, maximum: high }) {
 
 function BooleanControl({ field, value, common, change }) {
   if (!field.nullable)
-    return html`<input ...${common} type="checkbox" checked=${value} onChange=${(event) => change(event.currentTarget.checked)} />`;
+    return html`<input ...${common} type="checkbox" checked=${value}
+      onChange=${(event) => change(event.currentTarget.checked)} />`;
   return html`<select ...${common} value=${value} onChange=${typed(change)}>
     <option value="">Not set</option>
     <option value="true">Yes</option>
@@ -101,7 +108,8 @@ function BooleanControl({ field, value, common, change }) {
   </select>`;
 }
 
-const ChoiceControl = ({ field, value, common, change }) => html`<select ...${common} value=${value} onChange=${typed(change)}>
+const ChoiceControl = ({ field, value, common, change }) => html`<select ...${common} value=${value}
+  onChange=${typed(change)}>
   ${(field.nullable || (field.required && field.default === null)) &&
   html`<option value="">${field.nullable ? "Not set" : "Choose…"}</option>`}
   ${field.choices.map((choice) => html`<option value=${String(choice)}>${String(choice)}</option>`)}

@@ -10,7 +10,10 @@ import { announcement, config, labelOf } from "../workbench.js";
 import { Notice, Status, statusWord, Text } from "./parts.js";
 
 const TYPING_MS = 250;
-const STATUSES = ["succeeded", "failed", "canceled", "processing", "starting"].map((status) => [status, statusWord(status)]);
+const STATUSES = ["succeeded", "failed", "canceled", "processing", "starting"].map((status) => [
+  status,
+  statusWord(status),
+]);
 const RATINGS = [["good", "Good"], ["bad", "Bad"], ["none", "Not rated"]];
 
 export function History({ with: partner }) {
@@ -42,7 +45,8 @@ export function History({ with: partner }) {
     return () => abort.current?.abort();
   }, [query]);
 
-  const change = (name, value) => go(address({ ...filters, [name]: value }, partner ? { with: partner } : {}), { replace: true });
+  const change = (name, value) =>
+    go(address({ ...filters, [name]: value }, partner ? { with: partner } : {}), { replace: true });
   const mark = (id) =>
     setChosen((before) => (before.includes(id) ? before.filter((one) => one !== id) : [...before, id].slice(-2)));
   const { results, next, total, loading, problem } = state;
@@ -59,20 +63,26 @@ export function History({ with: partner }) {
       ${partner && html`<${Notice}>Choose the prediction to compare with ${short(partner).slice(0, 12)}.</${Notice}>`}
       ${problem && html`<${Notice} kind="error">${problem}</${Notice}>`}
       ${!loading && !problem && results.length === 0 && html`<p class="nothing">
-        ${filtered ? html`<span>Nothing matches these filters.</span> <a href="/?view=history">Show all</a>` : "Nothing was asked yet."}
+        ${filtered
+          ? html`<span>Nothing matches these filters.</span> <a href="/?view=history">Show all</a>`
+          : "Nothing was asked yet."}
       </p>`}
       <ol class="rows" aria-busy=${String(loading)}>
-        ${results.map((row) => html`<${Row} key=${row.id} row=${row} marked=${chosen.includes(row.id)} mark=${mark} />`)}
+        ${results.map(
+          (row) => html`<${Row} key=${row.id} row=${row} marked=${chosen.includes(row.id)} mark=${mark} />`,
+        )}
       </ol>
       <div class="history-foot">
         ${next && html`<button type="button" class="button" disabled=${loading} onClick=${() => load(next)}>
           ${loading ? "Loading…" : "Show more"}
         </button>`}
-        ${results.length > 0 && html`<span class="help">${count(results.length)} of ${count(total ?? results.length)}</span>`}
+        ${results.length > 0 &&
+        html`<span class="help">${count(results.length)} of ${count(total ?? results.length)}</span>`}
       </div>
       ${chosen.length > 0 && html`<div class="chosen" role="region" aria-label="Comparison">
         <span>${chosen.length === 2 ? "Two chosen" : "One chosen; choose another to compare"}</span>
-        ${chosen.length === 2 && html`<a class="button primary" href=${`/compare?a=${chosen[0]}&b=${chosen[1]}`}>Compare</a>`}
+        ${chosen.length === 2 &&
+        html`<a class="button primary" href=${`/compare?a=${chosen[0]}&b=${chosen[1]}`}>Compare</a>`}
         <button type="button" class="button quiet" onClick=${() => setChosen([])}>Clear</button>
       </div>`}
     </div>
@@ -94,9 +104,11 @@ function Filters({ filters, change }) {
     .filter((model) => !filters.model || `${model.owner}/${model.name}` === filters.model)
     .flatMap((model) => model.versions.map((version) => [version.id, version.label || short(version.id)]));
   return html`
-    <form class="filters" role="search" onSubmit=${(event) => (event.preventDefault(), clearTimeout(timer.current), change("q", text))}>
+    <form class="filters" role="search"
+      onSubmit=${(event) => (event.preventDefault(), clearTimeout(timer.current), change("q", text))}>
       <div class="filter wide"><label for="filter-q">Search</label>
-        <input id="filter-q" type="search" placeholder="words of the input or the output" value=${text} onInput=${type} /></div>
+        <input id="filter-q" type="search" placeholder="words of the input or the output" value=${text}
+          onInput=${type} /></div>
       <${Pick} id="status" label="Status" value=${filters.status} change=${change} options=${STATUSES} />
       <${Pick} id="rating" label="Rating" value=${filters.rating} change=${change} options=${RATINGS} />
       ${(models.length > 1 || filters.model) &&
@@ -108,7 +120,8 @@ function Filters({ filters, change }) {
   `;
 }
 
-const Pick = ({ id, label, value, change, options }) => html`<div class="filter"><label for=${`filter-${id}`}>${label}</label>
+const Pick = ({ id, label, value, change, options }) => html`<div class="filter">
+  <label for=${`filter-${id}`}>${label}</label>
   <select id=${`filter-${id}`} value=${value} onChange=${(event) => change(id, event.currentTarget.value)}>
     <option value="">All</option>
     ${options.map(([of, text]) => html`<option value=${of} key=${of}>${text}</option>`)}

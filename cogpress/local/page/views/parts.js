@@ -23,7 +23,9 @@ export const Status = ({ status }) => html`<span class="status" data-status=${st
 /** Untrusted text: what could not be seen is shown by name, in its own direction, and nothing is interpreted. */
 export const Text = ({ text }) =>
   visible(text).map((piece) =>
-    typeof piece === "string" ? piece : html`<span class="unseen" title="A character that can not be seen">${piece.name}</span>`,
+    typeof piece === "string"
+      ? piece
+      : html`<span class="unseen" title="A character that can not be seen">${piece.name}</span>`,
   );
 
 /** JSON laid out and coloured by kind, or else the text as it is. */
@@ -78,11 +80,15 @@ export function Tabs({ name, label, tabs, active, onChange, children }) {
     <div class="tabs" role="tablist" aria-label=${label} ref=${bar} onKeyDown=${onKeyDown}>
       ${tabs.map(
         (tab) => html`<button type="button" role="tab" key=${tab.id} id=${`${name}-${tab.id}`} data-tab=${tab.id}
-          aria-selected=${String(tab.id === active)} aria-controls=${`${name}-panel`} tabindex=${tab.id === active ? 0 : -1}
-          onClick=${() => onChange(tab.id)}>${tab.label}${tab.badge ? html`<span class="badge">${tab.badge}</span>` : null}</button>`,
+          aria-selected=${String(tab.id === active)} aria-controls=${`${name}-panel`}
+          tabindex=${tab.id === active ? 0 : -1} onClick=${() => onChange(tab.id)}>${tab.label}${
+            tab.badge ? html`<span class="badge">${tab.badge}</span>` : null
+          }</button>`,
       )}
     </div>
-    <div class="panel" role="tabpanel" id=${`${name}-panel`} aria-labelledby=${`${name}-${active}`} tabindex="0">${children}</div>
+    <div class="panel" role="tabpanel" id=${`${name}-panel`} aria-labelledby=${`${name}-${active}`} tabindex="0">
+      ${children}
+    </div>
   `;
 }
 

@@ -66,10 +66,13 @@ function Form() {
     return () => removeEventListener("keydown", onKeyDown);
   }, []);
   return html`
-    <form class="form" ref=${form} onSubmit=${submit} novalidate aria-label="Input" data-asked=${lives.value.length ? "" : undefined}>
+    <form class="form" ref=${form} onSubmit=${submit} novalidate aria-label="Input"
+      data-asked=${lives.value.length ? "" : undefined}>
       <${Targets} />
       ${schemaProblem.value && html`<${Notice} kind="error">${schemaProblem.value}</${Notice}>`}
-      ${schema.value ? html`<${Fields} />` : !schemaProblem.value && html`<p class="waiting">Reading the model’s form…</p>`}
+      ${schema.value
+        ? html`<${Fields} />`
+        : !schemaProblem.value && html`<p class="waiting">Reading the model’s form…</p>`}
       <div class="form-foot">
         ${running.value
           ? html`<button type="button" class="button stop" onClick=${cancel}>Cancel <kbd>Esc</kbd></button>`
@@ -125,7 +128,8 @@ function Targets() {
         </div>`;
       })}
       ${other &&
-      html`<button type="button" class="link" onClick=${() => choose(two ? [{ ...chosen[0], adapter: null }] : [chosen[0], other])}>
+      html`<button type="button" class="link"
+        onClick=${() => choose(two ? [{ ...chosen[0], adapter: null }] : [chosen[0], other])}>
         ${two ? "Ask one model only" : "Compare with a second model"}
       </button>`}
     </div>
@@ -182,7 +186,8 @@ function Answers() {
 const Empty = () => html`
   <div class="empty">
     <p class="empty-line">The answer appears here as it is written.</p>
-    <p>Fill in the form and press <kbd>${modifier}</kbd>. Every answer gets an address that you can send to a colleague.</p>
+    <p>Fill in the form and press <kbd>${modifier}</kbd>. Every answer gets an address that you can send to a
+      colleague.</p>
     <${Recent} />
   </div>
 `;
