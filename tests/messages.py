@@ -23,7 +23,8 @@ TOPICS = {
     "Verification": "parity verdict verify divergence",
     "Quantization": "quantize compress comparison schemes",
     "Publishing": "card publish bundle",
-    "Serving": "chat client engine engines grammar inputs multilora observe pget predict schema server serving streaming",
+    "Serving": "chat client engine engines grammar inputs multilora observe pget predict schema server serving "
+    "streaming",
     "Batches": "batch",
     "Playground": "local",
     "Plan": "architecture cost hardware memory plan plan_report plots",
@@ -34,11 +35,12 @@ TOPICS = {
 
 CLASSES = {
     "ArgumentTypeError", "BadDataError", "BusyError", "CogpressError", "InvalidInput", "LostError", "NotFound",
-    "Refused", "StatusError", "TooLarge", "Unreachable", "ValueError", "Wrong", "_BadExample", "_Missing", "_NotFound",
+    "Refused", "StatusError", "TooLarge", "Unreachable", "ValueError", "Wrong", "BadExample", "_Missing",
+    "_NotFound",
 }  # fmt: skip
 
 
-def text(node: ast.expr, constants: Mapping[str, str] = {}) -> str:  # noqa: B006 - never changed
+def text(node: ast.expr, constants: Mapping[str, str] = {}) -> str:
     """What is written, with an ellipsis for what is only known when it runs."""
     found = "…"
     if isinstance(node, ast.Constant):

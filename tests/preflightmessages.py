@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from messages import text
 
 FOLDER = Path(__file__).resolve().parents[1] / "cogpress" / "preflight"
 
@@ -22,26 +23,5 @@ def messages(file: str) -> Iterator[tuple[str, str, str, str]]:
             for call in sorted(calls, key=lambda node: node.lineno):
                 outcome = getattr(call.func, "id", "")
                 if outcome in ("failed", "warning", "skipped", "how"):
-                    message, fix = ([*map(text, call.args), ""])[:2]
+                    message, fix = ([*(text(argument, CONSTANTS) for argument in call.args), ""])[:2]
                     yield function.name, outcome, message, fix
-
-
-def text(node: ast.expr) -> str:
-    """What is written, with an ellipsis for what is only known when it runs."""
-    found = "…"
-    if isinstance(node, ast.Constant):
-        found = str(node.value)
-    elif isinstance(node, ast.JoinedStr):
-        found = "".join(map(text, node.values))
-    elif isinstance(node, ast.FormattedValue):
-        found = text(node.value) if isinstance(node.value, ast.Name) else "…"
-    elif isinstance(node, ast.BinOp):
-        found = text(node.left) + text(node.right)
-    elif isinstance(node, ast.Name):
-        found = CONSTANTS.get(node.id, "…")
-    return re.sub("…+", "…", found)
-
-
-def words(message: str) -> int:
-    """How many words are always the same."""
-    return len(re.findall(r"[A-Za-z]{2,}", message))

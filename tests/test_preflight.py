@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import messages
 import preflightmessages
 import pytest
 from preflightproject import TOKEN, Stub, git, program, project, seal, stub
@@ -772,7 +773,7 @@ def test_the_page_lists_every_message(topic: str) -> None:
     listed = {line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")}
     made = list(preflightmessages.messages(topic))
     assert made
-    missing = [message for _, _, message, _ in made if preflightmessages.words(message) >= 2 and message not in listed]
+    missing = [message for _, _, message, _ in made if messages.words(message) >= 2 and message not in listed]
     assert missing == []
 
 
