@@ -20,6 +20,7 @@ class Runner(BaseRunner):
         self.server = serving.Server(
             weights, config.load(ROOT / "model.yaml"), ROOT, concurrency=type(self).run.__cog_concurrent_max__
         )
+        self.server.engine.settle()
 
     def healthcheck(self) -> bool:
         """Whether the engine can answer."""

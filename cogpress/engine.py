@@ -149,6 +149,9 @@ class Engine(Protocol):
     def unfinished(self) -> int:
         """Requests that are still worked on."""
 
+    def settle(self) -> None:
+        """Schedule the processes for a server: this one does nothing but carry tokens. To be called once, by none else."""
+
     def shutdown(self) -> None:
         """End all work, and every process that was started."""
 

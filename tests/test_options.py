@@ -16,6 +16,8 @@ from cogpress import config, engine
 from cogpress.engines import transformers, vllm
 from cogpress.errors import CogpressError
 
+ROOT = Path(__file__).resolve().parents[1]
+
 AMPERE, TURING = (8, 0), (7, 5)
 
 
@@ -56,6 +58,18 @@ def test_every_thread_of_a_child_stands_back() -> None:
         assert {os.getpriority(os.PRIO_PROCESS, one) for one in threads} == {max(before, vllm.NICENESS)}
         assert os.getpriority(os.PRIO_PROCESS, 0) == before
         child.stdin.close()
+
+
+def test_a_process_gathers_on_one_core() -> None:
+    program = (
+        "import os, threading, time, psutil; from cogpress.engines import vllm; wait = threading.Event()\n"
+        "start = lambda: threading.Thread(target=wait.wait).start()\n"
+        "start(); vllm.gather(); start()\n"
+        "cores = [os.sched_getaffinity(thread.id) for thread in psutil.Process().threads()]; wait.set()\n"
+        "print(len(cores), {len(one) for one in cores}, max(cores[0]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["3", "{1}", str(max(os.sched_getaffinity(0)))]
 
 
 def test_on_gpus(folder: Path) -> None:

@@ -87,6 +87,8 @@ def test_the_engine_stands_back_for_what_carries_its_tokens(server: Server) -> N
     assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {max(vllm.NICENESS, leader.nice())}
     others = [process for process in family if process not in engine and "python" in process.name()]
     assert {process.nice() for process in others} == {leader.nice()}
+    runner = next(process for process in others if process.children() and process.pid != leader.pid)
+    assert {len(os.sched_getaffinity(thread.id)) for thread in runner.threads()} == {1}
 
 
 def test_text_streams_long_before_it_ends(server: Server, rows: list[questions.Row]) -> None:

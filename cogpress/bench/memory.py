@@ -127,7 +127,7 @@ def measure_training(folder: Path, how: Training) -> dict[str, Any]:
     import torch
 
     from cogpress import training
-    from cogpress.data import Row
+    from cogpress.tokenizing import Row
     from cogpress.trainer import IGNORE, AnswerTrainer, Collator, Rows
 
     model_facts = architecture.of(str(folder), folder)

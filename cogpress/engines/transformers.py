@@ -250,6 +250,9 @@ class Engine:
         """See `cogpress.engine.Engine`."""
         return self._unfinished
 
+    def settle(self) -> None:
+        """See `cogpress.engine.Engine`; this one computes where it is carried from."""
+
     def shutdown(self) -> None:
         """See `cogpress.engine.Engine`."""
         self._dead = True

@@ -63,6 +63,7 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        self._shares_cores = not gpus
         capability = torch.cuda.get_device_capability() if gpus else None
         wanted = options(folder, serve, concurrency, adapters, gpus, capability)
         os.environ.update(compile_cache(folder, wanted))
@@ -73,8 +74,6 @@ class Engine:
             )
         except (ValueError, RuntimeError, OSError, NotImplementedError, TypeError) as error:
             raise CogpressError(f"vLLM can not load {folder}: {str(error).strip()}") from error
-        if not gpus:
-            stand_back()
         self.max_context: int = self._llm.model_config.max_model_len
         self._guard = Guard(folder, self._llm.model_config.get_vocab_size())
 
@@ -157,6 +156,12 @@ class Engine:
     def unfinished(self) -> int:
         """See `cogpress.engine.Engine`."""
         return int(self._llm.get_num_unfinished_requests())
+
+    def settle(self) -> None:
+        """See `cogpress.engine.Engine`."""
+        if self._shares_cores:
+            stand_back()
+            gather()
 
     def shutdown(self) -> None:
         """See `cogpress.engine.Engine`."""
@@ -281,6 +286,18 @@ def stand_back() -> None:
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             for thread in child.threads():
                 os.setpriority(os.PRIO_PROCESS, thread.id, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread.id)))
+
+
+def gather() -> None:
+    """Hold this process's threads to one core, those that they start too.
+
+    A step brings a chunk for each stream, each with a thread of its own. On all cores they took turns at the
+    interpreter and disturbed every computing thread in turn, and those wait for each other.
+    """
+    core = max(os.sched_getaffinity(0))
+    for thread in psutil.Process().threads():
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(thread.id, {core})
 
 
 def compile_cache(folder: Path, chosen: Mapping[str, Any]) -> dict[str, str]:
