@@ -150,7 +150,7 @@ class Engine(Protocol):
         """Requests that are still worked on."""
 
     def settle(self) -> None:
-        """Schedule the processes for a server: this one does nothing but carry tokens. To be called once, by none else."""
+        """Schedule the processes for a server, where this one does nothing but carry tokens. Nobody else calls it."""
 
     def shutdown(self) -> None:
         """End all work, and every process that was started."""
