@@ -279,6 +279,7 @@ class Push(_Section):
     weights: Literal["layer", "image", "fetched"] = "layer"
     test_model: Annotated[str, Field(pattern=_NAME + r"/[A-Za-z0-9._-]+$")] | None = None
     tests: tuple[Case, ...] = ()
+    same_answers: bool = False
     fuzz: Fuzz = Fuzz()
     parallel: Annotated[int, Field(ge=1, le=64)] = 4
     timeout: Annotated[float, Field(gt=0, le=86_400)] = 600.0

@@ -83,7 +83,7 @@ def test_a_push_from_nothing_and_once_more(here: Machine, remote: PushReplicate)
         assert " ".join(["cog", *arguments]) in flat
     asked = {" /v1/".join((change.split()[0], change.split("/")[2])) for change in changes}
     assert asked == routes(planned) == {"POST /v1/models", "POST /v1/predictions"}
-    assert len([one for one in changes if one == "POST /v1/predictions"]) == flat.count("POST /v1/predictions") + 1
+    assert len([one for one in changes if one == "POST /v1/predictions"]) == flat.count("POST /v1/predictions")
     models = {name: remote.ask("GET", f"/v1/models/local/{name}").json() for name in ("model", "model-test")}
     assert {name: found["visibility"] for name, found in models.items()} == {"model": "public", "model-test": "private"}
     assert models["model"]["latest_version"]["id"] == shipped.version
@@ -351,6 +351,20 @@ def test_the_command(here: Machine, remote: PushReplicate, tmp_path: Path) -> No
     assert (done.returncode, "REPLICATE_API_TOKEN is not set" in done.stderr) == (1, True)
     assert here.calls() == []
     assert remote.changes() == []
+
+
+def test_answers_are_compared_with_the_live_versions(here: Machine) -> None:
+    tests = [{"input": {"prompt": "hi", "count": 2}}, {"input": {"prompt": "json"}, "name": "as JSON"}]
+    here.settings(tests=tests, fuzz={"rounds": 0})
+    assert steps.SAME not in run(here)[0].steps  # nothing was live
+    here.swap("{{prompt}}{{number}} ".replace("{{", "{").replace("}}", "}"), "{prompt}-{number} ")
+    shipped, said = run(here)
+    assert shipped.steps[steps.SAME]["other"] == ["1: no error"]
+    assert "Answers otherwise than the version before: 1: no error." in " ".join(said.split())
+    here.settings(tests=tests, fuzz={"rounds": 0}, same_answers=True)
+    here.swap("{prompt}-{number} ", "{prompt}+{number} ")
+    with pytest.raises(CogpressError, match=r"answers otherwise than \w+, the live one: 1: no error"):
+        run(here)
 
 
 def test_a_journal_that_is_damaged_counts_as_nothing_done(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from cogpress import client
-from cogpress.config import Case
+from cogpress.config import Case, Push
 from cogpress.errors import CogpressError
 from cogpress.push.keeper import Judged
-from cogpress.push.replicate import Replicate, text_of
+from cogpress.push.replicate import RefusedError, Replicate, text_of
 
 CANCEL_SECONDS = 15.0
 """How long a canceled prediction may take to end."""
@@ -158,6 +158,26 @@ def _judged(replicate: Replicate, version: str, case: Case, name: str, score: Sc
         return Outcome(name, False, str(wrong), seconds_of(made), identifier, _text(made), _metrics(made))
     message = f"{pieces} pieces as they were made" if pieces else _short(_text(made) or str(made.get("error")))
     return Outcome(name, True, message, seconds_of(made), identifier, _text(made), _metrics(made))
+
+
+def answers(replicate: Replicate, version: str, asked: Iterable[dict[str, Any]], settings: Push) -> list[str | None]:
+    """A version's answer to each input; None where it has none.
+
+    Raises:
+        CogpressError: Replicate can not be asked.
+    """
+
+    def one(given: dict[str, Any]) -> str | None:
+        try:
+            made = finished(replicate, replicate.predict(version, given), settings.timeout)
+        except RefusedError as error:
+            if error.status != 422:
+                raise
+            return None
+        return _text(made) if made.get("status") == "succeeded" else None
+
+    with ThreadPoolExecutor(settings.parallel) as pool:
+        return list(pool.map(one, asked))
 
 
 def finished(replicate: Replicate, made: dict[str, Any], timeout: float) -> dict[str, Any]:

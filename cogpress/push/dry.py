@@ -18,6 +18,8 @@ from cogpress.preflight import machine
 from cogpress.push import cases, cog, fuzz, journal, orders, steps
 from cogpress.push.steps import Push
 
+_LONGEST = 400
+
 NEW = "(the new version)"
 """Stands for an id that is only known when the version is there."""
 
@@ -84,9 +86,14 @@ def _asked(push: Push, version: str | None) -> Iterator[tuple[str, bool, list[st
             f"{_predict(version, case.input)}: {', '.join(cases.asks(case)) or 'no error'}" for case in settings.tests
         ]
         yield steps.TESTS, done, lines
+    if push.compared_inputs():
+        told = "where there is a live version, the inputs of these tests to both versions; equal answers are counted"
+        yield steps.SAME, False, [told]
     if made := fuzz.inputs(push.local_schema(), settings.fuzz):
         done = version is not None and bool(_before(push, steps.FUZZ, push.fuzz_depends(version, made)))
-        yield steps.FUZZ, done, [_predict(version, given) for given in made]
+        example = orders.example(push.settings)
+        after = [] if example is None else [f"{_predict(version, example)}: the first test again"]
+        yield steps.FUZZ, done, [*(_predict(version, given) for given in made), *after]
     if settings.parity:
         told = f"POST /v1/predictions for at most {settings.rows} held-out examples, compared with transformers here"
         yield steps.PARITY, False, [told]
@@ -110,4 +117,14 @@ def _sku(push: Push) -> str:
 
 
 def _json(content: Any) -> str:
-    return json.dumps(content, ensure_ascii=False)
+    """In ASCII where something in it is not for a terminal; of long texts the beginning and the length."""
+    text = json.dumps(_cut(content), ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(_cut(content))
+
+
+def _cut(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _cut(one) for name, one in content.items()}
+    if isinstance(content, str) and len(content) > _LONGEST:
+        return f"{content[: _LONGEST // 2]} … ({len(content)} characters)"
+    return content

@@ -29,7 +29,8 @@ APPEAR_SECONDS = 300.0
 PREFLIGHT, MODELS = "Preflight", "Models on Replicate"
 BESIDE, PUSHED = "Inputs and output beside the live version", "Inputs and output of what was pushed"
 TEST_PUSH, REAL_PUSH = "Push to the test model", "Push to the model"
-TESTS, FUZZ, PARITY = "Test predictions", "Fuzz", "The same answers as here"
+TESTS, SAME = "Test predictions", "Answers beside the live version"
+FUZZ, PARITY = "Fuzz", "The same answers as here"
 TRAINING, DEPLOYMENT = "Training with what was pushed", "Deployment"
 """The steps, as people see them and as the journal has them."""
 
@@ -87,6 +88,7 @@ class Push:
         document = self._document(order.test_model, tested)
         self._compatible(PUSHED, live, document, f"version {tested[:12]}")
         self._tests(tested)
+        self._same(tested, live, image)
         self._fuzz(tested, document)
         self._parity(tested)
         self._training(tested)
@@ -127,7 +129,10 @@ class Push:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _preflight(self, say: Say) -> dict[str, Any]:
-        named = None if self.order.hardware == "auto" else self.order.hardware
+        try:
+            named: str | None = self.machine
+        except CogpressError:
+            named = None  # it is asked for again where a model has to be made, and then said
         report = preflight.run(preflight.Request(self.order.root, self.order.destination, named))
         if not report.passed:
             report.print(self.console)
@@ -264,6 +269,35 @@ class Push:
             return {"outcomes": [outcome.to_dict() for outcome in outcomes]}
 
         self._keeper.kept(TESTS, self.tests_depend(version), act)
+
+    def compared_inputs(self) -> dict[str, dict[str, Any]]:
+        """The inputs of tests that have an answer, by title."""
+        numbered = enumerate(self.settings.push.tests, 1)
+        return {cases.title(at, one): one.input for at, one in numbered if one.error is None and not one.cancels}
+
+    def _same(self, version: str, live: dict[str, Any], image: str) -> None:
+        """The same inputs on both versions: other answers are told, and fail where `push.same_answers` asks for it."""
+        asked, old = self.compared_inputs(), str(live.get("id") or "")
+        if not asked or not old or old == version:
+            return
+        done = self.journal.find(REAL_PUSH, journal.key(self.push_depends(self.order.destination, image, version)))
+        if done is not None and done.result.get("version") == old:
+            return  # the live one is what an earlier run of this push made
+        required = self.settings.push.same_answers
+
+        def act(say: Say) -> dict[str, Any]:
+            both = [cases.answers(self.replicate, one, asked.values(), self.settings.push) for one in (old, version)]
+            other = [name for name, before, now in zip(asked, *both, strict=True) if before is None or before != now]
+            if other and required:
+                raise Judged(
+                    f"Version {version[:12]} answers otherwise than {old[:12]}, the live one: {', '.join(other)}."
+                )
+            say(f"{len(asked) - len(other)} of {len(asked)} equal")
+            return {"asked": len(asked), "other": other}
+
+        found = self._keeper.kept(SAME, [version, old, asked, required, self.settings.push.timeout], act)
+        if found["other"]:
+            self.notes.append(f"Answers otherwise than the version before: {', '.join(found['other'])}.")
 
     def _fuzz(self, version: str, document: dict[str, Any]) -> None:
         push = self.settings.push
