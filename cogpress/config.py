@@ -219,6 +219,76 @@ class Plan(_Section):
     training_tokens_per_second: dict[str, Annotated[float, Field(gt=0)]] = {}
 
 
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+class Case(_Section):
+    """A test prediction of scripts/push: an input, and what must come of it."""
+
+    name: str = ""
+    input: dict[str, Any] = {}
+    exact: str | None = None
+    contains: str | tuple[str, ...] = ()
+    json_schema: dict[str, Any] | None = None
+    expected: str | None = None
+    error: str | None = None
+    streams: bool = False
+    cancels: bool = False
+    seconds: Annotated[float, Field(gt=0)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _agrees(self) -> Case:
+        text = [name for name in ("exact", "contains", "json_schema", "expected") if getattr(self, name)]
+        if self.cancels and (text or self.error or self.streams):
+            raise ValueError("a prediction that is canceled has no answer: put the other checks into another test")
+        if self.error is not None and (text or self.streams):
+            raise ValueError("a prediction that fails has no answer: put the other checks into another test")
+        return self
+
+
+class Fuzz(_Section):
+    """The inputs that scripts/push makes up from the schema. `fixed` ones keep their value."""
+
+    rounds: Annotated[int, Field(ge=0, le=1000)] = 8
+    seed: Annotated[int, Field(ge=0)] = 0
+    fixed: dict[str, Any] = {}
+    leave_out: tuple[str, ...] = ()
+
+
+class Deployment(_Section):
+    """What scripts/push makes or changes for the new version."""
+
+    name: Annotated[str, Field(pattern=_NAME + "$")]
+    hardware: str | None = None
+    min_instances: Annotated[int, Field(ge=0, le=1000)] = 0
+    max_instances: Annotated[int, Field(ge=1, le=1000)] = 1
+
+
+class TestTraining(_Section):
+    """A training that scripts/push starts with the pushed version, and predictions of what it makes."""
+
+    data: str
+    input: dict[str, Any] = {}
+    tests: tuple[Case, ...] = ()
+    timeout: Annotated[float, Field(gt=0)] = 3600.0
+
+
+class Push(_Section):
+    """How scripts/push builds, and what a version must do before it goes to the model that people use."""
+
+    weights: Literal["layer", "image", "fetched"] = "layer"
+    test_model: Annotated[str, Field(pattern=_NAME + r"/[A-Za-z0-9._-]+$")] | None = None
+    tests: tuple[Case, ...] = ()
+    same_answers: bool = False
+    fuzz: Fuzz = Fuzz()
+    parallel: Annotated[int, Field(ge=1, le=64)] = 4
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    parity: bool = True
+    rows: Annotated[int, Field(ge=1, le=10_000)] = 16
+    training: TestTraining | None = None
+    deployment: Deployment | None = None
+
+
 class Config(_Section):
     """One model, from base to server."""
 
@@ -232,6 +302,7 @@ class Config(_Section):
     serve: Serve = Serve()
     playground: Playground = Playground()
     plan: Plan = Plan()
+    push: Push = Push()
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")], _Source] = {}
 
     def public(self) -> dict[str, Any]:
@@ -290,8 +361,8 @@ def parse(data: Any, place: str) -> Config:
                 given = source.shown(given) if isinstance(given, str) else given
                 lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {given!r})")
         raise CogpressError(
-            f"{place} is not valid: {'; '.join(lines)}. README, docs/serving.md, docs/playground.md "
-            "and docs/hardware.md list every option."
+            f"{place} is not valid: {'; '.join(lines)}. README, docs/serving.md, docs/playground.md, "
+            "docs/hardware.md and docs/push.md list every option."
         ) from None
 
 

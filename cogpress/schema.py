@@ -101,12 +101,12 @@ def inputs(root: Path, reference: str) -> dict[str, dict[str, Any]]:
     return _fields(_schemas(_inspect(root, reference), _PREDICTIONS), "Input")
 
 
-def fields(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each input of a document's predictions by name, in the order of the form.
+def fields(document: dict[str, Any], key: str = "Input") -> dict[str, dict[str, Any]]:
+    """Each input of a document's predictions by name, in the order of the form; of its trainings, by `TrainingInput`.
 
     Choices are written out as `enum`, and the key `required` says whether the input must be given.
     """
-    return _fields(document.get("components", {}).get("schemas", {}), "Input")
+    return _fields(document.get("components", {}).get("schemas", {}), key)
 
 
 def concurrency(root: Path, reference: str) -> int:

@@ -191,8 +191,6 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
         )
     base_folder = base.fetch(adapter_facts["base"]["source"], root / ".cache")
     scheme = (facts.get("compression") or {}).get("scheme", "none")
-    limits = LIMITS.get(scheme, LIMITS["int4"])
-    own = {name: value for name, value in config.verify if name in Limits.__annotations__ and value is not None}
     tokenizer = base.tokenizer(base_folder)
     examples = held_out(config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]))
     rows = tokenizing.rows(tokenizer, examples, stop_ids(base_folder))
@@ -204,12 +202,18 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
         base=base_folder,
         facts=facts,
         scheme=scheme,
-        limits=Limits(**{**vars(limits), **own}),
+        limits=limits(config.verify, scheme),
         examples=examples,
         rows=rows,
         tokenizer=tokenizer,
         console=console,
     )
+
+
+def limits(settings: Verify, scheme: str) -> Limits:
+    """What passes for weights of a scheme: the scheme's limits, and over them those of `model.yaml`."""
+    own = {name: value for name, value in settings if name in Limits.__annotations__ and value is not None}
+    return Limits(**{**vars(LIMITS.get(scheme, LIMITS["int4"])), **own})
 
 
 def default_weights(root: Path, config: Config, run: Path | None) -> Path:
@@ -423,7 +427,7 @@ def _judged(found: Divergence, limits: Limits, cause: str) -> list[Check]:
 
 def _reference_answers(case: _Case, run: Path) -> list[str]:
     """What the reference itself answers, generated once for a run and its held-out examples."""
-    path = run / "reference.json"
+    path = run / REFERENCE
     key = {"adapter": manifest.fingerprint(case.adapter), "prompts": case.prompts, "max_tokens": case.max_tokens}
     try:
         saved = json.loads(path.read_text())
@@ -442,6 +446,9 @@ def _reference_answers(case: _Case, run: Path) -> list[str]:
     manifest.write_json(path, {"key": key, "answers": answers})
     return answers
 
+
+REFERENCE = "reference.json"
+"""The answers of the reference to a run's held-out examples, in their order."""
 
 _BATCH = 32
 """Prompts that the reference answers at once."""

@@ -57,9 +57,10 @@ class Runner(BaseRunner):
 """
 
 TRAINER = """\
-import io, pathlib, tarfile, tempfile, time
+import pathlib, sys, tempfile, time
 import cog
 from cog import BaseModel, Input
+sys.path.insert(0, {root!r})
 
 class TrainingOutput(BaseModel):
     weights: cog.Path
@@ -68,13 +69,21 @@ def train(
     train_data: cog.Path = Input(description="Examples."),
     steps: int = Input(description="How many.", default=2, ge=1, le=1000),
 ) -> TrainingOutput:
+    import numpy
+    from safetensors.numpy import save_file
+    from cogpress import archive, manifest
     for number in range(steps):
-        print(f"step {number}", flush=True)
+        print(f"step {{number}}", flush=True)
         time.sleep(0.2)
-    path = pathlib.Path(tempfile.mkdtemp()) / "weights.tar"
-    with tarfile.open(path, "w") as tar:
-        tar.add(train_data, "data.txt")
-    return TrainingOutput(weights=cog.Path(path))
+    if steps == 13:
+        raise ValueError("thirteen steps")
+    folder = pathlib.Path(tempfile.mkdtemp()) / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text("{{}}")
+    (folder / "learnt.json").write_text(open(train_data).read())
+    save_file({{"a": numpy.zeros(4, "float32")}}, folder / "model.safetensors")
+    manifest.write(folder, "weights", {{}})
+    return TrainingOutput(weights=cog.Path(archive.pack(folder, folder.with_suffix(".tar"))))
 """
 
 TESTS: list[dict[str, Any]] = [
@@ -118,7 +127,7 @@ class Machine:
     def settings(self, **push: Any) -> None:
         """Write model.yaml, with changes in its section `push`."""
         content = {**SETTINGS, "push": {**SETTINGS["push"], **push}}
-        (self.root / "model.yaml").write_text(yaml.safe_dump(content))
+        (self.root / "model.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
         self.commit()
 
     def swap(self, old: str, new: str) -> None:
@@ -148,7 +157,7 @@ def machine(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setenv("SOME_TOKEN", "another secret")
     root = preflightproject.project(folder / "project")
     (root / "predict.py").write_text(RUNNER.format(root=str(ROOT)))
-    (root / "train.py").write_text(TRAINER)
+    (root / "train.py").write_text(TRAINER.format(root=str(ROOT)))
     shutil.copy(ROOT / ".gitignore", root)
     made = Machine(root, programs)
     made.settings()

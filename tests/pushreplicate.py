@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class Standin:
         self.asked: list[dict[str, Any]] = []
         self.servers: dict[tuple[str, str], Any] = {}
         self.versions: dict[tuple[str, str], str] = {}
+        self.images: dict[str, Path] = {}
+        self.train, parts.trainings.create = parts.trainings.create, self.create_training
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -105,8 +108,17 @@ class Standin:
                 await asyncio.to_thread(server.wait_ready, 120.0)
             added = await self.parts.catalog.add(body["model"], self.servers[key].url)
             self.versions[key] = added.id
+            self.images[added.id] = copied
         model.facts["separate_weights"] = str(body["separate_weights"])
         return 200, {"id": self.versions[key]}
+
+    async def create_training(self, version: Any, *more: Any) -> Any:
+        """The local Replicate trains its own project: let it be the image that was pushed."""
+        if version.id in self.images:
+            image = self.images[version.id]
+            self.parts.trainings._root = self.parts.catalog._root = image
+            version = replace(version, source=f"folder:{image}")
+        return await self.train(version, *more)
 
     def copy(self, root: Path) -> tuple[str, Path]:
         """What would enter the image, and a hash of it."""

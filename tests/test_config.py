@@ -116,7 +116,9 @@ def test_what_is_wrong_is_named(data: Any, said: str) -> None:
     text = str(raised.value)
     assert said in text
     assert text.startswith("model.yaml is not valid: ")
-    assert text.endswith("README, docs/serving.md, docs/playground.md and docs/hardware.md list every option.")
+    assert text.endswith(
+        "README, docs/serving.md, docs/playground.md, docs/hardware.md and docs/push.md list every option."
+    )
 
 
 def test_all_problems_are_named_at_once() -> None:
@@ -221,7 +223,7 @@ def test_sources_are_checked_when_they_are_read_and_no_signature_is_shown() -> N
 
 def test_every_option_is_written_down() -> None:
     root = Path(__file__).resolve().parents[1]
-    pages = ("README.md", "docs/serving.md", "docs/playground.md", "docs/hardware.md")
+    pages = ("README.md", "docs/serving.md", "docs/playground.md", "docs/hardware.md", "docs/push.md")
     written = "".join((root / name).read_text() for name in pages)
     named = set(re.findall(r"`(?:\w+\.)?(\w+)`", written))
     for name, field in config.Config.model_fields.items():

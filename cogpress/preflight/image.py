@@ -76,7 +76,8 @@ def _needed(facts: Facts) -> list[str]:
     package = facts.root / "cogpress"
     needed += [path.relative_to(facts.root).as_posix() for path in package.rglob("*.py")] if package.is_dir() else []
     listed = (facts.weights.manifest or {}).get("files") or {}
-    needed += [f"weights/{name}" for name in listed] if facts.weights.bytes else []
+    fetched = facts.settings is not None and facts.settings.push.weights == "fetched"
+    needed += [f"weights/{name}" for name in listed] if facts.weights.bytes and not fetched else []
     return [*needed, ".cog/openapi_schema.json"]
 
 

@@ -56,7 +56,7 @@ def look(root: Path) -> Machine:
     return Machine(
         docker=_ask("docker", "info", "--format", "{{.ServerVersion}}"),
         cog=_ask("cog", "--version"),
-        logged_in=_logged_in(),
+        logged_in=logged_in(),
         free=shutil.disk_usage(root).free,
         token=os.environ.get("REPLICATE_API_TOKEN", "").strip() or None,
         git=_git(root),
@@ -83,7 +83,7 @@ def _ask(name: str, *arguments: str) -> Program:
     return Program(path, version=found.group() if found else done.stdout.strip()[:40])
 
 
-def _logged_in() -> bool | None:
+def logged_in() -> bool | None:
     """Whether Docker's configuration knows the registry, which is where `cog login` writes."""
     folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
     try:

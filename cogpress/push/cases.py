@@ -1,0 +1,292 @@
+"""Test predictions: asked on the pushed version through Replicate's API, and judged without any other model.
+
+Knows what a case of `model.yaml` asks for and when it is fulfilled; leaves HTTP to `replicate`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jsonschema
+from rich.table import Table
+from rich.text import Text
+
+from cogpress import client
+from cogpress.config import Case, Push
+from cogpress.errors import CogpressError
+from cogpress.push.keeper import Judged
+from cogpress.push.replicate import RefusedError, Replicate, text_of
+
+CANCEL_SECONDS = 15.0
+"""How long a canceled prediction may take to end."""
+
+LATE_SHARE = 0.25
+"""Text counts as streamed where it arrives over at least this share of the time that the prediction ran."""
+
+_SHOWN = 160
+
+Score = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one test prediction.
+
+    Attributes:
+        name: of the case.
+        passed: whether it did what was asked.
+        message: why not, or what was seen.
+        seconds: that the prediction ran, without the wait for a machine.
+        prediction: its id.
+        output: its text.
+        metrics: of the model.
+    """
+
+    name: str
+    passed: bool
+    message: str
+    seconds: float = 0.0
+    prediction: str = ""
+    output: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+class _Wrong(Exception):
+    """The prediction did not do what was asked."""
+
+
+def title(number: int, case: Case) -> str:
+    """A case's name, or its number and what it asks for."""
+    return case.name or f"{number}: {', '.join(asks(case)) or 'no error'}"
+
+
+def asks(case: Case) -> list[str]:
+    """What a case asks for, in words."""
+    contains = [case.contains] if isinstance(case.contains, str) else list(case.contains)
+    found = [
+        ("the exact text", case.exact is not None),
+        (f"contains {' and '.join(map(repr, contains))}", bool(contains)),
+        ("a JSON schema", case.json_schema is not None),
+        ("right by the task's score", case.expected is not None),
+        (f"an error with {case.error!r}", case.error is not None),
+        ("really streams", case.streams),
+        ("cancels", case.cancels),
+        (f"at most {case.seconds:g} s" if case.seconds else "", case.seconds is not None),
+    ]
+    return [words for words, asked in found if asked]
+
+
+def table(outcomes: list[Outcome]) -> Table:
+    """Test predictions, for a terminal."""
+    made = Table("", "test", "what came", "seconds", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    made.columns[3].justify = "right"
+    for outcome in outcomes:
+        mark = Text("✓", "green") if outcome.passed else Text("✗", "bold red")
+        seconds = f"{outcome.seconds:.2f}" if outcome.seconds else ""
+        made.add_row(mark, Text(outcome.name), Text(outcome.message, "" if not outcome.passed else "dim"), seconds)
+    return made
+
+
+def judge(outcomes: list[Outcome], what: str, version: str, more: str = "") -> None:
+    """Say which failed, where any did.
+
+    Raises:
+        Judged: with the reasons.
+    """
+    bad = [outcome for outcome in outcomes if not outcome.passed]
+    if bad:
+        reasons = "; ".join(f"{outcome.name}: {outcome.message}" for outcome in bad[:4])
+        raise Judged(f"{len(bad)} of {len(outcomes)} {what} failed on version {version[:12]}. {reasons}.{more}")
+
+
+def run(
+    replicate: Replicate,
+    version: str,
+    cases: Sequence[Case],
+    score: Score,
+    *,
+    timeout: float,
+    parallel: int,
+    on_end: Callable[[Outcome], None] = lambda _outcome: None,
+) -> list[Outcome]:
+    """Ask and judge all cases, so many at once; in their order.
+
+    Args:
+        replicate: where.
+        version: the pushed version's id.
+        cases: of `model.yaml`.
+        score: tells whether an answer is the expected one.
+        timeout: seconds that one prediction may take, its machine's start among them.
+        parallel: predictions at once.
+        on_end: is told each outcome.
+
+    Raises:
+        CogpressError: Replicate can not be asked.
+    """
+
+    def one(numbered: tuple[int, Case]) -> Outcome:
+        number, case = numbered
+        outcome = _judged(replicate, version, case, title(number, case), score, timeout)
+        on_end(outcome)
+        return outcome
+
+    with ThreadPoolExecutor(parallel) as pool:
+        return list(pool.map(one, enumerate(cases, 1)))
+
+
+def _judged(replicate: Replicate, version: str, case: Case, name: str, score: Score, timeout: float) -> Outcome:
+    made = replicate.predict(version, case.input)
+    identifier = str(made["id"])
+    try:
+        if case.cancels:
+            made = _canceled(replicate, made, timeout)
+            return Outcome(name, True, "ended as canceled", seconds_of(made), identifier, metrics=_metrics(made))
+        pieces = _streamed(replicate, made, timeout) if case.streams else 0
+        made = finished(replicate, made, timeout)
+        _check(case, made, score)
+    except _Wrong as wrong:
+        made = replicate.prediction(identifier)
+        return Outcome(name, False, str(wrong), seconds_of(made), identifier, _text(made), _metrics(made))
+    message = f"{pieces} pieces as they were made" if pieces else _short(_text(made) or str(made.get("error")))
+    return Outcome(name, True, message, seconds_of(made), identifier, _text(made), _metrics(made))
+
+
+def answers(replicate: Replicate, version: str, asked: Iterable[dict[str, Any]], settings: Push) -> list[str | None]:
+    """A version's answer to each input; None where it has none.
+
+    Raises:
+        CogpressError: Replicate can not be asked.
+    """
+
+    def one(given: dict[str, Any]) -> str | None:
+        try:
+            made = finished(replicate, replicate.predict(version, given), settings.timeout)
+        except RefusedError as error:
+            if error.status != 422:
+                raise
+            return None
+        return _text(made) if made.get("status") == "succeeded" else None
+
+    with ThreadPoolExecutor(settings.parallel) as pool:
+        return list(pool.map(one, asked))
+
+
+def finished(replicate: Replicate, made: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """A prediction when it has ended; one that takes too long is canceled, and comes back as failed."""
+    made = replicate.wait(made, timeout)
+    if made.get("status") in ("starting", "processing"):
+        replicate.cancel(str(made["id"]))
+        error = f"it did not end within {timeout:g} s and was canceled"
+        return {**made, "status": "failed", "error": error, "timed_out": True}
+    return made
+
+
+def _check(case: Case, made: dict[str, Any], score: Score) -> None:
+    status, text = made.get("status"), _text(made)
+    error = client.plain_error(str(made.get("error") or ""))
+    if case.error is not None:
+        if status != "failed" or made.get("timed_out"):
+            raise _Wrong(f"it {status} and should have failed: {_short(text)}")
+        if case.error not in error:
+            raise _Wrong(f"it failed with another error: {_short(error)}")
+    elif status != "succeeded":
+        raise _Wrong(f"it {status}: {_short(error)}")
+    if case.exact is not None and text != case.exact:
+        raise _Wrong(f"the text is {_quoted(text)}, not {_quoted(case.exact)}")
+    for part in [case.contains] if isinstance(case.contains, str) else case.contains:
+        if part not in text:
+            raise _Wrong(f"{part!r} is not in {_quoted(text)}")
+    if case.json_schema is not None:
+        _check_json(case.json_schema, text)
+    if case.expected is not None and not score(case.expected, text):
+        raise _Wrong(f"the task's score does not take {_quoted(text)} for {_quoted(case.expected)}")
+    if case.seconds is not None and seconds_of(made) > case.seconds:
+        raise _Wrong(f"it took {seconds_of(made):.2f} s, more than {case.seconds:g} s")
+
+
+def _check_json(schema: dict[str, Any], text: str) -> None:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise _Wrong(f"it is no JSON ({error}): {_quoted(text)}") from None
+    try:
+        jsonschema.validate(content, schema)
+    except jsonschema.ValidationError as error:
+        place = "/".join(map(str, error.absolute_path)) or "the top"
+        raise _Wrong(f"at {place} the JSON schema says: {_short(error.message)}") from None
+    except jsonschema.SchemaError as error:
+        raise CogpressError(f"A json_schema in model.yaml is none: {_short(error.message)}. Correct it.") from None
+
+
+def _streamed(replicate: Replicate, made: dict[str, Any], timeout: float) -> int:
+    """Read the stream and see that text came while it was made; the number of pieces."""
+    pieces: list[str] = []
+    arrived: list[float] = []
+    running = False
+    try:
+        for name, data in replicate.stream(made, timeout):
+            if name == "output":
+                pieces.append(data)
+                arrived.append(time.monotonic())
+                if len(pieces) == 1:
+                    running = replicate.prediction(str(made["id"])).get("status") in ("starting", "processing")
+            elif name == "error":
+                raise _Wrong(f"the stream tells an error: {_short(data)}")
+    except CogpressError as error:
+        raise _Wrong(str(error)) from None
+    ended = replicate.wait(made, timeout)
+    if ended.get("status") != "succeeded":
+        return 0  # what is said of that is said by the check of the prediction itself
+    # Line breaks that only the stream's form has are not looked at.
+    if "".join("".join(pieces).split()) != "".join(_text(ended).split()):
+        raise _Wrong("the stream's text is not the prediction's output")
+    if len(pieces) < 2:
+        raise _Wrong(f"its text came in {len(pieces)} piece: ask for a longer answer, or it does not stream")
+    if not running and arrived[-1] - arrived[0] < LATE_SHARE * seconds_of(ended):
+        raise _Wrong("all of its text came when the prediction had ended, so it does not stream")
+    return len(pieces)
+
+
+def _canceled(replicate: Replicate, made: dict[str, Any], timeout: float) -> dict[str, Any]:
+    made = replicate.wait(made, timeout, until=("processing",))
+    if made.get("status") != "processing":
+        raise _Wrong(f"it was {made.get('status')} before it could be canceled: ask for a longer answer")
+    asked = time.monotonic()
+    made = replicate.wait(replicate.cancel(str(made["id"])), CANCEL_SECONDS)
+    if made.get("status") not in ("canceled", "aborted"):
+        raise _Wrong(f"it was {made.get('status')} {time.monotonic() - asked:.0f} s after it was canceled")
+    return made
+
+
+def seconds_of(made: dict[str, Any]) -> float:
+    """How long a prediction ran, without the wait for its machine."""
+    return float(_metrics(made).get("predict_time") or 0.0)
+
+
+def _metrics(made: dict[str, Any]) -> dict[str, Any]:
+    # The log-probability of each token is no number to show.
+    return {name: value for name, value in (made.get("metrics") or {}).items() if name != "logprobs"}
+
+
+def _text(made: dict[str, Any]) -> str:
+    output = made.get("output")
+    return "" if output is None else text_of(output)
+
+
+def _quoted(text: str) -> str:
+    """With its white space, which can be what differs."""
+    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r} …"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …"

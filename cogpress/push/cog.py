@@ -1,0 +1,111 @@
+"""The program `cog`, driven: which command is run, with which environment, and what came of it.
+
+Knows its options and that a token goes to its standard input alone; leaves what appears on Replicate to `steps`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from cogpress.config import Push
+from cogpress.errors import CogpressError
+from cogpress.preflight.machine import REGISTRY
+from cogpress.preflight.secrets import redacted
+
+LOGIN = ["cog", "login", "--token-stdin"]
+
+_DIGEST = re.compile(r"digest:\s*sha256:([0-9a-f]{64})|@sha256:([0-9a-f]{64})")
+_LAST_LINES = 6
+_LINE = 300
+
+
+def command(model: str, settings: Push) -> list[str]:
+    """What builds the image and pushes it to a model, owner/name."""
+    layers = ["--separate-weights"] if settings.weights == "layer" else []
+    return ["cog", "push", f"{REGISTRY}/{model}", *layers, "--progress", "plain"]
+
+
+def environment(token: str) -> dict[str, str]:
+    """What `cog` and the build get to see: no token."""
+    kept = {name: value for name, value in os.environ.items() if "TOKEN" not in name.upper() and token not in value}
+    return kept | {"COG_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
+
+
+def login(root: Path, token: str) -> None:
+    """Log in to Replicate's registry; the token goes to the program's standard input.
+
+    Raises:
+        CogpressError: it is refused, or there is no `cog`.
+    """
+    try:
+        done = subprocess.run(
+            LOGIN, cwd=root, env=environment(token), input=token + "\n", capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise _missing(error) from None
+    if done.returncode:
+        told = redacted(" ".join((done.stderr or done.stdout).split())[-_LINE:], token)
+        raise CogpressError(f"cog login was refused: {told}. Check REPLICATE_API_TOKEN.")
+
+
+def push(root: Path, arguments: list[str], token: str, log: Path, on_line: Callable[[str], None]) -> str | None:
+    """Build and push; returns the image's digest where the output tells it.
+
+    Args:
+        root: the project's folder.
+        arguments: the whole command.
+        token: what must be in no output.
+        log: takes all of it.
+        on_line: is told each line.
+
+    Raises:
+        CogpressError: it failed; quotes the end of its output.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    digest = None
+    try:
+        process = subprocess.Popen(
+            arguments,
+            cwd=root,
+            env=environment(token),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise _missing(error) from None
+    assert process.stdout is not None
+    try:
+        with log.open("w", encoding="utf-8") as file:
+            for raw in process.stdout:
+                line = redacted(raw.rstrip("\n"), token)
+                file.write(line + "\n")
+                file.flush()
+                if found := _DIGEST.search(line):
+                    digest = found.group(1) or found.group(2)
+                if line.strip():
+                    lines = [*lines[1 - _LAST_LINES :], line[:_LINE]]
+                    on_line(line)
+        status = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if status:
+        end = "".join(f"\n    {line}" for line in lines)
+        raise CogpressError(
+            f"{' '.join(arguments)} failed with exit status {status}. Its output ends:{end}\nAll of it is in {log}. "
+            "Correct what it names and run this again: what is done is not done again."
+        )
+    return digest
+
+
+def _missing(error: OSError) -> CogpressError:
+    return CogpressError(f"cog can not be started ({error.strerror}). Install it as cog.run says.")

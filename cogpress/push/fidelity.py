@@ -1,0 +1,190 @@
+"""Whether what runs on Replicate answers as the same weights do here, token by token, and how fast.
+
+The check of `verify`'s engine once more, with Replicate in the engine's place: its greedy answers to held-out examples
+and their log-probabilities, beside those that transformers computes from the local weights.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogpress import base, divergence, fetch, manifest, parity, serving, verify
+from cogpress.chat import encode_prompt
+from cogpress.config import Config, Prompt
+from cogpress.errors import CogpressError
+from cogpress.push import cases
+from cogpress.push.replicate import Replicate, text_of
+from cogpress.verdict import Check
+
+if TYPE_CHECKING:
+    from cogpress.data import Example
+
+NEEDED = ("messages", "system_prompt", "temperature", "max_tokens", "logprobs")
+"""Inputs without which the check can not be made."""
+
+_CAUSE = (
+    "Replicate answers otherwise than transformers does here with the same weights: look at serve.* in model.yaml "
+    "(mode, dtype), at the hardware, and whether the image has these weights."
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The local weights, and what to ask.
+
+    Attributes:
+        folder: the weights.
+        examples: held out.
+        scheme: of the weights' quantization.
+        answers: what the reference of the verification answered to the examples; None where it did not.
+    """
+
+    folder: Path
+    examples: list[Example]
+    scheme: str
+    answers: list[str] | None
+
+    def depends(self) -> Any:
+        """What a step that asks them depends on."""
+        asked = [[example.asked, example.answer] for example in self.examples]
+        return [asked, self.scheme, manifest.fingerprint(self.folder), self.answers]
+
+
+def reference(settings: Config, root: Path) -> Reference:
+    """Find the weights that the image serves, and the examples that they were not trained on.
+
+    Raises:
+        CogpressError: there are none.
+    """
+    try:
+        # What is fetched at the start is what is served, whatever lies here.
+        named_source = settings.serve.weights if settings.push.weights == "fetched" else None
+        folder = fetch.model(serving.find_weights(named_source, root, settings.serve), root / ".cache").folder
+        facts = manifest.read(folder) or {}
+        named = settings.verify.examples is not None
+        run = None
+        try:
+            run = verify.find_run(root, folder, facts)
+        except CogpressError:
+            if not named:
+                raise
+        prompt = Prompt.model_validate(facts["prompt"]) if "prompt" in facts else settings.prompt
+        examples = verify.held_out(settings.verify, root, run or root, prompt)[: settings.push.rows]
+    except CogpressError as error:
+        raise CogpressError(f"{error} Or set push.parity to false in model.yaml, and nothing is compared.") from None
+    answers = None
+    try:
+        found = json.loads(((run or root) / verify.REFERENCE).read_text(encoding="utf-8"))["answers"]
+        answers = [str(one) for one in found[: len(examples)]] if len(found) >= len(examples) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        answers = None
+    return Reference(folder, examples, (facts.get("compression") or {}).get("scheme", "none"), answers)
+
+
+def inputs(reference: Reference) -> list[dict[str, Any]]:
+    """What Replicate is asked: greedy, with each token's log-probability."""
+    tokenizer = base.tokenizer(reference.folder)
+    longest = max(len(tokenizer.encode(example.answer)) for example in reference.examples)
+    common = {"system_prompt": "", "temperature": 0, "max_tokens": 2 * longest + 16, "logprobs": 0}
+    return [{"messages": json.dumps(example.asked, ensure_ascii=False), **common} for example in reference.examples]
+
+
+def compare(
+    replicate: Replicate, version: str, settings: Config, found: Reference
+) -> tuple[list[Check], dict[str, Any]]:
+    """Ask Replicate, compare with transformers, and measure.
+
+    Args:
+        replicate: where.
+        version: the pushed version's id.
+        settings: limits and the task's score.
+        found: the local weights and the examples.
+
+    Returns:
+        the checks, and metrics: agreement, difference, scores, speeds.
+
+    Raises:
+        CogpressError: a prediction fails, or tells no log-probabilities.
+    """
+
+    def ask(given: dict[str, Any]) -> dict[str, Any]:
+        made = cases.finished(replicate, replicate.predict(version, given), settings.push.timeout)
+        if made.get("status") != "succeeded":
+            raise CogpressError(f"Replicate's answer to a held-out example {made.get('status')}: {made.get('error')}")
+        return made
+
+    asked = inputs(found)
+    began = time.monotonic()
+    with ThreadPoolExecutor(settings.push.parallel) as pool:
+        answers = list(pool.map(ask, asked))
+    seconds = time.monotonic() - began
+    served = parity.Served([_answer(made) for made in answers], [], 0.0, 0.0, 0.0)
+    base.quiet_libraries()
+    tokenizer = base.tokenizer(found.folder)
+    prompts = [encode_prompt(tokenizer, example.asked) for example in found.examples]
+    model = divergence.merged_model(found.folder)
+    same = parity.compare(model, prompts, [], served, tokenizer.pad_token_id or 0)
+    metrics = {
+        "examples": len(answers),
+        "served_agreement": same.agreement,
+        "served_difference": same.mean_difference,
+        **_scores(settings, found, [answer.text for answer in served.answers]),
+        **_speeds(answers, seconds),
+    }
+    return _checks(verify.limits(settings.verify, found.scheme), metrics), metrics
+
+
+def _answer(made: dict[str, Any]) -> parity.Answer:
+    tokens = (made.get("metrics") or {}).get("logprobs")
+    if not isinstance(tokens, list):
+        raise CogpressError(
+            "The pushed version tells no log-probabilities in its metrics, so its answers can not be compared. Record "
+            "them as predict.py does, or set push.parity to false in model.yaml."
+        )
+    text = text_of(made.get("output") or "")
+    return parity.Answer(text, [int(one["id"]) for one in tokens], [float(one["logprob"]) for one in tokens])
+
+
+def _scores(settings: Config, found: Reference, answers: Sequence[str]) -> dict[str, float]:
+    score = verify.scorer(settings.verify.score)
+
+    def share(given: Sequence[str]) -> float:
+        pairs = zip(found.examples, given, strict=True)
+        return sum(score(example.answer, answer) for example, answer in pairs) / len(given)
+
+    scores = {"score": share(answers)}
+    return scores if found.answers is None else {**scores, "reference_score": share(found.answers)}
+
+
+def _speeds(answers: Sequence[dict[str, Any]], seconds: float) -> dict[str, float]:
+    def median(name: str) -> float:
+        values = [float(made["metrics"][name]) for made in answers if (made.get("metrics") or {}).get(name) is not None]
+        return statistics.median(values) if values else 0.0
+
+    tokens = sum(int((made.get("metrics") or {}).get("output_token_count") or 0) for made in answers)
+    return {
+        "time_to_first_token": median("time_to_first_token"),
+        "stream_tokens_per_second": median("tokens_per_second"),
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+    }
+
+
+def _checks(limits: verify.Limits, metrics: dict[str, Any]) -> list[Check]:
+    agreement, difference = metrics["served_agreement"], metrics["served_difference"]
+    least, most = limits.served_agreement, limits.served_difference
+    checks = [
+        Check("served tokens agree", agreement, least, agreement >= least, _CAUSE, at_least=True),
+        Check("served log-probability difference", difference, most, difference <= most, _CAUSE),
+    ]
+    if "reference_score" in metrics:
+        lower = metrics["reference_score"] - metrics["score"]
+        passed = lower <= limits.score_loss
+        checks.append(Check("score below the reference", lower, limits.score_loss, passed, _CAUSE))
+    return checks

@@ -1,0 +1,104 @@
+"""The end of a push: where people find the model, which version it is, how long each step took, and how to call it.
+
+Knows the four ways to call; each program is whole and can be pasted. The token stays in the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import pprint
+import shlex
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cogpress.preflight.facts import REPLICATE
+from cogpress.push.steps import Shipped
+
+_WIDTH = 76
+
+
+def calls(model: str, version: str, example: Mapping[str, Any], base: str = REPLICATE) -> dict[str, str]:
+    """Programs that ask a version with an input, by title.
+
+    Args:
+        model: owner/name.
+        version: its id.
+        example: the input.
+        base: the API's address.
+    """
+    reference = f"{model}:{version}"
+    given = dict(example)
+    python = textwrap.indent(pprint.pformat(given, width=_WIDTH, sort_dicts=False), "    ").strip()
+    javascript = textwrap.indent(json.dumps(given, indent=2, ensure_ascii=False), "  ").strip()
+    body = {"version": version, "input": given}
+    return {
+        "Python": (
+            "import replicate\n\n"
+            f'for text in replicate.stream(\n    "{reference}",\n    input={python},\n):\n    print(text, end="")'
+        ),
+        "JavaScript": (
+            'import Replicate from "replicate";\n\nconst replicate = new Replicate();\n'
+            f'const events = replicate.stream("{reference}", {{\n  input: {javascript},\n}});\n'
+            "for await (const { event, data } of events) {\n"
+            '  if (event === "output") process.stdout.write(data);\n}'
+        ),
+        "curl": _curl(base, body, "-H 'Prefer: wait'"),
+        "HTTP stream": (
+            f"url=$({_curl(base, {**body, 'stream': True})} |\n"
+            '  python3 -c \'import json, sys; print(json.load(sys.stdin)["urls"]["stream"])\')\n'
+            "curl -sSN -H 'Accept: text/event-stream' \"$url\""
+        ),
+    }
+
+
+def _curl(base: str, body: Mapping[str, Any], more: str = "") -> str:
+    """In bash and zsh; the token goes through a file descriptor, as the command line can be read by others."""
+    lines = [
+        f"curl -sS {shlex.quote(base.rstrip('/') + '/v1/predictions')}",
+        "-H @<(printf 'Authorization: Bearer %s' \"$REPLICATE_API_TOKEN\")",
+        f"-H 'Content-Type: application/json' {more}".strip(),
+        f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}",
+    ]
+    return " \\\n  ".join(lines)
+
+
+def show(shipped: Shipped, model: str, example: Mapping[str, Any] | None, base: str, console: Console) -> None:
+    """Print it.
+
+    Args:
+        shipped: what the push made.
+        model: owner/name.
+        example: the input of the programs; None for none.
+        base: the API's address.
+        console: where to.
+    """
+    address = str(shipped.model.get("url") or f"https://replicate.com/{model}")
+    console.print(Text.assemble("\n", (f"{model} is pushed.", "bold green")))
+    console.print(Text.assemble(("  playground  ", "dim"), address), soft_wrap=True)
+    console.print(Text.assemble(("  version     ", "dim"), shipped.version), soft_wrap=True)
+    for note in shipped.notes:
+        console.print(Text.assemble(("! ", "yellow"), note))
+    console.print()
+    console.print(times(shipped.steps))
+    if example is None:
+        return
+    for title, program in calls(model, shipped.version, example, base).items():
+        console.print(Text(f"\n{title}", "bold"))
+        # Whole lines, so that what is copied is what was meant.
+        console.print(Text(program), soft_wrap=True)
+
+
+def times(steps: Mapping[str, Mapping[str, Any]]) -> Table:
+    """How long each step took."""
+    table = Table("step", "seconds", "", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.columns[1].justify = "right"
+    for name, found in steps.items():
+        table.add_row(name, f"{found['seconds']:.1f}", Text("done before" if found["before"] else "", "dim"))
+    total = sum(found["seconds"] for found in steps.values() if not found["before"])
+    table.add_row(Text("this push", "bold"), f"{total:.1f}")
+    return table
