@@ -24,7 +24,7 @@ from cogpress.push.replicate import Replicate, text_of
 from cogpress.verdict import Check
 
 if TYPE_CHECKING:
-    from cogpress.data import Example
+    from cogpress.example import Example
 
 NEEDED = ("messages", "system_prompt", "temperature", "max_tokens", "logprobs")
 """Inputs without which the check can not be made."""
