@@ -185,6 +185,7 @@ class Comparison:
         self.text = io.StringIO()
         machine = sides.Machine({"max_num_seqs": 64}, {}, [], 0.9)
         monkeypatch.setattr(sides, "in_fresh_process", lambda *_: machine)
+        monkeypatch.setattr(serve, "QUIET_SECONDS", 0.0)
         monkeypatch.setattr(sides, "_cogpress", lambda *_: self.server(cog.url))
         monkeypatch.setattr(sides, "_vllm", lambda *_: self.server("" if self.fails else vllm.url))
         (folder / "config.json").write_text("{}")

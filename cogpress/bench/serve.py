@@ -7,6 +7,7 @@ many questions at once to `load`, what is asked to `serve_loads`, and judging an
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,10 @@ from cogpress.bench.serve_report import milliseconds, show, verdict
 from cogpress.bench.sides import OURS, THEIRS
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
+
+QUIET_SECONDS = 2.0
+"""Before each measurement. For a second after its last step an engine looks for the next one without a pause (vLLM
+0.32, `SpinCondition`), which took the cores from the other server's first answer: 0.9 s of it."""
 
 OPEN_SHARE = 0.7
 """Share of the request rate of 16 streams at which questions arrive in the open loop."""
@@ -207,6 +212,7 @@ class _Measuring:
         else:
             times = load.arrivals(len(questions), self.rate or 1.0, number)
             running = load.open_loop(side.ask, questions, times, done)
+        time.sleep(QUIET_SECONDS)
         taken = self.runner.run(running)
         try:
             found = load.summary(taken)
