@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -89,16 +90,48 @@ def dollars(amount: float) -> str:
 
 
 def tables(plan: Plan) -> RenderableType:
-    """The whole plan, for a terminal."""
+    """The whole plan, for a terminal of 80 columns or more."""
     parts: list[RenderableType] = [
-        _model(plan), _methods(plan), _trained(plan), _schemes(plan), _served(plan), _costs(plan)
-    ]  # fmt: skip
+        _model(plan),
+        _methods(plan),
+        _trained(plan),
+        _unfit([(row.machine.sku, row.refused, _most(row.batch, row.length, "rows")) for row in plan.trained]),
+        _schemes(plan),
+        _served(plan),
+        _unfit([(row.machine.sku, row.refused, _most(row.concurrency, row.context, "at once")) for row in plan.served]),
+        _costs(plan),
+    ]
     return Group(*parts, *(Text(f"• {note}", style="dim") for note in plan.notes))
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Numbers beside names, narrow: what decides is to be seen at once."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", title_style="bold")
+    for at, name in enumerate(columns):
+        table.add_column(name, justify="right" if at else "left", no_wrap=True, vertical="bottom")
+    return table
+
+
+def _unfit(rows: Sequence[tuple[str, str, str]]) -> Text:
+    """The machines that do not fit, by reason, with what would."""
+    reasons: dict[str, list[str]] = {}
+    for sku, refused, most in rows:
+        if refused:
+            reasons.setdefault(f"{refused}{most}", []).append(sku)
+    lines = [f"{', '.join(skus)}: {reason}" for reason, skus in reasons.items()]
+    return Text("".join(f"{line}.\n" for line in lines), style="dim")
+
+
+def _most(count: int, length: int, of: str) -> str:
+    """What would fit, where something does."""
+    found = [f"{count:,} {of}"] * bool(count) + [f"{length:,} tokens long"] * bool(length)
+    return f" (at most {' or '.join(found)})" if found else ""
 
 
 def _model(plan: Plan) -> Table:
     model = plan.architecture
-    table = Table(title=plan.model, show_header=False)
+    table = _table(plan.model, "", "")
+    table.show_header = False
     token = sum(one.values for one in model.caches) * plan.serving.cache_bytes
     windows = sum(one.window is not None for one in model.caches)
     facts = [
@@ -123,74 +156,75 @@ def _model(plan: Plan) -> Table:
 
 def _methods(plan: Plan) -> Table:
     how = plan.training
-    table = Table(
-        "method", "weights", "gradients", "optimizer", "activations", "logits", "all", "without checkpointing",
-        title=f"Memory of training, {how.batch} rows of {how.length:,} tokens, {how.answers:.0%} of them with loss",
+    table = _table(
+        f"Memory of training in GB: {how.batch} rows of {how.length:,} tokens, {how.answers:.0%} of them with loss",
+        "method", "weights", "gradients", "optimizer", "acti-\nvations", "logits", "all", "without\nckpt.",
     )  # fmt: skip
     for name, (with_, without) in plan.methods.items():
         parts = (with_.weights, with_.gradients, with_.optimizer, with_.activations, with_.logits, with_.total)
         style = "bold" if name == how.method else ""
-        table.add_row(_METHODS[name], *map(gigabytes, (*parts, without.total)), style=style)
+        table.add_row(_METHODS[name], *map(_gb, (*parts, without.total)), style=style)
+    table.caption, table.caption_justify = "without ckpt.: all, without gradient checkpointing", "left"
     return table
 
 
 def _schemes(plan: Plan) -> Table:
     how = plan.serving
-    table = Table(
+    table = _table(
+        f"Memory of serving in GB: {how.concurrency} sequences of {how.context:,} tokens, one GPU",
         "scheme", "weights", "KV cache", "one pass", "overhead", "all",
-        title=f"Memory of serving, {how.concurrency} sequences of {how.context:,} tokens, one GPU",
     )  # fmt: skip
     for name, one in plan.schemes.items():
         parts = (one.weights, one.cache, one.activations, one.overhead, one.total)
-        table.add_row(name, *map(gigabytes, parts), style="bold" if name == how.scheme else "")
+        table.add_row(name, *map(_gb, parts), style="bold" if name == how.scheme else "")
     return table
 
 
 def _trained(plan: Plan) -> Table:
     told = f"{plan.tokens[0]:,} tokens ({plan.tokens[1]})" if plan.tokens else "an unknown number of tokens"
-    table = Table(
-        "hardware", "$ / s", "$ / hour", "room", "largest batch", "longest rows", "tokens/s", "time", "cost",
-        title=f"Training with {_METHODS[plan.training.method]} on one GPU: {told}",
+    table = _table(
+        f"Training with {_METHODS[plan.training.method]} on one GPU: {told}",
+        "hardware", "$/s", "room\nGB", "largest\nbatch", "longest\nrow", "tokens/s", "time", "cost",
     )  # fmt: skip
     for row in plan.trained:
-        start = [row.machine.sku, *_price(row.machine)]
         if row.refused:
-            table.add_row(*start, Text(row.refused), *_numbers(row.batch, row.length), style="dim")
             continue
-        speed = "?" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}{'' if row.measured else ' *'}"
+        speed = "?" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}{'' if row.measured else '*'}"
         time = "?" if row.seconds is None else duration(row.seconds)
         paid = "?" if row.dollars is None else dollars(row.dollars)
-        table.add_row(*start, gigabytes(row.room), *_numbers(row.batch, row.length), speed, time, paid)
+        fits = (_gb(row.room), *_numbers(row.batch, row.length))
+        table.add_row(row.machine.sku, _price(row.machine), *fits, speed, time, paid)
     return table
 
 
 def _served(plan: Plan) -> Table:
     how = plan.serving
-    table = Table(
-        "hardware", "$ / s", "$ / hour", "room per GPU", "longest context", "most at once", "tokens/s", "one stream",
-        "$ / 1 M tokens",
-        title=f"Serving {how.scheme}, {how.concurrency} sequences of {how.context:,} tokens",
+    table = _table(
+        f"Serving {how.scheme}, {how.concurrency} sequences of {how.context:,} tokens",
+        "hardware", "$/s", "room\nGB/GPU", "longest\ncontext", "at\nonce", "tokens/s", "one\nstream", "$/1 M\ntokens",
     )  # fmt: skip
     for row in plan.served:
-        start = [row.machine.sku, *_price(row.machine)]
         if row.refused:
-            table.add_row(*start, Text(row.refused), *_numbers(row.context, row.concurrency), style="dim")
             continue
         speed = row.speed
         together, alone = "?", "?"
         if speed is not None:
-            together = f"{speed.tokens_per_second:,.0f}{'' if speed.measured else ' *'}"
-            alone = f"{speed.stream_tokens_per_second:,.0f} *"
+            together = f"{speed.tokens_per_second:,.0f}{'' if speed.measured else '*'}"
+            alone = f"{speed.stream_tokens_per_second:,.0f}*"
         paid = "?" if row.per_million is None else dollars(row.per_million)
-        table.add_row(*start, gigabytes(row.room), *_numbers(row.context, row.concurrency), together, alone, paid)
-    table.caption = "* reckoned, not measured"
+        fits = (_gb(row.room), *_numbers(row.context, row.concurrency))
+        table.add_row(row.machine.sku, _price(row.machine), *fits, together, alone, paid)
+    table.caption, table.caption_justify = "* reckoned, not measured", "left"
     return table
 
 
-def _price(machine: Machine) -> tuple[str, str]:
-    if machine.price_per_second is None or machine.price_per_hour is None:
-        return "?", "?"
-    return f"{machine.price_per_second:.6f}", f"{machine.price_per_hour:.2f}"
+def _price(machine: Machine) -> str:
+    return "?" if machine.price_per_second is None else f"{machine.price_per_second:.6f}"
+
+
+def _gb(number: float) -> str:
+    """Bytes in units of 10^9, where the unit stands elsewhere."""
+    return gigabytes(number).removesuffix(" GB")
 
 
 def _numbers(*values: int) -> Iterable[str]:
@@ -199,9 +233,9 @@ def _numbers(*values: int) -> Iterable[str]:
 
 def _costs(plan: Plan) -> Table:
     load = plan.load
-    table = Table(
-        "hardware", "instances online", "serverless, a month", "requests that wait", "for", "always on, a month",
-        title=f"{3600 * load.per_second:,.0f} requests an hour, {load.input_tokens:,} + {load.output_tokens:,} tokens",
+    table = _table(
+        f"A month of {3600 * load.per_second:,.0f} requests an hour: {load.input_tokens} + {load.output_tokens} tokens",
+        "hardware", "instances\nonline", "serverless", "requests\nthat wait", "for", "always on",
     )  # fmt: skip
     for row in plan.served:
         if row.serverless is not None and row.always_on is not None:

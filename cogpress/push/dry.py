@@ -18,7 +18,7 @@ from cogpress.preflight import machine
 from cogpress.push import cases, cog, fuzz, journal, orders, steps
 from cogpress.push.steps import Push
 
-_LONGEST = 400
+_LONGEST = 60
 
 NEW = "(the new version)"
 """Stands for an id that is only known when the version is there."""
