@@ -5,6 +5,7 @@ Knows the table and the list that an account sees; leaves what fits where to `pl
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 from collections.abc import Mapping, Sequence
@@ -173,8 +174,9 @@ def _machine(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], path
 
 
 def _date(given: Any, path: Path) -> datetime.date:
-    if isinstance(given, datetime.date):
-        return given
+    # Text, too: a library of vLLM's (lm-format-enforcer) takes dates out of PyYAML's loader when it is imported.
+    with contextlib.suppress(ValueError):
+        return datetime.date.fromisoformat(str(given)[:10])
     raise CogpressError(f"{path} has no date. Write dated: YEAR-MONTH-DAY, the day that its prices were read.")
 
 

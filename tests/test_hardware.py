@@ -60,6 +60,12 @@ def test_a_file_changes_and_adds_machines(tmp_path: Path) -> None:
     assert table.machine("gpu-t4").price_per_second == 0.000225
 
 
+def test_a_date_may_be_text(tmp_path: Path) -> None:
+    """As it is where vLLM was imported: one of its libraries takes dates out of PyYAML's loader."""
+    (tmp_path / "own.yaml").write_text('dated: "2027-01-31"\nmachines: []\n')
+    assert str(hardware.table(tmp_path / "own.yaml").dated) == "2027-01-31"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
