@@ -85,9 +85,11 @@ def test_the_engine_stands_back_for_what_carries_its_tokens(server: Server) -> N
     threads = [thread.id for process in engine for thread in process.threads()]
     assert len(engine) == 2
     assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {max(vllm.NICENESS, leader.nice())}
-    others = [process for process in family if process not in engine and "python" in process.name()]
-    assert {process.nice() for process in others} == {leader.nice()}
-    runner = next(process for process in others if process.children() and process.pid != leader.pid)
+    core = next(process for process in engine if process.name().startswith("VLLM::Engine"))
+    runner = core.parent()
+    assert runner is not None
+    assert runner in family
+    assert runner.nice() == leader.nice()
     assert {len(os.sched_getaffinity(thread.id)) for thread in runner.threads()} == {1}
 
 
