@@ -112,7 +112,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _unfit(rows: Sequence[tuple[str, str, str]]) -> Text:
+def _unfit(rows: Sequence[tuple[str, str | None, str]]) -> Text:
     """The machines that do not fit, by reason, with what would."""
     reasons: dict[str, list[str]] = {}
     for sku, refused, most in rows:
