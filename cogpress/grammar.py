@@ -38,6 +38,10 @@ _REMEMBERED = 256
 _STARTING = 120.0
 
 
+NICENESS = 10
+"""How far what computes stands back, on a CPU, for what carries tokens: the engine, and so this process beside it."""
+
+
 class Guard:
     """One process that compiles forms for one tokenizer. It starts at the first use, or by `start`."""
 
@@ -163,10 +167,12 @@ def _inside(value: Any) -> list[Any]:
 
 def _work() -> None:
     """The process: a tokenizer's description, then forms, a line each; answers each with a line when it is compiled."""
+    import os
     import resource
 
     import xgrammar
 
+    os.nice(max(0, NICENESS - os.nice(0)))
     compiler: Any = xgrammar.GrammarCompiler(
         xgrammar.TokenizerInfo.deserialize_json(json.loads(sys.stdin.readline())), max_threads=1, cache_enabled=False
     )

@@ -15,6 +15,7 @@ from chatexamples import Write, with_templates
 from fileserver import FileServer, serve
 
 if TYPE_CHECKING:
+    from pushreplicate import PushReplicate
     from transformers import PreTrainedTokenizerBase
 
     from cogpress.data import Prepared
@@ -171,3 +172,12 @@ def operations_row(row: Any) -> dict[str, str]:
 def trained_weights(demo_report: dict[str, Any]) -> Path:
     """The demonstration's weights: a model that has really learnt the worked example."""
     return ROOT / "runs" / "demo" / "weights"
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PushReplicate]:
+    """A Replicate that can be pushed to, for a file's tests."""
+    from pushreplicate import PushReplicate
+
+    with PushReplicate(tmp_path_factory.mktemp("replicate")) as made:
+        yield made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,12 @@ def test_what_compiles_passes_and_so_does_what_is_not_valid(guard: grammar.Guard
     guard.check(Structure("choice", ("a", 'b"')))
     guard.check(Structure("grammar", 'root ::= "a"'))
     guard.check(Structure("regex", "(((("))  # the engine says what is wrong with it
+
+
+def test_compiling_stands_back_as_the_engine_does(guard: grammar.Guard) -> None:
+    guard.start()
+    assert guard._process is not None
+    assert os.getpriority(os.PRIO_PROCESS, guard._process.pid) == max(grammar.NICENESS, os.nice(0))
 
 
 def test_what_takes_for_ever_is_refused_and_the_next_one_is_not(

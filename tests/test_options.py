@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cogpress import config, engine
+from cogpress import config, engine, grammar
 from cogpress.engines import transformers, vllm
 from cogpress.errors import CogpressError
 
@@ -55,7 +55,7 @@ def test_every_thread_of_a_child_stands_back() -> None:
         vllm.stand_back()
         threads = [thread.id for thread in psutil.Process(child.pid).threads()]
         assert len(threads) == 4
-        assert {os.getpriority(os.PRIO_PROCESS, one) for one in threads} == {max(before, vllm.NICENESS)}
+        assert {os.getpriority(os.PRIO_PROCESS, one) for one in threads} == {max(before, grammar.NICENESS)}
         assert os.getpriority(os.PRIO_PROCESS, 0) == before
         child.stdin.close()
 

@@ -16,8 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cogpress import archive, client, fetch, manifest
-from cogpress.engines import vllm
+from cogpress import archive, client, fetch, grammar, manifest
 from cogpress.errors import CogpressError
 from cogpress.server import Server
 from examples import queries, questions
@@ -84,7 +83,7 @@ def test_the_engine_stands_back_for_what_carries_its_tokens(server: Server) -> N
     engine = [process for process in family if process.name().startswith("VLLM")]
     threads = [thread.id for process in engine for thread in process.threads()]
     assert len(engine) == 2
-    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {max(vllm.NICENESS, leader.nice())}
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {max(grammar.NICENESS, leader.nice())}
     core = next(process for process in engine if process.name().startswith("VLLM::Engine"))
     runner = core.parent()
     assert runner is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,6 @@ from pushproject import Machine, machine
 from pushreplicate import PushReplicate
 
 CAREFUL = {"COG_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
-
-
-@pytest.fixture(scope="module")
-def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PushReplicate]:
-    with PushReplicate(tmp_path_factory.mktemp("replicate")) as made:
-        yield made
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,6 @@ from cogpress.push import remote_train, steps, training
 from cogpress.push.replicate import Replicate
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PushReplicate]:
-    with PushReplicate(tmp_path_factory.mktemp("replicate")) as made:
-        yield made
 
 
 @pytest.fixture

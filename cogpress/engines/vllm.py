@@ -17,7 +17,7 @@ import psutil
 from cogpress.config import Serve
 from cogpress.engine import CALLED, DEAD, MAX_LOGPROBS, Adapter, Delta, Sampling
 from cogpress.errors import CogpressError
-from cogpress.grammar import MAX_WHITESPACE, Guard
+from cogpress.grammar import MAX_WHITESPACE, NICENESS, Guard
 
 BFLOAT16_CAPABILITY = (8, 0)
 """The first compute capability with bfloat16 in hardware: Ampere's. NVIDIA, CUDA C++ programming guide, table of
@@ -30,11 +30,6 @@ SPINS = 1000
 """How often a thread that waits for the others looks whether they are done, before it sleeps. By OpenMP's own default
 it holds the core for milliseconds, and programs that carry the tokens to their readers waited up to half a second for
 one (docs/measurements.md)."""
-
-NICENESS = 10
-"""How far the engine's processes stand back on a CPU. They compute on every core; programs that carry a token need one
-for a moment, and with equal rank they waited for it: with 16 streams a tenth of the first tokens came 0.5 s later than
-with this (docs/measurements.md)."""
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The adapter ranks that vLLM makes room for."""
@@ -280,7 +275,11 @@ def options(
 
 
 def stand_back() -> None:
-    """Lower the priority of this process's children, each thread of them, to `NICENESS`."""
+    """Lower the priority of this process's children, each thread of them, to `NICENESS`.
+
+    The engine computes on every core, and programs that carry a token need one for a moment. With equal priority they
+    waited for it: with 16 streams a tenth of the first tokens came 0.3 s later, and more (docs/measurements.md).
+    """
     for child in psutil.Process().children(recursive=True):
         # Linux keeps a priority for each thread; one that ends meanwhile needs none.
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
