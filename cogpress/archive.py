@@ -18,7 +18,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
@@ -131,16 +131,24 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def pack(folder: Path, tar: Path) -> Path:
+def pack(folder: Path, tar: Path, inside: Mapping[str, Path] | None = None) -> Path:
     """Write a folder's files to an uncompressed tar, in a fixed order and without owner or time.
 
     Weights do not compress, so the tar is as large as they are and as fast as the disk.
+
+    Args:
+        folder: becomes the tar's top.
+        tar: the file.
+        inside: other folders, by the names that they get in the tar.
     """
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
+    for name, other in (inside or {}).items():
+        files |= {f"{name}/{path.relative_to(other)}": path for path in sorted(other.rglob("*"))}
     with _place(tar) as place:
         with tarfile.open(place / "new", "w") as archive:
-            for path in sorted(folder.rglob("*")):
+            for name, path in files.items():
                 if path.is_file():
-                    archive.add(path, arcname=str(path.relative_to(folder)), filter=_anonymous)
+                    archive.add(path, arcname=name, filter=_anonymous)
         os.replace(place / "new", tar)
     return tar
 

@@ -7,6 +7,7 @@ Knows what is left out and why, the split into training and validation, and the 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -132,6 +133,16 @@ class Prepared:
     train_examples: list[Example]
     validation_examples: list[Example]
     report: Report
+
+
+def held_out(prepared: Prepared) -> str:
+    """The examples that are not trained on, as JSONL of conversations; those of plain text are none."""
+    rows = [
+        {"messages": [turn._asdict() for turn in example.messages]}
+        for example in prepared.validation_examples
+        if example.messages
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 class BadDataError(CogpressError):

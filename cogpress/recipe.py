@@ -21,7 +21,7 @@ from rich.table import Table
 from cogpress import adapter as adapters
 from cogpress import archive, base, data, divergence, manifest, merge, multilora, training
 from cogpress.cli import step
-from cogpress.config import Config, Merge, load
+from cogpress.config import Config, Merge, Prompt, load
 from cogpress.data import Prepared
 from cogpress.errors import CogpressError
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 HELD_OUT = "held-out.jsonl"
 """The examples of a run that it does not train on, as conversations."""
+
+ADAPTER = "adapter"
+"""The folder of a run, and in the tar of its weights, that holds the adapter."""
 
 COMPARED_ROWS = 64
 """Rows on which merges are compared: enough for a mean KL, seconds on a laptop."""
@@ -100,6 +103,53 @@ def install(weights: Path, place: Path) -> None:
             shutil.copyfile(place / "README.md", part / "README.md")
 
 
+def lay_out(fetched: Path, run: Path) -> bool:
+    """Make a run's folder from its fetched tar: `weights`, and beside it the adapter that they were made with.
+
+    Args:
+        fetched: the unpacked tar.
+        run: the folder.
+
+    Returns:
+        whether the tar holds the adapter.
+    """
+    with archive.new_folder(run / "weights") as part:
+        shutil.copytree(
+            fetched, part, dirs_exist_ok=True, ignore=lambda at, _: [ADAPTER] if Path(at) == fetched else []
+        )
+    if not (fetched / ADAPTER).is_dir():
+        return False
+    with archive.new_folder(run / ADAPTER) as part:
+        shutil.copytree(fetched / ADAPTER, part, dirs_exist_ok=True)
+    return True
+
+
+def held_out_again(config: Config, path: Path, run: Path, cache: Path, console: Console, *, skip_bad: bool) -> None:
+    """Tell the examples that a training elsewhere held out, from the same file, and write them into its run's folder.
+
+    Args:
+        config: what the training was started with, here.
+        path: the examples that it was given.
+        run: its folder, with its adapter.
+        cache: where base models are kept.
+        console: where the report is shown.
+        skip_bad: what the training was told.
+
+    Raises:
+        CogpressError: it held out others.
+    """
+    facts = adapters.read(run / ADAPTER).facts
+    config = config.model_copy(update={"prompt": Prompt.model_validate(facts["prompt"])})
+    base_folder = base.fetch(facts["base"]["source"], cache)
+    prepare(config, path, base_folder, run, console, skip_bad=skip_bad)
+    if manifest.sha256(run / HELD_OUT) != facts.get("held_out"):
+        (run / HELD_OUT).unlink()
+        raise CogpressError(
+            f"The training held out other examples than {path} gives here, so that some that it learnt would be among "
+            "them: its model.yaml has another data, seed or max_length. Name examples with verify.examples."
+        )
+
+
 def new_run(root: Path) -> Path:
     """A run folder of its own for a training that Cog asks for, so that no other run is touched."""
     return root / "runs" / time.strftime("training-%Y%m%d-%H%M%S", time.gmtime())
@@ -141,12 +191,7 @@ def prepare(config: Config, path: Path, base_folder: Path, run: Path, console: C
         console.print(error.report.table())
         raise
     manifest.write_json(run / "data.json", prepared.report.to_dict())
-    held_out = [
-        {"messages": [turn._asdict() for turn in example.messages]}
-        for example in prepared.validation_examples
-        if example.messages
-    ]
-    (run / HELD_OUT).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out))
+    (run / HELD_OUT).write_text(data.held_out(prepared), encoding="utf-8")
     from cogpress import plots  # drawing takes a second to import
 
     plots.token_lengths(prepared.report.lengths, config.train.max_length, run / "lengths.png")
@@ -202,7 +247,8 @@ def build(
     with step("Archive", console) as say:
         tar = run / "weights.tar"
         if not reused or not tar.is_file():
-            archive.pack(run / "weights", tar)
+            # The adapter is what the weights can be verified against, wherever they are fetched to.
+            archive.pack(run / "weights", tar, {ADAPTER: result.adapter})
         say(f"{tar} ({tar.stat().st_size / 1e6:.0f} MB)")
     return Built(base_folder, run / "weights", content, result, merged, naive, tar)
 

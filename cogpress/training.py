@@ -6,6 +6,7 @@ transformers' Trainer, the adapter to peft and quantization to bitsandbytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cogpress import archive, base, divergence, manifest, source
+from cogpress import archive, base, data, divergence, manifest, source
 from cogpress.chat import encode_prompt
 from cogpress.config import Config, Train
 from cogpress.data import Prepared
@@ -185,6 +186,8 @@ def _train(
         "compute_dtype": str(base.compute_dtype()).removeprefix("torch."),
         "quantized_modules": [name.replace(".base_layer", "") for name in quantized],
         "prompt": config.prompt.model_dump(mode="json"),
+        # Whoever has the examples can tell whether they hold the same ones out.
+        "held_out": hashlib.sha256(data.held_out(prepared).encode()).hexdigest(),
     }
     with archive.new_folder(run / "adapter") as part:
         model.save_pretrained(part)

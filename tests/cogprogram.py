@@ -82,7 +82,7 @@ def push(arguments):
     request = urllib.request.Request(STATE["url"] + "/standin/push", json.dumps(body).encode(), method="POST")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=120) as answer:
+        with opener.open(request, timeout=300) as answer:
             made = json.load(answer)
     except urllib.error.HTTPError as error:
         fail(error.read().decode())

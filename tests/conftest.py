@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cogpress.data import Prepared
+    from cogpress.verdict import Verdict
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -172,6 +174,18 @@ def operations_row(row: Any) -> dict[str, str]:
 def trained_weights(demo_report: dict[str, Any]) -> Path:
     """The demonstration's weights: a model that has really learnt the worked example."""
     return ROOT / "runs" / "demo" / "weights"
+
+
+@pytest.fixture(scope="session")
+def verified(trained_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Verdict]:
+    """A copy of the demonstration's weights, verified with the configured engine, and the verdict."""
+    from rich.console import Console
+
+    from cogpress import config, verify
+
+    folder = tmp_path_factory.mktemp("verified") / "weights"
+    shutil.copytree(trained_weights, folder, ignore=shutil.ignore_patterns("verification.*"))
+    return folder, verify.verify(config.load(ROOT / "model.yaml"), ROOT, folder, Console())
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ class Standin:
         self.app, self.parts, self.folder = app, parts, folder
         self.faults: list[dict[str, Any]] = []
         self.asked: list[dict[str, Any]] = []
-        self.servers: dict[tuple[str, str], Any] = {}
+        self.servers: dict[str, Any] = {}
         self.versions: dict[tuple[str, str], str] = {}
         self.images: dict[str, Path] = {}
         self.train, parts.trainings.create = parts.trainings.create, self.create_training
@@ -101,12 +101,12 @@ class Standin:
         print_, copied = await asyncio.to_thread(self.copy, Path(body["root"]))
         key = (body["model"], print_)
         if self.versions.get(key) not in [version.id for version in model.versions]:
-            if key not in self.servers:
+            if print_ not in self.servers:
                 log = self.folder / f"{model.name}-{print_[:8]}.log"
-                self.servers[key] = server = Server(copied, log=log)
+                self.servers[print_] = server = Server(copied, log=log)
                 await asyncio.to_thread(server.start)
-                await asyncio.to_thread(server.wait_ready, 120.0)
-            added = await self.parts.catalog.add(body["model"], self.servers[key].url)
+                await asyncio.to_thread(server.wait_ready, 240.0)
+            added = await self.parts.catalog.add(body["model"], self.servers[print_].url)
             self.versions[key] = added.id
             self.images[added.id] = copied
         model.facts["separate_weights"] = str(body["separate_weights"])

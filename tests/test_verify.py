@@ -48,15 +48,6 @@ def failures(found: verdict.Verdict) -> dict[str, Check]:
     return {check.name: check for check in found.checks if not check.passed}
 
 
-@pytest.fixture(scope="module")
-def verified(
-    trained_weights: Path, settings: config.Config, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, verdict.Verdict]:
-    folder = tmp_path_factory.mktemp("verified") / "weights"
-    shutil.copytree(trained_weights, folder, ignore=shutil.ignore_patterns("verification.*"))
-    return folder, verify.verify(settings, ROOT, folder, Console())
-
-
 @pytest.mark.slow
 @pytest.mark.server
 def test_the_merge_of_a_run_passes(verified: tuple[Path, verdict.Verdict]) -> None:

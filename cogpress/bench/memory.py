@@ -1,7 +1,8 @@
 """What scripts/plan foretells of memory, against what a step of training and a full load of serving take here.
 
-Each case runs in a process of its own. On a CPU the measure is resident memory, sampled while the work runs, and the
-process before its model is the frame that the plan's formula gets; on a GPU it is what PyTorch allocated, frameless.
+Each case runs in a process of its own. On a CPU the measure is resident memory without pages of files, sampled while
+the work runs, and the process before its model is the frame that the plan's formula gets; on a GPU it is what PyTorch
+allocated, frameless.
 """
 
 from __future__ import annotations
@@ -50,9 +51,14 @@ TRAININGS: dict[str, tuple[Training, ...]] = {
 """What is trained, by model. Few tokens of the larger one: two cores compute them in a minute or two."""
 
 SERVINGS: dict[str, tuple[Serving, ...]] = {
-    "135 M": (Serving(context=1024, concurrency=32, batched=2048, compiled=False),),
-    "1.1 B": (Serving(context=512, concurrency=8, batched=512, compiled=False),),
+    "135 M": (Serving(context=1024, concurrency=45, batched=2048, compiled=False),),
+    "1.1 B": (Serving(context=512, concurrency=93, batched=512, compiled=False),),
 }
+"""What is served, by model: as many sequences as one GiB of cache holds, which is vLLM's step on a CPU. It touches all
+of that at its start, so that short sequences take as much as long ones."""
+
+ANSWERS = 16
+"""Tokens of each answer in a measurement of serving: all sequences are decoded at once then."""
 
 
 def run(out: Path, cache: Path, work: Path, console: Console, *, quick: bool = False) -> dict[str, Any]:
@@ -149,6 +155,8 @@ def measure_training(folder: Path, how: Training) -> dict[str, Any]:
         )
     else:
         model = training.adapted(settings, folder, attention=attention)
+    if not cuda:
+        own(model)
     torch.manual_seed(0)
     masked = round(how.length * (1 - how.answers))
     rows = []
@@ -186,7 +194,7 @@ def measure_training(folder: Path, how: Training) -> dict[str, Any]:
 
 
 def measure_serving(folder: Path, how: Serving) -> dict[str, Any]:
-    """Fill vLLM with as many sequences as are foretold, each to its last token, and compare the peak."""
+    """Serve as many sequences at once as are foretold, in passes as long as foretold, and compare the peak."""
     facts = architecture.of(str(folder), folder)
     need = memory.cache(facts, how)
     serve = config.Serve(cpu_kv_cache_gb=max(1.0, -(-need // (1 << 30))), max_context=how.context, mode="eager")
@@ -196,14 +204,16 @@ def measure_serving(folder: Path, how: Serving) -> dict[str, Any]:
     vllm.prepare(serve)
     import torch
     from vllm import LLM, SamplingParams
+    from vllm.model_executor.models import llama  # noqa: F401 - imports belong to the frame
+    from vllm.v1.worker import cpu_worker  # noqa: F401
 
     frame = float(resident())
     chosen = vllm.options(folder, serve, how.concurrency, 0, 0, None)
     chosen |= {"max_num_batched_tokens": how.batched, "skip_tokenizer_init": True, "enable_prefix_caching": False}
     torch.manual_seed(0)
-    answers = how.context // 8
-    prompts = torch.randint(1, facts.vocabulary, (how.concurrency, how.context - answers - 1)).tolist()
-    sampling = SamplingParams(temperature=0, max_tokens=answers, ignore_eos=True, detokenize=False)
+    length = min(how.context - ANSWERS - 1, -(-4 * how.batched // how.concurrency))
+    prompts = torch.randint(1, facts.vocabulary, (how.concurrency, length)).tolist()
+    sampling = SamplingParams(temperature=0, max_tokens=ANSWERS, ignore_eos=True, detokenize=False)
     engine = LLM(**chosen)
     tidy()
     with peak() as sampled:
@@ -214,8 +224,18 @@ def measure_serving(folder: Path, how: Serving) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of this process that are in memory now and nowhere else.
+
+    Pages of files, of programs and of the checkpoint, are left out: the system drops and reads them as it needs to.
+    """
+    whole, of_files = Path("/proc/self/statm").read_text().split()[1:3]
+    return (int(whole) - int(of_files)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def own(model: Any) -> None:
+    """Copy what the model has in pages of its checkpoint's file, as safetensors leaves it, so that it is counted."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def tidy() -> None:

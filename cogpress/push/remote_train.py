@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cogpress import manifest, recipe
+from cogpress import manifest, recipe, verify
 from cogpress.cli import step
 from cogpress.config import Config
 from cogpress.errors import CogpressError
@@ -28,6 +28,7 @@ def run(
     destination: str | None = None,
     hardware: str | None = None,
     no_fetch: bool = False,
+    no_verify: bool = False,
     run: Path | None = None,
     install: bool = False,
 ) -> training.Trained:
@@ -42,11 +43,13 @@ def run(
         destination: gets the new version; the model where not given.
         hardware: of a destination that is made.
         no_fetch: leave the weights on Replicate.
+        no_verify: do not compare the weights with what the training scored.
         run: folder for the weights; `runs/training-ID` where not given.
         install: copy them to `weights/`, too.
 
     Raises:
-        CogpressError: something is missing, Replicate refuses, the training fails, or the weights are not whole.
+        CogpressError: something is missing, Replicate refuses, the training fails, or the weights are not whole or not
+            what was trained.
     """
     if model is None:
         raise CogpressError("Name what trains on Replicate with --model owner/name: scripts/push makes such a model.")
@@ -63,7 +66,12 @@ def run(
             made = training.start(api, model, target, root / data, given, hardware or "")
             say(f"training {made['id']}")
         with step("Training", console) as say:
-            trained = training.follow(api, made, _Log(console), lambda status, found: _tell(console, status, found))
+            trained = training.follow(
+                api,
+                made,
+                lambda text: console.print(Text(text.rstrip("\n"), "dim"), soft_wrap=True),
+                lambda status, found: _tell(console, status, found),
+            )
             say(trained.version or "it made no version")
     finally:
         api.close()
@@ -74,9 +82,15 @@ def run(
     with step("Fetch and check the weights", console) as say:
         found = training.weights(trained, root / ".cache")
         folder.mkdir(parents=True, exist_ok=True)
-        recipe.install(found.folder, folder / "weights")
+        with_adapter = recipe.lay_out(found.folder, folder)
         manifest.write_json(folder / "training.json", {**vars(trained), "model": model, "destination": target})
         say(f"{len((found.manifest or {}).get('files') or {})} files as their manifest says")
+    if not with_adapter:
+        console.print("The tar holds no adapter, so that the weights can not be compared with what was trained.")
+    elif no_verify:
+        console.print(f"Compare them with what was trained: scripts/verify {folder / 'weights'}", soft_wrap=True)
+    else:
+        _verify(root, settings, inputs, root / data, folder, console)
     if install:
         recipe.install(folder / "weights", root / "weights")
         console.print("weights/ now holds this model. Serve it with: scripts/serve", soft_wrap=True)
@@ -85,14 +99,26 @@ def run(
     return trained
 
 
-class _Log:
-    """Prints a log as it comes, whole lines at a time where they come in parts."""
+def _verify(root: Path, settings: Config, inputs: dict[str, Any], data: Path, run: Path, console: Console) -> None:
+    """Compare what was fetched with what the training scored.
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def __call__(self, text: str) -> None:
-        self._console.print(Text(text, "dim"), end="" if text.endswith("\n") else "\n", soft_wrap=True)
+    Raises:
+        CogpressError: it can not be compared, or is not the same; the weights stay where they are.
+    """
+    weights = run / "weights"
+    try:
+        if settings.verify.examples is None:
+            given = {name: value for name, value in inputs.items() if name not in ("train_data", "skip_bad_lines")}
+            trained = settings.override(given)
+            skip_bad = bool(inputs.get("skip_bad_lines"))
+            with step("Examples that the training held out", console):
+                recipe.held_out_again(trained, data, run, root / ".cache", console, skip_bad=skip_bad)
+        found = verify.verify(settings, root, weights, console, run=run)
+    except CogpressError as error:
+        raise CogpressError(f"{error} The weights are in {weights}, not verified: scripts/verify {weights}") from None
+    console.print(found.table())
+    if not found.passed:
+        raise CogpressError(f"{found.causes[0]} The weights are in {weights}, with their report.")
 
 
 def _tell(console: Console, status: str, metrics: dict[str, Any]) -> None:

@@ -103,7 +103,7 @@ def follow(
     Args:
         replicate: where.
         made: the training, as it was started.
-        on_log: is told each new part of the log.
+        on_log: is told each new part of the log, of whole lines.
         on_metrics: is told the status and the metrics, whenever they have changed.
         timeout: seconds after which it is canceled; None for never.
 
@@ -113,6 +113,8 @@ def follow(
     identifier, shown, before, began = str(made["id"]), "", None, time.monotonic()
     while True:
         logs = redacted(str(made.get("logs") or ""), replicate.token)
+        if made.get("status") not in ENDED:
+            logs = logs[: logs.rfind("\n") + 1]
         # Replicate keeps only the end of a long log.
         new = logs[len(shown) :] if logs.startswith(shown) else logs
         if new:
