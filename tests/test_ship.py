@@ -87,26 +87,20 @@ def test_the_demonstration_is_shipped(here: Machine) -> None:
     assert all(again.steps[name]["before"] for name in (steps.TEST_PUSH, steps.TESTS, steps.FUZZ, steps.PARITY))
 
 
-def test_what_is_trained_there_is_verified_here(here: Machine, remote: PushReplicate, tmp_path: Path) -> None:
+def test_what_is_trained_there_is_verified_here(
+    here: Machine, remote: PushReplicate, tiny_base: Path, tmp_path: Path
+) -> None:
     shipped(here)
     questions.write(tmp_path, train=64, test=1, seed=5)
     settings = yaml.safe_load((here.root / "model.yaml").read_text())
     settings["serve"] = {"engine": "transformers"}  # verified here with another engine than there
-    del settings["verify"]["examples"]
+    # Of a random model's tokens none is likelier than others by much, so that rounding decides.
+    settings["verify"] = {"mean_kl": 0.05, "p99_kl": 1, "top1_agreement": 0.8, "served_agreement": 0.9}
     (here.root / "model.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, str(here.root / "scripts" / "train"), "--on", "replicate", "--model", "local/observe"]
-    given = [
-        "--train-data",
-        str(tmp_path / "train.jsonl"),
-        "--max-steps",
-        "2",
-        "--batch-size",
-        "2",
-        "--validation-share",
-        "0.2",
-    ]
-    made = ["--destination", "local/tuned", "--hardware", "gpu-t4", "--install"]
-    done = subprocess.run([*command, *given, *made], capture_output=True, text=True, timeout=600)
+    options = f"--train-data {tmp_path}/train.jsonl --base-model {tiny_base} --max-steps 2 --batch-size 2"
+    command += f"{options} --validation-share 0.2 --destination local/tuned --hardware gpu-t4 --install".split()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert TOKEN not in done.stdout + done.stderr
     [run] = (here.root / "runs").glob("training-*")
