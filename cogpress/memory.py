@@ -52,6 +52,7 @@ class Training:
         length: tokens of each, padding counted in.
         rank: the adapter's; not for `full`.
         targets: which layers have an adapter, as `train.target_modules`.
+        accumulation: batches of one optimizer step; from the second on, the gradients of those before are there.
         checkpointing: whether activations are computed again in the backward pass.
         optimizer: AdamW's states in 32 or in 8 bits.
         fused: whether attention never holds its scores (sdpa), or does (eager).
@@ -64,6 +65,7 @@ class Training:
     length: int = 1024
     rank: int = 16
     targets: str = "all-linear"
+    accumulation: int = 1
     checkpointing: bool = True
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "paged_adamw_8bit"
     fused: bool = True
@@ -115,10 +117,14 @@ class Memory:
 
 
 def training(model: Architecture, how: Training) -> Memory:
-    """The peak of a training step, at the moment between forward and backward pass.
+    """The peak of a training step: the larger of two moments.
 
-    There all saved activations exist. Beside them there are then either the logits with their gradients, or one
-    layer's gradients, workspace and, with checkpointing, its activations computed again: the larger of both counts.
+    Between forward and backward pass all saved activations exist. Beside them there are either the logits with their
+    gradients, or one layer's gradients, workspace and, with checkpointing, its activations computed again: the larger
+    of both counts. Of all that is trained only the output layer has a gradient then, unless batches are accumulated;
+    an adapter's gradients are counted all the same, as they are small.
+
+    At the end of the backward pass all gradients exist, and no activations but those of one layer.
     """
     trained = model.parameters if how.method == "full" else model.adapter(how.rank, how.targets)
     tokens = how.batch * how.length
@@ -129,16 +135,21 @@ def training(model: Architecture, how: Training) -> Memory:
         kept += cast_weights(model)
     passing = workspace(model, how) + (saved if how.checkpointing else 0)
     scores = logits(model, tokens * how.answers)
-    states = {
-        "weights": training_weights(model, how.method) + (0 if how.method == "full" else 4 * trained),
-        # Autocast keeps what is trained in 32 bits, and gradients have their parameter's type.
-        "gradients": 4 * trained,
+    # Autocast keeps what is trained in 32 bits, and gradients have their parameter's type.
+    gradients = 4.0 * trained
+    first = 4.0 * model.vocabulary * model.hidden if how.method == "full" and how.accumulation == 1 else gradients
+    last = workspace(model, how) + saved
+    moments = [(first, kept + max(0.0, passing - scores), scores), (gradients, last, 0.0)]
+    gradients, activations, scores = max(moments, key=sum)
+    return Memory(
+        weights=training_weights(model, how.method) + (0 if how.method == "full" else 4 * trained),
+        gradients=gradients,
         # First and second moment (Kingma and Ba 2015).
-        "optimizer": trained * (8 if how.optimizer == "adamw" else ADAM_8BIT),
-    }
-    moving = {"activations": kept + max(0.0, passing - scores), "logits": scores}
-    overhead = how.frame + FRAGMENTATION * sum(moving.values())
-    return Memory(**states, **moving, overhead=overhead)
+        optimizer=trained * (8 if how.optimizer == "adamw" else ADAM_8BIT),
+        activations=activations,
+        logits=scores,
+        overhead=how.frame + FRAGMENTATION * (activations + scores),
+    )
 
 
 def training_weights(model: Architecture, method: Method) -> float:

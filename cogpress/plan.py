@@ -228,6 +228,7 @@ def training_of(settings: Config, model: Architecture, report: Mapping[str, Any]
         length=min(train.max_length, model.max_context),
         rank=train.rank,
         targets=train.target_modules,
+        accumulation=train.gradient_accumulation,
         checkpointing=True,
         answers=settings.plan.answer_share or min(1.0, counted),
         optimizer="adamw" if train.optimizer == "adamw" else "paged_adamw_8bit",

@@ -50,6 +50,20 @@ def test_full_fine_tuning_takes_sixteen_bytes_a_parameter() -> None:
     assert found.weights + found.gradients + found.optimizer == 16 * 8_030_261_248
 
 
+def test_gradients_and_activations_of_full_fine_tuning_are_not_there_at_once() -> None:
+    how = Training(method="full", batch=8, length=512, optimizer="adamw", frame=0)
+    found = memory.training(SMOLLM2, how)
+    # Between the passes: the output layer's gradient. Where batches are accumulated, those of the batches before.
+    assert found.logits == 14 * 49_152 * 8 * 512
+    assert found.gradients == 4 * 49_152 * 576
+    accumulated = memory.training(SMOLLM2, replace(how, accumulation=2))
+    assert accumulated.gradients == 4 * 134_515_008
+    assert accumulated.total - found.total == 4 * (134_515_008 - 49_152 * 576)
+    # With few tokens the end of the backward pass counts, where there are no logits any more.
+    few = memory.training(SMOLLM2, replace(how, batch=1, length=16))
+    assert (few.gradients, few.logits) == (4 * 134_515_008, 0)
+
+
 def test_an_adapter_takes_sixteen_bytes_a_parameter_beside_its_base() -> None:
     found = memory.training(SMOLLM2, Training(method="nf4", rank=32, optimizer="adamw"))
     assert found.weights == 111_462_336 + 4 * 9_768_960

@@ -149,6 +149,19 @@ def test_what_was_compiled_is_kept_beside_the_weights(folder: Path, monkeypatch:
     assert vllm.compile_cache(folder, compiled) == {}
 
 
+@pytest.mark.slow
+def test_what_was_compiled_is_found_by_the_weights_path(tiny_base: Path, tmp_path: Path) -> None:
+    """docs/serving.md says so, and that the image therefore has to compile for itself."""
+    from vllm import EngineArgs
+
+    (tmp_path / "weights").symlink_to(tiny_base)
+    keys = {
+        EngineArgs(model=str(folder), enforce_eager=True).create_engine_config().compute_hash()
+        for folder in (tiny_base, tmp_path / "weights", tmp_path / "weights")
+    }
+    assert len(keys) == 2
+
+
 def test_there_is_room_for_the_ranks_that_vllm_knows() -> None:
     from typing import get_args
 

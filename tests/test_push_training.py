@@ -51,6 +51,7 @@ def test_a_training_from_a_local_file_to_checked_weights(here: Machine, remote: 
     assert [line for line in said.splitlines() if line.startswith("step")] == ["step 0", "step 1", "step 2"]
     assert said.index("step 0") < said.index("Fetch and check")
     assert "processing" in said
+    assert "The tar holds no adapter" in said
     latest = remote.ask("GET", "/v1/models/local/tuned").json()["latest_version"]["id"]
     assert trained.version == f"local/tuned:{latest}"
     folder = here.root / "runs" / f"training-{trained.id}"

@@ -23,6 +23,7 @@ from pushreplicate import PushReplicate
 from rich.console import Console
 
 from cogpress import config, push, recipe, verdict
+from cogpress.errors import CogpressError
 from cogpress.preflight import place
 from cogpress.push import steps
 from examples import questions
@@ -112,3 +113,9 @@ def test_what_is_trained_there_is_verified_here(
     assert held >= 12
     assert (verdict.read(run / "weights") or {})["examples"] == held
     assert remote.ask("GET", "/v1/models/local/tuned").json()["latest_version"]["id"] in done.stdout
+    # With other settings other examples would be held out, some of which it learnt.
+    other = config.load(here.root / "model.yaml").override({"validation_share": 0.2, "seed": 1})
+    again = [other, tmp_path / "train.jsonl", run, ROOT / ".cache", Console(quiet=True)]
+    with pytest.raises(CogpressError, match="held out other examples"):
+        recipe.held_out_again(*again, skip_bad=False)
+    assert not (run / recipe.HELD_OUT).exists()

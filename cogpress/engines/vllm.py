@@ -300,8 +300,12 @@ def gather() -> None:
 
 
 def compile_cache(folder: Path, chosen: Mapping[str, Any]) -> dict[str, str]:
-    """The variable by which vLLM keeps what it compiles beside the weights, where a later start finds it; nothing where
-    it does not compile, the folder can not be written, or the variable is set already."""
+    """The variable by which vLLM keeps what it compiles beside the weights; nothing where it does not compile, the
+    folder can not be written, or the variable is set already.
+
+    A later start finds it where the paths of the weights and of the packages are the same, which vLLM's keys hold: what
+    is to be found in the image must have been compiled in the image.
+    """
     if chosen["enforce_eager"] or "VLLM_CACHE_ROOT" in os.environ or not os.access(folder, os.W_OK):
         return {}
     return {"VLLM_CACHE_ROOT": str(folder / COMPILED)}
