@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import runpy
 import struct
@@ -263,6 +264,28 @@ def test_a_comparison_measures_each_load_and_judges(comparison: Any) -> None:
     assert report["lost"] == {}
     assert {"cogpress", "python", "httpx"} <= report["versions"].keys()
     assert report["machine"]["cores"] >= 1
+
+
+def test_few_streams_are_asked_in_parts_in_an_order_that_alternates(comparison: Any) -> None:
+    order: list[str] = []
+
+    def noting(name: str, answer: Any) -> Any:
+        async def note(request: Request) -> Reply:
+            if request.method == "POST":
+                order.append(name)
+            reply: Reply = await answer(request)
+            return reply
+
+        return note
+
+    for name in ("cog", "vllm"):
+        server = getattr(comparison, name)
+        server.answer = noting(name, server.answer)
+    report = comparison.run(kinds=("example",), streams=(1,))
+    runs = [(name, len(list(same))) for name, same in itertools.groupby(order[40:])]
+    # Two rounds of 12 questions in 4 parts of 3: c v, v c, c v, v c and so on.
+    assert runs == [("cog", 3), *[("vllm", 6), ("cog", 6)] * 3, ("vllm", 6), ("cog", 3)]
+    assert [found["requests"] for found in report["rounds"]["example-1"]["cogpress"]] == [12, 12]
 
 
 def test_the_report_says_which_requests_were_lost_and_why(comparison: Any) -> None:

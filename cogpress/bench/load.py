@@ -183,6 +183,15 @@ async def _one(ask: Ask, number: int, question: Any, due: float) -> Answer:
     return answer
 
 
+def joined(parts: Sequence[Taken]) -> Taken:
+    """Loads that were run one after the other, as one; its answers are numbered on."""
+    answers = [answer for part in parts for answer in part.answers]
+    for number, answer in enumerate(answers, 1):
+        answer.number = number
+    seconds = sum(part.seconds for part in parts)
+    return Taken(answers, seconds, sum(part.client_share * part.seconds for part in parts) / seconds)
+
+
 def arrivals(count: int, rate: float, seed: int) -> list[float]:
     """Seeded Poisson arrivals: seconds from the start, ascending.
 

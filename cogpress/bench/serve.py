@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from cogpress import config, manifest, source
-from cogpress.bench import Measured, alternate, asking, load, medians, sides
+from cogpress.bench import Measured, asking, load, medians, sides
 from cogpress.bench.asking import Question, Side
+from cogpress.bench.load import Taken
 from cogpress.bench.report import hardware, require_weights, versions, write_report
 from cogpress.bench.serve_loads import LOADS, STREAMS, Load, long_question, planned, questions_of, short_questions
 from cogpress.bench.serve_report import milliseconds, show, verdict
@@ -191,29 +192,31 @@ class _Measuring:
             self.progress.tell(f"the rate of {side.title} with 16 streams")
             taken = self.runner.run(load.closed_loop(side.ask, short_questions("rate", 64, 60), 16))
             self.rate = OPEN_SHARE * load.summary(taken)["requests_per_second"]
-        # Each side goes its own way through the same rounds.
-        ways = {name: iter(enumerate(asked, 1)) for name in self.sides}
-        return alternate(
-            {name: partial(self._measure, one, side, ways[name]) for name, side in self.sides.items()},
-            self.rounds,
-            lambda number, name, found: self.progress.print(
-                f"{one.title}, round {number}/{self.rounds}, {self.sides[name].title}: "
-                f"{found['tokens_per_second']:,.0f} tokens/s, time to first token {milliseconds(found['ttft_p50'])} ms"
-                + (f", {found['lost']:.0f} lost" if found["lost"] else "")
-            ),
-        )
+        measured: Measured = {name: [] for name in self.sides}
+        for number, questions in enumerate(asked, 1):
+            size = -(-len(questions) // one.turns)
+            parts = [questions[at : at + size] for at in range(0, len(questions), size)]
+            asked_in_parts: dict[str, list[Taken]] = {name: [] for name in self.sides}
+            for at, part in enumerate(parts, (number - 1) * len(parts)):
+                # The order alternates: a machine that slows down favours no side.
+                for name in list(self.sides)[:: -1 if at % 2 else 1]:
+                    asked_in_parts[name].append(self._ask(one, self.sides[name], part, number))
+            for name, side in self.sides.items():
+                measured[name].append(self._found(one, side, load.joined(asked_in_parts[name]), number))
+        return measured
 
-    def _measure(self, one: Load, side: Side, way: Iterator[tuple[int, Sequence[Question]]]) -> dict[str, float]:
-        number, questions = next(way)
+    def _ask(self, one: Load, side: Side, questions: Sequence[Question], number: int) -> Taken:
         self.progress.tell(f"{one.title}, round {number}/{self.rounds}, {side.title}")
-        done = partial(self.progress.bar.advance, self.progress.task, one.work / len(questions))
+        done = partial(self.progress.bar.advance, self.progress.task, one.work / one.requests)
         if one.streams:
             running = load.closed_loop(side.ask, questions, one.streams, done, stagger=load.STAGGER_SECONDS)
         else:
             times = load.arrivals(len(questions), self.rate or 1.0, number)
             running = load.open_loop(side.ask, questions, times, done)
         time.sleep(QUIET_SECONDS)
-        taken = self.runner.run(running)
+        return self.runner.run(running)
+
+    def _found(self, one: Load, side: Side, taken: Taken, number: int) -> dict[str, float]:
         try:
             found = load.summary(taken)
         except CogpressError as error:
@@ -221,6 +224,11 @@ class _Measuring:
         if taken.error:
             self.progress.print(f"{side.title}: {taken.error}")
         self._note(one, side, [{"round": number, **request} for request in load.lost(taken)])
+        self.progress.print(
+            f"{one.title}, round {number}/{self.rounds}, {side.title}: {found['tokens_per_second']:,.0f} tokens/s, "
+            f"time to first token {milliseconds(found['ttft_p50'])} ms"
+            + (f", {found['lost']:.0f} lost" if found["lost"] else "")
+        )
         if one.name == "example-16" and self.rate is None:
             self.rate = OPEN_SHARE * found["requests_per_second"]
         return found
