@@ -100,7 +100,7 @@ def prepare(source: Source, root: Path, examples: Path | None) -> data.Prepared:
         data=settings.data,
         max_length=settings.train.max_length,
         seed=settings.train.seed,
-        validation_path=root / settings.data.validation if settings.data.validation else None,
+        validation_path=recipe.validation_file(settings, root),
         skip_bad=True,  # as far as training did, which the hash below tells
         stop_ids=recipe.stop_ids(source.folder),
     )

@@ -87,9 +87,15 @@ def from_inputs(
         run,
         root / ".cache",
         console or Console(),
+        validation_path=validation_file(config, root),
         resume=resume,
         skip_bad=skip_bad,
     )
+
+
+def validation_file(config: Config, root: Path) -> Path | None:
+    """The file that `data.validation` names, which is relative to the project's folder; None where it names none."""
+    return root / config.data.validation if config.data.validation else None
 
 
 def install(weights: Path, place: Path) -> None:
@@ -124,7 +130,16 @@ def lay_out(fetched: Path, run: Path) -> bool:
     return True
 
 
-def held_out_again(config: Config, path: Path, run: Path, cache: Path, console: Console, *, skip_bad: bool) -> None:
+def held_out_again(
+    config: Config,
+    path: Path,
+    run: Path,
+    cache: Path,
+    console: Console,
+    *,
+    validation_path: Path | None = None,
+    skip_bad: bool,
+) -> None:
     """Tell the examples that a training elsewhere held out, from the same file, and write them into its run's folder.
 
     Args:
@@ -133,6 +148,7 @@ def held_out_again(config: Config, path: Path, run: Path, cache: Path, console: 
         run: its folder, with its adapter.
         cache: where base models are kept.
         console: where the report is shown.
+        validation_path: the examples to hold out, where a file of their own has them.
         skip_bad: what the training was told.
 
     Raises:
@@ -141,7 +157,7 @@ def held_out_again(config: Config, path: Path, run: Path, cache: Path, console: 
     facts = adapters.read(run / ADAPTER).facts
     config = config.model_copy(update={"prompt": Prompt.model_validate(facts["prompt"])})
     base_folder = base.fetch(facts["base"]["source"], cache)
-    prepare(config, path, base_folder, run, console, skip_bad=skip_bad)
+    prepare(config, path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad)
     if manifest.sha256(run / HELD_OUT) != facts.get("held_out"):
         (run / HELD_OUT).unlink()
         raise CogpressError(
@@ -167,14 +183,22 @@ def run_of(facts: dict[str, Any], runs: Path) -> Path | None:
     return next((run for run in sorted(runs.glob("*")) if made(run, facts)), None)
 
 
-def prepare(config: Config, path: Path, base_folder: Path, run: Path, console: Console, *, skip_bad: bool) -> Prepared:
+def prepare(
+    config: Config,
+    path: Path,
+    base_folder: Path,
+    run: Path,
+    console: Console,
+    *,
+    validation_path: Path | None = None,
+    skip_bad: bool,
+) -> Prepared:
     """Check and tokenize the examples; write `data.json`, `lengths.png` and `held-out.jsonl`; print the report.
 
     Raises:
         CogpressError: the examples can not be trained on; the report is printed all the same.
     """
     run.mkdir(parents=True, exist_ok=True)
-    validation = Path(config.data.validation) if config.data.validation else None
     try:
         prepared = data.prepare(
             path,
@@ -183,7 +207,7 @@ def prepare(config: Config, path: Path, base_folder: Path, run: Path, console: C
             data=config.data,
             max_length=config.train.max_length,
             seed=config.train.seed,
-            validation_path=validation,
+            validation_path=validation_path,
             skip_bad=skip_bad,
             stop_ids=stop_ids(base_folder),
         )
@@ -215,6 +239,7 @@ def build(
     cache: Path,
     console: Console,
     *,
+    validation_path: Path | None = None,
     resume: bool = False,
     skip_bad: bool = False,
 ) -> Built:
@@ -226,6 +251,7 @@ def build(
         run: the run's folder.
         cache: where base models are kept.
         console: where progress is shown.
+        validation_path: the examples to hold out, where a file of their own has them.
         resume: go on with an interrupted training.
         skip_bad: leave bad lines out instead of refusing the file.
     """
@@ -233,7 +259,9 @@ def build(
     with step("Base model", console):
         base_folder = base.fetch(config.base.source, cache)
     with step("Examples", console):
-        prepared = prepare(config, data_path, base_folder, run, console, skip_bad=skip_bad)
+        prepared = prepare(
+            config, data_path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad
+        )
     with step("Training", console) as say:
         result = training.train(config, prepared, base_folder, run, console=console, resume=resume)
         say(_trained(result))

@@ -32,12 +32,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 
 @pytest.fixture(scope="module")
-def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PushReplicate]:
-    with PushReplicate(tmp_path_factory.mktemp("replicate")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def here(
     remote: PushReplicate, verified: tuple[Path, verdict.Verdict], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Machine]:

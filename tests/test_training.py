@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cogpress import base, config, data, manifest, training
+from cogpress import base, config, data, manifest, recipe, training
 from cogpress.errors import CogpressError
 from cogpress.tokenizing import Row
 from cogpress.trainer import AnswerTrainer, Collator, LengthGroupedSampler, Recorder, Rows
@@ -151,6 +151,24 @@ def test_a_run_leaves_everything_and_is_reused(tiny_base: Path, prepared: data.P
     assert again.reused
     other = training.train(settings(learning_rate=0.02), prepared, tiny_base, tmp_path / "run", console=QUIET)
     assert not other.reused
+
+
+def test_files_of_examples_are_relative_to_the_project(
+    tiny_base: Path, examples_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "project"
+    (root / "data").mkdir(parents=True)
+    lines = examples_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    (root / "data" / "train.jsonl").write_text("".join(lines[:24]), encoding="utf-8")
+    (root / "data" / "validation.jsonl").write_text("".join(lines[24:30]), encoding="utf-8")
+    files = {"train": "data/train.jsonl", "validation": "data/validation.jsonl"}
+    chosen = {"base": {"source": str(tiny_base)}, "data": files, "train": {"max_steps": 1, "rank": 4}}
+    (root / "model.yaml").write_text(json.dumps(chosen), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    recipe.from_inputs(root, {}, run=root / "runs" / "one", console=QUIET)
+    held_out = (root / "runs" / "one" / recipe.HELD_OUT).read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line)["messages"][-1]["content"] for line in held_out]
+    assert answers == [f"It is {number + 1}, of course." for number in range(24, 30)]
 
 
 class _Interrupt(Recorder):

@@ -9,12 +9,15 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 Measured = dict[str, list[dict[str, float]]]
 """What each side did in each round."""
+
+
+Found = TypeVar("Found")
 
 
 def in_fresh_process(function: Any, *args: Any) -> Any:
@@ -25,8 +28,8 @@ def in_fresh_process(function: Any, *args: Any) -> Any:
 
 
 def alternate(
-    sides: Mapping[str, Callable[[], dict[str, float]]], rounds: int, tell: Callable[[int, str, dict[str, float]], None]
-) -> Measured:
+    sides: Mapping[str, Callable[[], Found]], rounds: int, tell: Callable[[int, str, Found], None]
+) -> dict[str, list[Found]]:
     """Measure each side once a round, in an order that alternates: a machine that slows down favours neither.
 
     Args:
@@ -34,7 +37,7 @@ def alternate(
         rounds: how often.
         tell: takes the round, from 1, the side's name and what was measured.
     """
-    measured: Measured = {name: [] for name in sides}
+    measured: dict[str, list[Found]] = {name: [] for name in sides}
     for number in range(rounds):
         for name in list(sides)[:: -1 if number % 2 else 1]:
             found = sides[name]()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from cogpress import config, manifest, source
-from cogpress.bench import Measured, asking, load, medians, sides
+from cogpress.bench import Measured, alternate, asking, load, medians, sides
 from cogpress.bench.asking import Question, Side
 from cogpress.bench.load import Taken
 from cogpress.bench.report import hardware, require_weights, versions, write_report
@@ -192,20 +192,27 @@ class _Measuring:
             self.progress.tell(f"the rate of {side.title} with 16 streams")
             taken = self.runner.run(load.closed_loop(side.ask, short_questions("rate", 64, 60), 16))
             self.rate = OPEN_SHARE * load.summary(taken)["requests_per_second"]
+        size = -(-one.requests // one.turns)
+        parts = [
+            (number, some[at : at + size]) for number, some in enumerate(asked, 1) for at in range(0, len(some), size)
+        ]
+        # Each side goes its own way through the same parts.
+        ways = {name: iter(parts) for name in self.sides}
+        asks = {name: partial(self._ask, one, side, ways[name]) for name, side in self.sides.items()}
+        waiting: dict[str, list[Taken]] = {name: [] for name in self.sides}
         measured: Measured = {name: [] for name in self.sides}
-        for number, questions in enumerate(asked, 1):
-            size = -(-len(questions) // one.turns)
-            parts = [questions[at : at + size] for at in range(0, len(questions), size)]
-            asked_in_parts: dict[str, list[Taken]] = {name: [] for name in self.sides}
-            for at, part in enumerate(parts, (number - 1) * len(parts)):
-                # The order alternates: a machine that slows down favours no side.
-                for name in list(self.sides)[:: -1 if at % 2 else 1]:
-                    asked_in_parts[name].append(self._ask(one, self.sides[name], part, number))
-            for name, side in self.sides.items():
-                measured[name].append(self._found(one, side, load.joined(asked_in_parts[name]), number))
+
+        def end_round(at: int, name: str, part: Taken) -> None:
+            waiting[name].append(part)
+            if at % (len(parts) // len(asked)) == 0:
+                whole, waiting[name] = load.joined(waiting[name]), []
+                measured[name].append(self._found(one, self.sides[name], whole, len(measured[name]) + 1))
+
+        alternate(asks, len(parts), end_round)
         return measured
 
-    def _ask(self, one: Load, side: Side, questions: Sequence[Question], number: int) -> Taken:
+    def _ask(self, one: Load, side: Side, way: Iterator[tuple[int, Sequence[Question]]]) -> Taken:
+        number, questions = next(way)
         self.progress.tell(f"{one.title}, round {number}/{self.rounds}, {side.title}")
         done = partial(self.progress.bar.advance, self.progress.task, one.work / one.requests)
         if one.streams:

@@ -86,7 +86,11 @@ def run(
         manifest.write_json(folder / "training.json", {**vars(trained), "model": model, "destination": target})
         say(f"{len((found.manifest or {}).get('files') or {})} files as their manifest says")
     if not with_adapter:
-        console.print("The tar holds no adapter, so that the weights can not be compared with what was trained.")
+        console.print(
+            "The tar holds no adapter, so that the weights can not be verified. "
+            f"Push {model} again with this cogpress, whose trainings keep it, and train anew.",
+            soft_wrap=True,
+        )
     elif no_verify:
         console.print(f"Compare them with what was trained: scripts/verify {folder / 'weights'}", soft_wrap=True)
     else:
@@ -110,15 +114,22 @@ def _verify(root: Path, settings: Config, inputs: dict[str, Any], data: Path, ru
         if settings.verify.examples is None:
             given = {name: value for name, value in inputs.items() if name not in ("train_data", "skip_bad_lines")}
             trained = settings.override(given)
-            skip_bad = bool(inputs.get("skip_bad_lines"))
             with step("Examples that the training held out", console):
-                recipe.held_out_again(trained, data, run, root / ".cache", console, skip_bad=skip_bad)
+                recipe.held_out_again(
+                    trained,
+                    data,
+                    run,
+                    root / ".cache",
+                    console,
+                    validation_path=recipe.validation_file(trained, root),
+                    skip_bad=bool(inputs.get("skip_bad_lines")),
+                )
         found = verify.verify(settings, root, weights, console, run=run)
     except CogpressError as error:
         raise CogpressError(f"{error} The weights are in {weights}, not verified: scripts/verify {weights}") from None
     console.print(found.table())
     if not found.passed:
-        raise CogpressError(f"{found.causes[0]} The weights are in {weights}, with their report.")
+        raise CogpressError(f"{found.causes[0]} The weights are in {weights}; read verification.md there.")
 
 
 def _tell(console: Console, status: str, metrics: dict[str, Any]) -> None:
