@@ -72,6 +72,18 @@ def test_a_process_gathers_on_one_core() -> None:
     assert done.stdout.split() == ["3", "{1}", str(max(os.sched_getaffinity(0)))]
 
 
+def test_openmp_is_told_its_cores_while_an_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("OMP_PLACES", raising=False)
+    cores = sorted(os.sched_getaffinity(0))
+    program = "import torch, os; print(torch.get_num_threads(), sorted(os.sched_getaffinity(0)))"
+    with vllm.computing_on(cores[:1]):
+        started = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert started.stdout.strip() == f"1 {cores[:1]}"
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "OMP_PLACES" not in os.environ
+
+
 def test_on_gpus(folder: Path) -> None:
     found = options(folder, 1, AMPERE, gpu_memory_share=0.5, cpu_offload_gb=4, kv_offload_gb=2)
     assert found["enforce_eager"] is False

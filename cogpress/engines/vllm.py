@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,9 @@ arithmetic instructions."""
 COMPILED = "compiled"
 """The folder, among the weights, of what was compiled for a GPU."""
 
-SPINS = 1000
-"""How often a thread that waits for the others looks whether they are done, before it sleeps. By OpenMP's own default
-it holds the core for milliseconds, and programs that carry the tokens to their readers waited up to half a second for
-one (docs/measurements.md)."""
+EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""What computes on a CPU: the engine's own process. vLLM by itself starts another one there, and until its answer comes
+the first looks for it again and again, on a core that computing needs (docs/measurements.md)."""
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The adapter ranks that vLLM makes room for."""
@@ -62,11 +61,14 @@ class Engine:
         capability = torch.cuda.get_device_capability() if gpus else None
         wanted = options(folder, serve, concurrency, adapters, gpus, capability)
         os.environ.update(compile_cache(folder, wanted))
+        if not gpus:
+            wanted["distributed_executor_backend"] = EXECUTOR
         try:
             # vLLM chooses some defaults by what it believes to be part of.
-            self._llm = AsyncLLM.from_engine_args(
-                AsyncEngineArgs(**wanted), usage_context=UsageContext.OPENAI_API_SERVER
-            )
+            with contextlib.nullcontext() if gpus else computing_on(cpu_cores(serve.cpu_threads)):
+                self._llm = AsyncLLM.from_engine_args(
+                    AsyncEngineArgs(**wanted), usage_context=UsageContext.OPENAI_API_SERVER
+                )
         except (ValueError, RuntimeError, OSError, NotImplementedError, TypeError) as error:
             raise CogpressError(f"vLLM can not load {folder}: {str(error).strip()}") from error
         self.max_context: int = self._llm.model_config.max_model_len
@@ -277,8 +279,9 @@ def options(
 def stand_back() -> None:
     """Lower the priority of this process's children, each thread of them, to `NICENESS`.
 
-    The engine computes on every core, and programs that carry a token need one for a moment. With equal priority they
-    waited for it: with 16 streams a tenth of the first tokens came 0.3 s later, and more (docs/measurements.md).
+    The engine computes on every core, and its threads look for each other's results rather than sleep, while programs
+    that carry a token need a core for a moment. With equal priority they waited for it: with 16 streams a tenth of the
+    first tokens came 0.3 s later, and more (docs/measurements.md).
     """
     for child in psutil.Process().children(recursive=True):
         # Linux keeps a priority for each thread; one that ends meanwhile needs none.
@@ -372,10 +375,36 @@ def environment(serve: Serve, cuda: bool) -> dict[str, str]:
     level = "WARNING" if cuda else "ERROR"
     values = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": level}
     if not cuda:
+        # What its processes say at each start, whatever the user does.
+        values |= {
+            "PYTHONWARNINGS": "ignore::FutureWarning:vllm.triton_utils.dispatcher",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
         values["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(serve.cpu_kv_cache_gb)))
         values["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cpu_cores(serve.cpu_threads)))
-        values["GOMP_SPINCOUNT"] = str(SPINS)
     return {name: value for name, value in values.items() if name not in os.environ or name.startswith("VLLM_CPU")}
+
+
+@contextlib.contextmanager
+def computing_on(cores: Sequence[int]) -> Iterator[None]:
+    """Have the OpenMP of processes that are started meanwhile compute on these cores, as vLLM has it for those that it
+    starts to compute. It is told by environment variables, which are read once, when a process starts.
+    """
+    told = {
+        "OMP_NUM_THREADS": str(len(cores)),
+        "OMP_PLACES": f"{{{','.join(map(str, cores))}}}",
+        "OMP_PROC_BIND": "true",
+    }
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def cpu_cores(threads: str | int) -> list[int]:
