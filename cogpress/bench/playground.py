@@ -155,7 +155,7 @@ def _alternate(
     def tell(number: int, name: str, found: Mapping[str, float]) -> None:
         speed, first = found["tokens_per_second"], 1000 * found["ttft_p50"]
         figures = f"{speed:,.0f} tokens/s, time to first token {first:.1f} ms"
-        console.print(f"  {title}, round {number}/{rounds}, {_title(name)}: {figures}", highlight=False)
+        console.print(f"  {title}, round {number}/{rounds}, {_title(name)}: {figures}", highlight=False, soft_wrap=True)
 
     return alternate({name: side(way) for name, way in ways.items()}, rounds, tell)
 

@@ -169,7 +169,7 @@ class _Progress:
         self.bar.update(self.task, description=text)
 
     def print(self, text: str) -> None:
-        self.bar.console.print(f"  {text}", highlight=False, markup=False)
+        self.bar.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass

@@ -7,10 +7,9 @@ trying out, and for models that no faster engine knows.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -87,6 +86,7 @@ class Engine:
         self._compiler: Any = None
         self._compiling = threading.Lock()
         self._adapters: dict[str, None] = {}
+        self._active: str | None = None  # the adapter that the model computes with
         self._kept = serve.adapters_kept
         # One thread computes, a step of one request at a time; the event loop is free meanwhile.
         self._thread = ThreadPoolExecutor(1, "transformers")
@@ -190,7 +190,8 @@ class Engine:
         import torch
 
         new = state.tokens[-1:] or state.prompt
-        with torch.no_grad(), self._with(adapter) as model:
+        model = self._with(adapter)
+        with torch.no_grad():
             ids = torch.tensor([new], device=self._model.device)
             logits = model(input_ids=ids, past_key_values=state.cache, use_cache=True).logits[0, -1].float()
         logits = logits[: self._vocabulary]
@@ -201,18 +202,18 @@ class Engine:
         chosen = float(found[token])
         return token, chosen, {**others, token: chosen}
 
-    @contextlib.contextmanager
-    def _with(self, adapter: Adapter | None) -> Iterator[Any]:
-        """The model with an adapter, or as it is. Runs in the one thread that computes."""
+    def _with(self, adapter: Adapter | None) -> Any:
+        """The model with an adapter, or as it is. Runs in the one thread that computes.
+
+        What the last step had is left as it is: to change it, peft goes through every module, half a step's time.
+        """
         from peft import PeftModel
 
         if adapter is None:
-            if isinstance(self._model, PeftModel):
-                with self._model.disable_adapter():
-                    yield self._model
-            else:
-                yield self._model
-            return
+            if self._active is not None:
+                self._model.base_model.disable_adapter_layers()
+                self._active = None
+            return self._model
         name = f"a{adapter.number}"
         if name not in self._adapters:
             if len(self._adapters) >= self._kept:
@@ -225,15 +226,20 @@ class Engine:
                 self._model = PeftModel.from_pretrained(self._model, str(adapter.folder), name).eval()
         self._adapters.pop(name, None)
         self._adapters[name] = None  # the last used is the last of them
-        self._model.set_adapter(name)
-        yield self._model
+        if self._active is None:
+            self._model.base_model.enable_adapter_layers()
+        if self._active != name:
+            self._model.set_adapter(name)
+            self._active = name
+        return self._model
 
     async def score(self, ids: list[int]) -> list[float]:
         """See `cogpress.engine.Engine`."""
         import torch
 
         def work() -> list[float]:
-            with torch.no_grad(), self._with(None) as model:
+            model = self._with(None)
+            with torch.no_grad():
                 tokens = torch.tensor([ids], device=self._model.device)
                 found = model(input_ids=tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1)
             return [0.0, *found.gather(-1, tokens[0, 1:, None])[:, 0].tolist()]
