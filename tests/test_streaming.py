@@ -49,7 +49,10 @@ OURS = "return streaming.stream(self.chunks(count))"
 
 
 def project(folder: Path, body: str, *, install: bool = True) -> Path:
-    (folder / "cog.yaml").write_text('build:\n  python_version: "3.12"\nrun: "predict.py:Runner"\n')
+    # As in the kit's own: with two threads the runtime answers 409 beside free slots.
+    (folder / "cog.yaml").write_text(
+        'build:\n  python_version: "3.12"\nenvironment: ["TOKIO_WORKER_THREADS=1"]\nrun: "predict.py:Runner"\n'
+    )
     (folder / "predict.py").write_text(RUNNER.format(root=str(ROOT), body=body, install=install))
     return folder
 

@@ -381,6 +381,7 @@ def environment(serve: Serve, cuda: bool) -> dict[str, str]:
             "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
         values["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(serve.cpu_kv_cache_gb)))
+        # For vLLM's own server and offline engine, which the benchmarks measure beside ours: the same cores.
         values["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cpu_cores(serve.cpu_threads)))
     return {name: value for name, value in values.items() if name not in os.environ or name.startswith("VLLM_CPU")}
 
