@@ -135,6 +135,35 @@ def test_adapters_of_two_tasks_and_the_base_answer_side_by_side(asked: Asked, ro
     assert "Paris" in base, "the base is untouched by adapters beside it"
 
 
+def test_the_reference_takes_adapters_in_turn_where_it_keeps_one(
+    shared_base: Path, ready: dict[str, multilora.Ready], tokenizer: Any, rows: list[questions.Row], tmp_path: Path
+) -> None:
+    loop = Loop()
+    settings = config.Serve(engine="transformers", max_context=2048, adapters_kept=1)
+    rank = max(one.adapter.rank for one in ready.values())
+    made = engine.load(shared_base, settings, 16, rank)
+    asked = Asked(made, tokenizer, ready, loop)
+    prompt, greedy = ask(asked, rows[0]), Sampling(max_tokens=12)
+    missing = Adapter("missing", 9, tmp_path, rank)
+
+    def answer(adapter: str | None) -> str:
+        return loop.run(asked.text(prompt, greedy, adapter))
+
+    async def fails() -> None:
+        async for _ in made.generate(prompt, greedy, missing):
+            pass
+
+    first = {name: answer(name) for name in (None, "queries", "operations")}
+    assert len(set(first.values())) == 3
+    with pytest.raises((OSError, ValueError)):
+        loop.run(fails())
+    # What does not load takes the place of what was there, and nobody answers for it.
+    for name in ("operations", "queries", "queries", None, "operations"):
+        assert answer(name) == first[name], name
+    made.shutdown()
+    loop.loop.call_soon_threadsafe(loop.loop.stop)
+
+
 def test_text_comes_as_it_is_generated_and_ends_with_a_reason(asked: Asked, rows: list[questions.Row]) -> None:
     deltas = asked.loop.run(asked.deltas(ask(asked, rows[0]), Sampling(max_tokens=160), "queries"))
     assert len([delta for delta in deltas if delta.text]) > 10

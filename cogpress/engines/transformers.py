@@ -216,6 +216,7 @@ class Engine:
             return self._model
         name = f"a{adapter.number}"
         if name not in self._adapters:
+            self._with(None)  # so that what is active is known, should it not load
             if len(self._adapters) >= self._kept:
                 oldest = next(iter(self._adapters))
                 del self._adapters[oldest]

@@ -88,7 +88,7 @@ def run(
     if not with_adapter:
         console.print(
             "The tar holds no adapter, so that the weights can not be verified. "
-            f"Push {model} again with this cogpress, whose trainings keep it, and train anew.",
+            f"Push {model.partition(':')[0]} again with this cogpress, whose trainings keep it, and train anew.",
             soft_wrap=True,
         )
     elif no_verify:
