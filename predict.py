@@ -14,7 +14,9 @@ class Runner(BaseRunner):
 
     def setup(self, weights: Optional[cog.Path] = None) -> None:
         """Load `weights` (a source, as README lists them), by default the folder weights/."""
-        from cogpress import config, serving, streaming
+        from cogpress import config
+        from cogpress.cog import streaming
+        from cogpress.serve import model as serving
 
         streaming.install()
         self.server = serving.Server(
@@ -138,7 +140,7 @@ class Runner(BaseRunner):
         """Stream an answer."""
         inputs = dict(locals())  # the inputs alone, as nothing else has a name yet
         del inputs["self"]
-        from cogpress.streaming import stream
+        from cogpress.cog.streaming import stream
 
         answer = await self.server.answer(inputs, self.scope.record_metric)
         return stream(answer)  # type: ignore[return-value]

@@ -96,6 +96,6 @@ def train(
 ) -> TrainingOutput:
     """Fine-tune the base on the examples; the output is one tar that predict.py serves."""
     inputs = dict(locals())  # the inputs alone, as nothing else has a name yet
-    from cogpress import recipe
+    from cogpress.train import pipeline
 
-    return TrainingOutput(weights=cog.Path(recipe.from_inputs(ROOT, inputs, run=recipe.new_run(ROOT)).tar))
+    return TrainingOutput(weights=cog.Path(pipeline.from_inputs(ROOT, inputs, run=pipeline.new_run(ROOT)).tar))

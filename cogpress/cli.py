@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cogpress import schema
+from cogpress.cog import schema
 from cogpress.errors import CogpressError
 
 

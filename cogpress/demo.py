@@ -21,9 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cogpress import client, config, manifest, recipe
+from cogpress import config
 from cogpress.cli import step
-from cogpress.server import Server
+from cogpress.cog import client
+from cogpress.cog.process import Server
+from cogpress.train import pipeline
+from cogpress.weights import manifest
 
 CONCURRENT = 16
 """Streams at once when total throughput is measured."""
@@ -99,7 +102,7 @@ def run(root: Path, task: Task, console: Console, *, fresh: bool) -> dict[str, A
     with step("Example data", console) as say:
         train_file, test_file = task.write(folder / "data", TRAIN_ROWS, QUESTIONS, settings.train.seed)
         say(f"{TRAIN_ROWS} examples, {QUESTIONS} held-out questions over columns that training never shows")
-    built = recipe.build(settings, train_file, folder, root / ".cache", console, resume=_interrupted(folder))
+    built = pipeline.build(settings, train_file, folder, root / ".cache", console, resume=_interrupted(folder))
     held_out = [json.loads(line) for line in test_file.read_text(encoding="utf-8").splitlines()]
     served = {
         name: _served_once(root, name, weights, held_out, task, folder, console)

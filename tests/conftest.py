@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from chatexamples import Write, with_templates
-from fileserver import FileServer, serve
+
+from tests.standins.chatexamples import Write, with_templates
+from tests.standins.fileserver import FileServer, serve
 
 if TYPE_CHECKING:
-    from pushreplicate import PushReplicate
     from transformers import PreTrainedTokenizerBase
 
-    from cogpress.data import Prepared
-    from cogpress.verdict import Verdict
+    from cogpress.data.prepare import Prepared
+    from cogpress.verify.report import Verdict
+    from tests.standins.pushreplicate import PushReplicate
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -39,14 +40,14 @@ def cache() -> Path:
 @pytest.fixture(scope="session")
 def base_folder(cache: Path) -> Path:
     """The embedded base model, converted once."""
-    from cogpress import base
+    from cogpress.weights import base
 
     return base.fetch("embedded", cache)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(base_folder: Path) -> PreTrainedTokenizerBase:
-    from cogpress import base
+    from cogpress.weights import base
 
     return base.tokenizer(base_folder)
 
@@ -63,7 +64,7 @@ def tiny_base(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cogpress import base, manifest
+    from cogpress.weights import base, manifest
 
     folder = tmp_path_factory.mktemp("tiny-base")
     config = AutoConfig.from_pretrained(base_folder)
@@ -107,7 +108,8 @@ def write(tmp_path: Path) -> Write:
 @pytest.fixture
 def prepare(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Prepared]:
     """`data.prepare` with every option given, the tokenizer among them."""
-    from cogpress import config, data
+    from cogpress import config
+    from cogpress.data import prepare as data
 
     def run(path: Path, **options: Any) -> Prepared:
         given: dict[str, Any] = {
@@ -145,7 +147,9 @@ def operations_adapter(base_folder: Path, cache: Path) -> Path:
     """An adapter of another task on the same base, trained once: which operation a question asks for."""
     from rich.console import Console
 
-    from cogpress import config, recipe, training
+    from cogpress import config
+    from cogpress.train import pipeline
+    from cogpress.train import run as training
     from examples import questions
 
     run = cache / "tests" / "operations"
@@ -160,7 +164,7 @@ def operations_adapter(base_folder: Path, cache: Path) -> Path:
         },
         "the test",
     )
-    prepared = recipe.prepare(settings, run / "examples.jsonl", base_folder, run, Console(quiet=True), skip_bad=False)
+    prepared = pipeline.prepare(settings, run / "examples.jsonl", base_folder, run, Console(quiet=True), skip_bad=False)
     return training.train(settings, prepared, base_folder, run, console=Console(quiet=True)).adapter
 
 
@@ -181,7 +185,8 @@ def verified(trained_weights: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A copy of the demonstration's weights, verified with the configured engine, and the verdict."""
     from rich.console import Console
 
-    from cogpress import config, verify
+    from cogpress import config
+    from cogpress.verify import run as verify
 
     folder = tmp_path_factory.mktemp("verified") / "weights"
     shutil.copytree(trained_weights, folder, ignore=shutil.ignore_patterns("verification.*"))
@@ -191,7 +196,7 @@ def verified(trained_weights: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PushReplicate]:
     """A Replicate that can be pushed to, for a file's tests."""
-    from pushreplicate import PushReplicate
+    from tests.standins.pushreplicate import PushReplicate
 
     with PushReplicate(tmp_path_factory.mktemp("replicate")) as made:
         yield made

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cogpress import cli, client, schema
+from cogpress import cli
+from cogpress.cog import client, schema
+from cogpress.cog.process import free_port
 from cogpress.errors import CogpressError
-from cogpress.server import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS: dict[str, dict[str, Any]] = {

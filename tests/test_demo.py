@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cogpress import manifest
+from cogpress.weights import manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.train]
 

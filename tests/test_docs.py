@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import messages
 import pytest
+
+from tests.standins import messages
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,10 +19,12 @@ TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 
 
 def test_every_message_is_findable() -> None:
-    again = "An error's message is not in docs/troubleshooting.md as it is in the source: python tests/messages.py"
+    again = (
+        "An error's message is not in docs/troubleshooting.md as it is in the source: python tests/standins/messages.py"
+    )
     assert messages.page() == messages.PAGE.read_text(encoding="utf-8"), again
     unfiled = [message for topic, message in messages.messages() if topic not in messages.TOPICS]
-    assert unfiled == [], "tests/messages.py has no topic for the files of these"
+    assert unfiled == [], "tests/standins/messages.py has no topic for the files of these"
 
 
 def test_the_list_has_what_a_user_sees() -> None:

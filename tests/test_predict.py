@@ -16,9 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-from cogpress import archive, client, fetch, grammar, manifest
+from cogpress.cog import client
+from cogpress.cog.process import Server
+from cogpress.engines import grammar
 from cogpress.errors import CogpressError
-from cogpress.server import Server
+from cogpress.weights import archive, fetch, manifest
 from examples import queries, questions
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

@@ -26,7 +26,7 @@ def test_scripts_are_python_and_can_be_run() -> None:
 
 
 def test_lines_of_the_page_are_as_short_as_pythons() -> None:
-    page = ROOT / "cogpress" / "local" / "page"
+    page = ROOT / "cogpress" / "playground" / "page"
     paths = [path for path in sorted(page.rglob("*.js")) if "vendor" not in path.parts]
     assert paths
     for path in paths:

@@ -1,4 +1,4 @@
-"""The engines, one file each: a class `Engine` as `cogpress.engine.Engine` describes it, and `prepare(serve)`.
+"""The engines, one file each: a class `Engine` as `cogpress.engines.base.Engine` describes it, and `prepare(serve)`.
 
-A new file here is an engine that `serve.engine` can name. `tests/test_engines.py` asks the same of all of them.
+A new file here is an engine that `serve.engine` can name. `tests/engines/test_engines.py` asks the same of all of them.
 """

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cogpress import base
 from cogpress.config import Serve
-from cogpress.engine import CALLED, DEAD, Adapter, Delta, Sampling, Structure
+from cogpress.engines.base import CALLED, DEAD, Adapter, Delta, Sampling, Structure
+from cogpress.engines.grammar import MAX_WHITESPACE, Guard
 from cogpress.errors import CogpressError
-from cogpress.grammar import MAX_WHITESPACE, Guard
+from cogpress.weights import base
 
 if TYPE_CHECKING:
     import torch
@@ -59,10 +59,10 @@ def refuse(serve: Serve) -> None:
 
 
 class Engine:
-    """See `cogpress.engine.Engine`."""
+    """See `cogpress.engines.base.Engine`."""
 
     def __init__(self, folder: Path, serve: Serve, concurrency: int, adapters: int = 0) -> None:
-        """See `cogpress.engine.Engine`. Requests beyond `concurrency` take turns too."""
+        """See `cogpress.engines.base.Engine`. Requests beyond `concurrency` take turns too."""
         prepare(serve)
         import torch
 
@@ -94,7 +94,7 @@ class Engine:
         self._dead = False
 
     async def check(self, sampling: Sampling) -> None:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         if sampling.structure is not None:
             await asyncio.to_thread(self._guard.check, sampling.structure)
             await asyncio.to_thread(self._grammar, sampling.structure)
@@ -132,7 +132,7 @@ class Engine:
     async def generate(
         self, prompt: list[int], sampling: Sampling, adapter: Adapter | None = None
     ) -> AsyncIterator[Delta]:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         self._unfinished += 1
         try:
             matcher = await self._matcher(sampling)
@@ -235,7 +235,7 @@ class Engine:
         return self._model
 
     async def score(self, ids: list[int]) -> list[float]:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         import torch
 
         def work() -> list[float]:
@@ -249,19 +249,19 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         return self._dead
 
     @property
     def unfinished(self) -> int:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         return self._unfinished
 
     def settle(self) -> None:
-        """See `cogpress.engine.Engine`; this one computes where it is carried from."""
+        """See `cogpress.engines.base.Engine`; this one computes where it is carried from."""
 
     def shutdown(self) -> None:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         self._dead = True
         self._guard.close()
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 
 from cogpress.config import Serve
-from cogpress.engine import CALLED, DEAD, MAX_LOGPROBS, Adapter, Delta, Sampling
+from cogpress.engines.base import CALLED, DEAD, MAX_LOGPROBS, Adapter, Delta, Sampling
+from cogpress.engines.grammar import MAX_WHITESPACE, NICENESS, Guard
 from cogpress.errors import CogpressError
-from cogpress.grammar import MAX_WHITESPACE, NICENESS, Guard
 
 BFLOAT16_CAPABILITY = (8, 0)
 """The first compute capability with bfloat16 in hardware: Ampere's. NVIDIA, CUDA C++ programming guide, table of
@@ -46,10 +46,10 @@ def prepare(serve: Serve) -> None:
 
 
 class Engine:
-    """See `cogpress.engine.Engine`."""
+    """See `cogpress.engines.base.Engine`."""
 
     def __init__(self, folder: Path, serve: Serve, concurrency: int, adapters: int = 0) -> None:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         prepare(serve)
         import torch
         from vllm import AsyncEngineArgs
@@ -75,7 +75,7 @@ class Engine:
         self._guard = Guard(folder, self._llm.model_config.get_vocab_size())
 
     async def check(self, sampling: Sampling) -> None:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         from vllm.exceptions import VLLMClientError
 
         config = self._llm.vllm_config
@@ -99,7 +99,7 @@ class Engine:
     async def generate(
         self, prompt: list[int], sampling: Sampling, adapter: Adapter | None = None
     ) -> AsyncIterator[Delta]:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
         from vllm.lora.request import LoRARequest
@@ -127,7 +127,7 @@ class Engine:
             await outputs.aclose()
 
     async def score(self, ids: list[int]) -> list[float]:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -146,22 +146,22 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         return bool(self._llm.errored)
 
     @property
     def unfinished(self) -> int:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         return int(self._llm.get_num_unfinished_requests())
 
     def settle(self) -> None:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         if self._shares_cores:
             stand_back()
             gather()
 
     def shutdown(self) -> None:
-        """See `cogpress.engine.Engine`."""
+        """See `cogpress.engines.base.Engine`."""
         self._guard.close()
         self._llm.shutdown()
 

@@ -15,13 +15,16 @@ from typing import Any
 
 import yaml
 
-from cogpress import architecture, config, hardware, manifest, plan, source, verdict
+from cogpress import config
 from cogpress.errors import CogpressError
-from cogpress.hardware import Machine as Hardware
+from cogpress.plan import architecture, estimate, hardware
+from cogpress.plan.hardware import Machine as Hardware
 from cogpress.preflight import machine
 from cogpress.preflight.ignore import NAME, Entry, Ignore, context
 from cogpress.preflight.machine import Machine
 from cogpress.preflight.web import Answer, Api
+from cogpress.verify import report as verdict
+from cogpress.weights import manifest, source
 
 REPLICATE = "https://api.replicate.com"
 HUB = "https://huggingface.co"
@@ -82,7 +85,7 @@ class Facts:
     weights: Weights
     hardware: Hardware | None
     """What the model is to run on, where it is named and in the table."""
-    served: plan.Served | None
+    served: estimate.Served | None
     """What scripts/plan says of serving there, where it knows the model and the hardware."""
     machine: Machine
     replicate: Asked
@@ -185,12 +188,12 @@ def _hardware(request: Request, settings: config.Config | None) -> Hardware | No
         return None
 
 
-def _served(weights: Weights, settings: config.Config | None, known: Hardware | None) -> plan.Served | None:
+def _served(weights: Weights, settings: config.Config | None, known: Hardware | None) -> estimate.Served | None:
     if settings is None or known is None or known.gpus == 0 or "hidden_size" not in weights.model:
         return None
     try:
         model = architecture.read(weights.model, "weights/config.json")
-        return plan.make(settings, model, replace(hardware.table(), machines=(known,))).served[0]
+        return estimate.make(settings, model, replace(hardware.table(), machines=(known,))).served[0]
     except (CogpressError, IndexError):
         return None
 

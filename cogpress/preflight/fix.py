@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cogpress import archive
 from cogpress.preflight import image, secrets
 from cogpress.preflight.facts import Facts
 from cogpress.preflight.ignore import NAME, Ignore
+from cogpress.weights import archive
 
 _HEADER = "# Never in an image: secrets, data, environments, caches (written by scripts/preflight --fix)."
 

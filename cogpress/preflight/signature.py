@@ -254,7 +254,7 @@ def _concurrency(facts: Facts) -> Iterator[Finding]:
     ):
         yield warning(
             "run() is an async generator, whose output Cog collects and sends at the end: nothing streams.",
-            "Return cogpress.streaming.stream(...) from a coroutine, as predict.py of the repository does.",
+            "Return cogpress.cog.streaming.stream(...) from a coroutine, as predict.py of the repository does.",
         )
     else:
         yield passed(f"{most} predictions at once{', streamed' if streaming else ''}")

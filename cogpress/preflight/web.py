@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from cogpress import client
+from cogpress.cog import client
 from cogpress.errors import CogpressError
 
 BUSY = {429, 500, 502, 503, 504}

@@ -8,10 +8,11 @@ from __future__ import annotations
 from rich.console import Console
 
 from cogpress.config import Config
-from cogpress.push import dry, orders, replicate, summary
+from cogpress.push import dry, orders, summary
 from cogpress.push.orders import Order, order
-from cogpress.push.replicate import Replicate
 from cogpress.push.steps import Push, Shipped
+from cogpress.replicate import api
+from cogpress.replicate.api import Replicate
 
 __all__ = ["Order", "Shipped", "order", "run", "show"]
 
@@ -22,7 +23,7 @@ def run(wanted: Order, settings: Config, console: Console) -> Shipped:
     Raises:
         CogpressError: a step fails; run again, it goes on there.
     """
-    asked = replicate.connect()
+    asked = api.connect()
     try:
         shipped = Push(wanted, settings, asked, console).run()
     finally:

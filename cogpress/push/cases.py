@@ -16,11 +16,11 @@ import jsonschema
 from rich.table import Table
 from rich.text import Text
 
-from cogpress import client
+from cogpress.cog import client
 from cogpress.config import Case, Push
 from cogpress.errors import CogpressError
 from cogpress.push.keeper import Judged
-from cogpress.push.replicate import RefusedError, Replicate, text_of
+from cogpress.replicate.api import RefusedError, Replicate, text_of
 
 CANCEL_SECONDS = 15.0
 """How long a canceled prediction may take to end."""

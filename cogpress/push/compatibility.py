@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cogpress import schema
+from cogpress.cog import schema
 
 _LOWER = {"minimum", "minLength"}
 _UPPER = {"maximum", "maxLength"}

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from cogpress.cog import program as cog
 from cogpress.errors import CogpressError
 from cogpress.preflight import machine
-from cogpress.push import cases, cog, fuzz, journal, orders, steps
+from cogpress.push import cases, fuzz, journal, orders, steps
 from cogpress.push.steps import Push
 
 _LONGEST = 60

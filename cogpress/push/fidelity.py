@@ -15,16 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogpress import base, divergence, fetch, manifest, parity, serving, verify
-from cogpress.chat import encode_prompt
 from cogpress.config import Config, Prompt
 from cogpress.errors import CogpressError
+from cogpress.prompts import encode_prompt
 from cogpress.push import cases
-from cogpress.push.replicate import Replicate, text_of
-from cogpress.verdict import Check
+from cogpress.replicate.api import Replicate, text_of
+from cogpress.serve import model as serving
+from cogpress.verify import distributions, parity
+from cogpress.verify import run as verify
+from cogpress.verify.report import Check
+from cogpress.weights import base, fetch, manifest
 
 if TYPE_CHECKING:
-    from cogpress.example import Example
+    from cogpress.data.example import Example
 
 NEEDED = ("messages", "system_prompt", "temperature", "max_tokens", "logprobs")
 """Inputs without which the check can not be made."""
@@ -129,7 +132,7 @@ def compare(
     base.quiet_libraries()
     tokenizer = base.tokenizer(found.folder)
     prompts = [encode_prompt(tokenizer, example.asked) for example in found.examples]
-    model = divergence.merged_model(found.folder)
+    model = distributions.merged_model(found.folder)
     same = parity.compare(model, prompts, [], served, tokenizer.pad_token_id or 0)
     metrics = {
         "examples": len(answers),

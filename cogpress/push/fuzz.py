@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cogpress import client, schema
+from cogpress.cog import client, schema
 from cogpress.config import Fuzz
 from cogpress.push import cases
 from cogpress.push.cases import Outcome
-from cogpress.push.replicate import RefusedError, Replicate
+from cogpress.replicate.api import RefusedError, Replicate
 
 TEXTS = (
     "",

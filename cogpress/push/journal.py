@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cogpress import manifest
+from cogpress.weights import manifest
 
 FORMAT = 1
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cogpress import architecture, hardware, manifest, plan, plan_report
 from cogpress.config import Case, Config, Deployment
 from cogpress.errors import CogpressError
+from cogpress.plan import architecture, estimate, hardware
+from cogpress.plan import report as plan_report
 from cogpress.preflight import ignore, place
 from cogpress.push import journal
+from cogpress.weights import manifest
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def machine(order: Order, settings: Config, *, ask: bool = True) -> str:
             made = plan_report.of_project(settings, order.root, model)
         else:
             path = order.root / settings.plan.hardware if settings.plan.hardware else None
-            made = plan.make(settings, model, hardware.table(path, settings.plan.prices))
+            made = estimate.make(settings, model, hardware.table(path, settings.plan.prices))
     except (CogpressError, ValueError) as error:
         raise CogpressError(f"The plan can not choose hardware: {error} Or name one with --hardware SKU.") from None
     if made.hardware is None:

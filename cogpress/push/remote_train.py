@@ -11,11 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cogpress import manifest, recipe, verify
 from cogpress.cli import step
 from cogpress.config import Config
 from cogpress.errors import CogpressError
-from cogpress.push import replicate, training
+from cogpress.push import training
+from cogpress.replicate import api as replicate
+from cogpress.train import pipeline
+from cogpress.verify import run as verify
+from cogpress.weights import manifest
 
 
 def run(
@@ -82,7 +85,7 @@ def run(
     with step("Fetch and check the weights", console) as say:
         found = training.weights(trained, root / ".cache")
         folder.mkdir(parents=True, exist_ok=True)
-        with_adapter = recipe.lay_out(found.folder, folder)
+        with_adapter = pipeline.lay_out(found.folder, folder)
         manifest.write_json(folder / "training.json", {**vars(trained), "model": model, "destination": target})
         say(f"{len((found.manifest or {}).get('files') or {})} files as their manifest says")
     if not with_adapter:
@@ -96,7 +99,7 @@ def run(
     else:
         _verify(root, settings, inputs, root / data, folder, console)
     if install:
-        recipe.install(folder / "weights", root / "weights")
+        pipeline.install(folder / "weights", root / "weights")
         console.print("weights/ now holds this model. Serve it with: scripts/serve", soft_wrap=True)
     else:
         console.print(f"Serve it with: scripts/serve --weights {folder / 'weights'}", soft_wrap=True)
@@ -115,13 +118,13 @@ def _verify(root: Path, settings: Config, inputs: dict[str, Any], data: Path, ru
             given = {name: value for name, value in inputs.items() if name not in ("train_data", "skip_bad_lines")}
             trained = settings.override(given)
             with step("Examples that the training held out", console):
-                recipe.held_out_again(
+                pipeline.held_out_again(
                     trained,
                     data,
                     run,
                     root / ".cache",
                     console,
-                    validation_path=recipe.validation_file(trained, root),
+                    validation_path=pipeline.validation_file(trained, root),
                     skip_bad=bool(inputs.get("skip_bad_lines")),
                 )
         found = verify.verify(settings, root, weights, console, run=run)

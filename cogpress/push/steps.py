@@ -12,16 +12,20 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cogpress import manifest, preflight, schema, verify
+from cogpress import preflight
+from cogpress.cog import program as cog
+from cogpress.cog import schema
+from cogpress.cog.process import read_cog_yaml
 from cogpress.config import Config
 from cogpress.errors import CogpressError
 from cogpress.preflight import machine
-from cogpress.push import cases, cog, compatibility, fidelity, fuzz, journal, orders, training
+from cogpress.push import cases, compatibility, fidelity, fuzz, journal, orders, training
 from cogpress.push.cases import Outcome
 from cogpress.push.keeper import Judged, Keeper, Say
 from cogpress.push.orders import Order
-from cogpress.push.replicate import RefusedError, Replicate
-from cogpress.server import read_cog_yaml
+from cogpress.replicate.api import RefusedError, Replicate
+from cogpress.verify import run as verify
+from cogpress.weights import manifest
 
 APPEAR_SECONDS = 300.0
 """How long a pushed version may take to be listed."""

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogpress import fetch, schema
+from cogpress.cog import schema
 from cogpress.config import TestTraining
 from cogpress.errors import CogpressError
 from cogpress.preflight.secrets import redacted
 from cogpress.push import cases
-from cogpress.push.replicate import ENDED, Replicate
+from cogpress.replicate.api import ENDED, Replicate
+from cogpress.weights import fetch
 
 POLL_SECONDS = 1.0
 

@@ -1,0 +1,123 @@
+"""Throughput of scripts/batch against vLLM's offline engine: same weights, options, prompts and lengths, in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import alternate_aloud, in_fresh_process, medians
+from bench.report import write_report
+from cogpress import config
+from cogpress import prompts as chat
+from cogpress.cog import schema
+from cogpress.engines import vllm
+from cogpress.serve import batch
+from cogpress.serve import model as serving
+from cogpress.weights import base, manifest
+
+MAX_TOKENS = 160
+"""More than any expected answer of the worked example has."""
+
+
+def run(
+    root: Path, weights: Path, questions: Sequence[dict[str, Any]], out: Path, rounds: int, console: Console
+) -> dict[str, Any]:
+    """Measure both, each in a process of its own, in an order that alternates; the report holds medians.
+
+    Args:
+        root: the project's folder.
+        weights: the folder that both serve.
+        questions: rows of the worked example.
+        out: where the JSON goes.
+        rounds: how often both are measured.
+        console: where progress is shown.
+    """
+    sides = {
+        "cogpress": partial(in_fresh_process, _ours, root, weights, list(questions)),
+        "vllm": partial(in_fresh_process, _theirs, root, weights, list(questions)),
+    }
+    measured = alternate_aloud(
+        sides,
+        rounds,
+        console,
+        lambda found: f"{found['tokens_per_second']:.0f} tokens/s of {found['tokens']:.0f}",
+    )
+    found = medians(measured)
+    report: dict[str, Any] = {
+        **found,
+        "throughput_ratio": found["cogpress"]["tokens_per_second"] / found["vllm"]["tokens_per_second"],
+        "rounds": measured,
+    }
+    table = Table("", "scripts/batch", "vLLM offline", "ratio")
+    speed = [f"{found[name]['tokens_per_second']:.0f}" for name in sides]
+    table.add_row("tokens per second", *speed, f"x {report['throughput_ratio']:.2f}")
+    table.add_row("tokens", *(f"{found[name]['tokens']:.0f}" for name in sides), "")
+    console.print(table)
+    write_report(out, report)
+    return report
+
+
+def _ours(root: Path, weights: Path, questions: Sequence[dict[str, Any]]) -> dict[str, float]:
+    settings = config.load(root / "model.yaml")
+    made = []
+
+    def start() -> serving.Server:
+        made.append(serving.Server(str(weights), settings, root, concurrency=serving.batch_size()))
+        return made[0]
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "in.jsonl"
+        rows = [json.dumps({"prompt": row["prompt"], "max_tokens": MAX_TOKENS}) for row in questions]
+        source.write_text("\n".join(rows), encoding="utf-8")
+        totals = batch.run(
+            source,
+            Path(folder) / "out.jsonl",
+            start,
+            schema.inputs(root, "predict.py:Runner"),
+            concurrency=serving.batch_size(),
+            made_by={},
+        )
+    for server in made:
+        server.engine.shutdown()
+    return {"tokens_per_second": totals.tokens_per_second, "tokens": totals.tokens, "seconds": totals.seconds}
+
+
+def _theirs(root: Path, weights: Path, questions: Sequence[dict[str, Any]]) -> dict[str, float]:
+    settings = config.load(root / "model.yaml").serve
+    vllm.prepare(settings)
+    import torch
+    from vllm import LLM, SamplingParams
+
+    cuda = torch.cuda.is_available()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    chosen = vllm.options(
+        weights,
+        settings,
+        serving.batch_size(),
+        0,
+        torch.cuda.device_count() if cuda else 0,
+        torch.cuda.get_device_capability() if cuda else None,
+    )
+    engine = LLM(**chosen)
+    form = config.Prompt.model_validate((manifest.read(weights) or {})["prompt"])
+    tokenizer = base.tokenizer(weights)
+    # Rendering and tokenizing are part of the work, as they are of the other side's.
+    started = time.perf_counter()
+    prompts = [
+        {"prompt_token_ids": chat.encode_prompt(tokenizer, chat.chat(form.render(row["prompt"]), form.system))}
+        for row in questions
+    ]
+    outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False)
+    seconds = time.perf_counter() - started
+    engine.llm_engine.engine_core.shutdown()  # this process would wait at its end for the engine's
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    return {"tokens_per_second": tokens / seconds, "tokens": tokens, "seconds": seconds}

@@ -1,0 +1,267 @@
+"""What scripts/plan foretells of memory, against what a step of training and a full load of serving take here.
+
+Each case runs in a process of its own. On a CPU the measure is resident memory without pages of files, sampled while
+the work runs, and the process before its model is the frame that the plan's formula gets; on a GPU it is what PyTorch
+allocated, frameless.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import in_fresh_process
+from bench import merge as checkpoint
+from cogpress import config
+from cogpress.errors import CogpressError
+from cogpress.plan import architecture, memory
+from cogpress.plan.memory import Serving, Training
+from cogpress.weights import base, manifest
+
+LIMIT = 0.15
+"""How far a prediction may be from what is measured."""
+
+STEPS = 3
+"""Optimizer steps of a training: the first makes the optimizer's states, later ones run beside them."""
+
+TRAININGS: dict[str, tuple[Training, ...]] = {
+    "135 M": (
+        Training(method="nf4", batch=8, length=256, checkpointing=False, answers=0.5),
+        Training(method="nf4", batch=8, length=256, checkpointing=True, answers=0.5),
+        Training(method="nf4", batch=4, length=1024, checkpointing=False, answers=0.5, fused=True),
+        Training(method="lora", batch=8, length=256, checkpointing=False, answers=0.5),
+        Training(method="full", batch=8, length=256, checkpointing=False, answers=0.5),
+        Training(method="full", batch=8, length=256, checkpointing=True, answers=0.5),
+    ),
+    "1.1 B": (
+        Training(method="nf4", batch=2, length=128, checkpointing=False, answers=0.5),
+        Training(method="nf4", batch=4, length=128, checkpointing=True, answers=0.5),
+        Training(method="lora", batch=2, length=128, checkpointing=False, answers=0.5),
+    ),
+}
+"""What is trained, by model. Few tokens of the larger one: two cores compute them in a minute or two."""
+
+SERVINGS: dict[str, tuple[Serving, ...]] = {
+    "135 M": (Serving(context=1024, concurrency=45, batched=2048, compiled=False),),
+    "1.1 B": (Serving(context=512, concurrency=93, batched=512, compiled=False),),
+}
+"""What is served, by model: as many sequences as one GiB of cache holds, which is vLLM's step on a CPU. It touches all
+of that at its start, so that short sequences take as much as long ones."""
+
+ANSWERS = 16
+"""Tokens of each answer in a measurement of serving: all sequences are decoded at once then."""
+
+
+def run(out: Path, cache: Path, work: Path, console: Console, *, quick: bool = False) -> dict[str, Any]:
+    """Measure every case once and compare; serving is measured on CPUs alone, since on a GPU vLLM takes all there is.
+
+    Args:
+        out: where the JSON goes.
+        cache: where fetched models are kept.
+        work: where the 1.1 B checkpoint is made (2.2 GB) and kept for the next time.
+        console: where progress is shown.
+        quick: leave the 1.1 B model out.
+
+    Raises:
+        CogpressError: a prediction is further off than `LIMIT`, after everything is written.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    # In fixed large pieces memory goes back to the system when it is freed, so that what is resident is what is used.
+    # Read by the C library when a process starts, which the measured ones do after this.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
+    folders = {"135 M": base.fetch("embedded", cache)}
+    if not quick:
+        folders["1.1 B"] = in_fresh_process(checkpoint.make, work)[0]
+    rows: list[dict[str, Any]] = []
+    for name, folder in folders.items():
+        cases: list[Training | Serving] = [*TRAININGS[name], *([] if cuda else SERVINGS[name])]
+        for how in cases:
+            if isinstance(how, Training):
+                # What each machine's own training takes: see training.arguments and training.attention.
+                optimizer = "paged_adamw_8bit" if cuda else "adamw"
+                how = replace(how, optimizer=optimizer, fused=cuda or how.length > 512)  # type: ignore[arg-type]
+            measure = measure_training if isinstance(how, Training) else measure_serving
+            found = in_fresh_process(measure, folder, how)
+            rows.append({"model": name, **found})
+            console.print(f"  {name}, {found['case']}: {found['measured'] / 1e9:.2f} GB, {found['error']:+.1%}")
+    report = {"limit": LIMIT, "worst": max(abs(row["error"]) for row in rows), "cases": rows}
+    table = Table("model", "case", "measured", "foretold", "difference", "without the frame")
+    for row in rows:
+        sizes = [f"{row[key] / 1e9:.2f} GB" for key in ("measured", "foretold")]
+        table.add_row(row["model"], row["case"], *sizes, f"{row['error']:+.1%}", f"{row['own_error']:+.1%}")
+    console.print(table)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_json(out, report)
+    if report["worst"] > LIMIT:
+        raise CogpressError(f"A prediction is {report['worst']:.0%} off, and {LIMIT:.0%} are allowed. See {out}.")
+    return report
+
+
+def compared(
+    case: str, how: Training | Serving, foretold: memory.Memory, measured: float, frame: float
+) -> dict[str, Any]:
+    """A measurement beside its prediction; `error` is relative to what was measured, with the frame and without."""
+    own = measured - frame
+    return {
+        "case": case,
+        "how": asdict(how),
+        "measured": measured,
+        "foretold": foretold.total,
+        "frame": frame,
+        "error": foretold.total / measured - 1,
+        "own_error": (foretold.total - frame) / own - 1 if own > 0 else 0.0,
+        "parts": vars(foretold),
+    }
+
+
+def measure_training(folder: Path, how: Training) -> dict[str, Any]:
+    """Take a few steps as scripts/train does, on rows of random tokens, and compare the peak."""
+    base.quiet_libraries()
+    import bitsandbytes  # noqa: F401 - imports belong to the frame
+    import peft  # noqa: F401
+    import torch
+
+    from cogpress.data.tokenize import Row
+    from cogpress.train import run as training
+    from cogpress.train.loop import IGNORE, AnswerTrainer, Collator, Rows
+
+    model_facts = architecture.of(str(folder), folder)
+    cuda = torch.cuda.is_available()
+    frame = 0.0 if cuda else float(resident())
+    settings = config.Config.model_validate(
+        {
+            "base": {"quantization": {"lora": "none", "full": "none"}.get(how.method, how.method)},
+            "train": {"rank": how.rank, "batch_size": how.batch, "max_length": how.length, "max_steps": STEPS,
+                      "evaluations": 0},
+        }
+    )  # fmt: skip
+    attention = "sdpa" if how.fused else "eager"
+    if how.method == "full":
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention, device_map={"": str(base.device())}
+        )
+    else:
+        model = training.adapted(settings, folder, attention=attention)
+    if not cuda:
+        own(model)
+    torch.manual_seed(0)
+    masked = round(how.length * (1 - how.answers))
+    rows = []
+    for ids in torch.randint(1, model_facts.vocabulary, (STEPS * how.batch, how.length)).tolist():
+        rows.append(Row(ids, [IGNORE] * masked + ids[masked:]))
+    with tempfile.TemporaryDirectory() as run_folder:
+        arguments = training.arguments(settings.train, Path(run_folder), len(rows), validation=False)
+        arguments.save_strategy = "no"  # type: ignore[assignment]
+        arguments.gradient_checkpointing = how.checkpointing
+        arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if how.checkpointing:
+            plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            plain.gradient_checkpointing_disable()
+        trainer = AnswerTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Rows(rows),
+            data_collator=Collator(0),
+            lengths=[how.length] * len(rows),
+        )
+        training.quiet(trainer)
+        tidy()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with peak() as sampled:
+            trainer.train()
+        trainer.release()
+    measured = float(torch.cuda.max_memory_allocated()) if cuda else float(sampled[0])
+    how = replace(how, frame=frame)
+    foretold = memory.training(model_facts, how)
+    kept = "checkpointed" if how.checkpointing else "all kept"
+    return compared(f"train {how.method}, {how.batch} x {how.length}, {kept}", how, foretold, measured, frame)
+
+
+def measure_serving(folder: Path, how: Serving) -> dict[str, Any]:
+    """Serve as many sequences at once as are foretold, in passes as long as foretold, and compare the peak."""
+    facts = architecture.of(str(folder), folder)
+    need = memory.cache(facts, how)
+    serve = config.Serve(cpu_kv_cache_gb=max(1.0, -(-need // (1 << 30))), max_context=how.context, mode="eager")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from cogpress.engines import vllm
+
+    vllm.prepare(serve)
+    import torch
+    from vllm import LLM, SamplingParams
+    from vllm.model_executor.models import llama  # noqa: F401 - imports belong to the frame
+    from vllm.v1.worker import cpu_worker  # noqa: F401
+
+    frame = float(resident())
+    chosen = vllm.options(folder, serve, how.concurrency, 0, 0, None)
+    chosen |= {"max_num_batched_tokens": how.batched, "skip_tokenizer_init": True, "enable_prefix_caching": False}
+    torch.manual_seed(0)
+    length = min(how.context - ANSWERS - 1, -(-4 * how.batched // how.concurrency))
+    prompts = torch.randint(1, facts.vocabulary, (how.concurrency, length)).tolist()
+    sampling = SamplingParams(temperature=0, max_tokens=ANSWERS, ignore_eos=True, detokenize=False)
+    engine = LLM(**chosen)
+    tidy()
+    with peak() as sampled:
+        engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+    how = replace(how, frame=frame)
+    case = f"serve {how.scheme}, {how.concurrency} x {how.context}"
+    return compared(case, how, memory.serving(facts, how), float(sampled[0]), frame)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now and nowhere else.
+
+    Pages of files, of programs and of the checkpoint, are left out: the system drops and reads them as it needs to.
+    """
+    whole, of_files = Path("/proc/self/statm").read_text().split()[1:3]
+    return (int(whole) - int(of_files)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def own(model: Any) -> None:
+    """Copy what the model has in pages of its checkpoint's file, as safetensors leaves it, so that it is counted."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def tidy() -> None:
+    """Give back to the system what loading has left behind."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextmanager
+def peak(every: float = 0.005) -> Iterator[list[int]]:
+    """Sample resident memory in a thread; the list's one number is the largest so far."""
+    found = [resident()]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(every):
+            found[0] = max(found[0], resident())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+        found[0] = max(found[0], resident())

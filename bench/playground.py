@@ -1,0 +1,256 @@
+"""What the local Replicate costs: the same Cog server asked directly, and through scripts/playground, in turn.
+
+Knows which loads there are, what is promised and how a report looks; leaves protocols to `asking`, and asking many
+questions at once to `load`. Through the local Replicate a question is two requests, as the official clients send it:
+the prediction is created, and the stream is read from the address that it was given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from bench import Measured, alternate, asking, load, medians
+from bench.asking import Question
+from bench.report import Check, judged, require_weights, versions, write_report
+from cogpress.cog.process import Server, end_family, free_port
+from cogpress.errors import CogpressError
+
+DIRECT, THROUGH = "direct", "local"
+_TITLES = {DIRECT: "Cog server", THROUGH: "through the\nlocal Replicate"}
+
+ALONE, STREAMS = 1, 16
+"""Streams at once in the two loads; the first is judged by its time to first token, the second by its throughput."""
+
+REQUESTS = {ALONE: 16, STREAMS: 64}
+
+ALONE_TOKENS = 8
+"""Tokens of each answer that is asked for alone: what is measured is over with the first."""
+
+LEAST_THROUGHPUT, MOST_TTFT_SECONDS = 0.97, 0.010
+"""What the kit promises: the share of the Cog server's throughput, and how much later the first token may come."""
+
+START_SECONDS = 120.0
+
+
+def run(
+    root: Path,
+    weights: Path,
+    examples: Callable[[int], Sequence[Mapping[str, Any]]],
+    out: Path,
+    console: Console,
+    *,
+    rounds: int = 4,
+    requests: Mapping[int, int] = REQUESTS,
+) -> dict[str, Any]:
+    """Measure both ways to one server, show a table and write JSON.
+
+    Args:
+        root: the project's folder.
+        weights: the folder that the Cog server serves.
+        examples: gives so many different values of the prompt template.
+        out: where the JSON goes; logs go beside it.
+        console: where progress and the table are shown.
+        rounds: how often each way is measured under each load.
+        requests: of each round, by streams.
+
+    Returns:
+        what was written as JSON.
+
+    Raises:
+        CogpressError: a server does not start or answer; none stays behind.
+    """
+    require_weights(weights)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        runner = stack.enter_context(asyncio.Runner())
+        console.print("Starting the Cog server and the local Replicate before it")
+        cog = stack.enter_context(Server(root, weights=str(weights), log=out.parent / "playground-server.log"))
+        cog.wait_ready()
+        local, process = stack.enter_context(_playground(root, cog.url, out.parent / "playground-local.log"))
+        model = asking.Replicate(asking.connect(local, runner, stack), local, "local/bench", "none-is-required")
+        runner.run(model.open())
+        asks = {DIRECT: asking.cog(asking.connect(cog.url, runner, stack), cog.url), THROUGH: model.ask}
+        ways = {name: _Way(runner, ask, process) for name, ask in asks.items()}
+        questions = questions_of(requests, rounds, examples)
+        for way in ways.values():
+            way.ask(questions[STREAMS].pop(), STREAMS)
+        measured = {
+            f"streams-{streams}": _alternate(ways, streams, questions[streams], rounds, console) for streams in requests
+        }
+    report: dict[str, Any] = {
+        "settings": {"weights": str(weights), "rounds": rounds, "requests": dict(requests)},
+        "versions": versions(),
+        "medians": {name: medians(found) for name, found in measured.items()},
+        "rounds": measured,
+        "verdict": [asdict(check) for check in verdict(measured)],
+    }
+    write_report(out, report)
+    show(report, console)
+    console.print(f"Figures: {out}")
+    return report
+
+
+def questions_of(
+    requests: Mapping[int, int], rounds: int, examples: Callable[[int], Sequence[Mapping[str, Any]]]
+) -> dict[int, list[list[Question]]]:
+    """Sets of questions by streams: two for each round, and two more of the larger load to warm up with.
+
+    Nothing is asked twice: both ways lead to one engine, whose prefix cache would know what the other way has asked.
+    """
+    sets = {streams: 2 * rounds + 2 * (streams == STREAMS) for streams in requests}
+    found = iter(examples(sum(sets[streams] * count for streams, count in requests.items())))
+
+    def question(streams: int) -> Question:
+        asked = Question(dict(next(found)))
+        return replace(asked, max_tokens=ALONE_TOKENS) if streams == ALONE else asked
+
+    return {
+        streams: [[question(streams) for _ in range(count)] for _ in range(sets[streams])]
+        for streams, count in requests.items()
+    }
+
+
+class _Way:
+    """One way to the engine."""
+
+    def __init__(self, runner: asyncio.Runner, ask: load.Ask, process: psutil.Process) -> None:
+        self._runner, self._ask, self._process = runner, ask, process
+
+    def ask(self, questions: Sequence[Question], streams: int) -> dict[str, float]:
+        """The figures of a load, with the processor time that the local Replicate took for each token."""
+        before = sum(self._process.cpu_times()[:2])
+        taken = self._runner.run(load.closed_loop(self._ask, questions, streams))
+        used = sum(self._process.cpu_times()[:2]) - before
+        found = load.summary(taken)
+        if found["lost"]:
+            raise CogpressError(f"{found['lost']:.0f} of {len(questions)} requests were lost: {taken.error}")
+        return {**found, "local_cpu_us_per_token": 1e6 * used / found["tokens"]}
+
+
+def _alternate(
+    ways: Mapping[str, _Way], streams: int, questions: Sequence[Sequence[Question]], rounds: int, console: Console
+) -> Measured:
+    sets = iter(questions)
+    title = f"{streams} stream{'s' * (streams > 1)}"
+
+    def side(way: _Way) -> Callable[[], dict[str, float]]:
+        return lambda: way.ask(next(sets), streams)
+
+    def tell(number: int, name: str, found: Mapping[str, float]) -> None:
+        speed, first = found["tokens_per_second"], 1000 * found["ttft_p50"]
+        figures = f"{speed:,.0f} tokens/s, time to first token {first:.1f} ms"
+        console.print(f"  {title}, round {number}/{rounds}, {_title(name)}: {figures}", highlight=False, soft_wrap=True)
+
+    return alternate({name: side(way) for name, way in ways.items()}, rounds, tell)
+
+
+def _title(name: str) -> str:
+    return " ".join(_TITLES[name].split())
+
+
+@contextmanager
+def _playground(root: Path, url: str, log: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """A local Replicate before a Cog server, in a process of its own; its address and process."""
+    port = free_port("127.0.0.1")
+    address = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as data, log.open("wb") as output:
+        command = [sys.executable, str(root / "scripts" / "playground"), "--model", f"bench={url}"]
+        process = subprocess.Popen(
+            [*command, "--port", str(port), "--data", data],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={name: value for name, value in os.environ.items() if name != "COGPRESS_TOKEN"},
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while not _answers(address):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    end = log.read_text(errors="replace").strip().splitlines()[-5:]
+                    raise CogpressError("The local Replicate did not start:\n" + "\n".join(end))
+                time.sleep(0.1)
+            yield address, psutil.Process(process.pid)
+        finally:
+            end_family(process)
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/playground/api/config", trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def verdict(measured: Mapping[str, Measured]) -> list[Check]:
+    """What is promised of the local Replicate, as far as it was measured: medians of how the two ways compare in each
+    round, because a machine's speed changes more from one to the next than they differ.
+
+    Args:
+        measured: by load's name, then way; `load.summary` of each round.
+    """
+    checks = []
+    if alone := measured.get(f"streams-{ALONE}"):
+        later = statistics.median(
+            through["ttft_p50"] - direct["ttft_p50"]
+            for direct, through in zip(alone[DIRECT], alone[THROUGH], strict=True)
+        )
+        checks.append(
+            Check(
+                f"time to first token, alone: at most {1000 * MOST_TTFT_SECONDS:.0f} ms later",
+                f"{1000 * later:+.1f} ms",
+                later <= MOST_TTFT_SECONDS + 1e-9,  # a nanosecond is less than a clock tells
+            )
+        )
+    if many := measured.get(f"streams-{STREAMS}"):
+        ratio = statistics.median(
+            through["tokens_per_second"] / direct["tokens_per_second"]
+            for direct, through in zip(many[DIRECT], many[THROUGH], strict=True)
+        )
+        checks.append(
+            Check(
+                f"tokens a second, {STREAMS} streams: at least {LEAST_THROUGHPUT} of the Cog server's",
+                f"{ratio:.3f}",
+                ratio >= LEAST_THROUGHPUT,
+            )
+        )
+    return checks
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """Print a report's tables."""
+    table = Table("", title="Overhead of the local Replicate", title_justify="left", caption=_CAPTION)
+    for title in _TITLES.values():
+        table.add_column(title, justify="right")
+    for name, found in report["medians"].items():
+        streams = int(name.rpartition("-")[2])
+        table.add_row(f"[bold]{streams} stream{'s' * (streams > 1)}[/]")
+        ways = [found[way] for way in _TITLES]
+        table.add_row("  tokens/s", *(f"{way['tokens_per_second']:,.0f}" for way in ways))
+        table.add_row("  TTFT, p50 / p90 (ms)", *(f"{_ms(way, 50)} / {_ms(way, 90)}" for way in ways))
+        table.add_row("  its processor time (µs/token)", "-", f"{ways[1]['local_cpu_us_per_token']:,.0f}")
+    console.print(table)
+    console.print("", judged(report["verdict"]))
+
+
+_CAPTION = "Medians over the rounds. TTFT: time to first token, from before the prediction is created."
+
+
+def _ms(found: Mapping[str, float], share: int) -> str:
+    return f"{1000 * found[f'ttft_p{share}']:,.1f}"

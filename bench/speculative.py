@@ -1,0 +1,115 @@
+"""Single-stream speed of one server with and without n-gram speculation, and whether its greedy answers stay."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import alternate_aloud, in_fresh_process, medians
+from bench.report import write_report
+from cogpress import config
+from cogpress.serve import model as serving
+
+NGRAM: dict[str, Any] = {
+    "method": "ngram",
+    "num_speculative_tokens": 10,
+    "prompt_lookup_max": 4,
+    "prompt_lookup_min": 1,
+}
+"""What is measured where model.yaml sets no speculation."""
+
+MAX_TOKENS = 160
+
+
+def run(
+    root: Path, weights: Path, rows: Sequence[dict[str, Any]], out: Path, rounds: int, console: Console
+) -> dict[str, Any]:
+    """Ask the worked example's questions one after the other, each with an answered one before it in the conversation.
+
+    That is how n-gram speculation is used: the answers have a form that the prompt shows.
+
+    Args:
+        root: the project's folder.
+        weights: the folder that is served.
+        rows: rows of the worked example, `prompt` and `completion`; the first is the answered one.
+        out: where the JSON goes.
+        rounds: how often both are measured.
+        console: where progress is shown.
+    """
+    settings = config.load(root / "model.yaml")
+    speculative = settings.serve.speculative or NGRAM
+    answers: dict[str, list[str]] = {}
+
+    def side(options: dict[str, Any] | None) -> dict[str, float]:
+        found, texts = in_fresh_process(_measure, root, weights, list(rows), options)
+        answers["with" if options else "without"] = texts
+        return dict(found)
+
+    sides = {"without": partial(side, None), "with": partial(side, speculative)}
+    measured = alternate_aloud(
+        sides,
+        rounds,
+        console,
+        lambda found: f"{found['tokens_per_second']:.1f} tokens/s",
+    )
+    found = medians(measured)
+    same = sum(one == other for one, other in zip(answers["with"], answers["without"], strict=True))
+    report: dict[str, Any] = {
+        **found,
+        "speculative": speculative,
+        "speedup": found["with"]["tokens_per_second"] / found["without"]["tokens_per_second"],
+        "same_answers": same,
+        "answers": len(answers["with"]),
+        "rounds": measured,
+    }
+    table = Table("", "without", "with speculation", "")
+    speed = [f"{found[name]['tokens_per_second']:.1f}" for name in sides]
+    table.add_row("tokens per second, 1 stream", *speed, f"x {report['speedup']:.2f}")
+    table.add_row("same greedy answers", "", f"{same} of {report['answers']}", "")
+    console.print(table)
+    write_report(out, report)
+    return report
+
+
+def _measure(
+    root: Path, weights: Path, rows: Sequence[dict[str, Any]], speculative: dict[str, Any] | None
+) -> tuple[dict[str, float], list[str]]:
+    return asyncio.run(_ask_all(root, weights, rows, speculative))
+
+
+async def _ask_all(
+    root: Path, weights: Path, rows: Sequence[dict[str, Any]], speculative: dict[str, Any] | None
+) -> tuple[dict[str, float], list[str]]:
+    settings = config.load(root / "model.yaml")
+    serve = settings.serve.model_copy(update={"speculative": speculative})
+    server = serving.Server(str(weights), settings.model_copy(update={"serve": serve}), root, concurrency=16)
+
+    async def ask(row: dict[str, Any]) -> tuple[str, int]:
+        metrics: dict[str, Any] = {}
+        shown = [
+            {"role": "user", "content": server.prompt.render(rows[0]["prompt"])},
+            {"role": "assistant", "content": rows[0]["completion"]},
+            {"role": "user", "content": server.prompt.render(row["prompt"])},
+        ]
+        inputs = {"messages": json.dumps(shown), "max_tokens": MAX_TOKENS}
+        text = "".join([chunk async for chunk in await server.answer(inputs, metrics.__setitem__)])
+        return text, int(metrics["output_token_count"])
+
+    try:
+        for row in rows[1:3]:
+            await ask(row)  # the first requests after a start are slower
+        started = time.perf_counter()
+        found = [await ask(row) for row in rows[1:]]
+        seconds = time.perf_counter() - started
+    finally:
+        server.engine.shutdown()
+    tokens = sum(count for _, count in found)
+    return {"tokens_per_second": tokens / seconds, "tokens": tokens}, [text for text, _ in found]

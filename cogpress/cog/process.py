@@ -1,0 +1,357 @@
+"""The image's own server, run from `cog.yaml` without Docker.
+
+Knows what `cog build` would have set (the schema file, the references, the concurrency) and how to start, watch and
+end the runtime with everything that it started; leaves requests to `client`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import psutil
+import yaml
+
+from cogpress.cog import client, schema
+from cogpress.errors import CogpressError
+
+GRACE_SECONDS = 10.0
+"""How long a stopping server may take to end its predictions before it is killed."""
+
+ALONE_SECONDS = 15.0
+"""How long the runtime may be without a worker process while it says that it starts; it starts one at once."""
+
+FAMILY_SECONDS = 2.0
+"""How long the engine's processes may take to end after the server, and again when told to, before they are killed."""
+
+_LOG_LINES = 12
+
+
+class Server:
+    """Cog's real runtime on one project, in a process of its own.
+
+    As a context manager it starts on entry and leaves nothing running on exit, nor when this process ends otherwise
+    than by being killed.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        weights: str | None = None,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        mode: Literal["predict", "train"] = "predict",
+        log: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        max_concurrency: int | None = None,
+    ) -> None:
+        """Describe a server; nothing starts yet.
+
+        Args:
+            root: the folder with `cog.yaml`.
+            weights: what `COG_WEIGHTS` says: a folder, a tar or a URL. None leaves it to the runner.
+            port: 0 takes a free one.
+            host: the address to listen on; loopback unless asked otherwise.
+            mode: which endpoints to serve.
+            log: file for the server's output; None prints it to the terminal.
+            env: more environment variables.
+            max_concurrency: predictions at once; None takes the runner's `@cog.concurrent`.
+
+        Raises:
+            CogpressError: the weights do not exist.
+        """
+        self.root = root.resolve()
+        self.host = host
+        self.mode = mode
+        self.log = log
+        self.port = port or free_port(host)
+        self._weights = _weights(weights)
+        self._env = dict(env or {})
+        self._max_concurrency = max_concurrency
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the server answers."""
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process, which leads a session of its own; None where it was not started."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server's process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the runtime; returns before it is ready.
+
+        Raises:
+            CogpressError: `cog.yaml` is missing or names what is not there, or the port is taken.
+        """
+        settings = read_cog_yaml(self.root)
+        run, train = settings.get("run"), settings.get("train")
+        wanted = "train" if self.mode == "train" else "run"
+        if not settings.get(wanted):
+            raise CogpressError(f"{self.root / 'cog.yaml'} has no `{wanted}:`, so there is nothing to serve. Add it.")
+        check_free(self.host, self.port)
+        schema.write(self.root, run, train)
+        command = [sys.executable, "-m", "cog.server.http", "--host", self.host]
+        if self.mode == "train":
+            command += ["--x-mode", "train"]
+        output = None
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            output = self.log.open("wb")
+        try:
+            # A session of its own, so that Ctrl-C in a terminal reaches us alone and we end the server in order.
+            self._process = subprocess.Popen(
+                command,
+                cwd=self.root,
+                env=self._variables(settings, run, train),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        finally:
+            if output is not None:
+                output.close()
+        atexit.register(self.stop)
+
+    def _variables(self, settings: dict[str, Any], run: str | None, train: str | None) -> dict[str, str]:
+        concurrency = self._max_concurrency
+        if concurrency is None:
+            concurrency = schema.concurrency(self.root, run) if run and self.mode == "predict" else 1
+        variables = {
+            **os.environ,
+            **_environment(settings),
+            "COG_PREDICT_TYPE_STUB": run or "",
+            "COG_TRAIN_TYPE_STUB": train or "",
+            "COG_MAX_CONCURRENCY": str(concurrency),
+            "PORT": str(self.port),
+            # The runtime starts its worker as `python`, which must be the one that has cog.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")])),
+            "PYTHONUNBUFFERED": "1",
+            "LOG_FORMAT": "console",
+        }
+        if self.log is not None:
+            variables["NO_COLOR"] = "1"
+        variables.pop("COG_WEIGHTS", None)
+        if self._weights is not None:
+            variables["COG_WEIGHTS"] = self._weights
+        return variables | self._env
+
+    def wait_ready(
+        self, timeout: float = 1800.0, on_wait: Callable[[float], None] = lambda _seconds: None
+    ) -> dict[str, Any]:
+        """Wait until the runner's `setup()` is done; returns the last health answer.
+
+        Args:
+            timeout: seconds.
+            on_wait: called about four times a second with the seconds waited.
+
+        Raises:
+            CogpressError: setup failed, the server ended, or time is up; quotes the end of the log.
+        """
+        started = alone_since = time.monotonic()
+        while (waited := time.monotonic() - started) < timeout:
+            self._check_alive(" before it was ready")
+            health = client.health(self.url) or {}
+            # The endpoint always answers 200; only its status tells.
+            status = health.get("status")
+            if status in ("READY", "BUSY"):
+                return health
+            if status in ("SETUP_FAILED", "DEFUNCT", "UNHEALTHY"):
+                raise CogpressError(f"The runner did not get ready: {_reason(health)}{self._log_end()}")
+            # A worker that could not even start leaves the runtime waiting for it for ever.
+            if status != "STARTING" or self._has_worker():
+                alone_since = time.monotonic()
+            elif time.monotonic() - alone_since > ALONE_SECONDS:
+                raise CogpressError(f"The server's worker process ended before its setup began.{self._log_end()}")
+            on_wait(waited)
+            time.sleep(0.25)
+        raise CogpressError(f"The server was not ready after {timeout:.0f} s.{self._log_end()}")
+
+    def wait(self) -> None:
+        """Wait for as long as the server runs.
+
+        Raises:
+            CogpressError: it ended, which it does not do by itself.
+        """
+        while True:
+            self._check_alive()
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        """End the server and every process that it started, first kindly; twice does no harm."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        atexit.unregister(self.stop)
+        end_family(process)
+
+    def _check_alive(self, before: str = "") -> None:
+        if self._process is None:
+            raise CogpressError("The server is not running. Start it first.")
+        status = self._process.poll()
+        if status is not None:
+            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+            raise CogpressError(f"The server ended{before}, {how}.{self._log_end()}")
+
+    def _has_worker(self) -> bool:
+        try:
+            children = psutil.Process(self._process.pid).children() if self._process else []
+            return any(child.status() != psutil.STATUS_ZOMBIE for child in children)
+        except psutil.NoSuchProcess:
+            return False
+
+    def _log_end(self) -> str:
+        if self.log is None or not self.log.is_file():
+            return "\nIts output above tells more."
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        end = "".join(f"\n    {line[:300]}" for line in lines[-_LOG_LINES:])
+        return f"\nThe log ends:{end}\nAll of it is in {self.log}."
+
+
+def end_family(leader: subprocess.Popen[bytes], grace: float | None = None) -> None:
+    """End a process that leads a session, and everything that it started, first kindly.
+
+    Args:
+        leader: the process, started with `start_new_session=True`.
+        grace: seconds that it may take before it is killed; None takes `GRACE_SECONDS`.
+    """
+    # An engine runs in grandchildren, which outlive the leader, so they are noted while it lives.
+    family = _family(leader.pid)
+    try:
+        leader.send_signal(signal.SIGTERM)
+        leader.wait(GRACE_SECONDS if grace is None else grace)
+        _, left = psutil.wait_procs(family, timeout=FAMILY_SECONDS)
+        told = [process for process in left if _signal(process, signal.SIGTERM)]
+        psutil.wait_procs(told, timeout=FAMILY_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        # Also when waiting was cut off, by a second Ctrl-C.
+        killed = [process for process in family | _family(leader.pid) if _signal(process, signal.SIGKILL)]
+        leader.kill()
+        leader.wait()
+        psutil.wait_procs(killed, timeout=FAMILY_SECONDS)
+
+
+def end_session(leader: psutil.Process) -> None:
+    """End a process that leads a session and everything that it started, of a run that was killed."""
+    family = {leader, *_family(leader.pid)}
+    told = [process for process in family if _signal(process, signal.SIGTERM)]
+    _, left = psutil.wait_procs(told, timeout=GRACE_SECONDS)
+    psutil.wait_procs([process for process in left if _signal(process, signal.SIGKILL)], timeout=FAMILY_SECONDS)
+
+
+def _family(pid: int) -> set[psutil.Process]:
+    """A process's descendants, and everything else in the session that it leads; not the process itself."""
+    found: set[psutil.Process] = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found.update(psutil.Process(pid).children(recursive=True))
+    for process in psutil.process_iter():
+        try:
+            if process.pid != pid and os.getsid(process.pid) == pid:
+                found.add(process)
+        except (ProcessLookupError, PermissionError):
+            continue
+    return found
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> bool:
+    """Send a signal to a process; False where it was gone already."""
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+def _reason(health: dict[str, Any]) -> str:
+    """What the runner raised, without the runtime's words around it."""
+    if health.get("user_healthcheck_error"):
+        return str(health["user_healthcheck_error"])
+    logs = str((health.get("setup") or {}).get("logs") or "").strip()
+    return logs.rpartition("setup failed: ")[2].removeprefix("CogpressError: ") or "it gave no reason."
+
+
+def _weights(given: str | None) -> str | None:
+    """What `COG_WEIGHTS` is to say: a path that also holds in the server's working directory, or a URL."""
+    if given is None or "://" in given:
+        return given
+    path = Path(given).expanduser().resolve()
+    if not path.exists():
+        raise CogpressError(f"There are no weights at {path}. Make some with scripts/train, or name others.")
+    return str(path)
+
+
+def read_cog_yaml(root: Path) -> dict[str, Any]:
+    """The project's `cog.yaml`.
+
+    Raises:
+        CogpressError: it is missing or no YAML mapping.
+    """
+    path = root / "cog.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CogpressError(f"{path} does not exist. Run this in a cogpress project.") from None
+    except yaml.YAMLError as error:
+        raise CogpressError(f"{path} is not YAML: {' '.join(str(error).split())}. Correct that line.") from None
+    if not isinstance(settings, dict):
+        raise CogpressError(f"{path} must be a mapping with `run:` and `build:`.")
+    return settings
+
+
+def _environment(settings: dict[str, Any]) -> dict[str, str]:
+    pairs = (str(item).partition("=") for item in settings.get("environment") or [])
+    return {name: value for name, _, value in pairs}
+
+
+def free_port(host: str) -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_free(host: str, port: int) -> None:
+    """Check that a port can be listened on.
+
+    Raises:
+        CogpressError: it can not.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise CogpressError(
+                f"Port {port} on {host} can not be used: {error.strerror}. Stop what uses it, or choose another."
+            ) from None

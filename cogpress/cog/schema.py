@@ -1,0 +1,338 @@
+"""What a runner or a training function takes, as the OpenAPI document that Cog's runtime reads.
+
+`cog build` writes `.cog/openapi_schema.json` into an image; without it the runtime checks no input, shows no
+`/openapi.json` and refuses to stream. Here it is made from the same description of inputs that Cog's own SDK makes,
+in the form that `cog build` gives it; what each input means is `predict.py`'s and `train.py`'s.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogpress.errors import CogpressError
+from cogpress.weights import manifest
+
+PLACE = Path(".cog") / "openapi_schema.json"
+"""Where the runtime looks, from its working directory, once: at the end of the runner's setup."""
+
+
+@dataclass(frozen=True)
+class _Endpoint:
+    """The names that Cog gives one endpoint and what belongs to it; a training's differ from a prediction's."""
+
+    verb: str
+    noun: str
+    prefix: str
+
+    @property
+    def route(self) -> str:
+        return f"/{self.noun}s"
+
+
+_PREDICTIONS = _Endpoint("predict", "prediction", "")
+_TRAININGS = _Endpoint("train", "training", "Training")
+
+
+def openapi(root: Path, predict: str | None, train: str | None = None) -> dict[str, Any]:
+    """The document for a project.
+
+    Args:
+        root: the project's folder.
+        predict: the runner, such as `predict.py:Runner`.
+        train: the training function, such as `train.py:train`.
+
+    Raises:
+        CogpressError: a reference names nothing, the SDK refuses what it names, or an input has other choices in
+            training than in predicting, which the document has no room for.
+    """
+    import cog
+
+    paths: dict[str, Any] = {"/": _get("Root", "root__get")}
+    paths["/health-check"] = _get("Healthcheck", "healthcheck_health_check_get")
+    schemas: dict[str, Any] = {}
+    for endpoint, reference in ((_PREDICTIONS, predict), (_TRAININGS, train)):
+        if reference is None:
+            continue
+        for name, made in _schemas(_inspect(root, reference), endpoint).items():
+            if schemas.setdefault(name, made) != made:
+                raise CogpressError(
+                    f"The input {name} of {reference} has other choices than that of {predict}, and Cog's document "
+                    "holds one list for each name. Give them the same choices, or rename one."
+                )
+        operation = _operation(endpoint)
+        if endpoint is _PREDICTIONS and streams(root, reference):
+            operation["x-cog-streaming"] = True
+        paths[endpoint.route] = {"post": operation}
+        paths[f"{endpoint.route}/{{{endpoint.noun}_id}}/cancel"] = {"post": _cancel(endpoint)}
+    return {
+        "openapi": "3.0.2",
+        "info": {"title": "Cog", "version": cog.__version__},
+        "paths": paths,
+        "components": {"schemas": schemas | _COMMON},
+    }
+
+
+def write(root: Path, predict: str | None, train: str | None = None) -> Path:
+    """Write the document where the runtime reads it, whole or not at all.
+
+    One document serves both modes of the runtime, so that two servers on one folder never disagree about it.
+    """
+    path = root / PLACE
+    document = openapi(root, predict, train)
+    try:
+        if json.loads(path.read_text(encoding="utf-8")) == document:
+            return path  # the folder may be one that can not be written to, such as an image's
+    except (FileNotFoundError, ValueError):
+        pass
+    path.parent.mkdir(exist_ok=True)
+    manifest.write_json(path, document)
+    return path
+
+
+def inputs(root: Path, reference: str) -> dict[str, dict[str, Any]]:
+    """Each input's JSON schema by name, in the order of the form; see `fields`."""
+    return _fields(_schemas(_inspect(root, reference), _PREDICTIONS), "Input")
+
+
+def fields(document: dict[str, Any], key: str = "Input") -> dict[str, dict[str, Any]]:
+    """Each input of a document's predictions by name, in the order of the form; of its trainings, by `TrainingInput`.
+
+    Choices are written out as `enum`, and the key `required` says whether the input must be given.
+    """
+    return _fields(document.get("components", {}).get("schemas", {}), key)
+
+
+def concurrency(root: Path, reference: str) -> int:
+    """How many predictions a runner serves at once: its `@cog.concurrent(max=N)`, else 1.
+
+    Only the image build reads the decorator; the runtime itself takes the number from its environment.
+    """
+    method = _run_method(root, reference)
+    for decorator in method.decorator_list if method else []:
+        if isinstance(decorator, ast.Call) and _name(decorator.func) == "concurrent":
+            for keyword in decorator.keywords:
+                if keyword.arg == "max" and isinstance(keyword.value, ast.Constant):
+                    return int(keyword.value.value)  # type: ignore[arg-type]
+    return 1
+
+
+def streams(root: Path, reference: str) -> bool:
+    """Whether a runner's method carries `@cog.streaming`, which leaves no mark at run time."""
+    method = _run_method(root, reference)
+    return method is not None and any(
+        _name(item.func if isinstance(item, ast.Call) else item) == "streaming" for item in method.decorator_list
+    )
+
+
+def _name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _run_method(root: Path, reference: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    file, _, name = reference.partition(":")
+    for node in ast.parse((root / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef) and item.name in (
+                    "run",
+                    "predict",  # its deprecated name
+                ):
+                    return item
+    return None
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What the SDK makes of a runner or a function."""
+
+    inputs: dict[str, Any]
+    output: Any
+    written: dict[str, Any]
+    """Each input's `Input(...)` as it is written: the SDK's description leaves some of it out."""
+
+
+def _inspect(root: Path, reference: str) -> _Described:
+    from cog import _inspector
+
+    file, _, name = reference.partition(":")
+    if not file.endswith(".py") or not name:
+        raise CogpressError(f"cog.yaml names {reference!r}; write file.py:Name, such as predict.py:Runner.")
+    if not (root / file).is_file():
+        raise CogpressError(f"{root / file}, which cog.yaml names, does not exist. Correct cog.yaml.")
+    module = ".".join(Path(file).with_suffix("").parts)
+    # Another project's module of the same name must not answer for this one.
+    loaded = sys.modules.pop(module, None)
+    sys.path.insert(0, str(root))
+    importlib.invalidate_caches()
+    try:
+        info = _inspector.create_predictor(module, name)
+        found = getattr(sys.modules[module], name)
+        function = found if inspect.isfunction(found) else _inspector._selected_predict_method(found, reference)[1]
+    except (ImportError, SyntaxError, ValueError, TypeError) as error:
+        raise CogpressError(f"{reference} can not be described: {error}") from error
+    finally:
+        sys.path.remove(str(root))
+        sys.modules.pop(module, None)
+        if loaded is not None:
+            sys.modules[module] = loaded
+    parameters = inspect.signature(function).parameters.items()
+    return _Described(info.inputs, info.output, {name: parameter.default for name, parameter in parameters})
+
+
+def _schemas(described: _Described, endpoint: _Endpoint) -> dict[str, Any]:
+    """The component schemas of one endpoint."""
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+    schemas: dict[str, Any] = {}
+    for name, field in described.inputs.items():
+        properties[name] = _property(name, field, described.written.get(name), schemas)
+        if field.default is None and not _optional(field):
+            required.append(name)
+    input_name, output_name = f"{endpoint.prefix}Input", f"{endpoint.prefix}Output"
+    input_schema: dict[str, Any] = {"title": input_name, "type": "object", "properties": properties}
+    if required:
+        input_schema["required"] = required
+    shared = {"id": _text("Id"), "input": _reference(input_name)}
+    response = {
+        **shared,
+        "output": _reference(output_name),
+        "version": _text("Version"),
+        **{name: _text(_title(name), format="date-time") for name in ("created_at", "started_at", "completed_at")},
+        **{name: _text(_title(name)) for name in ("status", "error", "logs")},
+        "metrics": {"title": "Metrics", "type": "object"},
+    }
+    kind = endpoint.noun.title()
+    return {
+        input_name: input_schema,
+        output_name: dict(described.output.json_type()),
+        **schemas,
+        f"{kind}Request": {"title": f"{kind}Request", "type": "object", "properties": shared},
+        f"{kind}Response": {"title": f"{kind}Response", "type": "object", "properties": response},
+    }
+
+
+def _property(name: str, field: Any, written: Any, schemas: dict[str, Any]) -> dict[str, Any]:
+    """One input's schema; the list of its choices is added to `schemas`."""
+    found: dict[str, Any] = {"x-order": field.order}
+    if field.choices:
+        choices = {"title": name, "description": "An enumeration.", "enum": list(field.choices)}
+        schemas[name] = choices | field.type.json_type()
+        found["allOf"] = [_reference(name)]
+    else:
+        found |= {"title": _title(name), **field.type.json_type()}
+    if field.default is not None or _optional(field):
+        found["default"] = None if field.default is None else field.type.json_encode(field.default)
+    if _optional(field):
+        found["nullable"] = True
+    if field.deprecated:
+        found["deprecated"] = True
+    keywords = {
+        "description": field.description,
+        # As written: the description holds bounds as floats, which are wrong for the largest integers.
+        "minimum": getattr(written, "ge", None),
+        "maximum": getattr(written, "le", None),
+        "minLength": field.min_length,
+        "maxLength": field.max_length,
+        "pattern": field.regex,
+        "x-cog-accept": getattr(written, "accept", None),
+    }
+    return found | {key: value for key, value in keywords.items() if value is not None}
+
+
+def _fields(schemas: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    made = schemas.get(key, {})
+    for name, field in sorted(made.get("properties", {}).items(), key=lambda item: item[1].get("x-order", 0)):
+        chosen = schemas.get(name, {}) if "allOf" in field else {}
+        found[name] = {**chosen, **{key: value for key, value in field.items() if key != "allOf"}}
+        found[name]["required"] = name in made.get("required", [])
+    return found
+
+
+def _optional(field: Any) -> bool:
+    return "OPTIONAL" in field.type.repetition.name
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").title()
+
+
+def _text(title: str, **more: str) -> dict[str, Any]:
+    return {"title": title, "type": "string", **more}
+
+
+def _reference(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _answer(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _get(summary: str, identifier: str) -> dict[str, Any]:
+    responses = {"200": _answer("Successful Response", {})}
+    return {"get": {"summary": summary, "operationId": identifier, "responses": responses}}
+
+
+def _operation(endpoint: _Endpoint) -> dict[str, Any]:
+    kind = endpoint.noun.title()
+    return {
+        "summary": endpoint.verb.title(),
+        "description": f"Run a single {endpoint.noun} on the model",
+        "operationId": f"{endpoint.verb}_{endpoint.noun}s_post",
+        "requestBody": {"content": {"application/json": {"schema": _reference(f"{kind}Request")}}},
+        "responses": {
+            "200": _answer("Successful Response", _reference(f"{kind}Response")),
+            "422": _answer("Validation Error", _reference("HTTPValidationError")),
+        },
+    }
+
+
+def _cancel(endpoint: _Endpoint) -> dict[str, Any]:
+    identifier = f"{endpoint.noun}_id"
+    return {
+        "summary": "Cancel",
+        "operationId": f"cancel_{endpoint.noun}s__{identifier}__cancel_post",
+        "parameters": [{"required": True, "schema": _text(_title(identifier)), "name": identifier, "in": "path"}],
+        "responses": {
+            "200": _answer("Successful Response", {}),
+            "422": _answer("Validation Error", _reference("HTTPValidationError")),
+        },
+    }
+
+
+_COMMON: dict[str, Any] = {
+    "Status": {
+        "title": "Status",
+        "description": "An enumeration.",
+        "enum": ["starting", "processing", "succeeded", "canceled", "failed"],
+        "type": "string",
+    },
+    "HTTPValidationError": {
+        "title": "HTTPValidationError",
+        "type": "object",
+        "properties": {"detail": {"title": "Detail", "type": "array", "items": _reference("ValidationError")}},
+    },
+    "ValidationError": {
+        "title": "ValidationError",
+        "type": "object",
+        "required": ["loc", "msg", "type"],
+        "properties": {
+            "loc": {
+                "title": "Location",
+                "type": "array",
+                "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+            },
+            "msg": _text("Message"),
+            "type": _text("Error Type"),
+        },
+    },
+}
+"""What every document of Cog's holds besides."""

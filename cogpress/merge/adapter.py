@@ -1,0 +1,220 @@
+"""A LoRA adapter as a run leaves it: what it changes in which tensor of its base, one tensor at a time.
+
+Knows peft's file layout and the arithmetic of its variants; leaves the base's own weights, and how training held
+them, to `merge`. A variant that it does not know is refused by name: merged as plain LoRA it would be wrong without
+a sign of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogpress.config import Quantization
+from cogpress.errors import CogpressError
+from cogpress.weights import manifest, tensors
+
+if TYPE_CHECKING:
+    import torch
+
+Merger = Callable[["torch.Tensor", slice], "torch.Tensor"]
+"""Takes some rows of a tensor as training computed with it, float32, and which they are of its first dimension; returns
+them merged, in the same memory."""
+
+_PREFIX = "base_model.model."
+_FILE = "adapter_model.safetensors"
+
+_HARMLESS = {
+    "peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core",
+    "qalora_group_size", "runtime_config",
+}  # fmt: skip
+"""Options of an adapter that do not change how it is merged, whatever their value."""
+
+_HANDLED = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "bias",
+    "lora_bias", "init_lora_weights",
+}  # fmt: skip
+"""Options that the merge takes into account."""
+
+_FRESH_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ train on a changed one."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted layer: names of its matrices in the adapter's file, and the scale of their product."""
+
+    down: str
+    up: str
+    scale: float
+    embedding: bool = False
+    magnitude: str | None = None
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter whose matrices are read when they are needed, and what it was trained on."""
+
+    folder: Path
+    layers: dict[str, Layer]
+    replaced: dict[str, str]
+    quantization: Quantization
+    quantized: frozenset[str]
+    facts: dict[str, Any]
+    _stored: dict[str, tensors.Stored] = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the base that it was trained on, as `manifest.fingerprint` makes it."""
+        return str(self.facts["base"]["fingerprint"])
+
+    @property
+    def touched(self) -> set[str]:
+        """The names of all tensors of the base that it changes."""
+        weights = {f"{module}.weight" for module in self.layers}
+        biases = {f"{module}.bias" for module, layer in self.layers.items() if layer.bias}
+        return weights | biases | self.replaced.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that the base's tensor must have for this adapter."""
+        if name in self.replaced:
+            return self._stored[self.replaced[name]].shape
+        module, _, part = name.rpartition(".")
+        layer = self.layers[module]
+        up, down = self._stored[layer.up].shape, self._stored[layer.down].shape
+        if part == "bias":
+            return (up[0],)
+        return (down[1], up[0]) if layer.embedding else (up[0], down[1])
+
+    def replacement(self, name: str) -> torch.Tensor | None:
+        """The tensor that takes the place of the base's: of a module saved whole, or a trained bias."""
+        return self._load(self.replaced[name]) if name in self.replaced else None
+
+    def merger(self, name: str, device: torch.device) -> Merger:
+        """What turns rows of a base's tensor into rows of the merged one.
+
+        LoRA: W + s B A, with s = alpha / r (Hu et al. 2021) or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
+        DoRA: m (W + s B A) / |W + s B A|, the norm over each row (Liu et al. 2024).
+
+        Args:
+            name: the tensor's name in the base; one that this adapter changes.
+            device: where it is computed.
+        """
+        module, _, part = name.rpartition(".")
+        layer = self.layers.get(module)
+        if layer is None or (part == "bias" and layer.bias is None):
+            return lambda rows, _index: rows
+        if part == "bias":
+            bias = layer.scale * self._load(str(layer.bias)).to(device).float()
+            return lambda rows, index: rows.add_(bias[index])
+        up, down = (self._load(one).to(device).float() for one in (layer.up, layer.down))
+        if layer.embedding:
+            up, down = down.T, up.T
+        magnitude = None if layer.magnitude is None else self._load(layer.magnitude).to(device).float()
+
+        def merge(rows: torch.Tensor, index: slice) -> torch.Tensor:
+            rows.addmm_(up[index], down, alpha=layer.scale)
+            return rows if magnitude is None else rows.mul_((magnitude[index] / rows.norm(dim=1)).unsqueeze(1))
+
+        return merge
+
+    def _load(self, name: str) -> torch.Tensor:
+        return tensors.load(self._stored[name], name)
+
+
+def read(folder: Path) -> Adapter:
+    """Read what an adapter that `training` wrote changes.
+
+    Raises:
+        CogpressError: files are missing or changed, or it uses something that can not be merged exactly.
+    """
+    facts = manifest.read(folder) if folder.is_dir() else None
+    if facts is None or facts.get("kind") != "adapter":
+        raise CogpressError(f"{folder} holds no adapter of cogpress. Name a run's adapter folder, or train one.")
+    manifest.check(folder, facts)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    _refuse_unknown(config, folder)
+    stored = {name: place for name, place in tensors.stored(folder).items() if place.file.name == _FILE}
+    layers, replaced = _sorted_out(stored, config, folder)
+    return Adapter(
+        folder=folder,
+        layers=layers,
+        replaced=replaced,
+        quantization=facts["quantization"],
+        quantized=frozenset(facts["quantized_modules"]),
+        facts=facts,
+        _stored=stored,
+    )
+
+
+def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
+    unknown = [name for name, value in config.items() if value and name not in _HARMLESS | _HANDLED]
+    if config.get("init_lora_weights", True) not in _FRESH_STARTS:
+        unknown.append(f"init_lora_weights {config['init_lora_weights']}")
+    if config.get("peft_type") != "LORA":
+        unknown.append(f"peft_type {config.get('peft_type')}")
+    if unknown:
+        raise CogpressError(
+            f"{folder} can not be merged exactly: it uses {', '.join(unknown)}. Train the adapter without."
+        )
+
+
+def _sorted_out(
+    stored: dict[str, tensors.Stored], config: dict[str, Any], folder: Path
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """An adapter's tensors by what they do."""
+    layers: dict[str, Layer] = {}
+    replaced: dict[str, str] = {}
+    used = set()
+    for name in stored:
+        short = name.removeprefix(_PREFIX)
+        for kind in ("lora_embedding_A", "lora_A.weight"):
+            if short.endswith(f".{kind}"):
+                module = short.removesuffix(f".{kind}")
+                layers[module] = layer = _layer(name, kind, module, stored, config, folder)
+                used |= {part for part in (layer.down, layer.up, layer.magnitude, layer.bias) if part}
+        if "lora_" not in short and short.endswith((".weight", ".bias")):
+            replaced[short.replace(".base_layer.", ".")] = name
+            used.add(name)
+    left = sorted(stored.keys() - used)
+    if left:
+        raise CogpressError(f"{folder} holds {left[0]}, which the merge does not know. Train the adapter without it.")
+    return layers, replaced
+
+
+def _layer(
+    down: str, kind: str, module: str, stored: dict[str, tensors.Stored], config: dict[str, Any], folder: Path
+) -> Layer:
+    from peft.utils.other import get_pattern_key
+
+    embedding = kind == "lora_embedding_A"
+    stem = down.removesuffix(kind)
+    up = stem + ("lora_embedding_B" if embedding else "lora_B.weight")
+    if up not in stored:
+        raise CogpressError(f"{folder} holds {down} without its other half, {up}. Train the adapter again.")
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = ranks.get(get_pattern_key(ranks.keys(), module), config["r"])
+    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"])
+    if (stored[down].shape[0], stored[up].shape[1]) != (rank, rank):
+        raise CogpressError(
+            f"{folder}: {module} has the rank {stored[down].shape[0]} and its configuration says {rank}, so its scale "
+            "is not known. Train the adapter again."
+        )
+    found = [stem + name for name in ("lora_magnitude_vector", "lora_magnitude_vector.weight")]
+    magnitude = next((name for name in found if name in stored), None)
+    if embedding and magnitude is not None:
+        raise CogpressError(f"{folder} can not be merged exactly: it uses DoRA on {module}, an embedding.")
+    bias = f"{stem}lora_B.bias"
+    return Layer(
+        down=down,
+        up=up,
+        scale=alpha / (rank**0.5 if config.get("use_rslora") else rank),
+        embedding=embedding,
+        magnitude=magnitude,
+        bias=bias if bias in stored else None,
+    )

@@ -1,0 +1,426 @@
+"""The faithful merge: an adapter folded into the weights that training saw.
+
+A QLoRA adapter is trained against the quantized base and corrects its rounding errors too. Added to the original
+weights instead, it corrects errors that are not there. So each quantized layer is quantized and dequantized again
+exactly as training did it, and the update is added to that, in float32.
+
+Works tensor by tensor on the files, so that memory does not grow with the model; leaves what an adapter is to
+`adapter`, loading models to `base` and judging the result to `verify`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogpress.config import Merge, Quantization
+from cogpress.errors import CogpressError
+from cogpress.merge import adapter
+from cogpress.merge.adapter import Adapter
+from cogpress.weights import archive, base, manifest, tensors
+
+if TYPE_CHECKING:
+    import torch
+
+SERVING_FILES = (
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+"""What an engine reads beside the weights."""
+
+INDEX = "model.safetensors.index.json"
+
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Wraps the items of a loop, given how many there are."""
+
+_NF4_BLOCK = 64
+_STATISTICS_BLOCK = 256
+_CHUNK = 1 << 18
+"""Elements that are computed at once on a CPU: their temporaries stay in its cache."""
+
+_WORKERS = 4
+"""The most tensors that are computed at once on a CPU, and so are in memory."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write, from one of the base: usually of the same name."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a merge will do, checked before anything is written."""
+
+    adapter: Adapter
+    stored: dict[str, tensors.Stored]
+    outputs: list[Output]
+    onto: Merge
+    dtype: torch.dtype
+    untied: bool
+
+    def value(self, output: Output) -> torch.Tensor:
+        """One merged tensor, on the CPU.
+
+        Raises:
+            CogpressError: it is not finite.
+        """
+        tensor = tensors.load(self.stored[output.source], output.source)
+        if not tensor.is_floating_point():
+            return tensor
+        # Training loads the checkpoint in its compute dtype first, and quantizes from that.
+        tensor = tensor.to(self.dtype)
+        module = output.name.removesuffix(".weight")
+        quantized = module in self.adapter.quantized and self.onto == "dequantized"
+        touched = output.name in self.adapter.touched
+        if not quantized and not touched:
+            return tensor
+        replacement = self.adapter.replacement(output.name)
+        tensor = (tensor if replacement is None else replacement).to(base.device())
+        trained = Trained(tensor, self.adapter.quantization if quantized else "none", self.dtype)
+        return self._merged(output.name, trained).cpu() if touched else trained.whole().cpu()
+
+    def _merged(self, name: str, trained: Trained) -> torch.Tensor:
+        import torch
+
+        merger = self.adapter.merger(name, trained.device)
+        out = torch.empty(trained.shape, dtype=self.dtype, device=trained.device)
+        work = torch.empty((trained.step, *trained.shape[1:]), device=trained.device)
+        for index in trained.slices:
+            rows = trained.rows(index)
+            merged = merger(work[: len(rows)].copy_(rows), index)
+            if not torch.isfinite(merged).all():
+                raise CogpressError(
+                    f"{name} is not finite after the merge: the training diverged. Nothing is written; train with a "
+                    "lower learning rate."
+                )
+            out[index] = merged
+        return out
+
+
+class Trained:
+    """A tensor as training computed with it, some rows at a time: quantized once, dequantized when asked for.
+
+    On a CPU a chunk of rows stays in its cache, which is several times as fast as passes over a whole layer; on a GPU
+    all rows are one chunk.
+    """
+
+    def __init__(self, weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> None:
+        """
+        Args:
+            weight: in the dtype that training loaded it in; shape (out, in) where it is quantized.
+            quantization: how training held it.
+            dtype: what training computed in.
+        """
+        self.shape, self.device = tuple(weight.shape), weight.device
+        columns = max(1, math.prod(self.shape[1:]))
+        # A chunk ends with a row and with a block.
+        unit = _NF4_BLOCK // math.gcd(columns, _NF4_BLOCK)
+        self.step = unit * max(1, _CHUNK // (columns * unit)) if self.device.type == "cpu" else len(weight)
+        self.step = max(1, min(self.step, len(weight)))
+        self.slices = [slice(at, at + self.step) for at in range(0, len(weight), self.step)]
+        self._dtype = dtype
+        self._rows = self._held(weight, quantization)
+
+    def rows(self, index: slice) -> torch.Tensor:
+        """One of the slices, in the compute dtype."""
+        return self._rows(index).to(self._dtype)
+
+    def whole(self) -> torch.Tensor:
+        """All of it, in the compute dtype."""
+        import torch
+
+        return torch.cat([self.rows(index) for index in self.slices])
+
+    def _held(self, weight: torch.Tensor, quantization: Quantization) -> Callable[[slice], torch.Tensor]:
+        import bitsandbytes.functional as bnb
+
+        if quantization == "nf4":
+            if self.device.type == "cpu" and weight.shape[1] % 2 == 0:
+                return self._nf4_rows(weight)
+            packed, state = bnb.quantize_4bit(weight.contiguous(), compress_statistics=True, quant_type="nf4")
+            return bnb.dequantize_4bit(packed, state).__getitem__
+        if quantization == "int8":
+            # bitsandbytes quantizes from float16, whatever the checkpoint's dtype is.
+            rows, absmax, _ = bnb.int8_vectorwise_quant(weight.half())
+            return lambda index: bnb.int8_vectorwise_dequant(rows[index], absmax[index])
+        return weight.__getitem__
+
+    def _nf4_rows(self, weight: torch.Tensor) -> Callable[[slice], torch.Tensor]:
+        """`dequantize_4bit(*quantize_4bit(weight))` of bitsandbytes on a CPU, bit for bit, by rows.
+
+        Blocks of 64 values are quantized independently of each other. Only their scales are quantized together, by
+        double quantization: so all blocks come first, then the scales, then the values.
+        """
+        import bitsandbytes.functional as bnb
+        import torch
+
+        work = torch.empty(3, self.step * weight.shape[1])
+        packed, scales = zip(*(_nf4(weight[index], work) for index in self.slices), strict=True)
+        absmax = torch.cat(scales)
+        offset = absmax.mean()
+        absmax = bnb.dequantize_blockwise(*bnb.quantize_blockwise(absmax - offset, blocksize=_STATISTICS_BLOCK))
+        absmax += offset
+        parts = dict(zip((index.start for index in self.slices), zip(packed, absmax.split([len(s) for s in scales]),
+                     strict=True), strict=True))  # fmt: skip
+        dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
+
+        def rows(index: slice) -> torch.Tensor:
+            values, scale = parts[index.start]
+            return dequantize(values, scale.contiguous(), _NF4_BLOCK, "nf4", weight[index].shape, weight.dtype)
+
+        return rows
+
+
+def as_trained(weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
+    """A linear layer's weight, shape (out, in), as training computed with it: quantized and dequantized again."""
+    return Trained(weight, quantization, dtype).whole()
+
+
+def _nf4(weight: torch.Tensor, work: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bitsandbytes' `quantize_4bit` for whole rows: two values a byte, and the scale of each block of 64.
+
+    Its own operator searches the 15 bounds between NF4's values for each weight by itself; counting the bounds below
+    all weights at once, in memory that is used again and again, gives the same index several times as fast.
+
+    Args:
+        weight: some rows of a layer.
+        work: float32, shape (3, at least as many as there are weights); overwritten.
+    """
+    import torch
+    from bitsandbytes.backends.default.ops import _get_4bit_quantize_bounds
+
+    count = weight.numel()
+    if count % _NF4_BLOCK:  # a last block that is not whole is rounded in another way
+        return torch.ops.bitsandbytes.quantize_4bit.default(weight.contiguous(), _NF4_BLOCK, "nf4", torch.uint8)
+    scaled, above, index = (part[:count] for part in work)
+    scaled.copy_(weight.reshape(-1))
+    absmax = torch.abs(scaled, out=above).view(-1, _NF4_BLOCK).amax(dim=1)
+    scaled.view(-1, _NF4_BLOCK).mul_((1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1)
+    index.zero_()
+    for bound in _get_4bit_quantize_bounds("nf4", weight.device)[0].tolist():
+        index += torch.gt(scaled, bound, out=above)
+    pairs = index.to(torch.uint8)
+    return ((pairs[::2] << 4) | pairs[1::2]).unsqueeze(1), absmax
+
+
+def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *, alone: bool = False) -> Plan:
+    """Check that an adapter and a base belong together, and list what merging them will write.
+
+    Args:
+        base_folder: the base.
+        adapter_folder: an adapter that was trained on it.
+        onto: what it is merged into.
+        alone: leave the adapter out; what is left is the base as its training saw it.
+
+    Raises:
+        CogpressError: the adapter was trained on another base or does not fit it; or either uses something that can
+            not be merged exactly.
+    """
+    import torch
+
+    found = adapter.read(adapter_folder)
+    if alone:
+        found = replace(found, layers={}, replaced={})
+    if manifest.fingerprint(base_folder) != found.fingerprint:
+        raise CogpressError(
+            f"{adapter_folder} was trained on another base than {base_folder}: the weights' hashes differ. "
+            f"Name the base that it was trained on ({found.facts['base']['source']})."
+        )
+    config = json.loads((base_folder / "config.json").read_text())
+    if "quantization_config" in config:
+        raise CogpressError(f"{base_folder} is quantized already, so nothing can be merged into it exactly.")
+    stored = tensors.stored(base_folder)
+    sources = {name: name for name in stored}
+    untied = bool(config.get("tie_word_embeddings")) and _untie(found, sources, base_folder)
+    _check_fit(found, {name: stored[source] for name, source in sources.items()})
+    dtype: torch.dtype = getattr(torch, found.facts["compute_dtype"])
+    place = {name: at for at, name in enumerate(stored)}
+    order = sorted(sources, key=lambda name: place[sources[name]])  # the files are read and written front to back
+    outputs = [_output(name, stored[sources[name]], sources[name], dtype) for name in order]
+    return Plan(found, stored, outputs, onto, dtype, untied)
+
+
+def _output(name: str, place: tensors.Stored, source: str, dtype: torch.dtype) -> Output:
+    if place.dtype not in ("F64", "F32", "F16", "BF16"):
+        if place.dtype.startswith("F"):
+            raise CogpressError(f"{place.file} holds {name} in {place.dtype}: it is quantized. Name its original.")
+        return Output(name, source, place.shape, place.dtype, place.bytes)
+    size = math.prod(place.shape) * dtype.itemsize
+    return Output(name, source, place.shape, tensors.dtype_name(dtype), size)
+
+
+def _untie(found: Adapter, sources: dict[str, str], base_folder: Path) -> bool:
+    """Give the output layer a tensor of its own where it shares the embedding's and training changed one of the two.
+
+    A checkpoint with tied embeddings holds one of them; in training peft changes each by itself.
+    """
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not found.touched & {head, embedding} or head in sources:
+        return False
+    if embedding not in sources:
+        raise CogpressError(
+            f"{found.folder} changes embeddings that {base_folder} ties together under names that the merge does not "
+            "know, so it can not be merged exactly. Train without the embedding and the output layer."
+        )
+    sources[head] = embedding
+    return True
+
+
+def merge(
+    base_folder: Path,
+    adapter_folder: Path,
+    target: Path,
+    *,
+    onto: Merge = "dequantized",
+    alone: bool = False,
+    progress: Progress = lambda items, _total: items,
+    facts: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Merge an adapter into its base and write a folder of weights with a manifest, all or nothing.
+
+    One tensor is in memory at a time, and another is written meanwhile. Computes on a GPU where there is one.
+
+    Args:
+        base_folder: the base that the adapter was trained on, as safetensors.
+        adapter_folder: a run's adapter.
+        target: the folder to write; replaced when the merge is complete.
+        onto: `dequantized` for the base as training saw it, `original` for the weights before quantization.
+        alone: write the base alone, for adapters to be served on.
+        progress: wraps the tensors, given how many there are.
+        facts: more for the manifest.
+
+    Returns:
+        the manifest.
+
+    Raises:
+        CogpressError: the adapter was trained on another base, does not fit it, or can not be merged exactly, or the
+            disk has no room; nothing is written.
+    """
+    planned = plan(base_folder, adapter_folder, onto, alone=alone)
+    size = sum(output.bytes for output in planned.outputs)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < 1.01 * size:
+        raise CogpressError(f"{target} needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Make room there.")
+    with archive.new_folder(target) as part:
+        written = _write(planned, part, progress)
+        _copy_settings(base_folder, part, planned)
+        return manifest.write(
+            part,
+            "weights",
+            {
+                "base": planned.adapter.facts["base"],
+                "quantization": planned.adapter.quantization,
+                "compute_dtype": planned.adapter.facts["compute_dtype"],
+                "merge": {
+                    "onto": onto,
+                    "layers": len(planned.adapter.layers),
+                    "adapter": None if alone else manifest.fingerprint(adapter_folder),
+                },
+                # Adapters that share a base have prompts of their own.
+                **({} if alone else {"prompt": planned.adapter.facts["prompt"]}),
+                **(facts or {}),
+            },
+            known=written,
+        )
+
+
+def _check_fit(found: Adapter, places: dict[str, tensors.Stored]) -> None:
+    """Every adapted and every quantized layer must be a tensor of the checkpoint, of the adapter's shape."""
+    for name in sorted(found.touched | {f"{module}.weight" for module in found.quantized}):
+        if name not in places:
+            raise CogpressError(
+                f"{found.folder} changes {name}, which the base's files do not hold under that name, so it can not be "
+                "merged exactly. Name the base that it was trained on."
+            )
+        if name in found.replaced and name.removesuffix(".weight") in found.quantized:
+            raise CogpressError(f"{found.folder} can not be merged exactly: it saved {name} whole, in quantized form.")
+        if name in found.touched and places[name].shape != found.shape(name):
+            raise CogpressError(
+                f"{name} is {list(places[name].shape)} in the base and {list(found.shape(name))} in the adapter. "
+                "Name the base that it was trained on."
+            )
+
+
+def _write(planned: Plan, part: Path, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Write the merged shards under the base's own file names. Returns the sha256 and bytes of each."""
+    written: dict[str, dict[str, Any]] = {}
+    shards: dict[str, list[Output]] = {}
+    for output in planned.outputs:
+        shards.setdefault(planned.stored[output.source].file.name, []).append(output)
+    computed = iter(progress(_ahead(planned.value, planned.outputs), len(planned.outputs)))
+    for shard, outputs in shards.items():
+        layout = {output.name: (output.dtype, output.shape, output.bytes) for output in outputs}
+        with tensors.Writer(part / shard, layout) as writer:
+            for output in outputs:
+                writer.write(output.name, next(computed))
+            written[shard] = writer.close()
+    next(computed, None)  # lets a progress bar end
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(output.bytes for output in planned.outputs)},
+            "weight_map": {output.name: shard for shard, outputs in shards.items() for output in outputs},
+        }
+        manifest.write_json(part / INDEX, index)
+    return written
+
+
+def _ahead(function: Callable[[Output], torch.Tensor], items: Sequence[Output]) -> Iterator[torch.Tensor]:
+    """`map`, some items ahead: computing, and writing and hashing what was computed, run at the same time.
+
+    On a CPU each tensor is computed by one thread, several at a time: its steps are too short to share one.
+    """
+    import torch
+
+    cpu = base.device().type == "cpu"
+    workers = min(_WORKERS, len(os.sched_getaffinity(0))) if cpu else 1
+    threads = torch.get_num_threads()
+    if cpu:
+        torch.set_num_threads(1)
+    pending: deque[Future[torch.Tensor]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for one in pending:
+                one.cancel()
+            torch.set_num_threads(threads)
+
+
+def _copy_settings(base_folder: Path, part: Path, planned: Plan) -> None:
+    for name in SERVING_FILES:
+        if (base_folder / name).is_file():
+            shutil.copyfile(base_folder / name, part / name)
+    config = json.loads((part / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(planned.dtype).removeprefix("torch.")
+    if planned.untied:
+        config["tie_word_embeddings"] = False
+    manifest.write_json(part / "config.json", config)

@@ -1,0 +1,337 @@
+"""What a model's config.json alone tells: its parameters, counted exactly, and what each token leaves in the KV cache.
+
+Knows transformers, which builds any architecture without weights on the meta device; leaves bytes to `memory` and
+getting whole models to `fetch`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogpress import http as web
+from cogpress.errors import CogpressError
+from cogpress.weights import base, fetch, source
+
+ATTENTION = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
+"""Kinds of layers, by transformers' names, and whether their cache ends at the window."""
+
+MAX_CONFIG = 4 << 20
+"""Bytes of a config.json."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Linear layers of one name and shape: `count` of them in the whole model, without the output layer."""
+
+    name: str
+    inputs: int
+    outputs: int
+    count: int
+
+    @property
+    def weights(self) -> int:
+        """Of all of them, without biases."""
+        return self.inputs * self.outputs * self.count
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What one attention layer keeps for each token.
+
+    Attributes:
+        values: numbers a token: 2 x KV heads x head width; with multi-head latent attention its compressed form.
+        window: tokens that are kept at most; None for all.
+    """
+
+    values: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model, without its weights.
+
+    Attributes:
+        kind: transformers' name of the architecture.
+        parameters: all, each once: a tied output layer is its embedding.
+        embedding: of the input embedding.
+        head: of the output layer where it is not tied, else 0.
+        linears: every other linear layer.
+        experts: weights of experts that are held as one tensor and not as linear layers.
+        expert_share: of the experts' weights, how much one token uses.
+        caches: of the layers that have attention.
+        heads, key_value_heads, head_width, hidden, intermediate, vocabulary, max_context: as in config.json;
+            `intermediate` counts what one token uses.
+        gated: whether the feed-forward part has a gate beside its way up (SwiGLU and the like).
+        dtype: of the weights, as config.json names it.
+        scheme: how the weights are quantized already, as compressed-tensors and others name it; None where they are
+            not.
+    """
+
+    kind: str
+    parameters: int
+    embedding: int
+    head: int
+    linears: tuple[Linear, ...]
+    experts: int
+    expert_share: float
+    caches: tuple[Cache, ...]
+    heads: int
+    key_value_heads: int
+    head_width: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    max_context: int
+    gated: bool
+    dtype: str
+    scheme: str | None = None
+
+    @property
+    def layers(self) -> int:
+        """Layers with attention."""
+        return len(self.caches)
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights that QLoRA and quantization schemes make small: of linear layers, without the output layer."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the input embedding."""
+        return self.head == 0
+
+    @property
+    def active(self) -> float:
+        """Weights that one token is multiplied with: all but the input embedding, of experts only its own."""
+        unused = (1 - self.expert_share) * self.experts
+        return self.parameters - unused - (0 if self.tied else self.embedding)
+
+    def adapter(self, rank: int, targets: str = "all-linear") -> int:
+        """Parameters of a LoRA adapter: A of rank x inputs and B of outputs x rank (Hu et al. 2021) on each layer.
+
+        Args:
+            rank: the adapter's.
+            targets: names of layers, separated by commas, or `all-linear`.
+
+        Raises:
+            CogpressError: a name is no linear layer of this model.
+        """
+        return sum(rank * (linear.inputs + linear.outputs) * linear.count for linear in self.targeted(targets))
+
+    def targeted(self, targets: str) -> tuple[Linear, ...]:
+        """The linear layers that `train.target_modules` names.
+
+        Raises:
+            CogpressError: a name is no linear layer of this model.
+        """
+        if targets == "all-linear":
+            return self.linears
+        names = {name.strip() for name in targets.split(",") if name.strip()}
+        known = {linear.name for linear in self.linears}
+        if unknown := sorted(names - known):
+            raise CogpressError(
+                f"target_modules names {unknown[0]}, which is no linear layer of this model. "
+                f"It has: {', '.join(sorted(known))}."
+            )
+        return tuple(linear for linear in self.linears if linear.name in names)
+
+
+def of(text: str, cache: Path) -> Architecture:
+    """The architecture of a model by its source; of a model elsewhere only config.json is fetched.
+
+    Args:
+        text: `embedded`, a folder, a config.json, or another source, as `base.fetch` takes it.
+        cache: where fetched models are kept.
+
+    Raises:
+        CogpressError: there is no such model, or transformers does not know its architecture.
+    """
+    return read(config(text, cache), source.shown(text))
+
+
+def config(text: str, cache: Path) -> dict[str, Any]:
+    """A model's config.json, without its weights where its source allows that. A tar is fetched whole.
+
+    Raises:
+        CogpressError: it is not there, or is no JSON object.
+    """
+    shown = source.shown(text)
+    if text == "embedded":
+        return _parsed((base.fetch(text, cache) / "config.json").read_bytes(), shown)
+    wanted = source.parse(text)
+    if wanted.kind == "hub":
+        return _parsed(_from_hub(wanted), shown)
+    if wanted.kind == "files":
+        return _parsed(web.read(fetch.beside(wanted.text, "config.json"), MAX_CONFIG), shown)
+    path = Path(wanted.text).expanduser()
+    if wanted.kind == "path" and (path.is_dir() or path.suffix == ".json"):
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            return _parsed(path.read_bytes(), str(path))
+        except OSError as error:
+            raise CogpressError(
+                f"{path} can not be read ({error.strerror}). Name a folder with a config.json."
+            ) from None
+    return _parsed((fetch.model(text, cache).folder / "config.json").read_bytes(), shown)
+
+
+def _from_hub(wanted: source.Source) -> bytes:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(wanted.repository, "config.json", revision=wanted.revision)).read_bytes()
+    except (OSError, ValueError) as error:
+        raise fetch.not_had(wanted, error) from None
+
+
+def _parsed(content: bytes, shown: str) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise CogpressError(f"The config.json of {shown} is no JSON object. Name another model.")
+    return found
+
+
+def read(settings: Mapping[str, Any], shown: str = "This config.json") -> Architecture:
+    """Build the model that a config.json describes on the meta device, where tensors have shapes and no content.
+
+    Args:
+        settings: what config.json holds; code that it names is never run.
+        shown: what messages call the model.
+
+    Raises:
+        CogpressError: transformers does not know the architecture, or a layer's memory is not that of attention.
+    """
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base.quiet_libraries()
+    # How the weights are quantized changes how they are held and not how many there are.
+    plain = {name: value for name, value in settings.items() if name not in ("quantization_config", "auto_map")}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(plain), encoding="utf-8")
+            found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found, trust_remote_code=False)
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError,
+            StrictDataclassError) as error:  # fmt: skip
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CogpressError(
+            f"{shown} is no language model that transformers can build: {said} Name one of a known architecture."
+        ) from None
+    return _described(model, settings, shown)
+
+
+def _described(model: Any, settings: Mapping[str, Any], shown: str) -> Architecture:
+    from torch import nn
+
+    text = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    shapes: Counter[tuple[str, int, int]] = Counter()
+    for name, module in model.named_modules():
+        if module is not head and isinstance(module, nn.Linear):
+            shapes[name.rpartition(".")[2], module.in_features, module.out_features] += 1
+    experts = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and ".experts." in f".{name}."
+    )
+    tied = head is None or head.weight is embedding.weight
+    heads = int(text.num_attention_heads)
+    names = {name for name, _, _ in shapes}
+    dtype = settings.get("dtype") or settings.get("torch_dtype") or getattr(text, "dtype", None) or "bfloat16"
+    used, many = _experts(text)
+    return Architecture(
+        kind=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        embedding=embedding.weight.numel(),
+        head=0 if tied else head.weight.numel(),
+        linears=tuple(Linear(*shape, count) for shape, count in shapes.items()),
+        experts=experts,
+        expert_share=used / many if many else 1.0,
+        caches=_caches(text, heads, shown),
+        heads=heads,
+        key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_width=_head_width(text, heads),
+        hidden=int(text.hidden_size),
+        intermediate=_intermediate(text, used if experts else 0),
+        vocabulary=int(text.vocab_size),
+        max_context=int(getattr(text, "max_position_embeddings", 0) or 4096),
+        gated=bool(names & {"gate_proj", "gate_up_proj"}) or experts > 0,
+        dtype=str(dtype).removeprefix("torch."),
+        scheme=scheme_of(settings.get("quantization_config")),
+    )
+
+
+def _head_width(text: Any, heads: int) -> int:
+    return int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+
+
+def _experts(text: Any) -> tuple[int, int]:
+    """Experts that a token uses, and experts that there are; 0 and 0 where there are none."""
+    many = None
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        many = many or getattr(text, name, None)
+    used = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None)
+    return (int(used), int(many)) if used and many else (0, 0)
+
+
+def _intermediate(text: Any, used: int) -> int:
+    """The feed-forward part's width for one token."""
+    width = getattr(text, "moe_intermediate_size", None) if used else None
+    width = width or getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    # Some models give a width for each layer.
+    width = max(width) if isinstance(width, list | tuple) else width
+    return int(width) * max(1, used)
+
+
+def _caches(text: Any, heads: int, shown: str) -> tuple[Cache, ...]:
+    """What each layer keeps of a token (Shazeer 2019; Ainslie et al. 2023, grouped-query attention)."""
+    layers = int(text.num_hidden_layers)
+    kinds = list(getattr(text, "layer_types", None) or ())
+    if unknown := sorted({kind for kind in kinds if kind not in ATTENTION}):
+        raise CogpressError(
+            f"{shown} has layers of the kind {unknown[0]}, whose memory is not that of attention and is not planned "
+            "here. Measure it by serving it."
+        )
+    if latent := getattr(text, "kv_lora_rank", None):
+        # Multi-head latent attention (DeepSeek-V2, 2024): one compressed vector and one rotated key for all heads.
+        values = int(latent) + int(text.qk_rope_head_dim)
+    else:
+        values = 2 * int(getattr(text, "num_key_value_heads", None) or heads) * _head_width(text, heads)
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    if getattr(text, "use_sliding_window", True) is False:
+        window = None
+    if not kinds:
+        return (Cache(values, window),) * layers
+    shared = int(getattr(text, "num_kv_shared_layers", 0) or 0)
+    # Layers that read another layer's keys and values keep none themselves.
+    return tuple(Cache(values, window if ATTENTION[kind] else None) for kind in kinds[: layers - shared])
+
+
+def scheme_of(found: Any) -> str | None:
+    """The scheme of a `quantization_config`, by the name that scripts/quantize has for it; None where there is none."""
+    if not isinstance(found, Mapping):
+        return None
+    method = str(found.get("quant_method") or "")
+    if method != "compressed-tensors":
+        return {"awq": "awq", "gptq": "int4", "fp8": "fp8"}.get(method, method or None)
+    groups = list((found.get("config_groups") or {}).values())
+    weights = (groups[0].get("weights") or {}) if groups and isinstance(groups[0], Mapping) else {}
+    if weights.get("type") == "float":
+        return "fp8"
+    bits = weights.get("num_bits")
+    return {8: "int8", 4: "int4" if weights.get("symmetric", True) else "awq"}.get(bits) if bits else None

@@ -1,0 +1,288 @@
+"""How much memory training and serving need, by part. Pure arithmetic: no file, no library, no machine.
+
+Knows formulas, each with where it is from; leaves what a model is made of to `architecture`, and machines to
+`hardware`. All results are bytes. What is assumed and not derived is a constant here, and says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from cogpress.plan.architecture import Architecture
+
+Method = Literal["full", "lora", "int8", "nf4"]
+"""Full fine-tuning, LoRA on 16-bit weights, on 8-bit weights (LLM.int8()), and QLoRA."""
+
+Scheme = Literal["float32", "bfloat16", "float16", "int8", "int4", "fp8", "awq"]
+"""How weights are held to be served: by type, or by scheme of scripts/quantize."""
+
+METHODS: tuple[Method, ...] = ("full", "lora", "int8", "nf4")
+TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Of a weight in NF4 with double quantization: 4 bits, an 8-bit constant for each 64 weights, and a 32-bit constant for
+each 256 of those (Dettmers et al. 2023, section 3)."""
+
+ADAM_8BIT = 2 * (1 + 4 / 256)
+"""Bytes of AdamW's two states with 8 bits each and a 32-bit constant a block (Dettmers et al. 2022; bitsandbytes has
+blocks of 256)."""
+
+BLOCK = 16
+"""Tokens of a block of vLLM's KV cache (Kwon et al. 2023; vLLM's default)."""
+
+CUDA_CONTEXT = 0.6e9
+"""Bytes of a process's CUDA context and of what libraries keep on each GPU. Assumed; vLLM calls it non-torch memory."""
+
+CUDA_GRAPHS = 0.8e9
+"""Bytes of vLLM's captured graphs on each GPU. Assumed, by what its log usually says."""
+
+FRAGMENTATION = 0.04
+"""Share of what a training allocates that PyTorch's allocator keeps beside it in pieces too small. Assumed."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One way to train: what decides its memory.
+
+    Attributes:
+        method: what is trained and how the base is held.
+        batch: rows at once, without accumulation.
+        length: tokens of each, padding counted in.
+        rank: the adapter's; not for `full`.
+        targets: which layers have an adapter, as `train.target_modules`.
+        accumulation: batches of one optimizer step; from the second on, the gradients of those before are there.
+        checkpointing: whether activations are computed again in the backward pass.
+        optimizer: AdamW's states in 32 or in 8 bits.
+        fused: whether attention never holds its scores (sdpa), or does (eager).
+        answers: share of the tokens with loss; only these have logits.
+        frame: bytes that the process has before a model is loaded.
+    """
+
+    method: Method = "nf4"
+    batch: int = 8
+    length: int = 1024
+    rank: int = 16
+    targets: str = "all-linear"
+    accumulation: int = 1
+    checkpointing: bool = True
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "paged_adamw_8bit"
+    fused: bool = True
+    answers: float = 1.0
+    frame: float = CUDA_CONTEXT
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One way to serve: what decides its memory on each of `gpus`.
+
+    Attributes:
+        scheme: how the weights are held.
+        context: tokens of each sequence, prompt and answer.
+        concurrency: sequences at once.
+        cache_bytes: of a number in the KV cache; 1 with an FP8 cache.
+        gpus: that share weights and heads (tensor parallelism, Shoeybi et al. 2019).
+        batched: tokens of one forward pass (vLLM's max_num_batched_tokens).
+        compiled: whether graphs are captured.
+        frame: bytes that the process has before a model is loaded.
+    """
+
+    scheme: Scheme = "bfloat16"
+    context: int = 4096
+    concurrency: int = 32
+    cache_bytes: int = 2
+    gpus: int = 1
+    batched: int = 8192
+    compiled: bool = True
+    frame: float = CUDA_CONTEXT
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part."""
+
+    weights: float = 0
+    gradients: float = 0
+    optimizer: float = 0
+    activations: float = 0
+    logits: float = 0
+    cache: float = 0
+    overhead: float = 0
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return sum(vars(self).values())
+
+
+def training(model: Architecture, how: Training) -> Memory:
+    """The peak of a training step: the larger of two moments.
+
+    Between forward and backward pass all saved activations exist. Beside them there are either the logits with their
+    gradients, or one layer's gradients, workspace and, with checkpointing, its activations computed again: the larger
+    of both counts. Of all that is trained only the output layer has a gradient then, unless batches are accumulated;
+    an adapter's gradients are counted all the same, as they are small.
+
+    At the end of the backward pass all gradients exist, and no activations but those of one layer.
+    """
+    trained = model.parameters if how.method == "full" else model.adapter(how.rank, how.targets)
+    tokens = how.batch * how.length
+    saved = saved_by_layer(model, how) * tokens
+    boundary = (4 if how.method == "full" else 2) * model.hidden * tokens
+    kept = boundary * model.layers if how.checkpointing else saved * model.layers
+    if how.method == "full" and not how.checkpointing:
+        kept += cast_weights(model)
+    passing = workspace(model, how) + (saved if how.checkpointing else 0)
+    scores = logits(model, tokens * how.answers)
+    # Autocast keeps what is trained in 32 bits, and gradients have their parameter's type.
+    gradients = 4.0 * trained
+    first = 4.0 * model.vocabulary * model.hidden if how.method == "full" and how.accumulation == 1 else gradients
+    last = workspace(model, how) + saved
+    moments = [(first, kept + max(0.0, passing - scores), scores), (gradients, last, 0.0)]
+    gradients, activations, scores = max(moments, key=sum)
+    return Memory(
+        weights=training_weights(model, how.method) + (0 if how.method == "full" else 4 * trained),
+        gradients=gradients,
+        # First and second moment (Kingma and Ba 2015).
+        optimizer=trained * (8 if how.optimizer == "adamw" else ADAM_8BIT),
+        activations=activations,
+        logits=scores,
+        overhead=how.frame + FRAGMENTATION * (activations + scores),
+    )
+
+
+def training_weights(model: Architecture, method: Method) -> float:
+    """The base as training holds it.
+
+    Full fine-tuning under autocast has weights of 32 bits (with gradients and AdamW's moments 16 bytes a parameter, as
+    Rajbhandari et al. 2020, section 3.1, count for mixed precision). bitsandbytes makes linear layers small and leaves
+    embeddings, output layer, norms and fused experts in 16 bits; LLM.int8() (Dettmers et al. 2022) keeps one 32-bit
+    constant for each output.
+    """
+    if method == "full":
+        return 4.0 * model.parameters
+    if method == "lora":
+        return 2.0 * model.parameters
+    rest = 2.0 * (model.parameters - model.linear_weights)
+    if method == "int8":
+        return rest + model.linear_weights + 4 * sum(linear.outputs * linear.count for linear in model.linears)
+    return rest + model.linear_weights * NF4_BITS / 8
+
+
+def saved_by_layer(model: Architecture, how: Training) -> float:
+    """What one layer saves of each token for the backward pass, without checkpointing.
+
+    Derived as in Korthikanti et al. 2022, section 4.1, for what this kit runs: pre-norm layers with RMS norms, 16-bit
+    products, frozen weights where there is an adapter.
+
+    - Two norms compute in 32 bits and keep their input, trained ones their output too: 4h each.
+    - Each layer with trained weights keeps its own 16-bit copy of its input, and an adapter its r numbers between A and
+      B. A frozen weight's product keeps nothing.
+    - Attention keeps queries, keys and values, these repeated for each query head, and its output; where scores are
+      not fused away, also the softmax in 32 and in 16 bits.
+    - The feed-forward part keeps what goes into its nonlinearity and what is multiplied with the gate.
+    """
+    full = how.method == "full"
+    layers = max(1, model.layers)
+    wide = model.heads * model.head_width
+    norms = 2 * (8 if full else 4) * model.hidden
+    trained = model.linears if full else model.targeted(how.targets)
+    inputs = 2 * sum(linear.inputs * linear.count for linear in trained) / layers
+    between = 0 if full else 2 * how.rank * sum(linear.count for linear in trained) / layers
+    attention = 2 * 4 * wide + 4 * model.heads
+    if not how.fused:
+        attention += 6 * model.heads * how.length
+    forward = 2 * (3 if model.gated else 1) * model.intermediate
+    if model.experts and full:
+        inputs += 2 * (model.hidden + model.intermediate)
+    return norms + inputs + between + attention + forward
+
+
+def workspace(model: Architecture, how: Training) -> float:
+    """What the backward pass of one layer holds for a moment.
+
+    The gradients of the feed-forward part's three tensors, in 16 bits, and of the 32-bit copy of its input to an
+    adapter; those of unfused scores in 32 and 16 bits; and the largest quantized layer, dequantized.
+    """
+    tokens = how.batch * how.length
+    gradients = (2 * (3 if model.gated else 2) + 4) * model.intermediate * tokens
+    scores = 0 if how.fused else 10 * model.heads * how.length * tokens
+    largest = max((linear.inputs * linear.outputs for linear in model.linears), default=0)
+    quantized = 2 * largest if how.method in ("nf4", "int8") else 0
+    return float(max(gradients, scores) + quantized)
+
+
+def cast_weights(model: Architecture) -> float:
+    """The 16-bit copies of 32-bit weights that autocast makes and the backward pass still needs."""
+    return 2.0 * (model.linear_weights + model.experts)
+
+
+def logits(model: Architecture, tokens: float) -> float:
+    """Logits of tokens with loss: 16 bits, and the loss's log-probabilities and two gradients in 32 bits.
+
+    `trainer.AnswerTrainer` computes them for answers alone. PyTorch's cross_entropy keeps the log-probabilities, and
+    its backward pass makes the gradient of these and then that of the logits, before anything is freed.
+    """
+    return 14.0 * model.vocabulary * tokens
+
+
+def serving_weights(model: Architecture, scheme: Scheme) -> float:
+    """The weights as served: linear layers by scheme, all else in 16 bits (as `quantize` and compressed-tensors do).
+
+    `int8` and `fp8` have one 16-bit scale for each output, `int4` one for each group of 128 or, where that does not
+    divide the layers, 64 or 32 inputs; `awq` a 4-bit zero point beside it.
+    """
+    if scheme in TYPES:
+        return float(TYPES[scheme] * model.parameters)
+    small = model.linear_weights + model.experts
+    rest = 2.0 * (model.parameters - small)
+    if scheme in ("int8", "fp8"):
+        return rest + small + 2 * sum(linear.outputs * linear.count for linear in model.linears)
+    group = next((size for size in (128, 64, 32) if all(one.inputs % size == 0 for one in model.linears)), 32)
+    return rest + small * (0.5 + (2.5 if scheme == "awq" else 2) / group)
+
+
+def cache_of_sequence(model: Architecture, tokens: int, cache_bytes: int = 2) -> float:
+    """The KV cache of one sequence: for each layer its values a token, in whole blocks, at most a window of them.
+
+    A window can begin anywhere in its first block and so touches one block more (vLLM's SlidingWindowSpec counts so).
+    """
+    total = 0.0
+    for layer in model.caches:
+        blocks = math.ceil(tokens / BLOCK)
+        if layer.window is not None:
+            blocks = min(blocks, math.ceil((layer.window - 1) / BLOCK) + 1)
+        total += blocks * BLOCK * layer.values * cache_bytes
+    return total
+
+
+def cache(model: Architecture, how: Serving) -> float:
+    """The KV cache of all sequences on one GPU.
+
+    Key and value heads are divided among GPUs; where there are fewer heads than GPUs, each holds one whole head.
+    """
+    share = max(1 / how.gpus, 1 / model.key_value_heads)
+    return how.concurrency * cache_of_sequence(model, how.context, how.cache_bytes) * share
+
+
+def pass_activations(model: Architecture, how: Serving) -> float:
+    """What one forward pass holds at its peak, which vLLM measures at its start and sets aside.
+
+    Of each token the residual twice and the widest of the feed-forward part's tensors (gate and up together, and their
+    product), in 16 bits; and of each sequence the logits in 16 bits and three times in 32, for the sampler.
+    """
+    # A pass never has more tokens than all sequences together.
+    tokens = min(how.batched, how.context * how.concurrency)
+    widest = max((3 if model.gated else 2) * model.intermediate / how.gpus, 4.0 * model.heads * model.head_width)
+    return tokens * 2 * (2 * model.hidden + widest) + how.concurrency * model.vocabulary * 14
+
+
+def serving(model: Architecture, how: Serving) -> Memory:
+    """What one GPU of those that serve holds: its part of the weights and of the cache, a pass, graphs and context."""
+    return Memory(
+        weights=serving_weights(model, how.scheme) / how.gpus,
+        cache=cache(model, how),
+        activations=pass_activations(model, how),
+        overhead=how.frame + (CUDA_GRAPHS if how.compiled else 0),
+    )

@@ -1,0 +1,133 @@
+"""News of predictions and trainings, sent where their askers wanted it: signed, filtered, tried again, not too often.
+
+Knows deliveries; leaves what is sent to `replicate`. A follower reads a prediction's list of events as any reader does,
+so a receiver that is slow or gone slows nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from cogpress.errors import CogpressError
+
+if TYPE_CHECKING:
+    from cogpress.playground.predictions import Prediction
+
+EVENTS = ("start", "output", "logs", "completed")
+
+EVERY_SECONDS = 0.5
+"""`output` and `logs` are sent at most this often."""
+
+TRIES = 6
+"""How often the last news is tried; the others once, because later ones hold what they held."""
+
+FIRST_WAIT = 0.5
+"""Seconds before the second try; doubled for each later one."""
+
+
+def check(url: Any, events: Any) -> tuple[str, ...] | None:
+    """Check what a request says of its webhook; returns the events that are wanted.
+
+    Raises:
+        CogpressError: it is no http(s) address, or an event does not exist.
+    """
+    if url is not None:
+        try:
+            parts = urlsplit(url) if isinstance(url, str) else None
+            good = parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname)
+            httpx.URL(url if good else "")
+        except (ValueError, httpx.InvalidURL):
+            good = False
+        if not good:
+            raise CogpressError("webhook must be an http or https URL.")
+    if events is None:
+        return None
+    if not isinstance(events, list) or not all(event in EVENTS for event in events):
+        raise CogpressError(f"webhook_events_filter must be a list of {', '.join(EVENTS)}.")
+    return tuple(events)
+
+
+class Webhooks:
+    """Sends them."""
+
+    def __init__(self, secret: bytes) -> None:
+        """Made with the secret that signs."""
+        self._secret = secret
+        self._http = httpx.AsyncClient(timeout=10, follow_redirects=False, trust_env=False)
+
+    @property
+    def key(self) -> str:
+        """The secret as receivers are told it."""
+        return f"whsec_{base64.b64encode(self._secret).decode()}"
+
+    async def follow(self, prediction: Prediction, render: Callable[[Prediction], dict[str, Any]]) -> None:
+        """Send news of a prediction until it has ended.
+
+        Args:
+            prediction: with a webhook.
+            render: makes what is sent.
+        """
+        url, wanted = prediction.options.webhook, prediction.options.webhook_events or EVENTS
+        if url is None:
+            return
+        while not prediction.ended and prediction.status != "processing":
+            await prediction.changed(len(prediction.frames))
+        if "start" in wanted and prediction.started_at is not None:
+            await self.send(url, {**render(prediction), "status": "processing"}, tries=1)
+        outputs = logs = 0
+        while not prediction.ended:
+            frames = len(prediction.frames)
+            new_outputs = len(prediction.output) if isinstance(prediction.output, list) else 0
+            new_logs = len(prediction.logs)
+            if ("output" in wanted and new_outputs > outputs) or ("logs" in wanted and new_logs > logs):
+                await asyncio.gather(self.send(url, render(prediction), tries=1), asyncio.sleep(EVERY_SECONDS))
+            outputs, logs = new_outputs, new_logs
+            await prediction.changed(frames)
+        if "completed" in wanted:
+            await self.send(url, render(prediction), tries=TRIES)
+
+    async def send(self, url: str, body: dict[str, Any], *, tries: int) -> bool:
+        """Send one; whether it was taken.
+
+        Args:
+            url: where.
+            body: what.
+            tries: how often at most; the id stays the same, so that a receiver can tell it has it.
+        """
+        content = json.dumps(body).encode()
+        # One id for one thing that happened, however often it is sent.
+        name = f"msg_{hashlib.sha256(body['id'].encode() + content).hexdigest()[:24]}"
+        for number in range(tries):
+            if number:
+                await asyncio.sleep(FIRST_WAIT * 2 ** (number - 1))
+            headers = {"Content-Type": "application/json", **self.signed(name, content)}
+            try:
+                answer = await self._http.post(url, content=content, headers=headers)
+            except (httpx.HTTPError, httpx.InvalidURL):
+                continue
+            if answer.status_code < 300:
+                return True
+            if answer.status_code < 500 and answer.status_code not in (408, 425, 429):
+                return False  # it does not want it
+        return False
+
+    def signed(self, name: str, content: bytes) -> dict[str, str]:
+        """The headers by which a receiver knows that it comes from here, and when."""
+        stamp = str(int(time.time()))
+        digest = hmac.new(self._secret, f"{name}.{stamp}.".encode() + content, hashlib.sha256).digest()
+        signature = f"v1,{base64.b64encode(digest).decode()}"
+        return {"webhook-id": name, "webhook-timestamp": stamp, "webhook-signature": signature}
+
+    async def close(self) -> None:
+        """Drop what is under way."""
+        await self._http.aclose()

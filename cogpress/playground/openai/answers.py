@@ -1,0 +1,193 @@
+"""A prediction as OpenAI's API gives it: whole, or as the chunks of a stream.
+
+Knows shapes; leaves when something is sent to `openai`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from cogpress.playground.openai import errors
+from cogpress.playground.openai.inputs import Asked
+from cogpress.playground.predictions import Prediction
+
+_DONE = b"data: [DONE]\n\n"
+
+_PARTIAL = "�"
+"""What a token's text holds where it is a part of a character."""
+
+
+class Form:
+    """One prediction's answer to one request."""
+
+    def __init__(self, prediction: Prediction, asked: Asked, named: str, *, chat: bool) -> None:
+        """Describe it.
+
+        Args:
+            prediction: that answers.
+            asked: what was asked for.
+            named: the model's name as it was given.
+            chat: whether it is a chat completion.
+        """
+        self._prediction, self._asked, self._chat, self._tools = prediction, asked, chat, asked.tools
+        self._forced = asked.tools.forced if asked.tools is not None else None
+        self._seen, self._sent = "", 0
+        self._common = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{prediction.id}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(prediction.created_at),
+            "model": named,
+            "system_fingerprint": f"fp_{prediction.version.id[:12]}",
+        }
+
+    def whole(self) -> dict[str, Any]:
+        """All of it, of a prediction that succeeded."""
+        text = _text(self._prediction)
+        calls: list[dict[str, Any]] = []
+        choice: dict[str, Any] = {"index": 0}
+        if self._chat:
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if self._tools is not None:
+                before, calls = self._tools.calls(text)
+                if calls:
+                    message |= {"content": before or None, "tool_calls": calls}
+            choice["message"] = message
+        else:
+            choice["text"] = text
+        choice |= {"logprobs": self._logprobs(), "finish_reason": self._reason(bool(calls))}
+        return {**self._common, "choices": [choice], "usage": self._usage()}
+
+    def _reason(self, called: bool) -> str:
+        """Why the text ended, by the model's word or by its length."""
+        metrics, most = self._prediction.metrics, self._asked.max_tokens
+        told, count = metrics.get("finish_reason"), metrics.get("output_token_count")
+        if told not in ("stop", "length"):
+            told = "length" if most is not None and isinstance(count, int) and count >= most else "stop"
+        # Of calls that were cut off, the length must be told.
+        return "tool_calls" if called and told == "stop" else told
+
+    def _usage(self) -> dict[str, Any] | None:
+        """Tokens, where the model counts them."""
+        metrics = self._prediction.metrics
+        counts = [metrics.get(name) for name in ("input_token_count", "output_token_count")]
+        if not all(isinstance(one, int | float) for one in counts):
+            return None
+        read, written = (int(one) for one in counts if one is not None)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def _logprobs(self) -> dict[str, Any] | None:
+        most, told = self._asked.logprobs, self._prediction.metrics.get("logprobs")
+        if most is None or not isinstance(told, list):
+            return None
+        return chat_logprobs(told, most) if self._chat else text_logprobs(told, most)
+
+    # In chunks.
+
+    def first(self) -> bytes:
+        """What comes before the text."""
+        if not self._chat:
+            return b""
+        delta: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        if self._tools is not None and self._forced is not None:
+            _, [call] = self._tools.calls("")
+            delta |= {"content": None, "tool_calls": [{"index": 0, **call}]}
+        return self._event([self._choice(delta)])
+
+    def around(self) -> tuple[bytes, bytes]:
+        """What stands before and after the text, which is JSON, in each chunk."""
+        mark = "\0"
+        delta: Any = mark
+        if self._forced is not None:
+            delta = {"tool_calls": [{"index": 0, "function": {"arguments": mark}}]}
+        elif self._chat:
+            delta = {"content": mark}
+        before, _, after = self._event([self._choice(delta)]).partition(encoded(mark))
+        return before, after
+
+    def free(self, texts: list[str]) -> str:
+        """What may be sent of new text; where it may be the beginning of a tool's call, it is for the end."""
+        text = "".join(texts)
+        if self._tools is None or self._forced is not None:
+            return text
+        self._seen += text
+        begin, self._sent = self._sent, max(self._sent, self._tools.free(self._seen))
+        return self._seen[begin : self._sent]
+
+    def last(self) -> bytes:
+        """What comes after the text, of a prediction that has ended."""
+        wrong = errors.of(self._prediction)
+        if wrong is not None:
+            return b"data: " + json.dumps(wrong.body).encode() + b"\n\n" + _DONE
+        events, called = [], self._forced is not None
+        if self._tools is not None and not called:
+            _, calls = self._tools.calls(self._seen)
+            called, rest = bool(calls), self._seen[self._sent :]
+            if calls:
+                delta: Any = {"tool_calls": [{"index": at, **call} for at, call in enumerate(calls)]}
+                events.append(self._event([self._choice(delta)]))
+            elif rest:
+                events.append(self._event([self._choice({"content": rest})]))
+        end: Any = {} if self._chat else ""
+        events.append(self._event([self._choice(end, self._reason(called), self._logprobs())]))
+        if self._asked.usage:
+            events.append(self._event([], self._usage()))
+        return b"".join(events) + _DONE
+
+    def _choice(self, delta: Any, reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        key = "delta" if self._chat else "text"
+        return {"index": 0, key: delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
+        chunk: dict[str, Any] = {**self._common, "choices": choices}
+        if self._chat:
+            chunk["object"] = "chat.completion.chunk"
+        if self._asked.usage:
+            chunk["usage"] = usage
+        return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _text(prediction: Prediction) -> str:
+    output = prediction.output
+    if isinstance(output, list):
+        return "".join(one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in output)
+    return output if isinstance(output, str) else "" if output is None else json.dumps(output, ensure_ascii=False)
+
+
+def encoded(text: str) -> bytes:
+    """A text as JSON in ASCII, so that no client sees the end of a line in it."""
+    encoded = json.dumps(text)
+    if "\\ud" in encoded:  # half a character is no text, and some parsers refuse it
+        encoded = json.dumps(text.encode(errors="replace").decode())
+    return encoded.encode()
+
+
+def chat_logprobs(told: list[dict[str, Any]], most: int) -> dict[str, Any]:
+    """Log-probabilities as chat completions have them, of what a prediction's metrics have."""
+
+    def described(one: dict[str, Any]) -> dict[str, Any]:
+        token = str(one["token"])
+        raw = None if _PARTIAL in token else list(token.encode(errors="replace"))
+        return {"token": token, "logprob": one["logprob"], "bytes": raw}
+
+    content = [
+        {**described(one), "top_logprobs": [described(other) for other in one.get("top", ())[:most]]} for one in told
+    ]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(told: list[dict[str, Any]], most: int) -> dict[str, Any]:
+    """Log-probabilities as completions have them."""
+    tokens = [str(one["token"]) for one in told]
+    offsets, place = [], 0
+    for token in tokens:
+        offsets.append(place)
+        place += len(token)
+    return {
+        "tokens": tokens,
+        "token_logprobs": [one["logprob"] for one in told],
+        "top_logprobs": [
+            {str(other["token"]): other["logprob"] for other in one.get("top", ())[:most]} for one in told
+        ],
+        "text_offset": offsets,
+    }

@@ -1,0 +1,311 @@
+"""Trainings: really run, through Cog's training endpoint, one at a time; what comes out is a new version.
+
+Knows a training's life; leaves training to `train.py`, the runtime to `cogpress.cog.process`, and what a version is to
+`catalog`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hmac
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from cogpress.cog import client
+from cogpress.cog import process as server
+from cogpress.errors import CogpressError
+from cogpress.playground.catalog import NotFound
+from cogpress.playground.predictions import REDACTED, Options, new_id
+from cogpress.weights import archive
+
+if TYPE_CHECKING:
+    from cogpress.playground.catalog import Catalog, Version
+    from cogpress.playground.files import Files
+    from cogpress.playground.store import Store
+
+_BLOCK = 4 << 20  # a multiple of four: base64 is undone in pieces
+
+ENDED = ("succeeded", "failed", "canceled")
+
+
+class Trainings:
+    """All trainings."""
+
+    def __init__(self, store: Store, catalog: Catalog, files: Files, root: Path, secret: bytes) -> None:
+        """Made with the project that trains.
+
+        Args:
+            store: where they last.
+            catalog: gets the new versions.
+            files: keeps the trained weights for download.
+            root: the project's folder, whose cog.yaml names what trains.
+            secret: for the key of the address to which the runtime reports.
+        """
+        self.send: Callable[[dict[str, Any], str], Coroutine[Any, Any, None]] = _nobody
+        """Sends news of a training: its record and what happened."""
+        self._store, self._catalog, self._files, self._root, self._secret = store, catalog, files, root, secret
+        self._alive: dict[str, dict[str, Any]] = {}
+        self._waiting: deque[tuple[dict[str, Any], dict[str, Any]]] = deque()
+        self._worker: asyncio.Task[None] | None = None
+        self._server: server.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def create(
+        self, version: Version, destination: str, inputs: dict[str, Any], options: Options
+    ) -> dict[str, Any]:
+        """Check and queue a training.
+
+        Args:
+            version: what is trained; its schema says what can be given.
+            destination: the model that gets the new version.
+            inputs: by name.
+            options: its webhook and how the asker reaches this server.
+
+        Raises:
+            InvalidInput: the schema does not allow the inputs.
+            NotFound: there is no such destination.
+            CogpressError: the version can not be trained here.
+        """
+        if destination not in self._catalog.models:
+            raise NotFound(f"The destination {destination[:100]!r} does not exist. Create the model first.")
+        if not server.read_cog_yaml(self._root).get("train") or not version.source.startswith("folder:"):
+            raise CogpressError("This version can not be trained here: it is not one of this project's own.")
+        payload = {name: value for name, value in inputs.items() if value is not None}
+        version.check_training(payload)
+        record: dict[str, Any] = {
+            "id": new_id(),
+            "model": version.model,
+            "version": version.id,
+            "destination": destination,
+            "status": "starting",
+            "input": {name: REDACTED if name in version.secrets else value for name, value in payload.items()},
+            "output": None,
+            "error": None,
+            "logs": "",
+            "metrics": {},
+            "created": time.time(),
+            "started": None,
+            "completed": None,
+            "webhook": options.webhook,
+            "events": options.webhook_events,
+            "base_url": options.base_url,
+        }
+        self._alive[record["id"]] = record
+        await self._save(record, "INSERT INTO trainings (status, data, id) VALUES (?, ?, ?)")
+        self._waiting.append((record, payload))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.get_running_loop().create_task(self._work())
+        return dict(record)
+
+    async def _save(
+        self, record: dict[str, Any], statement: str = "UPDATE trainings SET status = ?, data = ? WHERE id = ?"
+    ) -> None:
+        kept = record if self._store.keep_prompts else {**record, "input": None, "logs": ""}
+        await self._store.write(statement, record["status"], json.dumps(kept), record["id"])
+
+    def now(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row of the store as it is at this moment."""
+        return self._alive.get(row["id"]) or dict(json.loads(row["data"]))
+
+    async def record(self, identifier: str) -> dict[str, Any] | None:
+        """What is known of a training; None where there is none."""
+        if identifier in self._alive:
+            return self._alive[identifier]
+        rows = await self._store.read("SELECT id, data FROM trainings WHERE id = ?", identifier)
+        return self.now(rows[0]) if rows else None
+
+    async def cancel(self, identifier: str) -> None:
+        """Cancel a training that waits or runs."""
+        record = self._alive.get(identifier)
+        if record is None or record["status"] in ENDED:
+            return
+        record["canceled"] = True
+        if record["started"] is None:
+            await self._end(record, "canceled")
+        elif self._server is not None:
+            with contextlib.suppress(httpx.HTTPError):
+                async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
+                    await http.post(f"{self._server.url}/trainings/{identifier}/cancel")
+            for _ in range(40):
+                if record["status"] in ENDED:
+                    break
+                await asyncio.sleep(0.05)
+
+    def key(self, identifier: str) -> str:
+        """What a report of the runtime must carry."""
+        return hmac.new(self._secret, f"training:{identifier}".encode(), "sha256").hexdigest()
+
+    def report(self, identifier: str, key: str, body: dict[str, Any]) -> bool:
+        """Take the runtime's report of a training's log; False where it is none."""
+        record = self._alive.get(identifier)
+        if record is None or not hmac.compare_digest(key.encode(), self.key(identifier).encode()):
+            return False
+        if record["status"] in ENDED:
+            return True
+        if isinstance(body.get("logs"), str) and body["logs"] != record["logs"]:
+            record["logs"] = body["logs"]
+            self._tell(record, "logs")
+        if isinstance(body.get("metrics"), dict):
+            record["metrics"].update(body["metrics"])
+        return True
+
+    def _tell(self, record: dict[str, Any], event: str) -> None:
+        if record["webhook"] and (record["events"] is None or event in record["events"]):
+            task = asyncio.get_running_loop().create_task(self.send(dict(record), event))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _work(self) -> None:
+        while self._waiting:
+            record, payload = self._waiting.popleft()
+            if record["status"] in ENDED:
+                continue
+            try:
+                await self._train(record, payload)
+            except CogpressError as error:
+                await self._end(record, "canceled" if record.get("canceled") else "failed", error=str(error))
+            except asyncio.CancelledError:
+                await self._end(record, "failed", error="The local Replicate was stopped while this training ran.")
+                raise
+            except Exception as error:  # noqa: BLE001 - the training must not stay open for ever
+                await self._end(
+                    record, "failed", error=f"The local Replicate failed ({type(error).__name__}: {error})."
+                )
+
+    async def _end(self, record: dict[str, Any], status: str, *, error: str | None = None, output: Any = None) -> None:
+        if record["status"] in ENDED:
+            return
+        ended = time.time()
+        record |= {"error": error if status == "failed" else None, "output": output, "completed": ended}
+        record["metrics"].setdefault("predict_time", round(ended - (record["started"] or ended), 6))
+        record["metrics"]["total_time"] = round(ended - record["created"], 6)
+        record["status"] = status
+        await self._save(record)
+        self._alive.pop(record["id"], None)
+        self._tell(record, "completed")
+
+    async def _train(self, record: dict[str, Any], payload: dict[str, Any]) -> None:
+        identifier = record["id"]
+        record |= {"status": "processing", "started": time.time()}
+        await self._save(record)
+        self._tell(record, "start")
+        inputs = await self._files.rewrite(payload, True)
+        part = self._store.folder / "trained" / f"{identifier}.part"
+        part.parent.mkdir(exist_ok=True)
+        log = self._store.folder / "training.log"
+        self._catalog.training.add(identifier)
+        self._server = made = server.Server(self._root, mode="train", log=log)
+        try:
+            await asyncio.to_thread(made.start)
+            await asyncio.to_thread(made.wait_ready, 300.0)
+            if record.get("canceled"):
+                await self._end(record, "canceled")
+                return
+            body = {
+                "input": inputs,
+                "webhook": f"{self._files.loopback_url}/hooks/trainings/{identifier}/{self.key(identifier)}",
+                "webhook_events_filter": ["logs"],
+            }
+            answer = await self._ask(f"{made.url}/trainings/{identifier}", body, part)
+            if isinstance(answer.get("metrics"), dict):
+                record["metrics"].update(answer["metrics"])
+            record["logs"] = answer.get("logs") or record["logs"]
+            if answer.get("status") == "canceled":
+                await self._end(record, "canceled")
+            elif answer.get("status") != "succeeded":
+                raise CogpressError(client.plain_error(str(answer.get("error") or answer.get("detail") or "")))
+            else:
+                await asyncio.to_thread(made.stop)  # its memory may be what the new version needs
+                await self._end(record, "succeeded", output=await self._install(record, part))
+        finally:
+            self._server = None
+            await asyncio.to_thread(made.stop)
+            part.unlink(missing_ok=True)
+            part.with_suffix(".answer").unlink(missing_ok=True)
+            self._catalog.training.discard(identifier)
+
+    async def _ask(self, url: str, body: dict[str, Any], part: Path) -> dict[str, Any]:
+        """Train; the answer without the file in it, which is written to `part`."""
+        whole = part.with_suffix(".answer")
+        try:
+            async with (
+                httpx.AsyncClient(trust_env=False, timeout=httpx.Timeout(10, read=None)) as http,
+                http.stream("PUT", url, json=body) as response,
+            ):
+                with whole.open("wb") as file:
+                    async for block in response.aiter_bytes(_BLOCK):
+                        await asyncio.to_thread(file.write, block)
+        except httpx.HTTPError as error:
+            raise CogpressError(
+                f"The training's server ended before the training did ({error or type(error).__name__}). "
+                f"The end of {self._store.folder / 'training.log'} tells why."
+            ) from None
+        return await asyncio.to_thread(_without_file, whole, part)
+
+    async def _install(self, record: dict[str, Any], part: Path) -> dict[str, Any]:
+        """Make a version of trained weights."""
+        if not part.is_file():
+            raise CogpressError("The training's output holds no file named weights, so there is no new version.")
+        folder = self._store.folder / "trained" / record["id"]
+        await asyncio.to_thread(archive.unpack, part, folder)
+        label = f"trained {time.strftime('%Y-%m-%d %H:%M')}"
+        version = await self._catalog.add(record["destination"], f"folder:{folder}", label=label)
+        with part.open("rb") as content:
+            file = await self._files.add(content, "weights.tar", "application/x-tar", {"training": record["id"]})
+        weights = self._files.download(record["base_url"], file.id)
+        return {"version": f"{version.model}:{version.id}", "weights": weights}
+
+    async def close(self) -> None:
+        """End what runs."""
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.gather(self._worker, return_exceptions=True)
+        for record in list(self._alive.values()):
+            await self._end(record, "failed", error="The local Replicate was stopped before this training ended.")
+
+
+async def _nobody(_record: dict[str, Any], _event: str) -> None:
+    pass
+
+
+def _without_file(whole: Path, part: Path) -> dict[str, Any]:
+    """An answer's JSON with its first data URL left out and decoded to `part`, without holding gigabytes in memory."""
+    with whole.open("rb") as file:
+        head = file.read(1 << 20)
+        mark = head.find(b";base64,")
+        start = head.rfind(b'"data:', 0, mark) if mark >= 0 else -1
+        if start < 0:
+            text = head + file.read()
+        else:
+            file.seek(mark + len(b";base64,"))
+            with part.open("wb") as out:
+                tail = _decode(file, out)
+            text = head[:start] + b'"' + tail + file.read()
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        raise CogpressError(f"The training's server answered what is no JSON: {text[:200]!r}") from None
+    return answer if isinstance(answer, dict) else {}
+
+
+def _decode(file: Any, out: Any) -> bytes:
+    """Undo base64 up to the closing quote; returns what was read from it on."""
+    rest = b""
+    while block := file.read(_BLOCK):
+        block = rest + block
+        end = block.find(b'"')
+        if end >= 0:
+            out.write(base64.b64decode(block[:end], validate=True))
+            return bytes(block[end:])
+        whole = len(block) // 4 * 4
+        out.write(base64.b64decode(block[:whole], validate=True))
+        rest = block[whole:]
+    raise CogpressError("The training's answer breaks off.")

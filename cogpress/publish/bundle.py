@@ -1,0 +1,298 @@
+"""Everything that is published of finished weights: their files, checked, and the facts for the model card.
+
+Knows a folder of weights, its verification report and the run that made it; leaves the card's text to `card`, the
+base's licence to `origin` and the Hub to `publish`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cogpress import config
+from cogpress.errors import CogpressError
+from cogpress.publish import card
+from cogpress.train import pipeline
+from cogpress.verify import report as verdict
+from cogpress.weights import archive, fetch, manifest, origin
+
+CARD = "README.md"
+_TEXT_BYTES = 32 << 20
+"""Files up to this size are searched for tokens; larger ones are weights."""
+
+_SECRETS = {
+    "a token of the Hugging Face Hub": rb"\bhf_[A-Za-z0-9]{30,}",
+    "a token of Replicate": rb"\br8_[A-Za-z0-9]{30,}",
+    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for.
+
+    Attributes:
+        repo: organisation/name.
+        folder: the weights.
+        runs: where runs are kept; the one that made the weights is found by its adapter.
+        run: that run's folder, where named.
+        licence: the Hub's identifier, where it is not the base's.
+        public: for everybody to see.
+        branch: of the repository.
+        allow_unverified: publish weights without a report that passed.
+        examples: validation answers that the card shows.
+    """
+
+    repo: str
+    folder: Path
+    runs: Path
+    run: Path | None = None
+    licence: str | None = None
+    public: bool = False
+    branch: str = "main"
+    allow_unverified: bool = False
+    examples: int = 0
+
+
+@dataclass(frozen=True)
+class File:
+    """One file to publish; `content` is where it is, or what it holds."""
+
+    name: str
+    size: int
+    sha256: str
+    content: Path | bytes
+
+    def read(self) -> bytes:
+        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """All that goes up, checked: nothing else does."""
+
+    files: list[File]
+    card: str
+    notes: list[str]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of finished weights, its files listed by safe names of what a model consists of; none is read yet.
+
+    Raises:
+        CogpressError: there is none, it is of something else, or it lists what does not belong on the Hub.
+    """
+    facts = manifest.read(folder)
+    if facts is None or facts.get("kind") != "weights":
+        raise CogpressError(
+            f"{folder} holds no weights that cogpress made: its {manifest.NAME} is "
+            f"{'missing' if facts is None else 'of something else'}. Name the folder with --weights, or make one with "
+            "scripts/train --install."
+        )
+    for name in facts.get("files") or {}:
+        path = PurePosixPath(name)
+        archive.refuse_pickle(path, folder)
+        # The very patterns that fetching a model uses: what they leave out would be missing after a download.
+        known = any(fnmatch(name, pattern) for pattern in (*fetch.HUB_FILES, "*.safetensors"))
+        if path.is_absolute() or ".." in path.parts or path.name.startswith(".") or "\\" in name or not known:
+            raise CogpressError(
+                f"{folder / manifest.NAME} lists {name!r}, which is no part of a model. Nothing was uploaded; merge "
+                "the weights again."
+            )
+    return facts
+
+
+def why_unverified(report: dict[str, Any] | None, facts: dict[str, Any]) -> str | None:
+    """Why these weights do not count as verified; None where they do.
+
+    Args:
+        report: what verification found, if it ran.
+        facts: the weights' manifest.
+    """
+    if report is None:
+        return "there is no verification report"
+    if report.get("files") != {name: file["sha256"] for name, file in facts["files"].items()}:
+        return "the verification report is of other files"
+    failed = [str(check.get("name")) for check in report.get("checks") or [] if check.get("passed") is not True]
+    if failed or report.get("passed") is not True:
+        return f"verification failed{': ' if failed else ''}{', '.join(failed)}"
+    return None
+
+
+def unverified(request: Request, facts: dict[str, Any]) -> str | None:
+    """Why the weights that a user wants published are not verified; None where they are.
+
+    Raises:
+        CogpressError: they are not, and the user did not allow it.
+    """
+    reason = why_unverified(verdict.read(request.folder), facts)
+    if reason and not request.allow_unverified:
+        raise CogpressError(
+            f"{request.folder} is not verified: {reason}. Verify the weights, or give --allow-unverified; the model "
+            "card then says so."
+        )
+    return reason
+
+
+def prepare(request: Request, facts: dict[str, Any], unverified: str | None, card_data: origin.CardData) -> Bundle:
+    """Check every file against the manifest and write the card.
+
+    Args:
+        request: what to publish.
+        facts: the weights' manifest.
+        unverified: why they are not verified.
+        card_data: asks the Hub about a base that comes from it.
+
+    Raises:
+        CogpressError: a file differs from the manifest or holds a secret, the named run made other weights, or the
+            licence is not known.
+    """
+    notes = [f"Not verified: {unverified}. The card says so."] if unverified else []
+    # First what takes no time, then the sha256 of gigabytes.
+    text = _card(request, facts, unverified, card_data, notes)
+    manifest.check(request.folder, facts)
+    files = [
+        File(name, recorded["bytes"], recorded["sha256"], request.folder / name)
+        for name, recorded in facts["files"].items()
+    ]
+    # A report on other files would mislead.
+    if unverified is None or unverified.startswith("verification failed"):
+        reports = [name for name in verdict.FILES if name not in facts["files"] and _is_plain(request.folder / name)]
+        files += [_file(name, request.folder / name) for name in reports]
+    files += [_public_manifest(request.folder, facts, notes), _file(CARD, text.encode())]
+    for file in files:
+        _refuse_secrets(file)
+    return Bundle(files, text, notes)
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _file(name: str, content: Path | bytes) -> File:
+    if isinstance(content, Path):
+        return File(name, content.stat().st_size, manifest.sha256(content), content)
+    return File(name, len(content), hashlib.sha256(content).hexdigest(), content)
+
+
+def _public_manifest(folder: Path, facts: dict[str, Any], notes: list[str]) -> File:
+    """The manifest as it is, or with the base's source shortened to what others may see."""
+    source = str((facts.get("base") or {}).get("source", ""))
+    if not source or origin.public_name(source) == source:
+        return _file(manifest.NAME, folder / manifest.NAME)
+    shown = origin.public_name(source)
+    notes.append(f"The manifest goes up with {shown} as the base's source, without the rest of it.")
+    public = {**facts, "base": {**facts["base"], "source": shown}}
+    return _file(manifest.NAME, (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _refuse_secrets(file: File) -> None:
+    from huggingface_hub import get_token
+
+    if file.size > _TEXT_BYTES or file.name.endswith(".safetensors"):
+        return
+    content = file.read()
+    token = get_token()
+    found = ["your own token"] if token and token.encode() in content else []
+    found += [kind for kind, pattern in _SECRETS.items() if re.search(pattern, content)]
+    if found:
+        raise CogpressError(
+            f"{file.name} holds {found[0]}. Nothing was uploaded; take it out of where it comes from (model.yaml's "
+            "prompt, the base's files) and make the weights again."
+        )
+
+
+def _card(
+    request: Request, facts: dict[str, Any], unverified: str | None, card_data: origin.CardData, notes: list[str]
+) -> str:
+    run = find_run(request, facts)
+    if run is None:
+        notes.append("The run that made these weights is not here: the card tells nothing of it. Name it with --run.")
+    source = str((facts.get("base") or {}).get("source", ""))
+    given = origin.licence(request.licence) if request.licence else None
+    try:
+        found = origin.find(source, card_data)
+    except CogpressError as error:
+        if given is None:
+            raise CogpressError(f"{error} Or give the licence with --license.") from None
+        found = origin.find(source, lambda _repo, _revision: {})
+    licence = given or found.licence
+    if licence is None:
+        raise CogpressError(
+            f"The licence of the base model {found.shown} is not known here, and these weights are under it too. Give "
+            "it with --license, such as --license apache-2.0."
+        )
+    saved = _run_facts(run, facts) if run else {}
+    answers = saved.pop("answers", [])
+    if not 0 <= request.examples <= len(answers):
+        raise CogpressError(
+            f"--examples {request.examples}: the run kept {len(answers)} answers. Ask for no more than these."
+        )
+    prompt = facts.get("prompt")
+    return card.write(
+        card.Facts(
+            repo=request.repo,
+            branch=request.branch,
+            origin=found,
+            licence=licence,
+            prompt=config.Prompt.model_validate(prompt) if prompt else config.Prompt(),
+            has_chat_template=_has_chat_template(request.folder),
+            manifest=facts,
+            verification=verdict.read(request.folder) if unverified is None else None,
+            unverified=unverified,
+            answers=answers[: request.examples],
+            **saved,
+        )
+    )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    return (folder / "chat_template.jinja").is_file() or bool(
+        _json(folder / "tokenizer_config.json", {}).get("chat_template")
+    )
+
+
+def find_run(request: Request, facts: dict[str, Any]) -> Path | None:
+    """The folder of the run whose adapter is in these weights; None where no run that is kept here made them.
+
+    Raises:
+        CogpressError: the run that the user named made other weights.
+    """
+    if request.run is None:
+        return pipeline.run_of(facts, request.runs)
+    if not pipeline.made(request.run, facts):
+        raise CogpressError(
+            f"{request.run} is not the run that made {request.folder}: its adapter is another, or missing. Name the "
+            "right one, or leave --run out to have it found."
+        )
+    return request.run
+
+
+def _run_facts(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the run's files tell of these weights; what was measured on others is left out."""
+    weights = manifest.recorded_fingerprint(facts)
+    compared = _json(run / "divergence.json", {})
+    served = _json(run / "served-tuned.json", {})
+    exact = _json(run / "report.json", {}).get("exact_match") or {}
+    return {
+        "config": config.parse(_json(run / "config.json", {}), str(run / "config.json")),
+        "result": _json(run / "result.json", {}).get("result") or {},
+        "data": _json(run / "data.json", {}),
+        "divergence": compared if compared.get("key", {}).get("weights") == weights else {},
+        "exact_match": exact if served.get("key", {}).get("weights") == weights else {},
+        "answers": _json(run / "answers.json", []),
+    }
+
+
+def _json(path: Path, default: Any) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except ValueError:
+        raise CogpressError(f"{path} is not JSON. Remove it, or make it again with scripts/train.") from None

@@ -1,0 +1,123 @@
+"""What quantization is calibrated with: the very rows that a run trained its weights on.
+
+Knows how to find and check a run's weights and examples; leaves tokenizing to `data` and the use of the rows to
+`quantize`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogpress import config
+from cogpress.data import prepare as data
+from cogpress.errors import CogpressError
+from cogpress.train import pipeline
+from cogpress.train import run as training
+from cogpress.weights import base, manifest
+
+
+@dataclass(frozen=True)
+class Source:
+    """Unquantized weights whose files agree with their manifest, and the run that they come from."""
+
+    folder: Path
+    facts: dict[str, Any]
+    run: Path
+    settings: config.Config
+
+    @property
+    def dtype(self) -> str:
+        """What the weights are in, such as `bfloat16`; the name that they go by beside quantized ones."""
+        return str(self.facts.get("compute_dtype", "unquantized"))
+
+
+def read_source(folder: Path, run: Path | None) -> Source:
+    """Check weights that are to be quantized, and find the run that made them.
+
+    Args:
+        folder: unquantized weights with a manifest.
+        run: the run's folder; the one that `folder` lies in where not given.
+
+    Raises:
+        CogpressError: no weights of cogpress, changed since they were written, or quantized already; no run, or
+            another run than the one that made them.
+    """
+    facts = manifest.read(folder) if folder.is_dir() else None
+    if facts is None or facts.get("kind") != "weights":
+        raise CogpressError(
+            f"{folder} holds no weights of cogpress. Name a run's weights, or make some: scripts/train."
+        )
+    compression = facts.get("compression")
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if compression or settings.get("quantization_config"):
+        scheme = compression["scheme"] if compression else settings["quantization_config"].get("quant_method", "such")
+        raise CogpressError(
+            f"{folder} holds {scheme} weights already; quantized twice they would only be worse. "
+            "Name the weights that they were made from."
+        )
+    manifest.check(folder, facts)
+    run = (
+        run
+        or (None if pipeline.made(folder.parent, facts) else pipeline.run_of(facts, folder.parent / "runs"))
+        or folder.parent
+    )
+    if not (run / "key.json").is_file() or not (run / "config.json").is_file():
+        raise CogpressError(
+            f"{run} is no run's folder, and what was trained on is needed to calibrate. Name it with --run runs/NAME."
+        )
+    adapter = run / "adapter"
+    made_by = facts.get("merge", {}).get("adapter")
+    if adapter.is_dir() and made_by not in (None, manifest.fingerprint(adapter)):
+        raise CogpressError(
+            f"{folder} was not made from {adapter}: the adapter's hash differs. Name its run with --run."
+        )
+    saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    return Source(folder, facts, run, config.parse(saved, str(run / "config.json")))
+
+
+def prepare(source: Source, root: Path, examples: Path | None) -> data.Prepared:
+    """The run's examples, tokenized and split as training did it.
+
+    Args:
+        source: the weights, whose folder has the base's tokenizer.
+        root: what relative paths of examples start from.
+        examples: the file that was trained on, where it is not where the run's configuration says.
+
+    Raises:
+        CogpressError: the examples are gone, or give other training rows than the run's.
+    """
+    settings = source.settings
+    path = examples or (root / settings.data.train if settings.data.train else None)
+    if path is None or not path.exists():
+        raise CogpressError(
+            f"The examples that {source.run} was trained on are not at {path}; they are needed to calibrate. "
+            "Name them with --data FILE."
+        )
+    prepared = data.prepare(
+        path,
+        tokenizer=base.tokenizer(source.folder),
+        prompt=settings.prompt,
+        data=settings.data,
+        max_length=settings.train.max_length,
+        seed=settings.train.seed,
+        validation_path=pipeline.validation_file(settings, root),
+        skip_bad=True,  # as far as training did, which the hash below tells
+        stop_ids=pipeline.stop_ids(source.folder),
+    )
+    trained = json.loads((source.run / "key.json").read_text(encoding="utf-8"))["rows"]
+    if training.run_key(settings, prepared, "")["rows"] != trained:
+        raise CogpressError(
+            f"{path} does not give the rows that {source.run} was trained on: it was changed since. "
+            "Name the examples as they were with --data FILE, or train again."
+        )
+    return prepared
+
+
+def choose_rows(prepared: data.Prepared, samples: int, seed: int) -> list[list[int]]:
+    """Token ids of so many training rows, chosen by the seed, never held-out ones; all where there are fewer."""
+    rows = [row.input_ids for row in prepared.train]
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), min(samples, len(rows))))]

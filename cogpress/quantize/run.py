@@ -1,0 +1,358 @@
+"""From weights to smaller weights: a folder for each scheme, made by llmcompressor in an environment of its own.
+
+Knows the worker (`compress`), how to watch it, and what quantized weights must keep of their source; leaves the choice
+of a scheme to `schemes`, the rows to `calibration` and what the result is worth to `comparison`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cogpress.cli import step
+from cogpress.data import prepare
+from cogpress.errors import CogpressError
+from cogpress.merge.merge import SERVING_FILES
+from cogpress.quantize import worker as compress
+from cogpress.quantize.calibrate import Source, choose_rows
+from cogpress.quantize.schemes import (
+    SCHEMES,
+    Scheme,
+    caution,
+    compute_capability,
+    group_size,
+    linear_widths,
+    refuse_here,
+    smoothing,
+    why_group,
+)
+from cogpress.setup import pip
+from cogpress.setup.environment import QUANTIZE, Environment
+from cogpress.setup.progress import Progress
+from cogpress.verify import report as verdict
+from cogpress.verify.report import weights_bytes
+from cogpress.weights import archive, manifest
+
+SAMPLES = {"cpu": 128, "gpu": 256}
+"""Examples to calibrate with. On two cores each takes half a second, on a GPU nothing that is noticed."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A finished folder of quantized weights."""
+
+    scheme: str
+    folder: Path
+    facts: dict[str, Any]
+    reused: bool
+
+
+def quantize(
+    root: Path,
+    source: Source,
+    schemes: Sequence[str],
+    prepared: Callable[[], prepare.Prepared],
+    console: Console,
+    *,
+    out: Path | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    fresh: bool = False,
+) -> dict[str, Quantized]:
+    """Make a folder of weights for each scheme, `weights-SCHEME`; finished ones of the same making are reused.
+
+    Args:
+        root: the project's folder, in which llmcompressor's environment is made at first use.
+        source: the weights.
+        schemes: names in `SCHEMES`.
+        prepared: gives the run's examples; called where a scheme calibrates.
+        console: where progress is shown.
+        out: the folder that the folders are made in; the run's where not given.
+        samples: examples to calibrate with; `SAMPLES` where not given.
+        seed: chooses them.
+        fresh: make again what is there.
+
+    Raises:
+        CogpressError: this machine can not, the model does not fit, or llmcompressor failed.
+    """
+    capability = compute_capability()
+    refuse_here(schemes, capability)
+    environment = Environment(root, QUANTIZE)
+    kind = "cpu" if capability is None else "gpu"
+    widths = linear_widths(source.folder)
+    if any(SCHEMES[name].grouped for name in schemes):
+        group_size(widths)  # refuses before the examples are read
+    for name in schemes:
+        if told := caution(name, capability):
+            console.print(f"  Note: {told}")
+    rows: list[list[int]] = []
+    if any(SCHEMES[name].algorithm != "none" for name in schemes):
+        rows = choose_rows(prepared(), samples or SAMPLES[kind], seed)
+    out = out or source.run
+    packages = environment.digest(kind)
+    plans = [_plan(source, SCHEMES[name], widths, rows, packages, out / f"weights-{name}") for name in schemes]
+    finished = {} if fresh else {plan.scheme.name: done for plan in plans if (done := _finished(plan))}
+    for done in finished.values():
+        console.print(f"  {done.folder} reused: it was made from the same weights in the same way")
+    todo = [plan for plan in plans if plan.scheme.name not in finished]
+    if todo:
+        if not environment.ready(kind):
+            environment.setup(gpu=kind == "gpu")
+        finished |= _make(environment, source, todo, rows, out, console)
+    return {name: finished[name] for name in schemes}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is made where, in words and as the manifest will say; its `key` is a hash of everything that decides it."""
+
+    scheme: Scheme
+    target: Path
+    about: str
+    facts: dict[str, Any]
+
+
+def _plan(
+    source: Source, scheme: Scheme, widths: dict[str, int], rows: list[list[int]], packages: str, target: Path
+) -> _Plan:
+    calibrated = rows if scheme.algorithm != "none" else []
+    group = group_size(widths) if scheme.grouped else None
+    about = [scheme.about]
+    facts = {
+        "scheme": scheme.name,
+        "format": scheme.preset,
+        "group_size": group,
+        "smoothing": smoothing(scheme, source.folder),
+        "samples": len(calibrated),
+        "tokens": sum(map(len, calibrated)),
+        "source": manifest.fingerprint(source.folder),
+    }
+    decides = {
+        **facts,
+        "rows": calibrated,
+        "files": source.facts["files"],
+        "carried": _carried(source.facts),
+        "worker": manifest.sha256(Path(compress.__file__)),
+        "packages": packages,
+    }
+    facts["key"] = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    if facts["smoothing"]:
+        about.append("smoothed first")
+    if group is not None:
+        about.append(f"groups of {group}{why_group(widths, group)}")
+    if calibrated:
+        about.append(f"calibrated on {facts['samples']} examples ({facts['tokens']:,} tokens)")
+    return _Plan(scheme, target, ", ".join(about), facts)
+
+
+def _carried(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a source's manifest says that is as true of the quantized weights."""
+    own = ("format", "kind", "cogpress", "created_at", "files")
+    return {name: value for name, value in facts.items() if name not in own}
+
+
+def _finished(plan: _Plan) -> Quantized | None:
+    facts = manifest.read(plan.target) if plan.target.is_dir() else None
+    if facts is None or facts.get("compression", {}).get("key") != plan.facts["key"]:
+        return None
+    try:
+        manifest.check(plan.target, facts)
+    except CogpressError:
+        return None
+    return Quantized(plan.scheme.name, plan.target, facts, reused=True)
+
+
+def _make(
+    environment: Environment,
+    source: Source,
+    plans: Sequence[_Plan],
+    rows: list[list[int]],
+    out: Path,
+    console: Console,
+) -> dict[str, Quantized]:
+    """Run the worker over all plans and put each result in its place as soon as it is complete."""
+    made: dict[str, Quantized] = {}
+    out.mkdir(parents=True, exist_ok=True)
+    # Beside the results, so that files move into place without being copied.
+    with tempfile.TemporaryDirectory(prefix=".quantize.", dir=out) as scratch:
+        raw = {plan.scheme.name: Path(scratch) / plan.scheme.name for plan in plans}
+        job = {
+            "source": str(source.folder.resolve()),
+            "rows": rows,
+            "schemes": [
+                {
+                    "name": plan.scheme.name,
+                    "out": str(raw[plan.scheme.name].resolve()),
+                    "algorithm": plan.scheme.algorithm,
+                    "preset": plan.scheme.preset,
+                    "group_size": plan.facts["group_size"],
+                    "smoothing": plan.facts["smoothing"],
+                }
+                for plan in plans
+            ],
+        }
+        job_file = Path(scratch) / "job.json"
+        manifest.write_json(job_file, job)
+        with _worker(environment, job_file, out / "quantize.log") as process:
+            for plan in plans:
+                with step(f"Quantize to {plan.scheme.name}", console) as say:
+                    console.print(f"  {plan.about}", soft_wrap=True, highlight=False)
+                    _wait(process, raw[plan.scheme.name], out / "quantize.log", plan)
+                    done = _finish(plan, source, raw[plan.scheme.name])
+                    facts = done.facts["compression"]
+                    before, after = facts["bytes_before"], facts["bytes_after"]
+                    say(f"{before / 1e6:.0f} MB became {after / 1e6:.0f} MB ({after / before:.0%})")
+                made[plan.scheme.name] = done
+    return made
+
+
+@contextlib.contextmanager
+def _worker(environment: Environment, job: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """llmcompressor's process, with all that it prints in `log`; ended when the block ends."""
+    variables = {name: value for name, value in pip.clean_environment(os.environ).items() if "TOKEN" not in name}
+    variables |= {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_MININTERVAL": "1",
+        # Threads that wait without spinning: beside other work on the same cores that is several times as fast.
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    with log.open("wb") as output:
+        # -I, so that this package's modules do not stand in for others of their name.
+        process = subprocess.Popen(
+            [environment.python, "-I", compress.__file__, job],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], out: Path, log: Path, plan: _Plan) -> None:
+    """Wait for one scheme's result, showing how far it is.
+
+    Raises:
+        CogpressError: the worker ended without it; quotes the end of its log.
+    """
+    label = plan.scheme.name
+    progress = Progress(label, tells_end=False)
+    pace = Pace(passes=2 if plan.facts["smoothing"] else 1)
+    offset = log.stat().st_size
+    try:
+        # The file first: a worker that ends after writing it has done its work.
+        while not (out / compress.RESULT).is_file():
+            if process.poll() is not None and not (out / compress.RESULT).is_file():
+                raise CogpressError(explain(label, process.returncode, log))
+            progress.show(pace.told(_tail(log, offset), time.monotonic()))
+            time.sleep(0.2)
+    finally:
+        progress.end(True)
+
+
+class Pace:
+    """How far llmcompressor is, by its own counting of layers, which starts again with each pass over the model."""
+
+    def __init__(self, passes: int) -> None:
+        self.passes = passes
+        self.number = 0
+        self.layer = 0
+        self.began = 0.0
+
+    def told(self, log: str, now: float) -> str:
+        """The newest count in the log in words, with the time left once the last pass shows how long a layer takes."""
+        counted = re.findall(r"\((\d+)/(\d+)\): ", log)
+        if not counted:
+            return ""
+        layer, total = map(int, counted[-1])
+        if self.number == 0 or layer < self.layer:
+            self.number, self.began = self.number + 1, now
+        self.layer = layer
+        text = f"layer {layer} of {total}" + (f", pass {self.number} of {self.passes}" if self.passes > 1 else "")
+        if self.number < self.passes or not 3 < layer < total:
+            return text
+        return f"{text}, about {(now - self.began) / (layer - 1) * (total - layer + 1):.0f} s left"
+
+
+def _tail(log: Path, offset: int = 0, size: int = 16384) -> str:
+    """The end of what was written to the log after `offset`."""
+    with log.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(offset, file.tell() - size))
+        return file.read().decode("utf-8", errors="replace")
+
+
+def explain(scheme: str, status: int, log: Path) -> str:
+    """Why the worker ended, with the end of its log and where the rest is."""
+    lines = [line.rstrip() for line in re.split(r"[\r\n]", _tail(log))]
+    lines = [line for line in lines if line and "it/s" not in line and "?it" not in line]
+    end = "\n".join(f"  {line[:300]}" for line in lines[-8:])
+    cause = "see why below."
+    if status == -9:
+        cause = "it was killed, most likely because memory ran out. Use a machine with more, or fewer --samples."
+    elif re.search(r"out of memory|OutOfMemoryError|MemoryError|can't allocate memory", "\n".join(lines)):
+        cause = "memory ran out. Use a machine with more, or fewer --samples."
+    elif "No space left on device" in "\n".join(lines):
+        cause = "the disk is full. Make room and run again."
+    return f"llmcompressor stopped at {scheme}: {cause} All of its output is in {log}; the end is:\n{end}"
+
+
+def refuse_failed(folder: Path) -> None:
+    """Refuse to install weights that verification found wanting.
+
+    Raises:
+        CogpressError: they failed; names the report.
+    """
+    if verdict.state(folder) == "failed":
+        raise CogpressError(
+            f"{folder} failed verification, so it is not installed; {folder / verdict.MARKDOWN} tells why. Install "
+            "another scheme, or change verify's limits in model.yaml and verify it again with scripts/verify."
+        )
+
+
+def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:
+    """Put the worker's tensors and the source's own settings into a folder of weights, all or nothing."""
+    result = json.loads((raw / compress.RESULT).read_text(encoding="utf-8"))
+    written = json.loads((raw / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" not in written or not list(raw.glob("*.safetensors")):
+        raise CogpressError(f"llmcompressor wrote no quantized weights for {plan.scheme.name}. Nothing is kept.")
+    with archive.new_folder(plan.target) as part:
+        for path in [*raw.glob("*.safetensors"), *raw.glob("*.safetensors.index.json")]:
+            shutil.move(path, part / path.name)
+        # Tokenizer and settings are the source's own: another version of transformers writes them differently.
+        for name in SERVING_FILES:
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, part / name)
+        settings = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        manifest.write_json(part / "config.json", {**settings, "quantization_config": written["quantization_config"]})
+        compression = {
+            **plan.facts,
+            "llmcompressor": result["llmcompressor"],
+            "seconds": round(result["seconds"], 1),
+            "bytes_before": weights_bytes(source.folder),
+            "bytes_after": weights_bytes(part),
+        }
+        facts = manifest.write(part, "weights", {**_carried(source.facts), "compression": compression})
+    return Quantized(plan.scheme.name, plan.target, facts, reused=False)

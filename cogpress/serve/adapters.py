@@ -1,0 +1,183 @@
+"""Several adapters over one base: from the names in `model.yaml` to adapters that an engine serves.
+
+The base that they share is the dequantized one that they were trained on, so that each answers as training scored it.
+Knows which adapters can share a base, and fetches each at its first use; leaves the arithmetic to `merge` and loading
+and evicting to the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cogpress import config
+from cogpress.engines.base import Adapter
+from cogpress.errors import CogpressError
+from cogpress.merge import adapter, merge
+from cogpress.merge.adapter import Adapter as Trained
+from cogpress.weights import base, fetch, manifest, source
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An adapter that can be answered with, and what its prompts must look like."""
+
+    adapter: Adapter
+    prompt: config.Prompt
+
+
+def read(name: str, folder: Path) -> Trained:
+    """An adapter that can be served without being merged.
+
+    Args:
+        name: as messages call it.
+        folder: where it is.
+
+    Raises:
+        CogpressError: it is none of cogpress, or engines can not apply what it uses.
+    """
+    found = adapter.read(folder)
+    wrong = sorted(found.replaced)
+    wrong += [module for module, layer in found.layers.items() if layer.embedding or layer.magnitude or layer.bias]
+    if wrong:
+        raise CogpressError(
+            f"The adapter {name} changes {wrong[0]} in a way that only a merge applies (DoRA, embeddings, biases or "
+            "whole modules). Merge it with scripts/merge and serve the weights."
+        )
+    return found
+
+
+def base_key(found: Trained) -> str:
+    """What adapters must have in common to share a base: its weights, and how training held each layer."""
+    facts = [found.fingerprint, found.quantization, found.facts["compute_dtype"], sorted(found.quantized)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def rank(found: Trained) -> int:
+    """The largest rank of an adapter's matrices."""
+    settings = json.loads((found.folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return max([int(settings["r"]), *map(int, (settings.get("rank_pattern") or {}).values())])
+
+
+def write_base(base_folder: Path, adapter_folder: Path, target: Path, progress: merge.Progress) -> dict[str, Any]:
+    """Write the base as an adapter was trained on it: quantized and dequantized again, and nothing added.
+
+    Args:
+        base_folder: the base, as safetensors.
+        adapter_folder: an adapter that was trained on it.
+        target: the folder to write.
+        progress: wraps the tensors, given how many there are.
+
+    Returns:
+        the manifest.
+
+    Raises:
+        CogpressError: they do not belong together; nothing is written.
+    """
+    key = base_key(adapter.read(adapter_folder))
+    return merge.merge(base_folder, adapter_folder, target, alone=True, progress=progress, facts={"shared_base": key})
+
+
+class Adapters:
+    """The adapters of one server."""
+
+    def __init__(self, sources: Mapping[str, str], settings: config.Config, root: Path) -> None:
+        """Know their names; nothing is fetched yet.
+
+        Args:
+            sources: where each is, by name; a path is relative to `root`.
+            settings: of the project.
+            root: the project's folder.
+        """
+        self._sources = {
+            name: str(root / place) if source.parse(place).kind == "path" else place for name, place in sources.items()
+        }
+        self._settings = settings
+        self._root = root
+        self._cache = root / ".cache"
+        self._ready: dict[str, Ready] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self.key = ""
+        """What an adapter's `base_key` must be."""
+        self.rank = 0
+        """The largest rank that the engine has room for."""
+
+    def weights(self, wanted: str | os.PathLike[str] | None) -> str:
+        """The source of the base that they share; made where it is not there yet.
+
+        Args:
+            wanted: a source of it that a user named; None for `root/weights` or, where that holds other weights, a
+                folder in the cache.
+
+        Raises:
+            CogpressError: the adapters' base is not the one of model.yaml.
+        """
+        first = next(iter(self._sources))
+        trained = read(first, fetch.adapter(self._sources[first], self._cache).folder)
+        self.key = base_key(trained)
+        ranks = [rank(trained), self._settings.train.rank]
+        for place in self._sources.values():
+            settings = Path(place) / "adapter_config.json"
+            if settings.is_file():
+                ranks.append(int(json.loads(settings.read_text(encoding="utf-8")).get("r", 0)))
+        self.rank = max(ranks)
+        if wanted is not None:
+            return os.fspath(wanted)
+        folder = self._root / "weights"
+        if folder.is_dir() and (manifest.read(folder) or {}).get("shared_base") == self.key:
+            return str(folder)
+        target = self._cache / "shared" / self.key[:16]
+        if not (target / manifest.NAME).is_file():
+            print("Making the base that the adapters share, once.", flush=True)
+            base_folder = base.fetch(self._settings.base.source, self._cache)
+            write_base(base_folder, trained.folder, target, lambda items, _total: items)
+        return str(target)
+
+    def check(self, found: fetch.Model) -> None:
+        """Refuse weights that are not the adapters' base.
+
+        Raises:
+            CogpressError: says how to make it.
+        """
+        if (found.manifest or {}).get("shared_base") != self.key:
+            raise CogpressError(
+                f"{found.folder} is not the base that the adapters were trained on, dequantized. Make it with "
+                "scripts/merge --base-alone, or name no weights."
+            )
+
+    async def get(self, name: str) -> Ready:
+        """An adapter by name; fetched and checked at its first use.
+
+        Raises:
+            CogpressError: there is none of this name, it can not be had, or it does not belong to the base.
+        """
+        if name not in self._sources:
+            known = ", ".join(self._sources) or "none: model.yaml lists no adapters"
+            raise CogpressError(f"There is no adapter {name!r}. The adapters are {known}.")
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            if name not in self._ready:
+                self._ready[name] = await asyncio.to_thread(self._load, name)
+        return self._ready[name]
+
+    def _load(self, name: str) -> Ready:
+        folder = fetch.adapter(self._sources[name], self._cache).folder
+        found = read(name, folder)
+        if base_key(found) != self.key:
+            raise CogpressError(
+                f"The adapter {name} was trained on another base than the others, or with another quantization. "
+                "Serve it by itself."
+            )
+        largest = rank(found)
+        if largest > self.rank:
+            raise CogpressError(
+                f"The adapter {name} has the rank {largest}, and the server has room for {self.rank}. Raise train.rank "
+                "in model.yaml to it."
+            )
+        number = 1 + list(self._sources).index(name)
+        return Ready(Adapter(name, number, folder, largest), config.Prompt.model_validate(found.facts["prompt"]))

@@ -1,0 +1,145 @@
+"""What a server tells of its work: a JSON line for each prediction, and Prometheus metrics on a port of loopback.
+
+Prompts and answers are in neither, unless `serve.log` asks for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from cogpress.engines.base import Sampling
+from cogpress.errors import CogpressError
+from cogpress.serve.requests import Request
+
+if TYPE_CHECKING:
+    from cogpress.config import Serve
+
+HOST = "127.0.0.1"
+
+Outcome = Literal["succeeded", "failed", "canceled"]
+
+Record = Callable[[str, Any], None]
+"""Takes the name and the value of a metric."""
+
+
+@dataclass
+class Prediction:
+    """One prediction that is worked on.
+
+    `given` are its inputs, `started` is a reading of `time.perf_counter`; `text` and `generated` grow meanwhile.
+    """
+
+    given: Mapping[str, Any]
+    _record: Record
+    started: float
+    text: list[str] = field(default_factory=list)
+    generated: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def record(self, name: str, value: Any) -> None:
+        """Give a metric to whoever asked, and keep it."""
+        self.metrics[name] = value
+        self._record(name, value)
+
+
+class Observer:
+    """Tells what happens to predictions, as the options say."""
+
+    def __init__(self, serve: Serve) -> None:
+        """Open the port, where there is one.
+
+        Raises:
+            CogpressError: the port is taken.
+        """
+        self._log = serve.log
+        self._metrics = _Metrics(serve.metrics_port) if serve.metrics_port is not None else None
+
+    @contextmanager
+    def watch(self, prediction: Prediction) -> Iterator[None]:
+        """Count a prediction as running in the block, and tell how it ended after it."""
+        if self._metrics is not None:
+            self._metrics.running.inc()
+        outcome: Outcome = "canceled"
+        error = ""
+        try:
+            yield
+            outcome = "succeeded"
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except BaseException as fault:
+            outcome, error = "failed", str(fault)
+            raise
+        finally:
+            if self._metrics is not None:
+                self._metrics.running.dec()
+                self._metrics.count(prediction, outcome)
+            self._tell(prediction, outcome, error)
+
+    def refused(self, given: Mapping[str, Any], error: str) -> None:
+        """A prediction was refused before anything was generated."""
+        if self._metrics is not None:
+            self._metrics.predictions.labels("failed").inc()
+        self._tell(Prediction(given, lambda _name, _value: None, time.perf_counter()), "failed", error)
+
+    def _tell(self, prediction: Prediction, outcome: Outcome, error: str) -> None:
+        if self._log == "none":
+            return
+        facts: dict[str, Any] = {
+            "event": "prediction",
+            "status": outcome,
+            "seconds": round(time.perf_counter() - prediction.started, 4),
+            "inputs": sorted(
+                name for name, value in prediction.given.items() if value not in (None, "", *_unset(name))
+            ),
+            "generated": prediction.generated,
+            **{name: value for name, value in prediction.metrics.items() if name != "logprobs"},
+        }
+        if error:
+            # What comes after a colon can quote what was typed.
+            facts["error"] = error if self._log == "prompts" else error.partition(":")[0][:80]
+        if self._log == "prompts":
+            facts |= {"input": dict(prediction.given), "output": "".join(prediction.text)}
+        # The prediction's log may be closed already; the work itself is done.
+        with suppress(OSError, ValueError):
+            print(json.dumps(facts, ensure_ascii=False, default=str), file=sys.stderr, flush=True)
+
+
+def _unset(name: str) -> list[Any]:
+    """What an input is when it was not given: the runtime fills defaults in."""
+    return [None, "", *(getattr(one, name) for one in (Request(), Sampling()) if hasattr(one, name))]
+
+
+class _Metrics:
+    """The kit's own metrics; vLLM adds its own (queue, KV cache) to the same port."""
+
+    def __init__(self, port: int) -> None:
+        from prometheus_client import Counter, Gauge, Histogram, start_http_server
+
+        self.running = Gauge("cogpress_predictions_running", "Predictions that are worked on or wait for the engine.")
+        self.predictions = Counter("cogpress_predictions", "Predictions that ended, by status.", ["status"])
+        self.tokens = Counter("cogpress_tokens", "Tokens read (prompt) and generated (answer).", ["kind"])
+        self.first = Histogram(
+            "cogpress_time_to_first_token_seconds",
+            "Seconds from a prediction's start to its first token.",
+            buckets=(0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30),
+        )
+        try:
+            start_http_server(port, addr=HOST)
+        except OSError as error:
+            raise CogpressError(
+                f"serve.metrics_port is {port}, which can not be opened: {error.strerror}. Name another."
+            ) from None
+
+    def count(self, prediction: Prediction, outcome: Outcome) -> None:
+        self.predictions.labels(outcome).inc()
+        self.tokens.labels("prompt").inc(prediction.metrics.get("input_token_count", 0))
+        self.tokens.labels("answer").inc(prediction.generated)
+        if "time_to_first_token" in prediction.metrics:
+            self.first.observe(prediction.metrics["time_to_first_token"])

@@ -1,0 +1,219 @@
+"""A prediction's inputs, which are texts and numbers, to what is meant by them; refused with a sentence where unclear.
+
+Knows what each input may hold; leaves bounds of single numbers to Cog, templates to `chat` and tokens to the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cogpress.engines.base import Sampling, Structure
+from cogpress.errors import CogpressError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant", "tool")
+
+MAX_BIASES = 1024
+"""Entries of `logit_bias`."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the model is asked; exactly one of prompt, fields and messages is used. JSON as users typed it."""
+
+    prompt: str = ""
+    system_prompt: str | None = None
+    messages: str | None = None
+    fields: str | None = None
+    tools: str | None = None
+    thinking: bool | None = None
+    adapter: str = ""
+
+
+def read(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Request, Sampling]:
+    """What is asked and how tokens are chosen, from a prediction's inputs by name; those not given have no effect.
+
+    Raises:
+        CogpressError: an input is not as described.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    asked = {name: values[name] for name in Request.__dataclass_fields__ if name in values}
+    plain = {name: values[name] for name in _PLAIN if name in values}
+    sampling = Sampling(
+        **plain,
+        stop=stops(values.get("stop", "")),
+        logit_bias=logit_bias(values.get("logit_bias"), tokenizer),
+        structure=structure(*(values.get(name) for name in ("json_schema", "regex", "choices", "grammar"))),
+    )
+    return Request(**asked), sampling
+
+
+_PLAIN = (
+    *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "seed", "logprobs"),
+)
+"""The inputs that are `Sampling`'s as they are."""
+
+
+def read_json(text: str, name: str) -> Any:
+    """JSON that a user typed.
+
+    Raises:
+        CogpressError: it is none; says where it stops being JSON.
+    """
+
+    def constant(word: str) -> Any:
+        raise ValueError(f"{word} is not allowed in JSON")
+
+    try:
+        return json.loads(text, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise CogpressError(f"{name} is not JSON: {error}. Give valid JSON, or leave it empty.") from None
+
+
+def messages(text: str) -> list[dict[str, Any]]:
+    """A conversation to continue: checked turns with nothing else in them than the fields that chat templates know.
+
+    Raises:
+        CogpressError: naming the message that is not as described.
+    """
+    found = read_json(text, "messages")
+    if not isinstance(found, list) or not found:
+        raise CogpressError('messages must be a non-empty JSON list of {"role": ..., "content": ...}.')
+    checked = [_message(at, message) for at, message in enumerate(found, 1)]
+    if checked[-1]["role"] not in ("user", "tool"):
+        raise CogpressError("The last message must be the user's or a tool's, which is the one to answer.")
+    return checked
+
+
+def _message(at: int, message: Any) -> dict[str, Any]:
+    calls = isinstance(message, dict) and message.get("role") == "assistant" and message.get("tool_calls")
+    if calls and message.get("content") is None:
+        message = {**message, "content": ""}
+    if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+        raise CogpressError(f"Message {at} must be an object with the texts role and content.")
+    role = message["role"]
+    if role not in ROLES:
+        raise CogpressError(f"Message {at} has the role {role!r}; use system, user, assistant or tool.")
+    if role == "system" and at > 1:
+        raise CogpressError(f"Message {at} is a system message; only the first message may be one.")
+    kept: dict[str, Any] = {"role": role, "content": message["content"]}
+    if calls:
+        kept["tool_calls"] = [_call(at, call) for call in (calls if isinstance(calls, list) else [calls])]
+    if role == "tool":
+        kept |= {key: message[key] for key in ("tool_call_id", "name") if isinstance(message.get(key), str)}
+    return kept
+
+
+def _call(at: int, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise CogpressError(
+            f'Message {at}: each of its tool_calls must be {{"function": {{"name": ..., "arguments": ...}}}}.'
+        )
+    arguments = function.get("arguments", {})
+    # OpenAI's clients send arguments as a text of JSON, and templates write an object.
+    arguments = read_json(arguments, f"arguments in message {at}") if isinstance(arguments, str) else arguments
+    kept: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {"id": call["id"], **kept} if isinstance(call.get("id"), str) else kept
+
+
+def tools(text: str | None) -> list[dict[str, Any]]:
+    """Functions that the model may call, as OpenAI's API describes them.
+
+    Raises:
+        CogpressError: it is not a list of such descriptions.
+    """
+    if not text or not text.strip():
+        return []
+    found = read_json(text, "tools")
+    if not isinstance(found, list):
+        raise CogpressError('tools must be a JSON list of {"type": "function", "function": {"name": ...}}.')
+    for at, tool in enumerate(found, 1):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise CogpressError(f'Tool {at} must be {{"type": "function", "function": {{"name": ..., ...}}}}.')
+    return found
+
+
+def stops(text: str) -> list[str]:
+    """Stop sequences: one text, or a JSON list of texts.
+
+    Raises:
+        CogpressError: it starts like a list and is not one of non-empty texts.
+    """
+    if not text.lstrip().startswith("["):
+        return [text] if text else []
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return [text]
+    if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
+        raise CogpressError('stop must be a text or a JSON list of texts, such as ["\\n\\n", "END"].')
+    return values
+
+
+def structure(json_schema: str | None, regex: str | None, choices: str | None, grammar: str | None) -> Structure | None:
+    """What the answer must look like; None where nothing was asked for.
+
+    Raises:
+        CogpressError: two were asked for, or one is not as described.
+    """
+    given = {
+        name: text
+        for name, text in (("json_schema", json_schema), ("regex", regex), ("choices", choices), ("grammar", grammar))
+        if text is not None and text.strip()
+    }
+    if not given:
+        return None
+    if len(given) > 1:
+        raise CogpressError(f"Only one form can be asked for, and {' and '.join(given)} are given. Leave one.")
+    [(name, text)] = given.items()
+    if name == "json_schema":
+        schema = read_json(text, name)
+        if not isinstance(schema, dict):
+            raise CogpressError('json_schema must be a JSON object, such as {"type": "object"}.')
+        return Structure("json", json.dumps(schema))
+    if name == "choices":
+        found = read_json(text, name)
+        if not isinstance(found, list) or not found or not all(isinstance(one, str) and one for one in found):
+            raise CogpressError('choices must be a JSON list of texts, such as ["yes", "no"].')
+        return Structure("choice", tuple(found))
+    return Structure("regex" if name == "regex" else "grammar", text)
+
+
+def logit_bias(text: str | None, tokenizer: PreTrainedTokenizerBase) -> dict[int, float]:
+    """What to add to the logits of some tokens, by token id. Users name a token by its id or by its text.
+
+    Raises:
+        CogpressError: a text is not one token, an id is none of the model's, or a bias is no number of -100 to 100.
+    """
+    if not text or not text.strip():
+        return {}
+    found = read_json(text, "logit_bias")
+    if not isinstance(found, dict) or len(found) > MAX_BIASES:
+        raise CogpressError(f'logit_bias must be a JSON object of at most {MAX_BIASES} entries, such as {{"yes": 5}}.')
+    biases: dict[int, float] = {}
+    for name, bias in found.items():
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.fabs(bias) <= 100:
+            raise CogpressError(f"logit_bias gives {name!r} the bias {bias!r}; use a number from -100 to 100.")
+        biases[_token(name, tokenizer)] = float(bias)
+    return biases
+
+
+def _token(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    size = len(tokenizer)
+    if name.isascii() and name.isdigit() and len(name) < 10:
+        if int(name) >= size:
+            raise CogpressError(f"logit_bias names the token {name}, and the model has {size:,}.")
+        return int(name)
+    ids: list[int] = tokenizer(name, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) != 1:
+        raise CogpressError(f"logit_bias names {name!r}, which is {len(ids)} tokens. Name one token, or its id.")
+    return int(ids[0])

@@ -1,0 +1,305 @@
+"""transformers' Trainer, made to waste little on padding and nothing on logits without loss.
+
+Knows batches, the loss and what is measured in each step; leaves data, adapters and files to `training`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+
+from cogpress.data.tokenize import Row
+
+IGNORE = -100
+"""The label of a token without loss, as everywhere in PyTorch."""
+
+_WINDOW = 32
+"""Batches that are sorted by length together: enough to leave little padding, few enough to stay random."""
+
+
+class Rows(Dataset[Row]):
+    """Tokenized examples as a PyTorch dataset."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+
+class Collator:
+    """Pads a batch on the right to its own longest row: tensors of shape (batch, longest), int64."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        longest = max(len(row.input_ids) for row in rows)
+
+        def padded(values: Iterator[list[int]], fill: int) -> torch.Tensor:
+            return torch.tensor([list(value) + [fill] * (longest - len(value)) for value in values])
+
+        return {
+            "input_ids": padded((row.input_ids for row in rows), self.pad_token_id),
+            "attention_mask": padded(([1] * len(row.input_ids) for row in rows), 0),
+            "labels": padded((row.labels for row in rows), IGNORE),
+        }
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Row indices in an order that puts rows of like length into the same batch, random from epoch to epoch.
+
+    That leaves next to no padding. Where there are few rows, batches are mixed: all of them would be sorted by length,
+    and batches of rows that are alike teach less at the beginning (docs/measurements.md).
+
+    The order depends on the seed and the epoch alone, never on the global random state, so that a resumed run sees
+    the very batches that an uninterrupted one would have seen.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng([self.seed, self.epoch])
+        rows = random.permutation(len(self.lengths))
+        window = self.batch_size * _WINDOW
+        if len(rows) < 2 * window:
+            yield from rows.tolist()
+            return
+        batches: list[np.ndarray] = []
+        for start in range(0, len(rows), window):
+            part = rows[start : start + window]
+            part = part[np.argsort(self.lengths[part], kind="stable")]
+            batches.extend(part[at : at + self.batch_size] for at in range(0, len(part), self.batch_size))
+        # A short batch in the middle would shift every batch after it, so it goes last.
+        short = [batch for batch in batches if len(batch) < self.batch_size]
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        for at in random.permutation(len(full)):
+            yield from full[at].tolist()
+        for batch in short:
+            yield from batch.tolist()
+
+
+class AnswerTrainer(Trainer):
+    """Cross-entropy on answer tokens only, with logits computed for these alone.
+
+    The output layer is the widest of a small model (SmolLM2: 49,152 x 576 of 135 M parameters) and its logits in
+    float32 the largest tensor of a step. A hook on the layer's input keeps only the hidden states that have a label,
+    so that everything a model does to its logits (scaling, soft-capping) stays as its own code has it.
+    """
+
+    def __init__(self, *, lengths: Sequence[int], **kwargs: Any) -> None:
+        self._lengths = lengths
+        self._keep: torch.Tensor | None = None
+        self.tokens_seen = 0
+        super().__init__(**kwargs)
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        self._head_hook = model.get_output_embeddings().register_forward_pre_hook(self._keep_labelled)
+
+    def _keep_labelled(self, _module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if self._keep is None:
+            return inputs
+        return (inputs[0][self._keep], *inputs[1:])
+
+    def release(self) -> None:
+        """Take the hook off the model, which then gives all its logits again."""
+        self._head_hook.remove()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return LengthGroupedSampler(self._lengths, self.args.train_batch_size, self.args.seed)
+
+    def answer_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        """Summed negative log-likelihood (nats) of the labelled tokens, and how many there are.
+
+        Args:
+            inputs: `input_ids`, `attention_mask` and `labels`, each of shape (batch, length).
+        """
+        has_loss = inputs["labels"][:, 1:] != IGNORE
+        self._keep = F.pad(has_loss, (0, 1), value=False)
+        try:
+            logits = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+            ).logits
+        finally:
+            self._keep = None
+        targets = inputs["labels"][:, 1:][has_loss]
+        return F.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Mean loss per answer token over the whole (accumulated, all-device) batch."""
+        loss, count = self.answer_loss(model, inputs)
+        self.tokens_seen += int(inputs["attention_mask"].sum())
+        if num_items_in_batch is None:
+            return loss / count
+        # Trainer averages gradients over devices, while the count is of all of them.
+        return loss / num_items_in_batch * self.accelerator.num_processes
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss per answer token of the validation rows, weighted by tokens and not by batches."""
+        loader = self.get_eval_dataloader(eval_dataset)
+        training = self.model.training
+        self.model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in loader:
+                loss, tokens = self.answer_loss(self.model, self._prepare_inputs(batch))
+                sums = self.accelerator.gather_for_metrics(torch.stack([loss.detach(), loss.new_tensor(tokens)])[None])
+                total += sums[:, 0].sum().item()
+                count += int(sums[:, 1].sum().item())
+        self.model.train(training)
+        metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
+        self.log(metrics)
+        control: Any = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        return metrics
+
+
+def memory_gb() -> float:
+    """Peak memory of this process in GB (1e9 bytes): the GPU's where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Recorder(TrainerCallback):
+    """Shows progress and writes `metrics.jsonl`, one object a step.
+
+    Tokens per second count no padding and no time spent in evaluation or on checkpoints.
+    """
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self.path = path
+        self.console = console
+        self.trainer: AnswerTrainer
+        self.seconds = 0.0
+        self.tokens = 0
+        self._validation = math.nan
+        self._started = 0.0
+        self._tokens_before = 0
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        kept = _drop_after(self.path, state.global_step)
+        if kept:  # a resumed run counts on from where it was
+            self.seconds, self.tokens = kept[-1]["seconds"], kept[-1]["tokens"]
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("  training"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, numbers="")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started = time.perf_counter()
+        self._tokens_before = self.trainer.tokens_seen
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self._started
+        self.tokens += self.trainer.tokens_seen - self._tokens_before
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = dict(logs or {})
+        if "loss" in logs:
+            self._step(state, logs)
+        elif "eval_loss" in logs:
+            self._validation = logs["eval_loss"]
+            self._write({"step": state.global_step, "validation_loss": logs["eval_loss"]})
+
+    def _step(self, state: Any, logs: dict[str, float]) -> None:
+        speed = self.tokens / self.seconds if self.seconds else 0.0
+        self._write(
+            {
+                "step": state.global_step,
+                "epoch": round(state.epoch or 0.0, 4),
+                "loss": logs["loss"],
+                "learning_rate": logs.get("learning_rate"),
+                "grad_norm": logs.get("grad_norm"),
+                "seconds": round(self.seconds, 3),
+                "tokens": self.tokens,
+                "tokens_per_second": round(speed, 1),
+                "memory_gb": round(memory_gb(), 2),
+            }
+        )
+        validation = "" if math.isnan(self._validation) else f"  validation {self._validation:.4f}"
+        numbers = f"loss {logs['loss']:.4f}{validation}  {speed:.0f} tok/s  {memory_gb():.1f} GB"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step, numbers=numbers)
+        elif state.global_step % max(1, state.max_steps // 10) == 0:
+            left = (state.max_steps - state.global_step) * self.seconds / max(1, state.global_step)
+            self.console.print(f"  step {state.global_step}/{state.max_steps}  {numbers}  {left:.0f} s left")
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; also after an interruption."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a last line cut short by an interruption is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Forget what was recorded after the checkpoint that training goes on from; the training steps that are kept."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [row for row in rows if "loss" in row]

@@ -1,0 +1,402 @@
+"""The whole way from examples to weights that can be served: prepare, train, merge, compare, pack.
+
+Knows the order of the steps and what each leaves in the run folder; leaves each step to its own module. Finished
+steps are recognised by what went into them and not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from cogpress.cli import step
+from cogpress.config import Config, Merge, Prompt, load
+from cogpress.data import prepare as data
+from cogpress.data.prepare import Prepared
+from cogpress.errors import CogpressError
+from cogpress.merge import adapter as adapters
+from cogpress.merge import merge
+from cogpress.serve import adapters as multilora
+from cogpress.train import run as training
+from cogpress.verify import distributions
+from cogpress.weights import archive, base, manifest
+
+if TYPE_CHECKING:
+    from cogpress.verify.distributions import Divergence
+
+HELD_OUT = "held-out.jsonl"
+"""The examples of a run that it does not train on, as conversations."""
+
+ADAPTER = "adapter"
+"""The folder of a run, and in the tar of its weights, that holds the adapter."""
+
+COMPARED_ROWS = 64
+"""Rows on which merges are compared: enough for a mean KL, seconds on a laptop."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a run made, and what was measured on the way."""
+
+    base: Path
+    weights: Path
+    manifest: dict[str, Any]
+    training: training.Result
+    merged: Divergence
+    naive: Divergence
+    tar: Path
+
+
+def from_inputs(
+    root: Path,
+    inputs: dict[str, Any],
+    *,
+    run: Path | None = None,
+    resume: bool = False,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Built:
+    """Build weights from the inputs of a training, over what `model.yaml` says.
+
+    Args:
+        root: the project's folder.
+        inputs: by the names that `train.py` gives them; `train_data` may be left to `model.yaml`.
+        run: the run's folder; `runs/NAME` where not given.
+        resume: go on with an interrupted training.
+        fresh: forget what the run's folder holds.
+        console: where progress is shown.
+    """
+    inputs = dict(inputs)
+    skip_bad = bool(inputs.pop("skip_bad_lines", False))
+    inputs["train_data"] = str(inputs["train_data"]) if inputs.get("train_data") else None
+    config = load(root / "model.yaml").override(inputs)
+    if config.data.train is None:
+        raise CogpressError(
+            "There are no examples to train on. Give --train-data FILE, or set data.train in model.yaml."
+        )
+    run = run or root / "runs" / config.name
+    if fresh:
+        shutil.rmtree(run, ignore_errors=True)
+    return build(
+        config,
+        root / config.data.train,
+        run,
+        root / ".cache",
+        console or Console(),
+        validation_path=validation_file(config, root),
+        resume=resume,
+        skip_bad=skip_bad,
+    )
+
+
+def validation_file(config: Config, root: Path) -> Path | None:
+    """The file that `data.validation` names, which is relative to the project's folder; None where it names none."""
+    return root / config.data.validation if config.data.validation else None
+
+
+def install(weights: Path, place: Path) -> None:
+    """Copy finished weights to the folder that `predict.py` serves by default, replacing what was there.
+
+    The folder's README stays.
+    """
+    with archive.new_folder(place) as part:
+        shutil.copytree(weights, part, dirs_exist_ok=True)
+        if (place / "README.md").is_file():
+            shutil.copyfile(place / "README.md", part / "README.md")
+
+
+def lay_out(fetched: Path, run: Path) -> bool:
+    """Make a run's folder from its fetched tar: `weights`, and beside it the adapter that they were made with.
+
+    Args:
+        fetched: the unpacked tar.
+        run: the folder.
+
+    Returns:
+        whether the tar holds the adapter.
+    """
+    with archive.new_folder(run / "weights") as part:
+        shutil.copytree(
+            fetched, part, dirs_exist_ok=True, ignore=lambda at, _: [ADAPTER] if Path(at) == fetched else []
+        )
+    if not (fetched / ADAPTER).is_dir():
+        return False
+    with archive.new_folder(run / ADAPTER) as part:
+        shutil.copytree(fetched / ADAPTER, part, dirs_exist_ok=True)
+    return True
+
+
+def held_out_again(
+    config: Config,
+    path: Path,
+    run: Path,
+    cache: Path,
+    console: Console,
+    *,
+    validation_path: Path | None = None,
+    skip_bad: bool,
+) -> None:
+    """Tell the examples that a training elsewhere held out, from the same file, and write them into its run's folder.
+
+    Args:
+        config: what the training was started with, here.
+        path: the examples that it was given.
+        run: its folder, with its adapter.
+        cache: where base models are kept.
+        console: where the report is shown.
+        validation_path: the examples to hold out, where a file of their own has them.
+        skip_bad: what the training was told.
+
+    Raises:
+        CogpressError: it held out others.
+    """
+    facts = adapters.read(run / ADAPTER).facts
+    config = config.model_copy(update={"prompt": Prompt.model_validate(facts["prompt"])})
+    base_folder = base.fetch(facts["base"]["source"], cache)
+    prepare(config, path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad)
+    if manifest.sha256(run / HELD_OUT) != facts.get("held_out"):
+        (run / HELD_OUT).unlink()
+        raise CogpressError(
+            f"The training held out other examples than {path} gives here, so that some that it learnt would be among "
+            "them: its model.yaml has another data, seed or max_length. Name examples with verify.examples."
+        )
+
+
+def new_run(root: Path) -> Path:
+    """A run folder of its own for a training that Cog asks for, so that no other run is touched."""
+    return root / "runs" / time.strftime("training-%Y%m%d-%H%M%S", time.gmtime())
+
+
+def made(run: Path, facts: dict[str, Any]) -> bool:
+    """Whether a run trained the adapter that is in weights, by their manifest."""
+    recorded = manifest.read(run / "adapter")
+    adapter = (facts.get("merge") or {}).get("adapter")
+    return recorded is not None and manifest.recorded_fingerprint(recorded) == adapter
+
+
+def run_of(facts: dict[str, Any], runs: Path) -> Path | None:
+    """The run in the folder `runs` whose adapter is in weights, by their manifest; None where none is."""
+    return next((run for run in sorted(runs.glob("*")) if made(run, facts)), None)
+
+
+def prepare(
+    config: Config,
+    path: Path,
+    base_folder: Path,
+    run: Path,
+    console: Console,
+    *,
+    validation_path: Path | None = None,
+    skip_bad: bool,
+) -> Prepared:
+    """Check and tokenize the examples; write `data.json`, `lengths.png` and `held-out.jsonl`; print the report.
+
+    Raises:
+        CogpressError: the examples can not be trained on; the report is printed all the same.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        prepared = data.prepare(
+            path,
+            tokenizer=base.tokenizer(base_folder),
+            prompt=config.prompt,
+            data=config.data,
+            max_length=config.train.max_length,
+            seed=config.train.seed,
+            validation_path=validation_path,
+            skip_bad=skip_bad,
+            stop_ids=stop_ids(base_folder),
+        )
+    except data.BadDataError as error:
+        console.print(error.report.table())
+        raise
+    manifest.write_json(run / "data.json", prepared.report.to_dict())
+    (run / HELD_OUT).write_text(data.held_out(prepared), encoding="utf-8")
+    from cogpress.train import plots  # drawing takes a second to import
+
+    plots.token_lengths(prepared.report.lengths, config.train.max_length, run / "lengths.png")
+    console.print(prepared.report.table())
+    return prepared
+
+
+def stop_ids(base_folder: Path) -> list[int]:
+    """The ids on which the base's own generation settings stop."""
+    try:
+        ids = json.loads((base_folder / "generation_config.json").read_text()).get("eos_token_id")
+    except (FileNotFoundError, ValueError):
+        return []
+    return [ids] if isinstance(ids, int) else list(ids or [])
+
+
+def build(
+    config: Config,
+    data_path: Path,
+    run: Path,
+    cache: Path,
+    console: Console,
+    *,
+    validation_path: Path | None = None,
+    resume: bool = False,
+    skip_bad: bool = False,
+) -> Built:
+    """Train an adapter on a file of examples and merge it into weights, in `run/weights`.
+
+    Args:
+        config: the validated configuration.
+        data_path: the examples.
+        run: the run's folder.
+        cache: where base models are kept.
+        console: where progress is shown.
+        validation_path: the examples to hold out, where a file of their own has them.
+        resume: go on with an interrupted training.
+        skip_bad: leave bad lines out instead of refusing the file.
+    """
+    base.quiet_libraries()
+    with step("Base model", console):
+        base_folder = base.fetch(config.base.source, cache)
+    with step("Examples", console):
+        prepared = prepare(
+            config, data_path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad
+        )
+    with step("Training", console) as say:
+        result = training.train(config, prepared, base_folder, run, console=console, resume=resume)
+        say(_trained(result))
+    with step("Merge", console) as say:
+        content, reused = merge_once(config, base_folder, result.adapter, run / "weights", console)
+        say("reused" if reused else f"{content['merge']['layers']} layers, onto the {config.merge} base")
+    with step("Comparison with what training scored", console) as say:
+        merged, naive = compare_once(base_folder, result.adapter, prepared, run, console)
+        say(f"mean KL {merged.mean_kl:.5f} per token")
+        console.print(divergence_table(merged, naive, config))
+    with step("Archive", console) as say:
+        tar = run / "weights.tar"
+        if not reused or not tar.is_file():
+            # The adapter is what the weights can be verified against, wherever they are fetched to.
+            archive.pack(run / "weights", tar, {ADAPTER: result.adapter})
+        say(f"{tar} ({tar.stat().st_size / 1e6:.0f} MB)")
+    return Built(base_folder, run / "weights", content, result, merged, naive, tar)
+
+
+def _trained(result: training.Result) -> str:
+    validation = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"
+    reused = "reused: " if result.reused else ""
+    return f"{reused}{result.steps} steps{validation}, {result.tokens_per_second:.0f} tokens/s"
+
+
+def merge_once(
+    config: Config, base_folder: Path, adapter: Path, target: Path, console: Console
+) -> tuple[dict[str, Any], bool]:
+    """Merge, unless `target` already holds this very merge undamaged. Returns the manifest and whether it did."""
+    facts = manifest.read(target) if target.is_dir() else None
+    wanted = {"onto": config.merge, "adapter": manifest.fingerprint(adapter)}
+    if facts is not None and {name: facts["merge"].get(name) for name in wanted} == wanted:
+        try:
+            manifest.check(target, facts)
+            return facts, True
+        except CogpressError:
+            console.print(f"  {target} was changed since it was written; merging again")
+    return (
+        merge.merge(base_folder, adapter, target, onto=config.merge, progress=progress_bar(console)),
+        False,
+    )
+
+
+def merge_anew(
+    adapter: Path,
+    target: Path,
+    cache: Path,
+    console: Console,
+    *,
+    source: str | None = None,
+    onto: Merge,
+    alone: bool = False,
+) -> Path:
+    """Merge an adapter, trained here or elsewhere with cogpress, into `target`, replacing what is there.
+
+    Args:
+        adapter: the adapter's folder.
+        target: the folder to write.
+        cache: where base models are kept.
+        console: where progress is shown.
+        source: of the base, as `base.fetch` takes it; the one that the adapter names, where not given.
+        onto: what to merge into.
+        alone: write the base as the adapter was trained on it, without the adapter, for several to be served on.
+
+    Raises:
+        CogpressError: they do not belong together, or can not be merged exactly; nothing is written.
+    """
+    base.quiet_libraries()
+    facts = adapters.read(adapter).facts
+    with step("Base model", console) as say:
+        base_folder = base.fetch(source or facts["base"]["source"], cache)
+        say(str(base_folder))
+    if alone:
+        with step("Base for adapters", console) as say:
+            content = multilora.write_base(base_folder, adapter, target, progress_bar(console))
+            size = sum(file["bytes"] for file in content["files"].values())
+            say(f"as training saw it; {size / 1e6:.0f} MB in {target}")
+        return target
+    with step("Merge", console) as say:
+        content = merge.merge(base_folder, adapter, target, onto=onto, progress=progress_bar(console))
+        size = sum(file["bytes"] for file in content["files"].values())
+        say(f"{content['merge']['layers']} layers, onto the {onto} base; {size / 1e6:.0f} MB in {target}")
+    return target
+
+
+def compare_once(
+    base_folder: Path, adapter: Path, prepared: Prepared, run: Path, console: Console
+) -> tuple[Divergence, Divergence]:
+    """Divergence of the run's weights and of the usual merge from what training scored; kept in `divergence.json`."""
+    from cogpress.verify.distributions import Divergence
+
+    rows = (prepared.validation or prepared.train)[:COMPARED_ROWS]
+    key = {
+        "weights": manifest.fingerprint(run / "weights"),
+        "adapter": manifest.fingerprint(adapter),
+        "rows": [row.input_ids for row in rows],
+    }
+    path = run / "divergence.json"
+    try:
+        saved = json.loads(path.read_text())
+        if saved["key"] == key:
+            return Divergence(**saved["merged"]), Divergence(**saved["naive"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass
+    pad = base.tokenizer(base_folder).pad_token_id or 0
+    found = distributions.compare(
+        distributions.reference_model(base_folder, adapter),
+        {
+            "merged": distributions.merged_model(run / "weights"),
+            "naive": distributions.naive_model(base_folder, adapter),
+        },
+        rows,
+        pad,
+        progress=progress_bar(console),
+    )
+    manifest.write_json(path, {"key": key, **{name: value.to_dict() for name, value in found.items()}})
+    return found["merged"], found["naive"]
+
+
+def divergence_table(merged: Divergence, naive: Divergence, config: Config) -> Table:
+    """What the merge costs against what training scored, beside what the usual merge would cost."""
+    table = Table("merged into", "mean KL per token", "99th percentile", "same top token", title_justify="left")
+    names = {"dequantized": "the base as training saw it", "original": "the original weights, as configured"}
+    for name, value in ((names[config.merge], merged), ("the original weights (the usual merge)", naive)):
+        table.add_row(name, f"{value.mean_kl:.5f}", f"{value.p99_kl:.5f}", f"{value.top1_agreement:.1%}")
+    return table
+
+
+def progress_bar(console: Console) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    """A progress bar that goes when it is done; nothing where nobody watches."""
+    if not console.is_terminal:
+        return lambda items, _total: items
+    return lambda items, total: track(items, total=total, description="  ", transient=True, console=console)

@@ -1,0 +1,233 @@
+"""What the configured engine makes of weights, beside what transformers makes of the same weights.
+
+An engine can load perfect weights and answer nonsense, without an error. So its greedy answers and its
+log-probabilities are compared with those of the reference implementation, token by token. Knows engines and token
+ids; leaves the judgement to `verify`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogpress.config import Serve
+from cogpress.errors import CogpressError
+from cogpress.verify import distributions
+from cogpress.weights import base
+
+if TYPE_CHECKING:
+    from cogpress.data.tokenize import Row
+    from cogpress.engines.base import Engine
+
+STREAMS = 16
+"""Answers at once when total throughput is measured."""
+
+_SINGLE = 4
+"""Answers one after the other from which the speed of one stream is taken."""
+
+MakeEngine = Callable[[Path, Serve, int], "Engine"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the engine generated for one prompt, greedily: text, token ids and their log-probabilities."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the engine made of held-out rows. Speeds are tokens per second, of one stream and of 16 together."""
+
+    answers: list[Answer]
+    expected_logprobs: list[list[float]]
+    stream_tokens_per_second: float
+    concurrent_tokens_per_second: float
+    ready_seconds: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Engine against transformers on the same weights, over all generated and all expected answer tokens.
+
+    `agreement`: share of generated tokens that transformers finds most likely, too. `mean_difference`: mean absolute
+    difference of the log-probabilities, nats. `served_perplexity`: the engine's, on the expected answers.
+    """
+
+    agreement: float
+    mean_difference: float
+    served_perplexity: float
+    tokens: int
+    points: list[tuple[float, float]]
+
+
+def serve(
+    folder: Path,
+    settings: Serve,
+    prompts: Sequence[list[int]],
+    rows: Sequence[Row],
+    max_tokens: int,
+    log: Path,
+    make: MakeEngine | None = None,
+) -> Served:
+    """Have the engine answer prompts greedily and score the expected answers, in a process of its own.
+
+    Args:
+        folder: the weights.
+        settings: the engine's options.
+        prompts: token ids.
+        rows: prompts with their expected answers, tokenized.
+        max_tokens: the most to generate for one prompt.
+        log: takes what the engine prints.
+        make: makes the engine; the configured one by default.
+
+    Raises:
+        CogpressError: the engine can not load the weights, or dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_serve, folder, settings, prompts, rows, max_tokens, log, make or _configured).result()
+        except CogpressError as error:
+            raise CogpressError(f"{error} Its output is in {log}.") from error
+        except Exception as error:
+            raise CogpressError(
+                f"The engine did not serve {folder}: {type(error).__name__}: {error}. Its output is in {log}."
+            ) from error
+
+
+def _configured(folder: Path, settings: Serve, concurrency: int) -> Engine:
+    from cogpress.engines import base as engine
+
+    return engine.load(folder, settings, concurrency)
+
+
+def _serve(
+    folder: Path,
+    settings: Serve,
+    prompts: Sequence[list[int]],
+    rows: Sequence[Row],
+    max_tokens: int,
+    log: Path,
+    make: MakeEngine,
+) -> Served:
+    with log.open("wb") as output:
+        for stream in (1, 2):  # the engine's own process writes there too
+            os.dup2(output.fileno(), stream)
+    base.quiet_libraries()
+    try:
+        return asyncio.run(_ask_all(folder, settings, prompts, rows, max_tokens, make))
+    finally:
+        # An engine that is only collected when Python ends complains about what is gone by then.
+        gc.collect()
+
+
+async def _ask_all(
+    folder: Path,
+    settings: Serve,
+    prompts: Sequence[list[int]],
+    rows: Sequence[Row],
+    max_tokens: int,
+    make: MakeEngine,
+) -> Served:
+    started = time.perf_counter()
+    engine = make(folder, settings, STREAMS)
+    ready = time.perf_counter() - started
+    try:
+        await _answer(engine, prompts[0], max_tokens)  # the first request after a start is slower
+        alone = []
+        for prompt in prompts[:_SINGLE]:
+            began = time.perf_counter()
+            answer = await _answer(engine, prompt, max_tokens)
+            alone.append(len(answer.tokens) / (time.perf_counter() - began))
+        began = time.perf_counter()
+        answers = await _at_once(lambda prompt: _answer(engine, prompt, max_tokens), prompts)
+        seconds = time.perf_counter() - began
+        expected = await _at_once(engine.score, [row.input_ids for row in rows])
+    finally:
+        engine.shutdown()
+    return Served(
+        answers=answers,
+        expected_logprobs=[_labelled(row, values) for row, values in zip(rows, expected, strict=True)],
+        stream_tokens_per_second=sorted(alone)[len(alone) // 2],
+        concurrent_tokens_per_second=sum(len(answer.tokens) for answer in answers) / seconds,
+        ready_seconds=ready,
+    )
+
+
+async def _at_once(ask: Callable[[list[int]], Awaitable[Any]], prompts: Sequence[list[int]]) -> list[Any]:
+    """Ask for all, as many at a time as there are streams; results in order."""
+    slots = asyncio.Semaphore(STREAMS)
+
+    async def one(prompt: list[int]) -> Any:
+        async with slots:
+            return await ask(prompt)
+
+    return list(await asyncio.gather(*map(one, prompts)))
+
+
+async def _answer(engine: Engine, prompt: list[int], max_tokens: int) -> Answer:
+    from cogpress.engines.base import Sampling
+
+    text, tokens, logprobs = "", [], []
+    async for delta in engine.generate(prompt, Sampling(max_tokens=max_tokens, logprobs=0)):
+        text += delta.text
+        tokens += delta.token_ids
+        logprobs += delta.logprobs
+    return Answer(text, tokens, logprobs)
+
+
+def _labelled(row: Row, logprobs: Sequence[float]) -> list[float]:
+    from cogpress.data.tokenize import NO_LOSS
+
+    return [value for value, label in zip(logprobs, row.labels, strict=True) if label != NO_LOSS]
+
+
+def compare(model: Any, prompts: Sequence[list[int]], rows: Sequence[Row], served: Served, pad: int) -> Parity:
+    """What transformers makes of the tokens that the engine generated, and of the expected ones.
+
+    Args:
+        model: the same weights, loaded by transformers.
+        prompts: token ids, as the engine got them.
+        rows: prompts with their expected answers, as the engine got them.
+        served: what the engine made of both.
+        pad: fills short rows; its value changes nothing.
+    """
+    from cogpress.data.tokenize import Row
+
+    generated = [
+        Row(prompt + answer.tokens, [-100] * len(prompt) + answer.tokens)
+        for prompt, answer in zip(prompts, served.answers, strict=True)
+    ]
+    found = distributions.token_logprobs(model, generated, pad)
+    points = [
+        (theirs, ours)
+        for answer, (values, _) in zip(served.answers, found, strict=True)
+        for theirs, ours in zip(answer.logprobs, values, strict=True)
+    ]
+    same = [one for _, best in found for one in best]
+    expected = distributions.token_logprobs(model, rows, pad)
+    points += [
+        (theirs, ours)
+        for scored, (values, _) in zip(served.expected_logprobs, expected, strict=True)
+        for theirs, ours in zip(scored, values, strict=True)
+    ]
+    scored = [value for values in served.expected_logprobs for value in values]
+    return Parity(
+        agreement=sum(same) / max(len(same), 1),
+        mean_difference=sum(abs(theirs - ours) for theirs, ours in points) / max(len(points), 1),
+        served_perplexity=math.exp(-sum(scored) / max(len(scored), 1)),
+        tokens=len(points),
+        points=points,
+    )

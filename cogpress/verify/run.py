@@ -1,0 +1,509 @@
+"""Are these weights what training measured, and does the engine answer with them as it should?
+
+Reference is the adapter on the quantized base, which training scored. Candidate is a folder of weights, however it was
+made, served by the configured engine. Knows what is compared, in which order, and what a difference most likely means;
+leaves the verdict's files to `verdict`, distributions to `divergence` and engines to `parity`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from cogpress.cli import step
+from cogpress.config import Config, Prompt, Verify
+from cogpress.data import read as reading
+from cogpress.data import tokenize
+from cogpress.errors import CogpressError
+from cogpress.merge import merge
+from cogpress.prompts import encode_prompt
+from cogpress.serve import model as serving
+from cogpress.train import pipeline
+from cogpress.train.pipeline import HELD_OUT, progress_bar, stop_ids
+from cogpress.verify import distributions, parity
+from cogpress.verify import report as verdict
+from cogpress.verify.distributions import Divergence
+from cogpress.verify.report import Check, Verdict, weights_bytes, write
+from cogpress.weights import base, manifest, tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cogpress.data.example import Example
+    from cogpress.data.tokenize import Row
+    from cogpress.merge.adapter import Adapter
+
+Score = Callable[[str, str], bool]
+"""Takes the expected and the given answer; True where the given one is right."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What passes. KL in nats per token; shares from 0 to 1; log-probabilities in nats."""
+
+    mean_kl: float
+    p99_kl: float
+    top1_agreement: float
+    perplexity_ratio: float
+    score_loss: float
+    served_agreement: float = 0.99
+    served_difference: float = 0.03
+
+
+LIMITS = {
+    "none": Limits(mean_kl=0.003, p99_kl=0.06, top1_agreement=0.995, perplexity_ratio=1.02, score_loss=0.02),
+    "int8": Limits(mean_kl=0.02, p99_kl=0.4, top1_agreement=0.98, perplexity_ratio=1.05, score_loss=0.03),
+    "fp8": Limits(mean_kl=0.02, p99_kl=0.4, top1_agreement=0.98, perplexity_ratio=1.05, score_loss=0.03),
+    "int4": Limits(mean_kl=0.08, p99_kl=1.5, top1_agreement=0.95, perplexity_ratio=1.15, score_loss=0.05),
+    "awq": Limits(mean_kl=0.08, p99_kl=1.5, top1_agreement=0.95, perplexity_ratio=1.15, score_loss=0.05),
+}
+"""By scheme of quantization. The faithful merge of the worked example measures 0.00005, the usual one 0.006 and more
+(docs/measurements.md); a quantized model is allowed what its scheme can not avoid."""
+
+_ROUNDING = 2.0**-8
+"""Relative distance of two tensors, as vectors, that bfloat16 rounding alone can make: half a unit in the last of its
+8 bits for each value, doubled because both may be rounded."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is verified against what."""
+
+    config: Config
+    weights: Path
+    adapter: Path
+    adapter_facts: dict[str, Any]
+    base: Path
+    facts: dict[str, Any]
+    scheme: str
+    limits: Limits
+    examples: list[Example]
+    rows: list[Row]
+    tokenizer: PreTrainedTokenizerBase
+    console: Console
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [encode_prompt(self.tokenizer, example.asked) for example in self.examples]
+
+    @property
+    def expected(self) -> list[str]:
+        return [example.answer for example in self.examples]
+
+    @property
+    def pad(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Twice the longest expected answer, so that a right one is never cut and a wrong one ends."""
+        return 2 * max(row.learnt for row in self.rows) + 16
+
+
+def verify(
+    config: Config,
+    root: Path,
+    weights: Path,
+    console: Console,
+    *,
+    run: Path | None = None,
+    make: parity.MakeEngine | None = None,
+) -> Verdict:
+    """Compare weights with what training scored, write the report into their folder and sign it to them.
+
+    Checks go from cheap to expensive; where the files, the tokenizer or the chat template differ already, the models
+    are not loaded, and where a tensor differs from the merge, the engine is not started.
+
+    Args:
+        config: `verify` and `serve` are used.
+        root: the project's folder.
+        weights: the candidate.
+        console: where progress is shown.
+        run: the run that trained the adapter; the one in `runs/` whose adapter the weights name, where not given.
+        make: makes the engine; the configured one by default.
+
+    Raises:
+        CogpressError: there is nothing to compare with: no weights, no run, no base or no held-out examples.
+    """
+    base.quiet_libraries()
+    config = config.model_copy(update={"serve": serving.with_draft(config.serve, root)})
+    case = _case(config, root, weights, run, console)
+    checks: list[Check] = []
+    metrics: dict[str, Any] = {"bytes": weights_bytes(weights)}
+    pictures: dict[str, Any] = {}
+    with step("Files, tokenizer and chat template", console):
+        checks += (outside := _outside(case))
+    if all(check.passed for check in checks):
+        if case.scheme == "none":
+            with step("Every tensor against the merge", console):
+                checks.append(_merged(case))
+        with step("Answers of the reference and of the weights, by transformers", console):
+            checks += _distributions(case, metrics, pictures, cause=_cause(checks))
+    if all(check.passed for check in checks if check.name in ("merge", *(one.name for one in outside))):
+        reference = _reference_answers(case, run or case.adapter.parent)
+        with step("Answers of the engine", console):
+            checks += _served(case, metrics, pictures, reference, make)
+    verdict = Verdict(
+        weights=weights,
+        scheme=case.scheme,
+        checks=checks,
+        metrics=metrics,
+        adapter=str(manifest.fingerprint(case.adapter)),
+        base=case.adapter_facts["base"],
+        examples=len(case.examples),
+        engine=config.serve.engine,
+    )
+    write(verdict, pictures)
+    return verdict
+
+
+def measures(
+    config: Config, root: Path, folders: Sequence[Path], console: Console, *, run: Path, fresh: bool = False
+) -> Callable[[str, Path], dict[str, Any]]:
+    """What gives the metrics of folders of weights by their verification.
+
+    All are verified, or none where all were before: speeds of different hours on one machine tell more of the hours
+    than of the weights.
+    """
+    known = [verdict.read(folder) for folder in folders]
+    again = fresh or any(
+        content is None or "score" not in content["metrics"] or verdict.state(folder) == "changed"
+        for content, folder in zip(known, folders, strict=True)
+    )
+
+    def measure(name: str, folder: Path) -> dict[str, Any]:
+        if not again:
+            return dict((verdict.read(folder) or {})["metrics"])
+        console.print(f"{name}:", style="bold")
+        return verify(config, root, folder, console, run=run).metrics
+
+    return measure
+
+
+def _case(config: Config, root: Path, weights: Path, run: Path | None, console: Console) -> _Case:
+    if not (weights / "config.json").is_file() or not any(weights.glob("*.safetensors")):
+        raise CogpressError(f"{weights} holds no weights in safetensors. Name a folder of weights.")
+    facts = manifest.read(weights) or {}
+    adapter_folder = (run or find_run(root, weights, facts)) / "adapter"
+    adapter_facts = manifest.read(adapter_folder) if adapter_folder.is_dir() else None
+    if adapter_facts is None:
+        raise CogpressError(
+            f"{adapter_folder} holds no adapter to compare with. Name the run that trained the weights."
+        )
+    base_folder = base.fetch(adapter_facts["base"]["source"], root / ".cache")
+    scheme = (facts.get("compression") or {}).get("scheme", "none")
+    tokenizer = base.tokenizer(base_folder)
+    examples = held_out(config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]))
+    rows = tokenize.rows(tokenizer, examples, stop_ids(base_folder))
+    return _Case(
+        config=config,
+        weights=weights,
+        adapter=adapter_folder,
+        adapter_facts=adapter_facts,
+        base=base_folder,
+        facts=facts,
+        scheme=scheme,
+        limits=limits(config.verify, scheme),
+        examples=examples,
+        rows=rows,
+        tokenizer=tokenizer,
+        console=console,
+    )
+
+
+def limits(settings: Verify, scheme: str) -> Limits:
+    """What passes for weights of a scheme: the scheme's limits, and over them those of `model.yaml`."""
+    own = {name: value for name, value in settings if name in Limits.__annotations__ and value is not None}
+    return Limits(**{**vars(LIMITS.get(scheme, LIMITS["int4"])), **own})
+
+
+def default_weights(root: Path, config: Config, run: Path | None) -> Path:
+    """The weights to verify where none are named: the run's, or those in `weights/`, or the last run's of the model."""
+    if run is None and (root / "weights" / "config.json").is_file():
+        return root / "weights"
+    return (run or root / "runs" / config.name) / "weights"
+
+
+def find_run(root: Path, weights: Path, facts: dict[str, Any]) -> Path:
+    """The run whose adapter is in the weights: the folder that they are in, or the one that their manifest names.
+
+    Raises:
+        CogpressError: there is none.
+    """
+    if pipeline.made(weights.parent, facts) or ("merge" not in facts and (weights.parent / "adapter").is_dir()):
+        return weights.parent
+    found = pipeline.run_of(facts, root / "runs")
+    if found is not None:
+        return found
+    raise CogpressError(
+        f"No run in {root / 'runs'} holds the adapter that {weights} was made with. Name it with --run."
+    )
+
+
+def held_out(settings: Verify, root: Path, run: Path, prompt: Prompt) -> list[Example]:
+    """The examples to verify with: those of `verify.examples`, else those that the run did not train on.
+
+    Raises:
+        CogpressError: there are none, or lines are bad.
+    """
+    if settings.examples:
+        held = reading.read(root / settings.examples, prompt=prompt)
+        if held.problems:
+            raise CogpressError(f"verify.examples: {held.problems[0]}. Correct it.")
+    elif (run / HELD_OUT).is_file():
+        held = reading.read(run / HELD_OUT, prompt=Prompt())
+    else:
+        raise CogpressError(f"{run} has no {HELD_OUT}. Name held-out examples with verify.examples in model.yaml.")
+    found = [example for example in held.examples if example.messages][: settings.rows]
+    if not found:
+        raise CogpressError("There are no held-out examples. Name some with verify.examples in model.yaml.")
+    return found
+
+
+def scorer(name: str) -> Score:
+    """The task's own score: `exact` text, equal `json`, or `module:function` of the user's.
+
+    Raises:
+        CogpressError: there is no such function.
+    """
+    if name == "exact":
+        return lambda expected, answer: expected.strip() == answer.strip()
+    if name == "json":
+        return _same_json
+    module, _, function = name.partition(":")
+    try:
+        found: Score = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise CogpressError(f"verify.score names {name}, which can not be imported: {error}.") from None
+    return found
+
+
+def _same_json(expected: str, answer: str) -> bool:
+    try:
+        return bool(json.loads(expected) == json.loads(answer))
+    except ValueError:
+        return False
+
+
+def _outside(case: _Case) -> list[Check]:
+    """What can differ without any weight being different, in seconds."""
+    checks = []
+    try:
+        if case.facts:
+            manifest.check(case.weights, case.facts)
+        tensors.stored(case.weights)
+        checks.append(Check("files", "as written" if case.facts else "no manifest to compare with", "as written", True))
+    except CogpressError as error:
+        checks.append(Check("files", "changed", "as written", False, str(error)))
+    candidate = base.tokenizer(case.weights)
+    checks.append(_tokenizer(case, candidate))
+    different = sum(
+        _or_none(candidate, example) != encode_prompt(case.tokenizer, example.asked) for example in case.examples
+    )
+    cause = (
+        "The chat template differs from the base's, so the model would be asked in a way that it was not trained on."
+    )
+    if checks[-1].passed:
+        checks.append(_counted("chat template", different, case, cause))
+    prompt = case.facts.get("prompt")
+    if prompt is not None:
+        same = prompt == case.adapter_facts["prompt"]
+        cause = "The manifest's prompt template or system text is not the one of the training."
+        checks.append(Check("prompt", "the training's" if same else "another", "the training's", same, cause))
+    return checks
+
+
+def _or_none(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int] | None:
+    try:
+        return encode_prompt(tokenizer, example.asked)
+    except CogpressError:
+        return None
+
+
+def _tokenizer(case: _Case, candidate: PreTrainedTokenizerBase) -> Check:
+    texts = [text for example in case.examples for text in (example.prompt, example.answer)]
+    different = sum(candidate.encode(text) != case.tokenizer.encode(text) for text in texts)
+    ends = stop_ids(case.weights) != stop_ids(case.base) or candidate.eos_token_id != case.tokenizer.eos_token_id
+    cause = (
+        "The tokens on which an answer ends are not the base's (generation_config.json, tokenizer_config.json)."
+        if ends and not different
+        else "The tokenizer is not the base's: the same text becomes other tokens than in training."
+    )
+    return _counted("tokenizer", different + ends, case, cause)
+
+
+def _counted(name: str, different: int, case: _Case, cause: str) -> Check:
+    return Check(name, f"{different} differ" if different else "the base's", "the base's", not different, cause)
+
+
+def _merged(case: _Case) -> Check:
+    """Every tensor against the merge of the adapter into the base as training saw it, made again one by one."""
+    planned = merge.plan(case.base, case.adapter, "dequantized")
+    stored = tensors.stored(case.weights)
+    worst, far = 0.0, {}
+    outputs = progress_bar(case.console)(planned.outputs, len(planned.outputs))
+    for output in outputs:
+        place = stored.pop(output.name, None)
+        distance = _distance(place, output, planned)
+        worst = max(worst, distance)
+        if distance > _ROUNDING:
+            far[output.name] = distance
+    if stored:
+        worst = float("inf")
+        far.update(dict.fromkeys(stored, worst))
+    cause = _merge_cause(case, far, planned.adapter) if far else ""
+    return Check("merge", worst, _ROUNDING, not far, cause)
+
+
+def _distance(place: tensors.Stored | None, output: merge.Output, planned: merge.Plan) -> float:
+    """|candidate - merge| / |merge| of one tensor, as vectors; infinite where it is missing or of another shape."""
+    import torch
+
+    if place is None or place.shape != output.shape:
+        return float("inf")
+    expected = planned.value(output).float()
+    difference = float(torch.linalg.vector_norm(tensors.load(place, output.name).float() - expected))
+    return difference / max(float(torch.linalg.vector_norm(expected)), 1e-30)
+
+
+def _merge_cause(case: _Case, far: dict[str, float], found: Adapter) -> str:
+    """What is most likely wrong with the tensors that are not as merged."""
+    quantized = {f"{module}.weight" for module in found.quantized}
+    if far.keys() == quantized:
+        naive = merge.plan(case.base, case.adapter, "original")
+        stored = tensors.stored(case.weights)
+        some = [output for output in naive.outputs if output.name in far][::8]
+        if all(_distance(stored[output.name], output, naive) <= _ROUNDING for output in some):
+            return (
+                "The adapter was merged onto the original base, not onto the quantized base that it was trained on. "
+                "Merge again with scripts/merge."
+            )
+    name = max(far, key=lambda one: far[one])
+    others = f" and {len(far) - 1} more are" if len(far) > 1 else " is"
+    return f"{name}{others} not what the merge gives: changed since, or merged from another adapter or base."
+
+
+def _cause(checks: Sequence[Check]) -> str | None:
+    return next((check.cause for check in checks if not check.passed), None)
+
+
+def _distributions(case: _Case, metrics: dict[str, Any], pictures: dict[str, Any], *, cause: str | None) -> list[Check]:
+    candidate = distributions.merged_model(case.weights)
+    reference = distributions.reference_model(case.base, case.adapter)
+    found = distributions.compare(
+        reference, {"candidate": candidate}, case.rows, case.pad, progress=progress_bar(case.console)
+    )["candidate"]
+    metrics.update(found.to_dict())
+    pictures["kl"] = found.values
+    return _judged(found, case.limits, cause or _distribution_cause(case))
+
+
+def _distribution_cause(case: _Case) -> str:
+    if case.scheme == "none":
+        return (
+            "The weights answer otherwise than what training scored, though their tensors agree: another config.json?"
+        )
+    return (
+        f"Quantization to {case.scheme} changes this model too much. Try int8, a smaller group size or more "
+        "calibration samples, or accept it with a higher limit under verify in model.yaml."
+    )
+
+
+def _judged(found: Divergence, limits: Limits, cause: str) -> list[Check]:
+    ratio = found.perplexity / found.reference_perplexity
+    return [
+        Check("mean KL", found.mean_kl, limits.mean_kl, found.mean_kl <= limits.mean_kl, cause),
+        Check("99th percentile KL", found.p99_kl, limits.p99_kl, found.p99_kl <= limits.p99_kl, cause),
+        Check(
+            "same top token",
+            found.top1_agreement,
+            limits.top1_agreement,
+            found.top1_agreement >= limits.top1_agreement,
+            cause,
+            at_least=True,
+        ),
+        Check("perplexity ratio", ratio, limits.perplexity_ratio, ratio <= limits.perplexity_ratio, cause),
+    ]
+
+
+def _reference_answers(case: _Case, run: Path) -> list[str]:
+    """What the reference itself answers, generated once for a run and its held-out examples."""
+    path = run / REFERENCE
+    key = {"adapter": manifest.fingerprint(case.adapter), "prompts": case.prompts, "max_tokens": case.max_tokens}
+    try:
+        saved = json.loads(path.read_text())
+        if saved["key"] == key:
+            return list(saved["answers"])
+    except (FileNotFoundError, ValueError, KeyError):
+        pass
+    with step("Answers of the reference", case.console):
+        model = distributions.reference_model(case.base, case.adapter, generates=True)
+        batches = [case.prompts[at : at + _BATCH] for at in range(0, len(case.prompts), _BATCH)]
+        answers = [
+            answer
+            for batch in progress_bar(case.console)(batches, len(batches))
+            for answer in distributions.answers(model, case.tokenizer, batch, case.max_tokens)
+        ]
+    manifest.write_json(path, {"key": key, "answers": answers})
+    return answers
+
+
+REFERENCE = "reference.json"
+"""The answers of the reference to a run's held-out examples, in their order."""
+
+_BATCH = 32
+"""Prompts that the reference answers at once."""
+
+
+def _served(
+    case: _Case,
+    metrics: dict[str, Any],
+    pictures: dict[str, Any],
+    reference: Sequence[str],
+    make: parity.MakeEngine | None,
+) -> list[Check]:
+    score, limits = scorer(case.config.verify.score), case.limits
+    log = case.adapter.parent / "verify-engine.log"
+    served = parity.serve(case.weights, case.config.serve, case.prompts, case.rows, case.max_tokens, log, make)
+    found = parity.compare(distributions.merged_model(case.weights), case.prompts, case.rows, served, case.pad)
+    right = _share(score, case.expected, [answer.text for answer in served.answers])
+    reference_right = _share(score, case.expected, reference)
+    metrics.update(
+        score=right,
+        reference_score=reference_right,
+        served_agreement=found.agreement,
+        served_difference=found.mean_difference,
+        served_perplexity=found.served_perplexity,
+        stream_tokens_per_second=served.stream_tokens_per_second,
+        concurrent_tokens_per_second=served.concurrent_tokens_per_second,
+        ready_seconds=served.ready_seconds,
+    )
+    pictures["parity"] = found.points
+    cause = (
+        f"The engine ({case.config.serve.engine}) answers otherwise than transformers with the same weights. Try other "
+        "engine options (compiled or eager, dtype, attention) or another version of it."
+    )
+    agrees = found.agreement >= limits.served_agreement
+    near = found.mean_difference <= limits.served_difference
+    lower = reference_right - right
+    return [
+        Check("served tokens agree", found.agreement, limits.served_agreement, agrees, cause, at_least=True),
+        Check("served log-probability difference", found.mean_difference, limits.served_difference, near, cause),
+        Check(
+            "score below the reference",
+            lower,
+            limits.score_loss,
+            lower <= limits.score_loss,
+            cause if not (agrees and near) else _distribution_cause(case),
+        ),
+    ]
+
+
+def _share(score: Score, expected: Sequence[str], answers: Sequence[str]) -> float:
+    return sum(score(one, other) for one, other in zip(expected, answers, strict=True)) / len(expected)

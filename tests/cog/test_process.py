@@ -1,0 +1,324 @@
+"""Starting, watching and ending Cog's real runtime, with runners that load no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from cogpress.cog import client
+from cogpress.cog import process as server
+from cogpress.cog.process import Server
+from cogpress.errors import CogpressError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RUNNER = """
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Optional
+
+import cog
+from cog import BaseRunner, Input
+
+
+class Runner(BaseRunner):
+    def setup(self, weights: Optional[cog.Path] = None) -> None:
+        self.weights = weights
+        # Like an engine: a process of its own that does not end with its parent, nor when it is told to.
+        ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+        self.engine = subprocess.Popen([sys.executable, "-c", ignore])
+        behaviour = os.environ.get("BEHAVIOUR", "")
+        if behaviour == "fail":
+            raise RuntimeError("there are no weights in this folder")
+        if behaviour == "slow":
+            time.sleep(600)
+        if behaviour == "die":
+            os.kill(os.getpid(), 9)
+
+    def healthcheck(self) -> bool:
+        return os.environ.get("BEHAVIOUR") != "sick"
+
+    @cog.concurrent(max=3)
+    async def run(self, seconds: float = Input(default=0.0, ge=0, le=60)) -> str:
+        await asyncio.sleep(seconds)
+        names = ("COLOUR", "COG_WEIGHTS", "COG_MAX_CONCURRENCY")
+        return json.dumps({"weights": str(self.weights), "path": sys.path, **{n: os.environ.get(n) for n in names}})
+"""
+
+TRAINING = """
+import cog
+from cog import BaseModel, Input
+
+
+class TrainingOutput(BaseModel):
+    weights: cog.Path
+
+
+def train(train_data: cog.Path, rank: int = Input(default=4, ge=1, le=8)) -> TrainingOutput:
+    made = cog.Path("made.txt")
+    made.write_text(train_data.read_text() * rank)
+    return TrainingOutput(weights=made)
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "predict.py").write_text(RUNNER)
+    (tmp_path / "train.py").write_text(TRAINING)
+    settings = 'environment: ["COLOUR=red"]\nrun: "predict.py:Runner"\ntrain: "train.py:train"\n'
+    (tmp_path / "cog.yaml").write_text(settings)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test ends all that it started, processes that left their parents included."""
+    monkeypatch.setattr(server, "FAMILY_SECONDS", 0.1)
+    monkeypatch.setenv("COGPRESS_TEST", str(tmp_path))  # marks the processes of this test, whoever their parent is
+    yield
+    assert wait_until(lambda: not marked(tmp_path)), marked(tmp_path)
+
+
+def marked(mark: Path) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mine = process.environ().get("COGPRESS_TEST") == str(mark) and process.status() != psutil.STATUS_ZOMBIE
+            if mine and process.pid != os.getpid():
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def seen(url: str, **inputs: Any) -> dict[str, Any]:
+    return dict(json.loads(client.predict(url, inputs)["output"]))
+
+
+def process_of(served: Server) -> subprocess.Popen[bytes]:
+    assert served._process is not None
+    return served._process
+
+
+def test_a_runner_is_served_as_its_image_would_be(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "some weights").mkdir()
+    monkeypatch.chdir(root)
+    waited: list[float] = []
+    with Server(root, weights="some weights", log=root / "server.log") as served:
+        assert served.wait_ready(30, waited.append)["status"] == "READY"
+        assert waited == sorted(waited)
+        assert any("time.sleep(600)" in command for command in marked(root)), "the check at the end would see nothing"
+        got = seen(served.url)
+        assert got["COG_WEIGHTS"] == got["weights"] == str(root / "some weights")
+        assert got["COLOUR"] == "red"
+        assert str(root) in got["path"]
+        connections = psutil.Process(process_of(served).pid).net_connections()
+        assert [each.laddr for each in connections if each.status == "LISTEN"] == [("127.0.0.1", served.port)]
+    assert client.health(served.url) is None
+    assert "Setup complete" in (root / "server.log").read_text()
+
+
+def test_the_decorator_decides_how_many_are_served_at_once(root: Path) -> None:
+    with Server(root, log=root / "server.log") as served, ThreadPoolExecutor(3) as pool:
+        served.wait_ready(30)
+        running = [pool.submit(seen, served.url, seconds=1.5) for _ in range(3)]
+        assert wait_until(lambda: (client.health(served.url) or {})["status"] == "BUSY")
+        with pytest.raises(CogpressError, match="busy"):
+            client.predict(served.url, {})
+        assert [one.result()["COG_MAX_CONCURRENCY"] for one in running] == ["3"] * 3
+
+
+def test_variables_that_are_given_win(root: Path) -> None:
+    with Server(root, env={"COLOUR": "blue"}, max_concurrency=2, log=root / "server.log") as served:
+        served.wait_ready(30)
+        got = seen(served.url)
+    assert (got["COLOUR"], got["COG_MAX_CONCURRENCY"], got["COG_WEIGHTS"]) == ("blue", "2", None)
+
+
+def test_both_modes_run_on_one_folder(root: Path) -> None:
+    examples = "data:text/plain;base64,aGVsbG8="
+    with Server(root, log=root / "a.log") as predicting, Server(root, mode="train", log=root / "b.log") as training:
+        predicting.wait_ready(30)
+        training.wait_ready(30)
+        assert client.openapi(predicting.url) == client.openapi(training.url)
+        with pytest.raises(CogpressError, match=r"seconds: 61.*maximum of 60"):
+            client.predict(predicting.url, {"seconds": 61})
+        with pytest.raises(CogpressError, match=r"rank: 9.*maximum of 8"):
+            client.train(training.url, {"train_data": examples, "rank": 9})
+        done = client.train(training.url, {"train_data": examples, "rank": 1})
+        assert done["output"] == {"weights": examples}
+
+
+def fails(root: Path, behaviour: str, timeout: float = 30) -> str:
+    with (
+        Server(root, env={"BEHAVIOUR": behaviour}, log=root / "server.log") as served,
+        pytest.raises(CogpressError) as error,
+    ):
+        served.wait_ready(timeout)
+    return str(error.value)
+
+
+def test_setup_that_fails_is_quoted(root: Path) -> None:
+    message = fails(root, "fail")
+    assert message.startswith("The runner did not get ready: RuntimeError: there are no weights in this folder\n")
+    assert "Loading predictor" in message  # what the worker logs right before it ends can be lost
+    assert message.endswith(f"All of it is in {root / 'server.log'}.")
+
+
+def test_a_worker_that_dies_in_setup_is_noticed(root: Path) -> None:
+    assert fails(root, "die").startswith("The runner did not get ready: worker crashed")
+
+
+def test_a_failing_health_check_is_noticed(root: Path) -> None:
+    assert "user-defined healthcheck returned False" in fails(root, "sick")
+
+
+def test_waiting_ends_and_setup_is_cut_off(root: Path) -> None:
+    started = time.monotonic()
+    assert fails(root, "slow", timeout=1).startswith("The server was not ready after 1 s.")
+    assert time.monotonic() - started < 10
+
+
+def test_a_worker_that_can_not_start_is_noticed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime itself would say STARTING for ever."""
+    monkeypatch.setattr(server, "ALONE_SECONDS", 1.0)
+    programs = root / "programs"
+    programs.mkdir()
+    (programs / "python").write_text("#!/bin/sh\nsleep 0.3\necho this python has no cog >&2\nexit 1\n")
+    (programs / "python").chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    with Server(root, env={"PATH": path}, log=root / "server.log") as served, pytest.raises(CogpressError) as error:
+        served.wait_ready(30)
+    assert str(error.value).startswith("The server's worker process ended before its setup began.")
+    assert "this python has no cog" in str(error.value)
+
+
+def test_the_worker_is_this_python_whatever_path_says(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with Server(root, log=root / "server.log") as served:
+        assert served.wait_ready(30)["status"] == "READY"
+
+
+def test_a_server_that_is_killed_is_noticed(root: Path) -> None:
+    with Server(root, env={"BEHAVIOUR": "slow"}, log=root / "server.log") as served:
+        assert wait_until(served._has_worker)
+        process_of(served).kill()
+        with pytest.raises(CogpressError, match=r"ended before it was ready, killed by SIGKILL\.(.|\n)*server\.log"):
+            served.wait_ready(30)
+
+
+def test_a_server_that_ends_later_is_noticed(root: Path) -> None:
+    with Server(root, log=root / "server.log") as served:
+        served.wait_ready(30)
+        httpx.post(f"{served.url}/shutdown")
+        with pytest.raises(CogpressError, match="The server ended, with exit status 0"):
+            served.wait()
+
+
+def test_stopping_ends_what_ignores_it_and_can_be_repeated(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "GRACE_SECONDS", 0.5)
+    served = Server(root, log=root / "server.log")
+    served.start()
+    served.wait_ready(30)
+    process_of(served).send_signal(signal.SIGSTOP)
+    served.stop()
+    served.stop()
+    assert client.health(served.url) is None
+    with pytest.raises(CogpressError, match="not running"):
+        served.wait_ready(1)
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from cogpress import cli
+from cogpress.cog import process as server
+from cogpress.cog.process import Server
+
+server.FAMILY_SECONDS = 0.1
+
+def main():
+    served = Server(Path(sys.argv[1]), log=Path(sys.argv[1]) / "server.log")
+    served.start()
+    served.wait_ready(30)
+    print("ready", flush=True)
+    if sys.argv[2] == "wait":
+        time.sleep(60)
+    raise RuntimeError("a fault")  # nobody stops the server
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "number", "status"), [("wait", signal.SIGINT, 130), ("wait", signal.SIGTERM, 143), ("fail", None, 1)]
+)
+def test_nothing_is_left_when_the_program_ends(root: Path, then: str, number: int | None, status: int) -> None:
+    command = [sys.executable, "-c", PROGRAM, str(root), then]
+    pipe = subprocess.PIPE
+    program = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    assert program.stdout is not None
+    assert program.stdout.readline() == "ready\n"
+    if number is not None:
+        program.send_signal(number)
+    _, errors = program.communicate(timeout=20)
+    assert program.returncode == status
+    assert ("a fault" in errors) == (then == "fail")
+
+
+def test_what_is_missing_is_named(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(CogpressError, match=r"There are no weights at .*nowhere"):
+        Server(root, weights=str(root / "nowhere"))
+    with pytest.raises(CogpressError, match=r"cog\.yaml does not exist"):
+        Server(tmp_path_factory.mktemp("empty")).start()
+    wrong = {"run: [": "not YAML", "text": "must be a mapping", "run: predict.py:Runner": "no `train:`"}
+    for content, complaint in wrong.items():
+        (root / "cog.yaml").write_text(content)
+        with pytest.raises(CogpressError, match=complaint):
+            Server(root, mode="train").start()
+    (root / "cog.yaml").write_text("run: other.py:Runner")
+    with pytest.raises(CogpressError, match=r"other\.py.* does not exist"):
+        Server(root).start()
+
+
+def test_weights_at_a_url_are_left_to_the_runner(root: Path) -> None:
+    url = "https://example.com/weights.tar"
+    with Server(root, weights=url, log=root / "server.log") as served:
+        assert psutil.Process(process_of(served).pid).environ()["COG_WEIGHTS"] == url
+
+
+def test_a_port_in_use_is_named(root: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(
+            CogpressError, match=rf"Port {port} on 127\.0\.0\.1 can not be used: Address already in use"
+        ):
+            Server(root, port=port).start()

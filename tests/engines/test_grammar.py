@@ -1,0 +1,59 @@
+"""What users want of an answer's form is tried out in a process of its own, with bounds on time and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cogpress.engines import grammar
+from cogpress.engines.base import Structure
+from cogpress.errors import CogpressError
+
+
+@pytest.fixture(scope="module")
+def guard(base_folder: Path) -> Iterator[grammar.Guard]:
+    made = grammar.Guard(base_folder, 49152)
+    yield made
+    made.close()
+
+
+def test_what_compiles_passes_and_so_does_what_is_not_valid(guard: grammar.Guard) -> None:
+    guard.check(Structure("json", '{"type": "object"}'))
+    guard.check(Structure("regex", "[a-z]+@[a-z]+"))
+    guard.check(Structure("choice", ("a", 'b"')))
+    guard.check(Structure("grammar", 'root ::= "a"'))
+    guard.check(Structure("regex", "(((("))  # the engine says what is wrong with it
+
+
+def test_compiling_stands_back_as_the_engine_does(guard: grammar.Guard) -> None:
+    guard.start()
+    assert guard._process is not None
+    assert os.getpriority(os.PRIO_PROCESS, guard._process.pid) == max(grammar.NICENESS, os.nice(0))
+
+
+def test_what_takes_for_ever_is_refused_and_the_next_one_is_not(
+    guard: grammar.Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "SECONDS", 1.0)
+    properties = {f"p{number}": {"type": "string"} for number in range(2200)}
+    hostile = Structure("json", json.dumps({"type": "object", "properties": properties}))
+    started = time.monotonic()
+    with pytest.raises(CogpressError, match=r"json_schema takes longer than 1 s to compile\. Make it simpler"):
+        guard.check(hostile)
+    assert time.monotonic() - started < 8
+    started = time.monotonic()
+    with pytest.raises(CogpressError, match="json_schema takes"):
+        guard.check(hostile)
+    assert time.monotonic() - started < 0.1, "it is remembered"
+    monkeypatch.setattr(grammar, "SECONDS", 10.0)
+    guard.check(Structure("regex", "a+b"))
+
+
+def test_size_is_bounded(guard: grammar.Guard) -> None:
+    with pytest.raises(CogpressError, match="choices has 70,000 characters, and 65,536 are the most"):
+        guard.check(Structure("choice", ("x" * 70_000,)))

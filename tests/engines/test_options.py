@@ -1,0 +1,221 @@
+"""What each engine makes of the options of model.yaml, on machines that this one is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cogpress import config
+from cogpress.engines import base as engine
+from cogpress.engines import grammar, transformers, vllm
+from cogpress.errors import CogpressError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+AMPERE, TURING = (8, 0), (7, 5)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 24}))
+    return tmp_path
+
+
+def options(folder: Path, gpus: int = 0, capability: Any = None, adapters: int = 0, **serve: Any) -> dict[str, Any]:
+    return vllm.options(folder, config.Serve(**serve), 64, adapters, gpus, capability)
+
+
+def test_on_a_cpu(folder: Path) -> None:
+    found = options(folder)
+    assert found["enforce_eager"] is True, "compiled mode answers nonsense there"
+    assert (found["dtype"], found["tensor_parallel_size"], found["pipeline_parallel_size"]) == ("auto", 1, 1)
+    assert (found["max_num_seqs"], found["max_model_len"], found["enable_prefix_caching"]) == (64, None, True)
+    assert found["trust_remote_code"] is False
+    assert found["load_format"] == "safetensors"
+    assert found["disable_log_stats"] is True
+    assert not {"gpu_memory_utilization", "enable_lora", "speculative_config", "quantization"} & found.keys()
+
+
+def test_every_thread_of_a_child_stands_back() -> None:
+    program = "import threading, sys; [threading.Thread(target=sys.stdin.read).start() for _ in range(3)]; print('on')"
+    with subprocess.Popen(
+        [sys.executable, "-uc", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout.readline() == "on\n"
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        vllm.stand_back()
+        vllm.stand_back()
+        threads = [thread.id for thread in psutil.Process(child.pid).threads()]
+        assert len(threads) == 4
+        assert {os.getpriority(os.PRIO_PROCESS, one) for one in threads} == {max(before, grammar.NICENESS)}
+        assert os.getpriority(os.PRIO_PROCESS, 0) == before
+        child.stdin.close()
+
+
+def test_a_process_gathers_on_one_core() -> None:
+    program = (
+        "import os, threading, time, psutil; from cogpress.engines import vllm; wait = threading.Event()\n"
+        "start = lambda: threading.Thread(target=wait.wait).start()\n"
+        "start(); vllm.gather(); start()\n"
+        "cores = [os.sched_getaffinity(thread.id) for thread in psutil.Process().threads()]; wait.set()\n"
+        "print(len(cores), {len(one) for one in cores}, max(cores[0]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["3", "{1}", str(max(os.sched_getaffinity(0)))]
+
+
+def test_openmp_is_told_its_cores_while_an_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("OMP_PLACES", raising=False)
+    cores = sorted(os.sched_getaffinity(0))
+    program = "import torch, os; print(torch.get_num_threads(), sorted(os.sched_getaffinity(0)))"
+    with vllm.computing_on(cores[:1]):
+        started = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert started.stdout.strip() == f"1 {cores[:1]}"
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "OMP_PLACES" not in os.environ
+
+
+def test_on_gpus(folder: Path) -> None:
+    found = options(folder, 1, AMPERE, gpu_memory_share=0.5, cpu_offload_gb=4, kv_offload_gb=2)
+    assert found["enforce_eager"] is False
+    assert (found["dtype"], found["gpu_memory_utilization"]) == ("auto", 0.5)
+    assert (found["cpu_offload_gb"], found["kv_offloading_size"]) == (4, 2)
+    assert options(folder, 1, AMPERE, mode="eager")["enforce_eager"] is True
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "got"),
+    [("auto", TURING, "float16"), ("auto", AMPERE, "auto"), ("bfloat16", TURING, "bfloat16"), ("auto", None, "auto")],
+)
+def test_what_is_computed_in_follows_the_gpu(folder: Path, asked: str, capability: Any, got: str) -> None:
+    assert options(folder, 1 if capability else 0, capability, dtype=asked)["dtype"] == got
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tensor", "pipeline", "got"),
+    [
+        (1, "auto", "auto", (1, 1)),
+        (2, "auto", "auto", (2, 1)),
+        (5, "auto", "auto", (4, 1)),
+        (8, "auto", "auto", (8, 1)),
+        (8, "auto", 2, (4, 2)),
+        (8, 2, "auto", (2, 1)),
+        (8, 2, 4, (2, 4)),
+        (16, "auto", "auto", (12, 1)),
+    ],
+)
+def test_gpus_are_shared_out(folder: Path, gpus: int, tensor: Any, pipeline: Any, got: tuple[int, int]) -> None:
+    """24 attention heads: what does not divide them can not be tensor parallel."""
+    found = options(folder, gpus, AMPERE, tensor_parallel=tensor, pipeline_parallel=pipeline)
+    assert (found["tensor_parallel_size"], found["pipeline_parallel_size"]) == got
+
+
+@pytest.mark.parametrize(
+    ("gpus", "serve", "said"),
+    [
+        (0, {"tensor_parallel": 2}, "are for GPUs, and there is none"),
+        (2, {"tensor_parallel": 4}, "asks for 4 GPUs, and there are 2"),
+        (8, {"tensor_parallel": 5}, "does not divide the 24 attention heads"),
+        (0, {"mode": "compiled"}, "gives wrong answers on a CPU"),
+        (0, {"adapters": 513}, "rank is 513, and vLLM serves 512 at most"),
+    ],
+)
+def test_what_can_not_be_is_refused(folder: Path, gpus: int, serve: dict[str, Any], said: str) -> None:
+    with pytest.raises(CogpressError, match=said):
+        options(folder, gpus, AMPERE if gpus else None, **serve)
+
+
+def test_other_options_reach_vllm(folder: Path) -> None:
+    speculative = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
+    found = options(
+        folder,
+        max_context=4096,
+        kv_cache_dtype="fp8",
+        chunked_prefill=False,
+        max_batched_tokens=512,
+        prefix_caching=False,
+        speculative=speculative,
+        metrics_port=9000,
+    )
+    assert found["speculative_config"] == speculative
+    assert (found["max_model_len"], found["kv_cache_dtype"]) == (4096, "fp8")
+    assert (found["enable_chunked_prefill"], found["max_num_batched_tokens"]) == (False, 512)
+    assert (found["enable_prefix_caching"], found["disable_log_stats"]) == (False, False)
+
+
+def test_what_was_compiled_is_kept_beside_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    assert vllm.compile_cache(folder, options(folder)) == {}, "nothing is compiled on a CPU"
+    compiled = options(folder, 1, AMPERE)
+    assert vllm.compile_cache(folder, compiled) == {"VLLM_CACHE_ROOT": str(folder / "compiled")}
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "elsewhere")
+    assert vllm.compile_cache(folder, compiled) == {}
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_found_by_the_weights_path(tiny_base: Path, tmp_path: Path) -> None:
+    """docs/serving.md says so, and that the image therefore has to compile for itself."""
+    from vllm import EngineArgs
+
+    (tmp_path / "weights").symlink_to(tiny_base)
+    keys = {
+        EngineArgs(model=str(folder), enforce_eager=True).create_engine_config().compute_hash()
+        for folder in (tiny_base, tmp_path / "weights", tmp_path / "weights")
+    }
+    assert len(keys) == 2
+
+
+def test_there_is_room_for_the_ranks_that_vllm_knows() -> None:
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    assert get_args(MaxLoRARanks) == vllm.RANKS
+
+
+def test_adapters_have_room(folder: Path) -> None:
+    found = options(folder, adapters=17, adapters_at_once=3, adapters_kept=2)
+    wanted = {"enable_lora": True, "max_lora_rank": 32, "max_loras": 3, "max_cpu_loras": 3}
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_vllm_knows_every_option(folder: Path) -> None:
+    """Names change from version to version, and vLLM would say so only when it starts."""
+    from vllm import AsyncEngineArgs
+
+    speculative = {"method": "ngram", "num_speculative_tokens": 5}
+    everything = options(
+        folder,
+        2,
+        AMPERE,
+        adapters=8,
+        chunked_prefill=True,
+        max_batched_tokens=512,
+        cpu_offload_gb=1,
+        kv_offload_gb=1,
+        speculative=speculative,
+    )
+    assert everything.keys() <= AsyncEngineArgs.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [("speculative", {"method": "ngram"}), ("tensor_parallel", 2)])
+def test_transformers_refuses_what_it_does_not_have(name: str, value: Any) -> None:
+    with pytest.raises(CogpressError, match=rf"serve\.{name} is not for the engine transformers"):
+        transformers.refuse(config.Serve(engine="transformers", **{name: value}))
+
+
+def test_engines_are_found_by_name() -> None:
+    assert {"transformers", "vllm"} <= set(engine.names())
+    assert engine.find("vllm") is vllm
+    with pytest.raises(CogpressError, match=r"serve\.engine is 'tgi', and the engines are .*transformers.*vllm"):
+        engine.find("tgi")

@@ -1,0 +1,203 @@
+"""What fits where, ranked, and how it is shown; scripts/plan itself."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cogpress import config
+from cogpress.errors import CogpressError
+from cogpress.plan import estimate, hardware, memory
+from cogpress.plan import report as plan_report
+from cogpress.plan.estimate import Plan
+from tests.standins.architectures import LLAMA3, SMOLLM2
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plan"
+
+
+def made(asked: dict[str, Any] | None = None, model: Any = LLAMA3, **sections: Any) -> Plan:
+    settings = config.parse({**sections, "plan": asked or {}}, "test")
+    return estimate.make(settings, model, hardware.table())
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0, 0), (1, 1), (7, 7), (4095, 4095), (4096, 4096), (9999, 4096)])
+def test_the_largest_that_fits_is_found(limit: int, expected: int) -> None:
+    assert estimate.largest(lambda number: number <= limit, 4096) == expected
+
+
+def test_what_fits_is_exactly_what_fits() -> None:
+    found = made({"concurrency": 16})
+    for row in found.served:
+        if row.refused is None:
+            allowed = 0.9 * row.machine.gpu_bytes
+            how = replace(found.serving, gpus=row.machine.gpus)
+            assert memory.serving(LLAMA3, replace(how, concurrency=row.concurrency)).total <= allowed
+            assert memory.serving(LLAMA3, replace(how, concurrency=row.concurrency + 1)).total > allowed
+            assert row.room == pytest.approx(allowed - row.memory.total)
+    for row in found.trained:
+        if row.refused is None:
+            how = replace(found.training, batch=row.batch + 1)
+            assert memory.training(LLAMA3, how).total > row.machine.gpu_bytes
+
+
+def test_machines_that_fit_come_first_and_the_cheapest_of_them_leads() -> None:
+    found = made({"concurrency": 16})
+    refused = [row.refused is not None for row in found.served]
+    assert refused == sorted(refused)
+    months = [min(row.serverless.per_month, row.always_on.per_month)  # type: ignore[union-attr]
+              for row in found.served if row.refused is None]  # fmt: skip
+    assert months == sorted(months)
+    assert found.hardware is not None
+    assert found.hardware.sku == "gpu-l40s"
+    reasons = {row.machine.sku: str(row.refused) for row in found.served}
+    assert "no GPU" in reasons["cpu"]
+    assert "lacks" in reasons["gpu-t4"]
+    assert {row.machine.gpus for row in found.trained} == {0, 1}
+
+
+def test_a_gpus_generation_decides() -> None:
+    fp8 = {row.machine.sku: row.refused for row in made({"scheme": "fp8", "concurrency": 1}).served}
+    assert fp8["gpu-a100-large"] == "does not compute in FP8"
+    assert fp8["gpu-l40s"] is None
+    # Before Ampere the engine takes float16 by itself, but not where bfloat16 is asked for.
+    small = {row.machine.sku: row.refused for row in made(model=SMOLLM2).served}
+    assert small["gpu-t4"] is None
+    asked = {row.machine.sku: row.refused for row in made(model=SMOLLM2, serve={"dtype": "bfloat16"}).served}
+    assert "float16" in str(asked["gpu-t4"])
+    assert "do not divide 9 attention heads" in str(small["gpu-l40s-2x"])
+
+
+def test_how_weights_are_quantized_is_taken_from_them() -> None:
+    assert made(model=replace(SMOLLM2, scheme="int4")).serving.scheme == "int4"
+    assert made({"scheme": "int8"}, model=replace(SMOLLM2, scheme="int4")).serving.scheme == "int8"
+    with pytest.raises(CogpressError, match=r"quantized by mxfp4.*plan\.scheme"):
+        made(model=replace(SMOLLM2, scheme="mxfp4"))
+
+
+def test_a_wrong_question_is_explained() -> None:
+    with pytest.raises(CogpressError, match=r"plan\.context is 9000, and the model's is 8192"):
+        made({"context": 9000})
+    with pytest.raises(CogpressError, match="700 together"):
+        made({"context": 512})
+    with pytest.raises(CogpressError, match="no hardware 'gpu-x'"):
+        made({"tokens_per_second": {"gpu-x": 1}})
+
+
+def test_measured_speeds_are_used_and_marked() -> None:
+    found = made({"tokens_per_second": {"gpu-l40s": 1950}, "training_tokens_per_second": {"gpu-l40s": 100},
+                  "training_tokens": 36_000, "cold_start_seconds": 0, "concurrency": 16})  # fmt: skip
+    [served] = [row for row in found.served if row.machine.sku == "gpu-l40s"]
+    assert served.speed is not None
+    assert served.speed.measured
+    assert served.per_million == pytest.approx(0.000975 / 1950 * 1e6)
+    [trained] = [row for row in found.trained if row.machine.sku == "gpu-l40s"]
+    assert (trained.seconds, trained.measured) == (360, True)
+    assert trained.dollars == pytest.approx(360 * 0.000975)
+
+
+def test_the_tokens_of_a_training_say_where_they_are_from(tmp_path: Path) -> None:
+    def tokens(report: dict[str, Any] | None = None, **train: Any) -> Any:
+        return estimate.training_tokens(config.parse({"train": train}, "test"), report or {})
+
+    report = {"train": 90, "validation": 10, "tokens": 20_000, "learnt_tokens": 5_000}
+    assert tokens() is None
+    assert tokens(max_steps=10, batch_size=4, max_length=100)[0] == 4000
+    assert tokens(report, max_steps=10, batch_size=4)[0] == 10 * 4 * 200
+    assert tokens(report, epochs=2)[0] == 2 * 90 * 200
+    (tmp_path / "data.json").write_text(json.dumps(report))
+    assert estimate.data_report(tmp_path) == report
+    assert estimate.data_report(tmp_path / "none") == {}
+    found = estimate.make(config.Config(), SMOLLM2, hardware.table(), report=report)
+    assert found.training.answers == 0.25
+
+
+def test_a_plan_is_shown_as_tables_json_and_a_picture(tmp_path: Path) -> None:
+    found = made({"concurrency": 16})
+    console = Console(width=160, file=io.StringIO())
+    console.print(plan_report.tables(found))
+    plan_report.write(found, tmp_path, console, config.Plan())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("8,030,261,248", "QLoRA (nf4)", "gpu-l40s", "128.0 KiB", "reckoned, not measured", "unconfirmed"):
+        assert part in text, part
+    data = json.loads((tmp_path / plan_report.NAME).read_text())
+    assert data["architecture"]["parameters"] == 8_030_261_248
+    assert data["served"][0]["machine"] == "gpu-l40s"
+    assert data["methods"]["nf4"]["checkpointing"]["total"] > 0
+    assert data["hardware"]["dated"] == hardware.table().dated.isoformat()
+    assert (tmp_path / plan_report.PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_machine_without_a_price_or_figures_is_still_planned(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "dated: 2027-01-31\nmachines:\n- {sku: new, name: N, gpus: 1, gpu_memory_gb: 90, capability: [9, 0]}\n"
+    )
+    table = replace(hardware.table(path), machines=(hardware.table(path).machine("new"),), unknown=("newer",))
+    found = estimate.make(config.Config(), LLAMA3, table)
+    assert found.served[0].refused is None
+    assert found.served[0].speed is None
+    assert any("newer" in note for note in found.notes)
+    console = Console(file=io.StringIO())
+    console.print(plan_report.tables(found))
+    plan_report.write(found, tmp_path, console, config.Plan())
+
+
+def test_a_commands_options_go_over_model_yaml() -> None:
+    settings = config.parse({"plan": {"concurrency": 4, "tokens_per_second": {"a": 1.0}}}, "test")
+    found = plan_report.changed(settings, {"context": 99}, ["gpu-t4=12.5"], "hf://a/b")
+    assert (found.plan.context, found.plan.concurrency, found.base.source) == (99, 4, "hf://a/b")
+    assert found.plan.tokens_per_second == {"a": 1.0, "gpu-t4": 12.5}
+    for wrong in ("gpu-t4", "gpu-t4=fast"):
+        with pytest.raises(CogpressError, match="SKU=TOKENS"):
+            plan_report.changed(settings, {}, [wrong], None)
+    with pytest.raises(CogpressError, match=r"plan\.context"):
+        plan_report.changed(settings, {"context": 1}, [], None)
+
+
+def test_help_names_the_options() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
+    for option in ("--scheme", "--context", "--requests-per-hour", "--speed", "--json", "REPLICATE_API_TOKEN"):
+        assert option in done.stdout, option
+
+
+@pytest.mark.slow
+def test_the_command_plans_a_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+                    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+                    "tie_word_embeddings": True, "max_position_embeddings": 8192})
+    )  # fmt: skip
+
+    def ask(*options: str) -> subprocess.CompletedProcess[str]:
+        tokenless = {name: value for name, value in os.environ.items() if name != "REPLICATE_API_TOKEN"}
+        command = [sys.executable, SCRIPT, str(tmp_path), *options]
+        return subprocess.run(command, capture_output=True, text=True, env=tokenless)
+
+    data = json.loads(ask("--json", "--concurrency", "4", "--speed", "gpu-t4=100").stdout)
+    assert data["architecture"]["parameters"] == 134_515_008
+    assert data["serving"]["concurrency"] == 4
+    assert {row["machine"]: row["speed"] and row["speed"]["tokens_per_second"] for row in data["served"]}[
+        "gpu-t4"
+    ] == 100
+    shown = ask("--out", str(tmp_path / "out"))
+    assert shown.returncode == 0, shown.stderr
+    assert "134,515,008" in shown.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {plan_report.NAME, plan_report.PICTURE}
+    wrong = ask("--scheme", "int3")
+    assert (wrong.returncode, "Traceback" in wrong.stderr) == (1, False)
+    assert "plan.scheme" in wrong.stderr
+
+
+def test_words_for_numbers() -> None:
+    assert [plan_report.duration(seconds) for seconds in (5, 600, 7200)] == ["5 s", "10 min", "2.0 h"]
+    assert [plan_report.dollars(amount) for amount in (1234.5, 2.5, 0.0125)] == ["$1,234", "$2.50", "$0.0125"]
+    assert [plan_report.gigabytes(number) for number in (1.5e9, 25e9, -3e9)] == ["1.50 GB", "25.0 GB", "-3.00 GB"]

@@ -1,0 +1,185 @@
+"""A model on Replicate as a backend, against a stub that refuses, fails and forgets as the real one may."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from cogpress.errors import CogpressError
+from cogpress.playground import remote
+from cogpress.playground.predictions import Prediction
+from cogpress.playground.queue import Lane
+from cogpress.playground.versions import Version
+
+TOKEN = "r8_not-a-real-token"
+SCHEMA = {"openapi": "3.0.2", "components": {"schemas": {}}}
+MADE = {"id": "far", "status": "starting", "urls": {}}
+DONE = {**MADE, "status": "succeeded", "output": ["a", "b"], "metrics": {"output_token_count": 2}}
+
+Reply = tuple[int, Any] | tuple[int, Any, dict[str, str]]
+
+
+class Stub:
+    """Answers each route with its replies in turn, the last one again and again."""
+
+    def __init__(self, replies: dict[str, list[Reply]]) -> None:
+        self.asked: list[str] = []
+        self.bodies: list[Any] = []
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def handle_any(self) -> None:
+                length = int(self.headers.get("content-length") or 0)
+                route = f"{self.command} {self.path}"
+                stub.bodies.append(json.loads(self.rfile.read(length) or b"null"))
+                stub.asked.append(route)
+                assert self.headers["authorization"] == f"Bearer {TOKEN}"
+                left = replies.get(route, [(404, {"detail": "Not found"})])
+                status, body, *headers = left.pop(0) if len(left) > 1 else left[0]
+                content = json.dumps(body).encode()
+                self.send_response(status)
+                for name, value in (headers[0] if headers else {}).items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = handle_any
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def count(self, route: str) -> int:
+        return self.asked.count(route)
+
+
+@contextmanager
+def replicate(replies: dict[str, list[Reply]]) -> Iterator[Stub]:
+    stub = Stub(replies)
+    threading.Thread(target=stub.server.serve_forever, daemon=True).start()
+    yield stub
+    stub.server.shutdown()
+
+
+def run(
+    stub: Stub,
+    name: str = "o/m",
+    act: Callable[[Prediction, Lane], Any] | None = None,
+    seconds: float = 15,
+) -> Prediction:
+    """One prediction through a lane, as the local Replicate runs it."""
+
+    async def main() -> Prediction:
+        lane = Lane(remote.Remote(name, TOKEN, stub.url), lambda _prediction: None)
+        version = Version("1" * 64, "local/x", 0.0, SCHEMA, f"replicate:{name}")
+        prediction = Prediction("near", version, {}, {"prompt": "x"})
+        lane.put(prediction)
+        if act is not None:
+            await act(prediction, lane)
+        assert await prediction.wait(seconds)
+        await lane.close()
+        assert TOKEN not in str(prediction.record())
+        return prediction
+
+    return asyncio.run(main())
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "POLL_SECONDS", 0.02)
+
+
+MODEL: Reply = (200, {"latest_version": {"id": "v1", "openapi_schema": SCHEMA}})
+BY_NAME = "POST /v1/models/o/m/predictions"
+
+
+def test_what_is_refused_for_now_is_asked_again_and_made_once() -> None:
+    busy: Reply = (429, {"detail": "Request was throttled."}, {"Retry-After": "1"})
+    replies: dict[str, list[Reply]] = {
+        "GET /v1/models/o/m": [MODEL],
+        BY_NAME: [busy, (429, {"detail": "throttled"}), (201, MADE)],
+        "GET /v1/predictions/far": [busy, (502, {}), (200, {**MADE, "status": "processing"}), (200, DONE)],
+    }
+    with replicate(replies) as stub:
+        found = run(stub)
+    assert (found.status, found.output) == ("succeeded", ["a", "b"])
+    assert found.metrics["output_token_count"] == 2
+    # Two refusals, then one that was made: what hindered looking at it did not have it made again.
+    assert stub.count(BY_NAME) == 3
+
+
+def test_a_model_that_is_run_by_version_alone() -> None:
+    replies: dict[str, list[Reply]] = {
+        "GET /v1/models/o/m": [MODEL],
+        "POST /v1/predictions": [(201, DONE)],
+    }
+    with replicate(replies) as stub:
+        assert run(stub).status == "succeeded"
+    assert stub.bodies[-1] == {"input": {"prompt": "x"}, "stream": True, "version": "v1"}
+
+
+def test_a_deployment_is_asked_by_its_name() -> None:
+    replies: dict[str, list[Reply]] = {
+        "GET /v1/deployments/o/m": [(200, {"current_release": {"model": "a/b", "version": "v7"}})],
+        "GET /v1/models/a/b/versions/v7": [(200, {"id": "v7", "openapi_schema": SCHEMA})],
+        "POST /v1/deployments/o/m/predictions": [(201, DONE)],
+    }
+    with replicate(replies) as stub:
+        assert asyncio.run(remote.Remote("o/m", TOKEN, stub.url).schema()) == SCHEMA
+        assert run(stub).status == "succeeded"
+
+
+def test_refusals_are_told_and_nothing_that_is_not_there_is_waited_for() -> None:
+    replies: dict[str, list[Reply]] = {
+        "GET /v1/models/o/m": [MODEL],
+        BY_NAME: [(422, {"detail": "- input.prompt: prompt is too long"})],
+    }
+    with replicate(replies) as stub:
+        found = run(stub)
+        assert found.status == "failed"
+        assert "prompt is too long" in str(found.error)
+        with pytest.raises(CogpressError, match="404"):
+            asyncio.run(remote.Remote("o/none", TOKEN, stub.url).schema())
+
+
+def test_a_prediction_that_waits_there_is_canceled_there() -> None:
+    """A model that is cold stays at starting for minutes."""
+    replies: dict[str, list[Reply]] = {
+        "GET /v1/models/o/m": [MODEL],
+        BY_NAME: [(201, MADE)],
+        "GET /v1/predictions/far": [(200, MADE)] * 5 + [(200, {**MADE, "status": "canceled"})],
+        "POST /v1/predictions/far/cancel": [(429, {}), (200, MADE)],
+    }
+
+    async def act(prediction: Prediction, lane: Lane) -> None:
+        await asyncio.sleep(0.05)
+        prediction.cancel_asked = True
+        await lane.backend.cancel(prediction)
+
+    with replicate(replies) as stub:
+        assert run(stub, act=act).status == "canceled"
+    assert stub.count("POST /v1/predictions/far/cancel") == 2
+
+
+def test_what_can_not_be_reached_for_long_fails_and_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PATIENCE_SECONDS", 0.2)
+    replies: dict[str, list[Reply]] = {
+        "GET /v1/models/o/m": [MODEL],
+        BY_NAME: [(201, MADE)],
+        "GET /v1/predictions/far": [(503, {})],
+    }
+    with replicate(replies) as stub:
+        found = run(stub)
+    assert found.status == "failed"
+    assert "lost from sight" in str(found.error)
+    assert stub.count(BY_NAME) == 1

@@ -1,0 +1,80 @@
+"""Streams that are silent for long: kept open by comments, which no client takes for an event."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from cogpress.playground.api import streams
+from cogpress.playground.predictions import Prediction
+from cogpress.playground.versions import Version
+
+VERSION = Version("1" * 64, "local/x", 0.0, {}, "http://nowhere")
+
+
+class Alive:
+    """One prediction, as `Streams` finds it."""
+
+    def __init__(self) -> None:
+        self.prediction = Prediction("x", VERSION, {}, {})
+
+    def find(self, _identifier: str) -> Prediction:
+        return self.prediction
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "HEARTBEAT_SECONDS", 0.2)
+
+
+def read(act: Any) -> tuple[bytes, list[float]]:
+    """What a reader gets while `act` happens to the prediction, and when."""
+
+    async def main() -> tuple[bytes, list[float]]:
+        alive = Alive()
+        made = streams.Streams(alive, b"secret")  # type: ignore[arg-type]
+        body, times = b"", []
+
+        async def send(message: Any) -> None:
+            nonlocal body
+            body += message.get("body", b"")
+            times.append(asyncio.get_running_loop().time())
+
+        scope = {"type": "http", "method": "GET", "path": made.path("x"), "headers": []}
+        reading = asyncio.create_task(made(scope, asyncio.Event().wait, send))  # type: ignore[arg-type]
+        await act(alive.prediction)
+        await asyncio.wait_for(reading, 5)
+        return body, times
+
+    return asyncio.run(main())
+
+
+def test_a_silent_stream_is_kept_open(short: None) -> None:
+    async def act(prediction: Prediction) -> None:
+        await asyncio.sleep(0.7)
+        prediction.start()
+        prediction.add_output("a")
+        await asyncio.sleep(0.5)
+        prediction.end("succeeded")
+
+    body, times = read(act)
+    assert 4 <= body.count(b": still running\n\n") <= 6
+    assert max(after - before for before, after in pairwise(times)) < 0.35
+    assert body.endswith(b"event: done\nid: 2:1\ndata: {}\n\n")
+    decoder = pytest.importorskip("replicate.stream", reason="requirements/dev.in lists Replicate's client")
+    decode = decoder.EventSource.Decoder().decode
+    found = [event for line in body.decode().split("\n") if (event := decode(line))]
+    assert [(one.event.value, one.data) for one in found] == [("output", "a"), ("done", "{}")]
+
+
+def test_a_stream_that_says_something_gets_no_comments(short: None) -> None:
+    async def act(prediction: Prediction) -> None:
+        for _ in range(12):
+            await asyncio.sleep(0.05)
+            prediction.add_output("a")
+        prediction.end("succeeded")
+
+    assert b"still running" not in read(act)[0]

@@ -1,0 +1,247 @@
+"""Trainings through Cog's real training endpoint, and models on Replicate as backends."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cogpress.errors import CogpressError
+from cogpress.playground import sources, trainings
+from tests.playground.test_clients import Receiver
+from tests.standins.localreplicate import SLOTS, TOKEN, Local, javascript, project, refusal
+
+pytestmark = pytest.mark.slow
+
+replicate = pytest.importorskip("replicate", reason="requirements/dev.in lists Replicate's client")
+
+DATA = "data:text/plain;base64," + base64.b64encode(b"what was learnt").decode()
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    root = project(tmp_path_factory.mktemp("echo"))
+    weights = root / "base"
+    weights.mkdir()
+    (weights / "config.json").write_text("untrained")
+    with Local(root, [("echo", f"folder:{weights}")]) as local:
+        yield local
+
+
+@pytest.fixture
+def client(local: Local) -> Any:
+    return replicate.Client(base_url=local.url, api_token="any")
+
+
+def wait(client: Any, identifier: str, seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while (found := client.trainings.get(identifier)).status in ("starting", "processing"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+def test_a_training_becomes_a_version_that_can_be_run(client: Any, local: Local, tmp_path: Path) -> None:
+    client.models.create("local", "tuned", visibility="private", hardware="cpu")
+    base = client.models.get("local/echo").latest_version
+    receiver = Receiver()
+    path = tmp_path / "data.txt"
+    path.write_text("what was learnt")
+    made = client.trainings.create(
+        model="local/echo",
+        version=base.id,
+        destination="local/tuned",
+        input={"train_data": client.files.create(path).urls["get"], "steps": 6},
+        webhook=receiver.url,
+    )
+    assert made.status == "starting"
+    logs = set()
+    while (now := client.trainings.get(made.id)).status in ("starting", "processing"):
+        logs.add(now.logs)
+        time.sleep(0.1)
+    assert now.status == "succeeded", now.error
+    assert len(logs) > 2  # followed while it ran
+    assert now.logs.splitlines() == [f"step {number}" for number in range(6)]
+    assert client.models.get("local/tuned").latest_version.id == now.output["version"].partition(":")[2]
+    assert client.run("local/tuned", input={"prompt": "weights", "count": 1}) == ["raw:what was learnt"]
+    assert client.run(now.output["version"], input={"prompt": "weights", "count": 1})
+    assert client.run("local/echo", input={"prompt": "weights", "count": 1}) == ["raw:untrained"]
+    assert httpx.get(now.output["weights"], trust_env=False).headers["content-disposition"].startswith("attachment")
+    statuses = [json.loads(one["body"])["status"] for one in receiver.wait(3)]
+    assert statuses[0] == "processing"
+    deadline = time.monotonic() + 10
+    while json.loads(receiver.got[-1]["body"])["status"] != "succeeded":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert made.id in [one.id for one in client.trainings.list()]
+
+
+def test_training_faults(client: Any, local: Local) -> None:
+    base = client.models.get("local/echo").latest_version
+    route = f"/v1/models/local/echo/versions/{base.id}/trainings"
+    answer = local.ask("POST", route, {"destination": "local/nothing", "input": {"train_data": DATA}})
+    assert answer.status_code == 404
+    answer = local.ask("POST", route, {"destination": "local/echo", "input": {"steps": 0}})
+    assert {one["field"] for one in answer.json()["invalid_fields"]} == {"input.train_data", "input.steps"}
+    answer = local.ask("POST", route, {"input": {"train_data": DATA}})
+    assert answer.status_code == 422
+    failed = local.ask("POST", route, {"destination": "local/echo", "input": {"train_data": "http://127.0.0.1:9/x"}})
+    assert wait(client, failed.json()["id"]).status == "failed"
+
+
+def test_a_training_is_canceled_while_it_waits_and_while_it_runs(client: Any, local: Local) -> None:
+    base = client.models.get("local/echo").latest_version
+    inputs = {"train_data": DATA, "steps": 1000}
+    made = [
+        client.trainings.create(model="local/echo", version=base.id, destination="local/echo", input=inputs)
+        for _ in range(2)
+    ]
+    assert client.trainings.cancel(made[1].id).status == "canceled"
+    deadline = time.monotonic() + 30
+    while "step 1" not in (client.trainings.get(made[0].id).logs or ""):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    client.trainings.cancel(made[0].id)
+    assert wait(client, made[0].id, 10).status == "canceled"
+
+
+def test_javascript(client: Any, local: Local) -> None:
+    folder = javascript()
+    base = client.models.get("local/echo").latest_version
+    receiver = Receiver()
+    done = subprocess.run(
+        ["node", "trainings.mjs", local.url, base.id, DATA, receiver.url],
+        cwd=folder,
+        env={**os.environ, "NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["made"] == ["starting", "local/echo", base.id]
+    assert (found["statuses"][0], found["statuses"][-1]) == ("starting", "succeeded"), found["error"]
+    assert found["logs"].splitlines() == ["step 0", "step 1"]
+    assert found["output"] == ["raw:what was learnt"]
+    assert found["latest"] is True
+    assert found["canceled"] == "canceled"
+    assert found["listed"] == found["ids"]
+    assert found["refused"] == [422, True]
+    assert json.loads(receiver.wait(1)[0]["body"])["status"] == "succeeded"
+
+
+def test_trained_weights_go_with_their_version(client: Any, local: Local) -> None:
+    base = client.models.get("local/echo").latest_version
+    trained = local.data / "trained"
+    kept = {path.name for path in trained.iterdir()}
+    for name in ("one", "two"):
+        client.models.create("local", name, visibility="private", hardware="cpu")
+    made = [
+        client.trainings.create(
+            model="local/echo", version=base.id, destination=f"local/{name}", input={"train_data": DATA, "steps": 1}
+        )
+        for name in ("one", "two")
+    ]
+    versions = [wait(client, one.id).output["version"] for one in made]
+    assert {path.name for path in trained.iterdir()} == kept | {one.id for one in made}
+    assert list(client.run(versions[0], input={"prompt": "weights", "count": 1}))
+    route = f"/v1/models/{versions[0].replace(':', '/versions/')}"
+    long = local.create({"count": 40, "delay": 0.05}, "local/one")
+    deployment = {"name": "held", "model": "local/one", "version": versions[0].partition(":")[2], "hardware": "cpu"}
+    assert local.ask("POST", "/v1/deployments", deployment).status_code == 201
+    refused = local.ask("DELETE", route)
+    assert (refused.status_code, "local/held uses this version" in refused.json()["detail"]) == (400, True)
+    assert local.ask("DELETE", "/v1/deployments/local/held").status_code == 204
+    assert local.ask("DELETE", route).status_code == 202
+    gone = local.ask("POST", "/v1/models/local/one/predictions", {"input": {}})
+    assert (gone.status_code, "has no version yet" in gone.json()["detail"]) == (404, True)
+    assert local.wait(long["id"])["status"] == "succeeded"  # what ran is not cut off
+    deadline = time.monotonic() + 30
+    while (trained / made[0].id).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert list(client.run(versions[1], input={"prompt": "weights", "count": 1})) == ["raw:what was learnt"]
+    # What a run left behind that was killed while it trained goes at the next start.
+    (trained / "left.part").write_text("half")
+    (trained / "left").mkdir()
+    local.stop()
+    local.start()
+    assert {path.name for path in trained.iterdir()} == kept | {made[1].id}
+
+
+def test_a_report_without_its_key_is_refused(local: Local) -> None:
+    assert local.ask("POST", "/hooks/trainings/abc/def", {"logs": "x"}).status_code == 404
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 1000, 3 << 20])
+def test_a_file_in_an_answer_is_undone_in_pieces(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainings, "_BLOCK", 4096)
+    content = os.urandom(size)
+    url = f"data:application/x-tar;base64,{base64.b64encode(content).decode()}"
+    answer = {"logs": 'a "quoted" log', "output": {"weights": url}, "status": "succeeded"}
+    (tmp_path / "answer").write_text(json.dumps(answer))
+    found = trainings._without_file(tmp_path / "answer", tmp_path / "part")
+    assert (tmp_path / "part").read_bytes() == content
+    assert found == {**answer, "output": {"weights": ""}}
+    (tmp_path / "answer").write_text(json.dumps(answer)[:-40])
+    with pytest.raises(CogpressError):
+        trainings._without_file(tmp_path / "answer", tmp_path / "part")
+
+
+def test_a_model_on_replicate_is_fronted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Replicate that is asked is another local one."""
+    root = project(tmp_path / "echo")
+    (root / "w").mkdir()
+    (root / "w" / "config.json").write_text("w")
+    with Local(root, [("echo", f"folder:{root / 'w'}")], token=TOKEN) as far:
+        monkeypatch.setenv("REPLICATE_BASE_URL", far.url)
+        monkeypatch.setenv("REPLICATE_API_TOKEN", TOKEN)
+        with Local(root, [("near", "replicate:local/echo")], data=tmp_path / "near") as near:
+            made = near.create({"prompt": "a\nb", "count": 3}, "local/near", wait=True)
+            assert (made["status"], "".join(made["output"])) == ("succeeded", "a\nb0 a\nb1 a\nb2 ")
+            assert made["metrics"]["output_token_count"] == 3
+            failed = near.create({"prompt": "fail"}, "local/near", wait=True)
+            assert (failed["status"], failed["error"]) == ("failed", "ValueError: bad things happen")
+            long = near.create({"count": 1000, "delay": 0.05}, "local/near")
+            time.sleep(1)
+            assert near.get(long["id"])["output"]
+            assert near.ask("POST", f"/v1/predictions/{long['id']}/cancel").json()["status"] == "canceled"
+            assert far.ask("GET", "/v1/predictions").json()["results"][0]["status"] == "canceled"
+            many = [near.create({"count": 3, "delay": 0.05}, "local/near") for _ in range(3 * SLOTS)]
+            assert {near.wait(one["id"])["status"] for one in many} == {"succeeded"}
+            assert not any(TOKEN.encode() in path.read_bytes() for path in near.data.iterdir() if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("http://127.0.0.1:5000/", "http://127.0.0.1:5000"),
+        ("replicate:owner/name", "replicate:owner/name"),
+        ("replicate:owner/name:1a2b", "replicate:owner/name:1a2b"),
+        ("hf://o/n@main", "folder:hf://o/n@main"),
+        (".", f"folder:{Path.cwd()}"),
+    ],
+)
+def test_sources(text: str, found: str) -> None:
+    assert sources.source(text) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["replicate:name", "replicate:a/b/c", "nothing/here", "http://", "http://user:pw@host"]
+)
+def test_what_is_no_source_is_said(text: str) -> None:
+    with pytest.raises(CogpressError):
+        sources.source(text)
+
+
+def test_the_command_serves_until_told_to_stop(tmp_path: Path) -> None:
+    said = refusal("--url", "http://127.0.0.1:9", "--port", "0", "--data", str(tmp_path))
+    assert "127.0.0.1:9 does not answer" in said

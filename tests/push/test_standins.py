@@ -1,0 +1,87 @@
+"""The stand-ins that the tests of a push lean on: they must refuse what the real ones would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.standins.localreplicate import TOKEN
+from tests.standins.pushproject import Machine, machine
+from tests.standins.pushreplicate import PushReplicate
+
+CAREFUL = {"COG_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
+
+
+@pytest.fixture
+def here(tmp_path: Path, remote: PushReplicate, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return machine(tmp_path, remote.url, monkeypatch)
+
+
+def cog(here: Machine, *arguments: str, text: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if "TOKEN" not in name}
+    return subprocess.run(
+        ["cog", *arguments],
+        env={**environment, **CAREFUL, **more},
+        cwd=here.root,
+        input=text,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_what_is_not_careful_is_refused(here: Machine) -> None:
+    assert cog(here, "--version").stdout.startswith("cog version")
+    for arguments, more in [
+        (["login", "--token", TOKEN], {}),
+        (["login", "--token-stdin"], {"ANY": f"x{TOKEN}"}),
+        (["login", "--token-stdin"], {"HF_TOKEN": "x"}),
+        (["login", "--token-stdin"], {"NO_COLOR": ""}),
+        (["login", "--token-stdin"], {"COG_NO_UPDATE_CHECK": "0"}),
+        (["login"], {}),
+        (["push", "local/test"], {}),
+    ]:
+        done = cog(here, *arguments, text=TOKEN, **more)
+        assert (done.returncode, "VIOLATION" in done.stderr) == (97, True), arguments
+    assert len(here.violations().splitlines()) == 7
+    assert cog(here, "login", "--token-stdin", text="another").returncode == 1
+    assert cog(here, "push", "r8.im/local/test").returncode == 1  # not logged in
+    assert cog(here, "push", "r8.im/local/test", "--fast").returncode == 2
+    assert cog(here, "push", "r8.im/local/test", "--progress", "pretty").returncode == 2
+
+
+@pytest.mark.slow
+def test_what_is_pushed_runs(here: Machine, remote: PushReplicate) -> None:
+    assert cog(here, "login", "--token-stdin", text=f"{TOKEN}\n").returncode == 0
+    assert "Unable to find" in cog(here, "push", "r8.im/local/first").stderr
+    body = {"owner": "local", "name": "first", "visibility": "private", "hardware": "gpu-l40s"}
+    assert remote.ask("POST", "/v1/models", body).status_code == 201
+    done = cog(here, "push", "r8.im/local/first", "--separate-weights", "--progress", "plain")
+    assert done.returncode == 0, done.stderr
+    [version] = remote.ask("GET", "/v1/models/local/first/versions").json()["results"]
+    assert f"digest: sha256:{version['id']}" in done.stderr
+    assert "count" in version["openapi_schema"]["components"]["schemas"]["Input"]["properties"]
+    made: Any = remote.create({"prompt": "a", "count": 2}, "local/first", wait=True)
+    assert (made["status"], made["output"]) == ("succeeded", ["a0 ", "a1 "])
+    # The same image again is the same version, another one is another.
+    assert cog(here, "push", "r8.im/local/first").returncode == 0
+    assert len(remote.ask("GET", "/v1/models/local/first/versions").json()["results"]) == 1
+    here.swap("default=3", "default=4")
+    assert cog(here, "push", "r8.im/local/first").returncode == 0
+    assert len(remote.ask("GET", "/v1/models/local/first/versions").json()["results"]) == 2
+    # What .dockerignore keeps out is not there.
+    (here.root / "predict.py").unlink()
+    assert cog(here, "push", "r8.im/local/first").returncode == 1
+    assert here.violations() == ""
+
+
+def test_faults_are_made_when_told(remote: PushReplicate) -> None:
+    remote.asked()
+    remote.fault("GET", "/v1/account", 429, 1, Retry_After="3")
+    busy = remote.ask("GET", "/v1/account")
+    assert (busy.status_code, busy.headers["retry-after"]) == (429, "3")
+    assert remote.ask("GET", "/v1/account").status_code == 200
+    assert remote.changes() == []

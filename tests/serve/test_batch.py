@@ -1,0 +1,173 @@
+"""A file of predictions: each line once, in order, whatever interrupts the work."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cogpress.cog import schema
+from cogpress.engines.base import DEAD
+from cogpress.errors import CogpressError
+from cogpress.serve import batch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def fields() -> dict[str, dict[str, Any]]:
+    return schema.inputs(ROOT, "predict.py:Runner")
+
+
+class Cut(Exception):
+    """The end of a run that nobody expected."""
+
+
+class Model:
+    """Answers a prompt with itself; later ones first. Ends after so many, as a cut would."""
+
+    def __init__(self, most: int = 10**9, error: BaseException | None = None) -> None:
+        self.asked: list[Mapping[str, Any]] = []
+        self.running = self.at_once = 0
+        self.most, self.error = most, error
+
+    async def answer(
+        self, given: Mapping[str, Any], record: Callable[[str, Any], None], *, stream: bool = True
+    ) -> AsyncIterator[str]:
+        assert not stream
+        if given.get("prompt") == "":
+            raise CogpressError("There is nothing to answer.")
+
+        async def chunks() -> AsyncIterator[str]:
+            self.running += 1
+            self.at_once = max(self.at_once, self.running)
+            await asyncio.sleep(0.02 / (len(self.asked) + 1))
+            self.running -= 1
+            if len(self.asked) >= self.most:
+                raise self.error or Cut
+            self.asked.append(given)
+            record("output_token_count", 2)
+            yield "answer to "
+            yield str(given.get("prompt", given.get("fields")))
+
+        return chunks()
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def go(tmp_path: Path, fields: dict[str, dict[str, Any]]) -> Callable[..., batch.Totals]:
+    def run(model: Model, **more: Any) -> batch.Totals:
+        options: dict[str, Any] = {"concurrency": 4, "made_by": {"weights": "w"}, **more}
+        return batch.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", lambda: model, fields, **options)
+
+    return run
+
+
+def test_results_are_in_order_and_the_engine_is_kept_full(tmp_path: Path, go: Callable[..., batch.Totals]) -> None:
+    write(tmp_path / "in.jsonl", [{"prompt": f"p{n}", "id": n} for n in range(20)])
+    model, seen = Model(), []
+    totals = go(model, progress=lambda *now: seen.append(now))
+    assert model.at_once == 6
+    found = results(tmp_path / "out.jsonl")
+    assert [row["line"] for row in found] == list(range(1, 21))
+    assert [(row["id"], row["output"]) for row in found] == [(n, f"answer to p{n}") for n in range(20)]
+    assert (totals.lines, totals.reused, totals.failed, totals.tokens) == (20, 0, 0, 40)
+    assert seen[0] == (0, 0, 0)
+    assert seen[-1] == (20, 0, 40)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_errors_are_told_line_by_line(tmp_path: Path, go: Callable[..., batch.Totals]) -> None:
+    write(
+        tmp_path / "in.jsonl",
+        [
+            {"prompt": "good"},
+            "",
+            "{",
+            "[1]",
+            {"prompt": ""},
+            {"prompt": "x", "temperatur": 1},
+            {"prompt": "x", "temperature": 9},
+            {"prompt": "x", "temperature": "hot"},
+            {"prompt": "x", "max_tokens": True, "custom_id": "mine"},
+            {"prompt": {"question": "q"}, "completion": "c"},
+        ],
+    )
+    totals = go(Model())
+    found = results(tmp_path / "out.jsonl")
+    assert [row["line"] for row in found] == [1, 3, 4, 5, 6, 7, 8, 9, 10], "blank lines are none"
+    said = [row.get("error", "") for row in found]
+    assert said[0] == said[-1] == ""
+    assert said[1].startswith("The line is not JSON: Expecting")
+    assert said[2].startswith("The line must be a JSON object")
+    assert said[3] == "There is nothing to answer."
+    assert said[4].startswith("There is no input 'temperatur'. There are: prompt,")
+    assert said[5] == "temperature is 9; it must be from 0.0 to 5.0."
+    assert said[6] == "temperature must be of the type number, not str."
+    assert said[7] == "max_tokens must be of the type integer, not bool."
+    assert found[7]["custom_id"] == "mine"
+    assert found[8]["output"] == 'answer to {"question": "q"}'
+    assert found[8]["completion"] == "c"
+    assert totals.failed == 7
+
+
+def test_a_cut_run_goes_on_without_redoing_or_losing_a_line(tmp_path: Path, go: Callable[..., batch.Totals]) -> None:
+    write(tmp_path / "in.jsonl", [{"prompt": f"p{n}"} for n in range(20)])
+    with pytest.raises(Cut):
+        go(Model(7))
+    assert not (tmp_path / "out.jsonl").exists()
+    journal = tmp_path / "out.jsonl.journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-9])  # as of a machine that stopped while it wrote
+    second = Model()
+    totals = go(second)
+    assert totals.reused == 6
+    assert len(second.asked) == 14
+    assert [row["output"] for row in results(tmp_path / "out.jsonl")] == [f"answer to p{n}" for n in range(20)]
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize("change", ["input", "weights", "fresh"])
+def test_a_journal_of_something_else_is_not_gone_on_with(
+    tmp_path: Path, go: Callable[..., batch.Totals], change: str
+) -> None:
+    write(tmp_path / "in.jsonl", [{"prompt": f"p{n}"} for n in range(6)])
+    with pytest.raises(Cut):
+        go(Model(3))
+    if change == "input":
+        write(tmp_path / "in.jsonl", [{"prompt": f"q{n}"} for n in range(6)])
+    more = {"weights": {"made_by": {"weights": "v"}}, "fresh": {"fresh": True}}.get(change, {})
+    assert go(Model(), **more).reused == 0
+    assert len(results(tmp_path / "out.jsonl")) == 6
+
+
+def test_a_dead_engine_ends_the_run_and_keeps_what_was_finished(
+    tmp_path: Path, go: Callable[..., batch.Totals]
+) -> None:
+    write(tmp_path / "in.jsonl", [{"prompt": f"p{n}"} for n in range(9)])
+    with pytest.raises(CogpressError, match=r"engine stopped at line .* run the same command again"):
+        go(Model(3, CogpressError(DEAD)))
+    assert go(Model()).reused == 3
+
+
+def test_a_finished_file_asks_no_model(tmp_path: Path, go: Callable[..., batch.Totals]) -> None:
+    write(tmp_path / "in.jsonl", [])
+    assert go(None).lines == 0  # type: ignore[arg-type]
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CogpressError, match="can not be read"):
+        batch.count(tmp_path / "none")

@@ -1,0 +1,459 @@
+"""The environments: what decides over them, what is said, and a whole set-up against an index of two tiny wheels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from cogpress.errors import CogpressError
+from cogpress.setup import environment, interpreter, pip
+from cogpress.setup.environment import Environment
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("cpu.lock", "gpu.lock", "gpu-dev.lock", "quantize.lock", "quantize-gpu.lock")
+NAMED = ("base.in", "quantize.in")
+LOCKS = [ROOT / "requirements" / name for name in NAMES]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The parts of a repository that the environment is made from."""
+    folder = tmp_path / "repository"
+    (folder / "requirements").mkdir(parents=True)
+    (folder / "requirements" / "base.in").write_text("# training\ntorch==2.13.0  # a reason\n")
+    for name in NAMES:
+        (folder / "requirements" / name).write_text("")
+    return folder
+
+
+def mark(repository: Path, **state: str) -> Environment:
+    """An environment that says this of itself."""
+    made = Environment(repository)
+    made.python.parent.mkdir(parents=True, exist_ok=True)
+    made.python.touch()
+    complete = {"state": "complete", "kind": "cpu", "locks": made.digest("cpu")}
+    (made.venv / environment.STATE).write_text(json.dumps({**complete, **state}))
+    return made
+
+
+def test_ready_while_it_agrees_with_the_locks(repository: Path) -> None:
+    made = mark(repository)
+    assert made.ready()
+    assert made.ready("cpu")
+    assert not made.ready("gpu")
+    (repository / "requirements" / "gpu.lock").write_text("other==1\n")
+    assert made.ready(), "the GPU's lock is not its own"
+    (repository / "requirements" / "cpu.lock").write_text("other==1\n")
+    assert not made.ready()
+
+
+def test_not_ready_once_torch_changes_or_python_is_gone(repository: Path) -> None:
+    made = mark(repository)
+    made.python.unlink()
+    assert not made.ready()
+    made = mark(repository)
+    (repository / "requirements" / "base.in").write_text("torch==2.14.0\n")
+    assert not made.ready()
+
+
+def test_the_gpu_environment_is_made_from_both_of_its_locks(repository: Path) -> None:
+    made = mark(repository, kind="gpu", locks=Environment(repository).digest("gpu"))
+    assert made.ready()
+    (repository / "requirements" / "gpu-dev.lock").write_text("other==1\n")
+    assert not made.ready()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"state": "incomplete", "kind": "cpu"}', "{}"])
+def test_a_damaged_or_unfinished_state_is_not_ready(repository: Path, content: str) -> None:
+    made = mark(repository)
+    (made.venv / environment.STATE).write_text(content)
+    assert not made.ready()
+
+
+def test_why_it_is_made_anew(tmp_path: Path) -> None:
+    venv, python = tmp_path / ".venv", tmp_path / ".venv" / "bin" / "python"
+    assert "once" in str(environment.why_anew(None, "cpu", venv, python))
+    python.parent.mkdir(parents=True)
+    python.touch()
+    complete = {"state": "complete", "kind": "cpu"}
+    assert environment.why_anew(complete, "cpu", venv, python) is None
+    assert "interrupted" in str(environment.why_anew({"state": "incomplete", "kind": "cpu"}, "cpu", venv, python))
+    assert "again for gpu" in str(environment.why_anew(complete, "gpu", venv, python))
+    python.unlink()
+    assert "gone" in str(environment.why_anew(complete, "cpu", venv, python))
+
+
+def test_a_foreign_environment_is_left_alone(repository: Path) -> None:
+    (repository / ".venv").mkdir()
+    precious = repository / ".venv" / "precious"
+    precious.touch()
+    with pytest.raises(CogpressError, match="not made by scripts/setup"):
+        Environment(repository).setup()
+    assert precious.exists()
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "libc", "said"),
+    [
+        ("darwin", "arm64", ("", ""), "this is darwin on arm64"),
+        ("linux", "aarch64", ("glibc", "2.39"), "this is linux on aarch64"),
+        ("win32", "AMD64", ("", ""), "this is win32 on AMD64"),
+        ("linux", "x86_64", ("", ""), "another C library"),
+        ("linux", "x86_64", ("glibc", "2.28"), "this one has 2.28"),
+    ],
+)
+def test_other_platforms_are_refused(system: str, machine: str, libc: tuple[str, str], said: str) -> None:
+    with pytest.raises(CogpressError, match="Linux on x86-64") as error:
+        interpreter.check_platform(system, machine, libc)
+    assert said in str(error.value)
+
+
+def test_this_platform_is_accepted() -> None:
+    interpreter.check_platform("linux", "x86_64", ("glibc", "2.31"))
+    interpreter.check_platform("linux", "AMD64", ("glibc", "2.41.9000"))
+
+
+def test_a_full_disk_is_noticed_before_the_download(tmp_path: Path) -> None:
+    environment.check_disk(6 * 10**9, 6, tmp_path)
+    with pytest.raises(CogpressError, match=r"needs 6 GB at .*; 1\.2 GB are free"):
+        environment.check_disk(12 * 10**8, 6, tmp_path)
+
+
+def fake_python(folder: Path, name: str, version: str, complete: bool = True) -> Path:
+    """A program that answers `probe` as a Python of that version would."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\necho {version}\nexit {0 if complete else 1}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_running_python_is_taken_where_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_python(tmp_path, "python3.11", "3 11")
+    running = fake_python(tmp_path, "running", "3 13")
+    monkeypatch.setattr(sys, "_base_executable", str(running))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert interpreter.find_interpreter() == (str(running), (3, 13))
+
+
+def test_else_one_on_the_path_that_really_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "_base_executable", str(fake_python(tmp_path, "running", "3 8")))
+    broken = tmp_path / "python3.11"
+    broken.write_text("#!/bin/sh\nexit 127\n")
+    broken.chmod(0o755)
+    fake_python(tmp_path, "python3.12", "3 12", complete=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CogpressError, match=r"python3\.12 has no venv module.*apt-get install python3\.12-venv"):
+        interpreter.find_interpreter()
+    right = fake_python(tmp_path, "python3.13", "3 13")
+    assert interpreter.find_interpreter() == (str(right), (3, 13))
+
+
+def test_no_python_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "_base_executable", str(fake_python(tmp_path, "running", "3 8")))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CogpressError, match=r"3\.11, 3\.12 or 3\.13; this is .* none of those is on PATH"):
+        interpreter.find_interpreter()
+
+
+def test_probe_reads_a_real_python(tmp_path: Path) -> None:
+    assert interpreter.probe(sys.executable) == (sys.version_info[:2], True)
+    assert interpreter.probe(str(tmp_path / "absent")) == (None, False)
+
+
+def test_torch_comes_from_the_configured_index_first() -> None:
+    configured, pytorch = pip.torch_attempts("2.13.0")
+    for attempt in (configured, pytorch):
+        assert attempt[-1] == "torch==2.13.0+cpu"
+        assert "--no-deps" in attempt
+        assert attempt[attempt.index("--retries") + 1] == "1"
+    assert "--index-url" not in configured
+    assert pytorch[pytorch.index("--index-url") + 1] == "https://download.pytorch.org/whl/cpu"
+    assert pytorch[pytorch.index("--timeout") + 1] == "15"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk is full"),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "not the one that was locked"),
+        ("WARNING: Retrying after NewConnectionError: Temporary failure in name resolution", "can not be reached"),
+        ("ERROR: No matching distribution found for torch==2.13.0+cpu", r"torch==2\.13\.0\+cpu is not in the package"),
+        ("error: something never seen before", "see why below"),
+    ],
+)
+def test_a_failure_says_what_to_do_and_shows_the_end_of_the_log(line: str, said: str, tmp_path: Path) -> None:
+    output = [f"Collecting package-{number}" for number in range(50)] + [line]
+    text = pip.explain("180 packages", output, tmp_path / "setup.log")
+    assert re.search(said, text)
+    assert text.endswith("  " + line)
+    assert str(tmp_path / "setup.log") in text
+    assert "package-48" in text
+    assert "package-40" not in text
+    assert "Traceback" not in text
+
+
+def test_credentials_never_show() -> None:
+    line = "Looking in indexes: https://me:s3cret@example.com/simple, https://t0ken@example.com/x"
+    shown = pip.without_credentials(line)
+    assert shown == "Looking in indexes: https://***@example.com/simple, https://***@example.com/x"
+
+
+def test_settings_that_install_elsewhere_are_dropped() -> None:
+    given = {"PIP_TARGET": "/x", "PYTHONPATH": "/y", "PIP_USER": "1", "PIP_INDEX_URL": "https://example.com", "A": "b"}
+    cleaned = pip.clean_environment(given)
+    assert not {"PIP_TARGET", "PYTHONPATH"} & cleaned.keys()
+    assert cleaned["PIP_USER"] == "0"
+    assert cleaned["PIP_INDEX_URL"] == "https://example.com"
+    assert cleaned["A"] == "b"
+
+
+def test_locked_names() -> None:
+    lock = "# comment with name==version\nFoo_Bar==1 \\\n    --hash=sha256:00\nzope.x==2 \\\n    --hash=sha256:11\n"
+    assert pip.locked_names(lock) == ["foo-bar", "zope-x"]
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+def test_locks_are_exact_hashed_and_of_no_one_machine(path: Path) -> None:
+    text = path.read_text()
+    entries = re.split(r"^(?=[a-z0-9])", re.sub(r"^#.*\n", "", text, flags=re.M), flags=re.M)[1:]
+    assert entries
+    for entry in entries:
+        assert re.fullmatch(r"[a-z0-9-]+==[^\s;]+( \\\n    --hash=sha256:[0-9a-f]{64})+\n", entry), entry[:80]
+    assert not re.search(r"://|file:|--(extra-)?index-url|--find-links|-e |\s/", text)
+
+
+@pytest.mark.parametrize("name", ["cpu.lock", "quantize.lock"])
+def test_a_lock_for_cpus_has_no_cuda_and_nothing_that_needs_it(name: str) -> None:
+    names = pip.locked_names((ROOT / "requirements" / name).read_text())
+    allowed = "nvidia-ml-py"  # Python only: it asks a driver for its GPUs, where there is one
+    assert not [name for name in names if re.match(r"torch|nvidia-|cuda-|vllm$", name) and name != allowed]
+
+
+def test_both_environments_have_the_same_torch() -> None:
+    pins = [re.findall(r"^torch==\S+", (ROOT / "requirements" / name).read_text(), re.M) for name in NAMED]
+    assert len(pins[0]) == 1
+    assert pins[0] == pins[1]
+    assert f"\n{pins[0][0]} " in (ROOT / "requirements" / "quantize-gpu.lock").read_text()
+
+
+def test_every_direct_dependency_is_locked_at_the_version_asked_for() -> None:
+    for inputs, locks in (
+        ("cpu.in base.in dev.in", LOCKS[:1]),
+        ("gpu.in base.in dev.in", LOCKS[1:3]),
+        ("quantize.in", LOCKS[3:4]),
+        ("quantize.in", LOCKS[4:]),
+    ):
+        locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", "".join(path.read_text() for path in locks), re.M))
+        for name in inputs.split():
+            text = (ROOT / "requirements" / name).read_text()
+            for package, version in re.findall(r"^([A-Za-z0-9-]+)==(\S+)", text, re.M):
+                if package != "torch" or "gpu" in locks[0].name:  # a lock for CPUs leaves torch out
+                    assert locked[package.lower()] == version
+
+
+def test_an_old_python_can_read_what_runs_first() -> None:
+    """As far as a newer one can tell: Python 3.8's grammar, and imports from the standard library only."""
+    import ast
+
+    waiting, read = ["cogpress", "cogpress.setup.environment"], set[str]()
+    while waiting:
+        module = waiting.pop()
+        read.add(module)
+        place = ROOT.joinpath(*module.split("."))
+        path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(), feature_version=(3, 8))):
+            imported: list[str] = []
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module in ("cogpress", "cogpress.setup"):
+                imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                imported = [str(node.module)]
+            ours = {name for name in imported if name.startswith("cogpress.")}
+            waiting += ours - read
+            assert {name.split(".")[0] for name in set(imported) - ours} <= sys.stdlib_module_names, module
+    assert {"cogpress.errors", "cogpress.setup.interpreter", "cogpress.setup.pip", "cogpress.setup.progress"} < read
+
+
+# A whole set-up, with a real venv and a real pip, from a folder of wheels in the index's place.
+
+
+def wheel(folder: Path, name: str, version: str) -> str:
+    """A wheel with one module; returns its sha256."""
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(f"{name}.py", f"version = {version!r}\n")
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Small:
+    """A repository whose environment holds a fake torch and what its lock names; `python` is this Python."""
+
+    def __init__(self, folder: Path, repository: Path) -> None:
+        self.wheels = folder / "wheels"
+        self.wheels.mkdir()
+        wheel(self.wheels, "torch", "2.13.0+cpu")
+        self.repository = repository
+        shutil.copytree(ROOT / "cogpress", repository / "cogpress", ignore=shutil.ignore_patterns("__pycache__"))
+        text = (repository / "cogpress" / "setup" / "environment.py").read_text()
+        changed = re.sub(r"^CHECK = .*", 'CHECK = "import torch"', text, flags=re.M)
+        (repository / "cogpress" / "setup" / "environment.py").write_text(changed)
+        (repository / "script").write_text(
+            "import sys\nfrom cogpress.setup import environment\nenvironment.enter()\nprint(sys.prefix, sys.argv[1:])\n"
+        )
+
+    def lock(self, *packages: tuple[str, str, str]) -> None:
+        """Make the lock name these packages, versions and hashes."""
+        lines = [f"{name}=={version} --hash=sha256:{digest}\n" for name, version, digest in packages]
+        (self.repository / "requirements" / "cpu.lock").write_text("".join(lines))
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Run the script that enters the environment, outside it and without a package index."""
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "COGPRESS_"))}
+        variables |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels)}
+        base = getattr(sys, "_base_executable", sys.executable)
+        return subprocess.Popen(
+            [base, "script", *arguments],
+            cwd=self.repository,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit status, output and messages of the script."""
+        process = self.start(*arguments)
+        output, messages = process.communicate(timeout=120)
+        return process.returncode, output, messages
+
+    def installed(self) -> set[str]:
+        """The modules in the environment that came from the wheels."""
+        names = {path.stem for path in self.wheels.glob("*.whl")}
+        modules = {path.stem for path in (self.repository / ".venv").glob("lib/python*/site-packages/*.py")}
+        return {name.split("-")[0] for name in names} & modules
+
+
+@pytest.fixture
+def small(tmp_path: Path, repository: Path) -> Small:
+    return Small(tmp_path, repository)
+
+
+@pytest.mark.slow
+def test_a_script_sets_up_enters_updates_and_recovers(small: Small) -> None:
+    one, two = wheel(small.wheels, "one", "1"), wheel(small.wheels, "two", "1")
+    small.lock(("one", "1", one), ("two", "1", two))
+    prefix = str(small.repository / ".venv")
+
+    status, output, messages = small.run("a", "b c")
+    assert (status, output) == (0, f"{prefix} ['a', 'b c']\n"), messages
+    assert "torch 2.13.0 for CPU: done in" in messages
+    assert small.installed() == {"torch", "one", "two"}
+
+    status, output, messages = small.run()
+    assert (status, output, messages) == (0, f"{prefix} []\n", ""), "nothing to do, nothing said"
+    code = "import time; from cogpress.setup.environment import enter; t = time.time(); enter(); print(time.time() - t)"
+    timed = subprocess.check_output([f"{prefix}/bin/python", "-c", code], cwd=small.repository, text=True)
+    assert float(timed) < 0.1
+
+    small.lock(("one", "1", one))
+    status, _, messages = small.run()
+    assert status == 0
+    assert re.search(r"removing .*\btwo\b", messages)
+    assert small.installed() == {"torch", "one"}
+
+    small.lock(("one", "1", one), ("two", "1", "0" * 64))
+    status, output, messages = small.run()
+    assert (status, output) == (1, "")
+    assert "not the one that was locked" in messages
+    assert "Traceback" not in messages
+    small.lock(("one", "1", one))
+    status, _, messages = small.run()
+    assert (status, messages) == (0, ""), "a failed update that changed nothing costs nothing"
+
+    state = small.repository / ".venv" / environment.STATE
+    state.write_text(json.dumps({"state": "incomplete", "kind": "cpu"}))
+    leftover = small.repository / ".venv" / "leftover"
+    leftover.touch()
+    status, _, messages = small.run()
+    assert status == 0
+    assert "interrupted: starting again" in messages
+    assert not leftover.exists()
+
+
+@pytest.mark.slow
+def test_another_environment_lies_beside_it_and_says_little(small: Small) -> None:
+    """llmcompressor's, made from inside the main one: from its own lock, with its own mark, in two lines."""
+    one = wheel(small.wheels, "one", "1")
+    (small.repository / "requirements" / "quantize.lock").write_text(f"one==1 --hash=sha256:{one}\n")
+    (small.repository / "script").write_text(
+        "from cogpress.setup.environment import *\n"
+        "made = Environment(ROOT, QUANTIZE._replace(check='import torch, one'))\n"
+        "made.ready('cpu') or made.setup(gpu=False)\n"
+        "print(made.ready('cpu'), made.ready('gpu'), Environment(ROOT).ready())\n"
+    )
+    status, output, messages = small.run()
+    assert (status, output) == (0, "True False False\n"), messages
+    assert [line.split()[0] for line in messages.splitlines()] == ["Setting", f"{small.repository}/.venv-quantize"]
+    assert (small.repository / ".venv-quantize" / environment.STATE).is_file()
+    assert (small.repository / ".cache" / "setup-quantize.log").is_file()
+    assert not (small.repository / ".venv").exists()
+    assert small.run() == (0, "True False False\n", "")
+
+    (small.repository / "requirements" / "cpu.lock").write_text("other==1\n")
+    assert small.run()[2] == "", "the main environment's lock is not its own"
+    wheel(small.wheels, "two", "1")
+    (small.repository / "requirements" / "quantize.lock").write_text(f"two==1 --hash=sha256:{'0' * 64}\n")
+    status, _, messages = small.run()
+    assert status != 0
+    assert "lock files have changed" in messages
+    assert "not the one that was locked" in messages
+
+
+@pytest.mark.slow
+def test_two_commands_at_once_make_it_once(small: Small) -> None:
+    small.lock(("one", "1", wheel(small.wheels, "one", "1")))
+    first = small.start()
+    while not (small.repository / ".cache" / "setup.lock").exists() and first.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    second = small.start()
+    said = [process.communicate(timeout=120)[1] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], said
+    assert "is ready" in said[0]
+    assert "waiting for it" in said[1]
+    assert "is ready" not in said[1]
+
+
+@pytest.mark.slow
+def test_torch_is_looked_for_in_two_places_and_missed_in_plain_words(small: Small) -> None:
+    next(small.wheels.glob("torch*")).unlink()
+    status, output, messages = small.run()
+    assert (status, output) == (1, "")
+    assert "trying https://download.pytorch.org/whl/cpu" in messages
+    assert "torch==2.13.0+cpu" in messages
+    assert "Traceback" not in messages
+    assert str(small.repository / ".cache" / "setup.log") in messages
+
+
+@pytest.mark.parametrize("name", ["setup", "test", "lock"])
+def test_help_needs_no_environment(name: str, small: Small) -> None:
+    shutil.copytree(ROOT / "scripts", small.repository / "scripts")
+    base = getattr(sys, "_base_executable", sys.executable)
+    command = [base, "-S", str(small.repository / "scripts" / name), "--help"]
+    assert f"usage: scripts/{name}" in subprocess.check_output(command, text=True)
+    assert not (small.repository / ".venv").exists()

@@ -1,0 +1,134 @@
+"""The stand-in for `cog`: refuses what the real one would, or what a careful caller must not do, and notes each call.
+
+A test copies it onto the PATH as `cog`, with `cog-standin.json` beside it: the token that nobody but its standard input
+may hold, and the address of the stand-in for Replicate (tests/standins/pushreplicate.py), where a push makes a version
+appear. It has nothing but Python's own library, as it is a program and not a part of the kit.
+"""
+
+import json
+import os
+import re
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+STATE = json.loads((HERE / "cog-standin.json").read_text())
+DOCKER = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
+VALUES = {"--progress": {"auto", "plain", "tty", "quiet"}, "--openapi-schema": None, "--secret": None}
+FLAGS = {"--separate-weights", "--no-cache"}
+
+
+def main(arguments):
+    check_secrecy(arguments)
+    note(arguments)
+    if arguments == ["--version"]:
+        print("cog version 0.23.1 (built 2026-01-01T00:00:00Z)")
+    elif arguments[:1] == ["login"]:
+        login(arguments[1:])
+    elif arguments[:1] == ["push"]:
+        push(arguments[1:])
+    else:
+        fail(f"unknown command {arguments[:1]}", 2)
+
+
+def check_secrecy(arguments):
+    token = STATE["token"]
+    for argument in arguments:
+        if token in argument:
+            violation("the token is on the command line")
+    for name, value in os.environ.items():
+        if token in value:
+            violation(f"the token is in the environment, as {name}")
+        if "TOKEN" in name and value:
+            violation(f"{name} is in the environment")
+    for name in ("COG_NO_UPDATE_CHECK", "NO_COLOR"):
+        if os.environ.get(name) != "1":
+            violation(f"{name}=1 is not set")
+
+
+def login(arguments):
+    if arguments != ["--token-stdin"]:
+        violation(f"login is given {arguments}")
+    given = sys.stdin.read().strip()
+    if given != STATE["token"]:
+        fail("invalid token")
+    DOCKER.parent.mkdir(parents=True, exist_ok=True)
+    DOCKER.write_text(json.dumps({"auths": {"r8.im": {}}}))
+    print("You've successfully authenticated as local! You can now use the 'r8.im' registry.")
+
+
+def push(arguments):
+    if not sys.stdin.isatty() and sys.stdin.read():
+        violation("push is given something on its standard input")
+    image, given = read_options(arguments)
+    match = re.fullmatch(r"r8\.im/([a-z0-9][\w.-]*/[a-z0-9][\w.-]*)", image or "")
+    if match is None:
+        violation(f"push is given the image {image!r}")
+    if not Path("cog.yaml").is_file():
+        fail("cog.yaml not found in the folder or its parents")
+    try:
+        known = json.loads(DOCKER.read_text()).get("auths", {})
+    except (OSError, ValueError):
+        known = {}
+    if "r8.im" not in known:
+        fail("You are not logged in to r8.im. Run 'cog login' first.")
+    if STATE.get("fail"):
+        say("Building Docker image from environment in cog.yaml...")
+        fail(STATE["fail"])
+    say(f"Building Docker image from environment in cog.yaml as {image}...")
+    body = {"model": match.group(1), "root": os.getcwd(), "separate_weights": "--separate-weights" in given}
+    request = urllib.request.Request(STATE["url"] + "/standin/push", json.dumps(body).encode(), method="POST")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=300) as answer:
+            made = json.load(answer)
+    except urllib.error.HTTPError as error:
+        fail(error.read().decode())
+    say(f"Pushing image '{image}'...")
+    if not STATE.get("silent"):
+        say(f"latest: digest: sha256:{made['id']} size: 4321")
+    say(f"Image '{image}' pushed")
+    print(f"\nRun your model on Replicate:\n    https://replicate.com/{match.group(1)}")
+
+
+def read_options(arguments):
+    image, given, rest = None, {}, list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name in FLAGS and not equals:
+            given[name] = True
+        elif name in VALUES:
+            given[name] = value if equals else (rest.pop(0) if rest else fail(f"{name} needs a value", 2))
+            if VALUES[name] is not None and given[name] not in VALUES[name]:
+                fail(f"invalid argument {given[name]!r} for {name}", 2)
+        elif name.startswith("-") or image is not None:
+            fail(f"unknown argument {name!r}", 2)
+        else:
+            image = name
+    return image, given
+
+
+def note(arguments):
+    with (HERE / "cog-calls.jsonl").open("a") as file:
+        file.write(json.dumps({"arguments": arguments, "folder": os.getcwd()}) + "\n")
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def fail(text, status=1):
+    say(f"cog: {text}")
+    sys.exit(status)
+
+
+def violation(text):
+    with (HERE / "cog-violations.txt").open("a") as file:
+        file.write(text + "\n")
+    fail(f"VIOLATION: {text}", 97)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,164 @@
+"""The stand-in for Replicate of the tests of a push: the kit's own local Replicate, to which images can be pushed.
+
+What is pushed is copied as `.dockerignore` lets it through, and a real Cog server of that copy becomes the version. It
+notes what it is asked, answers with faults where told to, and lists hardware with GPUs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests.standins.localreplicate import TOKEN, Local
+
+HARDWARE = ({"name": "CPU", "sku": "cpu"}, {"name": "T4", "sku": "gpu-t4"}, {"name": "L40S", "sku": "gpu-l40s"})
+
+
+class PushReplicate(Local):
+    """It as a process; see `Local`."""
+
+    program = Path(__file__)
+
+    def __init__(self, folder: Path, **more: Any) -> None:
+        super().__init__(folder, [], data=folder / "data", token=TOKEN, **more)
+
+    def fault(self, method: str, route: str, status: int, times: int = 1, **headers: str) -> None:
+        """Answer the next requests for a route with an error; `headers` with _ for -."""
+        body = {"method": method, "route": route, "status": status, "times": times}
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        assert self.ask("POST", "/standin/fault", {**body, "headers": named}).status_code == 200
+
+    def asked(self) -> list[dict[str, Any]]:
+        """What it was asked since the last time, without the stand-in's own routes."""
+        return list(self.ask("POST", "/standin/asked").json())
+
+    def changes(self) -> list[str]:
+        """Requests since the last time that change something, as `METHOD route`."""
+        return [f"{one['method']} {one['path']}" for one in self.asked() if one["method"] != "GET"]
+
+
+class Standin:
+    """Around the application of the local Replicate."""
+
+    def __init__(self, app: Any, parts: Any, folder: Path) -> None:
+        self.app, self.parts, self.folder = app, parts, folder
+        self.faults: list[dict[str, Any]] = []
+        self.asked: list[dict[str, Any]] = []
+        self.servers: dict[str, Any] = {}
+        self.versions: dict[tuple[str, str], str] = {}
+        self.images: dict[str, Path] = {}
+        self.train, parts.trainings.create = parts.trainings.create, self.create_training
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                for server in self.servers.values():
+                    await asyncio.to_thread(server.stop)
+            return
+        if scope["path"].startswith("/standin/"):
+            body = b""
+            while (message := await receive()).get("more_body"):
+                body += message["body"]
+            body += message.get("body", b"")
+            status, content = await self.answer(scope["path"].rpartition("/")[2], json.loads(body or b"null"))
+            await reply(send, status, content)
+            return
+        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        noted = {"method": scope["method"], "path": scope["path"], "token": headers.get("authorization")}
+        if scope["path"].startswith("/v1/"):
+            self.asked.append(noted)
+        for fault in self.faults:
+            if fault["times"] and fault["method"] == scope["method"] and scope["path"].startswith(fault["route"]):
+                fault["times"] -= 1
+                error = {"title": "fault", "detail": "the stand-in was told to", "status": fault["status"]}
+                await reply(send, fault["status"], error, fault["headers"])
+                return
+        await self.app(scope, receive, send)
+
+    async def answer(self, what: str, body: Any) -> tuple[int, Any]:
+        if what == "fault":
+            self.faults.append(body)
+            return 200, None
+        if what == "asked":
+            found, self.asked = self.asked, []
+            return 200, found
+        return await self.push(body)
+
+    async def push(self, body: dict[str, Any]) -> tuple[int, Any]:
+        from cogpress.cog.process import Server
+
+        model = self.parts.catalog.models.get(body["model"])
+        if model is None:
+            return 404, f"Unable to find existing Replicate model for r8.im/{body['model']}."
+        print_, copied = await asyncio.to_thread(self.copy, Path(body["root"]))
+        key = (body["model"], print_)
+        if self.versions.get(key) not in [version.id for version in model.versions]:
+            if print_ not in self.servers:
+                log = self.folder / f"{model.name}-{print_[:8]}.log"
+                self.servers[print_] = server = Server(copied, log=log)
+                await asyncio.to_thread(server.start)
+                await asyncio.to_thread(server.wait_ready, 240.0)
+            added = await self.parts.catalog.add(body["model"], self.servers[print_].url)
+            self.versions[key] = added.id
+            self.images[added.id] = copied
+        model.facts["separate_weights"] = str(body["separate_weights"])
+        return 200, {"id": self.versions[key]}
+
+    async def create_training(self, version: Any, *more: Any) -> Any:
+        """The local Replicate trains its own project: let it be the image that was pushed."""
+        if version.id in self.images:
+            image = self.images[version.id]
+            self.parts.trainings._root = self.parts.catalog._root = image
+            version = replace(version, source=f"folder:{image}")
+        return await self.train(version, *more)
+
+    def copy(self, root: Path) -> tuple[str, Path]:
+        """What would enter the image, and a hash of it."""
+        from cogpress.preflight.ignore import Ignore, context
+
+        entries = context(root, Ignore((root / ".dockerignore").read_text()))
+        digest = hashlib.sha256()
+        for entry in entries:
+            if not entry.name.startswith(".cog/"):
+                digest.update(f"{entry.name}\0".encode() + (root / entry.name).read_bytes())
+        place = self.folder / "images" / digest.hexdigest()
+        for entry in entries:
+            (place / entry.name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / entry.name, place / entry.name)
+        return digest.hexdigest(), place
+
+
+async def reply(send: Any, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+    named = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    await send({"type": "http.response.start", "status": status,
+                "headers": [(b"content-type", b"application/json"), *named]})  # fmt: skip
+    await send({"type": "http.response.body", "body": json.dumps(content).encode()})
+
+
+def main() -> None:
+    from cogpress.playground import app
+    from cogpress.playground.api import resources
+    from tests.standins import localreplicate
+
+    real = app.application
+    resources.machines = lambda: HARDWARE  # type: ignore[assignment]
+
+    def application(settings: Any, parts: Any = None, **more: Any) -> Any:
+        made = parts or app.build(settings)
+        return Standin(real(settings, made, **more), made, settings.folder)
+
+    app.application = application  # type: ignore[assignment]
+    localreplicate.main()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    main()

@@ -1,0 +1,274 @@
+"""QLoRA on a tiny model: the loss is TRL's, evaluation harms nothing, an interrupted run ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from cogpress import config
+from cogpress.data import prepare
+from cogpress.data.tokenize import Row
+from cogpress.errors import CogpressError
+from cogpress.train import pipeline
+from cogpress.train import run as training
+from cogpress.train.loop import AnswerTrainer, Collator, LengthGroupedSampler, Recorder, Rows
+from cogpress.weights import base, manifest
+
+pytestmark = pytest.mark.train
+
+QUIET = Console(quiet=True)
+
+
+def settings(**train: Any) -> config.Config:
+    options = {"max_steps": 6, "batch_size": 4, "rank": 4, "learning_rate": 0.01, "max_length": 128, "evaluations": 1}
+    return config.Config().override(options | train).override({"validation_share": 0.1})
+
+
+@pytest.fixture
+def prepared(examples_file: Path, tokenizer: Any) -> prepare.Prepared:
+    return prepare.prepare(
+        examples_file,
+        tokenizer=tokenizer,
+        prompt=config.Prompt(),
+        data=config.Data(validation_share=0.1),
+        max_length=128,
+        seed=0,
+    )
+
+
+def gradients(model: torch.nn.Module, rows: list[Row]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model.train()
+    batch = Collator(0)(rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_evaluation_between_steps_leaves_gradients_as_they_were(tiny_base: Path, prepared: prepare.Prepared) -> None:
+    # bitsandbytes repacks 4-bit weights for inference on AVX512-BF16 CPUs, and repacked weights train wrongly.
+    torch.manual_seed(0)
+    model = training.adapted(settings(), tiny_base)
+    with torch.no_grad():  # a fresh adapter's B is zero, which would hide wrong gradients of A
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    before = gradients(model, prepared.train[:4])
+    model.eval()
+    with torch.no_grad():
+        model(**Collator(0)(prepared.train[:4]))
+        model.generate(input_ids=torch.tensor([prepared.train[0].input_ids]), max_new_tokens=2, do_sample=False)
+    after = gradients(model, prepared.train[:4])
+    assert before.keys() == after.keys()
+    assert sum("lora_A" in name for name in before) == 14
+    for name, gradient in before.items():
+        assert torch.equal(gradient, after[name]), name
+        assert gradient.abs().max() > 0, name
+
+
+def test_loss_is_the_models_own_on_the_answer_tokens(
+    tiny_base: Path, prepared: prepare.Prepared, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    chosen = settings()
+    model = training.adapted(chosen, tiny_base)
+    trainer = AnswerTrainer(
+        model=model,
+        args=training.arguments(chosen.train, tmp_path, 36, validation=False),
+        train_dataset=Rows(prepared.train),
+        data_collator=Collator(0),
+        lengths=[1] * len(prepared.train),
+    )
+    batch = Collator(0)(prepared.train[:3])
+    model.eval()
+    with torch.no_grad():
+        total, count = trainer.answer_loss(model, dict(batch))
+        whole = model(**batch)
+    trainer.release()
+    assert count == int((batch["labels"] != -100).sum())
+    assert count < batch["attention_mask"].sum()
+    assert (total / count).item() == pytest.approx(whole.loss.item(), rel=1e-4)
+    assert whole.logits.shape[:2] == batch["input_ids"].shape  # all logits again outside of the loss
+
+
+def test_padding_changes_nothing(tiny_base: Path, prepared: prepare.Prepared, tmp_path: Path) -> None:
+    chosen = settings()
+    torch.manual_seed(0)
+    model = training.adapted(chosen, tiny_base, attention="eager").eval()
+    row = prepared.train[0]
+    long = Row(row.input_ids * 3, row.labels * 3)
+    with torch.no_grad():
+        alone = model(**Collator(0)([row])).logits[0]
+        padded = model(**Collator(0)([row, long])).logits[0, : len(row.input_ids)]
+    assert torch.allclose(alone.float(), padded.float(), atol=0.05)
+
+
+def padding(lengths: list[int], rows: list[int]) -> float:
+    batches = [[lengths[row] for row in rows[at : at + 8]] for at in range(0, len(rows), 8)]
+    return sum(max(batch) * len(batch) - sum(batch) for batch in batches) / sum(lengths)
+
+
+def test_batches_hold_rows_of_like_length_and_change_with_the_epoch() -> None:
+    lengths = [(7 * number) % 101 + 1 for number in range(803)]
+    sampler = LengthGroupedSampler(lengths, batch_size=8, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(803))
+    torch.manual_seed(1)
+    assert list(sampler) == first  # nothing of the global random state
+    assert padding(lengths, first) < 0.06
+    sampler.set_epoch(1)
+    assert sorted(sampler) == list(range(803))
+    assert list(sampler) != first
+    assert list(LengthGroupedSampler(lengths, batch_size=8, seed=4)) != first
+
+
+def test_batches_of_few_rows_are_mixed() -> None:
+    lengths = [(7 * number) % 101 + 1 for number in range(256)]
+    rows = list(LengthGroupedSampler(lengths, batch_size=8, seed=3))
+    assert sorted(rows) == list(range(256))
+    assert padding(lengths, rows) > 0.3
+
+
+def test_a_run_leaves_everything_and_is_reused(tiny_base: Path, prepared: prepare.Prepared, tmp_path: Path) -> None:
+    result = training.train(settings(), prepared, tiny_base, tmp_path / "run", console=QUIET)
+    assert result.steps == 6
+    assert not result.reused
+    assert result.validation_loss is not None
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"adapter", "answers.json", "config.json", "loss.png", "metrics.jsonl", "result.json"} <= names
+    assert "checkpoints" not in names
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "validation_loss" in row][-1] == 6
+    assert all(row["tokens_per_second"] > 0 and row["memory_gb"] > 0 for row in rows if "loss" in row)
+    facts = manifest.read(tmp_path / "run" / "adapter")
+    assert facts is not None
+    assert facts["quantization"] == "nf4"
+    assert len(facts["quantized_modules"]) == 14
+    assert str(tiny_base) not in (tmp_path / "run" / "adapter" / "adapter_config.json").read_text()
+    again = training.train(settings(), prepared, tiny_base, tmp_path / "run", console=QUIET)
+    assert again.reused
+    other = training.train(settings(learning_rate=0.02), prepared, tiny_base, tmp_path / "run", console=QUIET)
+    assert not other.reused
+
+
+def test_files_of_examples_are_relative_to_the_project(
+    tiny_base: Path, examples_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "project"
+    (root / "data").mkdir(parents=True)
+    lines = examples_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    (root / "data" / "train.jsonl").write_text("".join(lines[:24]), encoding="utf-8")
+    (root / "data" / "validation.jsonl").write_text("".join(lines[24:30]), encoding="utf-8")
+    files = {"train": "data/train.jsonl", "validation": "data/validation.jsonl"}
+    chosen = {"base": {"source": str(tiny_base)}, "data": files, "train": {"max_steps": 1, "rank": 4}}
+    (root / "model.yaml").write_text(json.dumps(chosen), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    pipeline.from_inputs(root, {}, run=root / "runs" / "one", console=QUIET)
+    held_out = (root / "runs" / "one" / pipeline.HELD_OUT).read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line)["messages"][-1]["content"] for line in held_out]
+    assert answers == [f"It is {number + 1}, of course." for number in range(24, 30)]
+
+
+class _Interrupt(Recorder):
+    """Stops the run as Ctrl-C does, in the middle of a step after a checkpoint."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        super().on_step_begin(args, state, control, **rest)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_an_interrupted_run_resumes_to_the_same_adapter(
+    tiny_base: Path,
+    prepared: prepare.Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dropout: float,
+) -> None:
+    import cogpress.trainer
+
+    chosen = settings(max_steps=14, dropout=dropout)  # more than an epoch of 9 batches
+    whole = training.train(chosen, prepared, tiny_base, tmp_path / "whole", console=QUIET)
+    with monkeypatch.context() as patch:
+        patch.setattr(cogpress.train.loop, "Recorder", _Interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(chosen, prepared, tiny_base, tmp_path / "cut", console=QUIET)
+    assert not (tmp_path / "cut" / "adapter").exists()
+    with pytest.raises(CogpressError, match=r"interrupted run, at checkpoint \d+.*--resume"):
+        training.train(chosen, prepared, tiny_base, tmp_path / "cut", console=QUIET)
+    with pytest.raises(CogpressError, match=r"another train\.rank"):
+        training.train(
+            settings(max_steps=14, rank=2), prepared, tiny_base, tmp_path / "cut", console=QUIET, resume=True
+        )
+    resumed = training.train(chosen, prepared, tiny_base, tmp_path / "cut", console=QUIET, resume=True)
+    assert resumed.steps == whole.steps
+    assert manifest.fingerprint(resumed.adapter) == manifest.fingerprint(whole.adapter)
+    losses = [
+        [json.loads(line).get("loss") for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_nothing_to_resume_is_said(tiny_base: Path, prepared: prepare.Prepared, tmp_path: Path) -> None:
+    with pytest.raises(CogpressError, match="no interrupted run"):
+        training.train(settings(), prepared, tiny_base, tmp_path / "run", console=QUIET, resume=True)
+
+
+def test_wrong_options_are_named(tiny_base: Path, prepared: prepare.Prepared, tmp_path: Path) -> None:
+    with pytest.raises(CogpressError, match="target_modules 'nonsense'"):
+        training.train(settings(target_modules="nonsense"), prepared, tiny_base, tmp_path / "a", console=QUIET)
+    if not torch.cuda.is_available():
+        with pytest.raises(CogpressError, match="needs a GPU"):
+            training.train(settings(optimizer="paged_adamw_8bit"), prepared, tiny_base, tmp_path / "b", console=QUIET)
+
+
+def test_norms_compute_in_float32_and_layers_in_16_bits(tiny_base: Path, tmp_path: Path) -> None:
+    """RMS norms do so by themselves; a layer norm, which does not, is held in float32."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    model = base.load(tiny_base, "nf4")
+    assert len(base.quantized_modules(model)) == 14
+    norm = model.model.layers[0].input_layernorm
+    values = torch.randn(64, 128).to(torch.bfloat16) * 30
+    exact = values.float() * torch.rsqrt(values.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    assert torch.equal(norm(values), (norm.weight * exact.to(torch.bfloat16)))
+
+    small = GPTNeoXConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    GPTNeoXForCausalLM(small).save_pretrained(tmp_path)
+    neox = base.load(tmp_path, "nf4")
+    layer_norm = neox.gpt_neox.layers[0].input_layernorm
+    assert layer_norm.weight.dtype == torch.float32
+    assert layer_norm(values[:, :64]).dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.isfinite(neox(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
+
+
+@pytest.fixture
+def losses_after() -> Callable[[config.Config, prepare.Prepared, Path, Path], float]:
+    def run(chosen: config.Config, prepared: prepare.Prepared, folder: Path, out: Path) -> float:
+        return training.train(chosen, prepared, folder, out, console=QUIET).train_loss
+
+    return run
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_each_quantization_learns(
+    quantization: str, tiny_base: Path, prepared: prepare.Prepared, tmp_path: Path, losses_after: Any
+) -> None:
+    chosen = settings(max_steps=12).override({"quantization": quantization})
+    training.train(chosen, prepared, tiny_base, tmp_path, console=QUIET)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0] - 1

@@ -1,0 +1,253 @@
+"""Verification passes what training scored and catches, by name, everything that is not."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from cogpress import config
+from cogpress.engines.vllm import Engine
+from cogpress.errors import CogpressError
+from cogpress.verify import report as verdict
+from cogpress.verify import run as verify
+from cogpress.verify.report import Check
+from cogpress.weights import base, manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = ROOT / "runs" / "demo"
+ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def settings() -> config.Config:
+    loaded = config.load(ROOT / "model.yaml")
+    return loaded.model_copy(update={"verify": loaded.verify.model_copy(update={"rows": ROWS})})
+
+
+@pytest.fixture
+def copy(trained_weights: Path, tmp_path: Path) -> Path:
+    """The trained weights, to be damaged."""
+    folder = tmp_path / "weights"
+    shutil.copytree(trained_weights, folder, ignore=shutil.ignore_patterns("verification.*"))
+    return folder
+
+
+def sign_again(folder: Path) -> None:
+    """A manifest that fits the changed files, as someone would write who does not know that they are wrong."""
+    facts = manifest.read(folder) or {}
+    kept = {name: facts[name] for name in ("base", "quantization", "compute_dtype", "merge", "prompt")}
+    manifest.write(folder, "weights", kept)
+
+
+def failures(found: verdict.Verdict) -> dict[str, Check]:
+    return {check.name: check for check in found.checks if not check.passed}
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_the_merge_of_a_run_passes(verified: tuple[Path, verdict.Verdict]) -> None:
+    folder, found = verified
+    assert failures(found) == {}
+    assert found.passed
+    names = [check.name for check in found.checks]
+    assert names[:5] == ["files", "tokenizer", "chat template", "prompt", "merge"]
+    assert found.metrics["mean_kl"] < 0.001
+    assert found.metrics["top1_agreement"] > 0.995
+    assert found.metrics["score"] >= 0.9
+    assert found.metrics["reference_score"] >= 0.9
+    assert found.metrics["served_agreement"] >= 0.99
+    assert found.metrics["served_perplexity"] == pytest.approx(found.metrics["perplexity"], rel=0.02)
+    assert found.metrics["concurrent_tokens_per_second"] > found.metrics["stream_tokens_per_second"] > 0
+    assert verdict.state(folder) == "verified"
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_the_report_is_written_and_signed(verified: tuple[Path, verdict.Verdict]) -> None:
+    folder, found = verified
+    content = json.loads((folder / verdict.NAME).read_text())
+    assert content["passed"] is True
+    facts = manifest.read(folder) or {}
+    assert content["files"] == {name: file["sha256"] for name, file in facts["files"].items()}
+    text = (folder / verdict.MARKDOWN).read_text()
+    assert "# Verification: passed" in text
+    assert all(digest in text for digest in content["files"].values())
+    with Image.open(folder / verdict.PICTURE) as picture:
+        assert picture.size[0] > 1000
+    manifest.check(folder, facts)  # the report is beside the weights, not among them
+    assert found.table().row_count == len(content["checks"])
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "chat_template.jinja", "config.json"])
+def test_weights_that_change_afterwards_count_as_unverified(
+    verified: tuple[Path, verdict.Verdict], tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(verified[0], folder)
+    content = bytearray((folder / name).read_bytes())
+    content[-2] ^= 1
+    (folder / name).write_bytes(content)
+    assert verdict.state(folder) == "changed"
+    sign_again(folder)
+    assert verdict.state(folder) == "changed"
+
+
+@pytest.mark.slow
+def test_the_usual_merge_is_caught(copy: Path, settings: config.Config) -> None:
+    """peft's own merge onto the original weights, saved by transformers' own code."""
+    from peft import PeftModel
+
+    adapter = RUN / "adapter"
+    source = base.fetch((manifest.read(adapter) or {})["base"]["source"], ROOT / ".cache")
+    merged: Any = PeftModel.from_pretrained(base.load(source, "none"), str(adapter)).merge_and_unload()
+    merged.save_pretrained(copy)
+    sign_again(copy)
+    found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
+    assert not found.passed
+    assert {"merge", "mean KL"} <= failures(found).keys()
+    assert found.causes == [
+        "The adapter was merged onto the original base, not onto the quantized base that it was trained on. "
+        "Merge again with scripts/merge."
+    ]
+    assert verdict.state(copy) == "failed"
+
+
+def flip(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = -tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signed", [False, True], ids=["old manifest", "new manifest"])
+def test_one_flipped_tensor_is_caught(copy: Path, settings: config.Config, signed: bool) -> None:
+    name = "model.layers.17.mlp.down_proj.weight"
+    flip(copy, name)
+    if signed:
+        sign_again(copy)
+    found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
+    assert not found.passed
+    if signed:
+        assert failures(found)["merge"].cause.startswith(f"{name} is not what the merge gives")
+        assert failures(found)["mean KL"].value > 0.01  # type: ignore[operator]
+    else:
+        assert "model.safetensors is not the file that was written" in failures(found)["files"].cause
+
+
+@pytest.mark.slow
+def test_a_swapped_tokenizer_is_caught(copy: Path, settings: config.Config) -> None:
+    content = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = "Ġby", "Ġthe"
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    sign_again(copy)
+    found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
+    assert list(failures(found)) == ["tokenizer"]
+    assert "The tokenizer is not the base's" in found.causes[0]
+    assert verdict.state(copy) == "failed"
+
+
+@pytest.mark.slow
+def test_another_end_of_answers_is_caught(copy: Path, settings: config.Config) -> None:
+    content = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**content, "eos_token_id": 0}))
+    sign_again(copy)
+    found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
+    assert "tokens on which an answer ends" in failures(found)["tokenizer"].cause
+
+
+@pytest.mark.slow
+def test_a_changed_chat_template_is_caught(copy: Path, settings: config.Config) -> None:
+    template = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").write_text(template.replace("<|im_start|>assistant", "<|im_start|>Assistant"))
+    sign_again(copy)
+    found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
+    assert list(failures(found)) == ["chat template"]
+    assert "chat template differs" in found.causes[0]
+
+
+@pytest.mark.slow
+def test_another_prompt_is_caught(copy: Path, settings: config.Config) -> None:
+    facts = manifest.read(copy) or {}
+    manifest.write_json(copy / manifest.NAME, {**facts, "prompt": {"system": "", "template": "{question}"}})
+    found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
+    assert list(failures(found)) == ["prompt"]
+
+
+def wrong_engine(instead: Path, _folder: Path, serve: config.Serve, concurrency: int) -> Engine:
+    """A real engine that answers wrongly: it has loaded other weights than it was told to."""
+    return Engine(instead, serve, concurrency)
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_an_engine_that_answers_wrongly_is_caught(
+    verified: tuple[Path, verdict.Verdict], settings: config.Config, tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(verified[0], folder)
+    make = functools.partial(wrong_engine, tiny_base)
+    found = verify.verify(settings, ROOT, folder, Console(), run=RUN, make=make)
+    assert {"served tokens agree", "served log-probability difference"} <= failures(found).keys()
+    assert "mean KL" not in failures(found)
+    assert found.causes[0].startswith("The engine (vllm) answers otherwise than transformers with the same weights")
+    assert verdict.state(folder) == "failed"
+
+
+def test_what_there_is_nothing_to_compare_with_is_said(tmp_path: Path, tiny_base: Path) -> None:
+    settings = config.Config()
+    with pytest.raises(CogpressError, match="holds no weights in safetensors"):
+        verify.verify(settings, tmp_path, tmp_path, Console())
+    with pytest.raises(CogpressError, match=r"No run in .* Name it with --run"):
+        verify.verify(settings, tmp_path, tiny_base, Console())
+    with pytest.raises(CogpressError, match="holds no adapter"):
+        verify.verify(settings, tmp_path, tiny_base, Console(), run=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "answer", "right"),
+    [
+        ("exact", "a", " a\n", True),
+        ("exact", "a", "A", False),
+        ("json", '{"a": 1, "b": 2}', '{"b":2,"a":1}', True),
+        ("json", '{"a": 1}', '{"a": 2}', False),
+        ("json", '{"a": 1}', "no JSON", False),
+        ("examples.queries:score", '{"limit": 1}', "nonsense", False),
+    ],
+)
+def test_scores(name: str, expected: str, answer: str, right: bool) -> None:
+    assert verify.scorer(name)(expected, answer) is right
+
+
+def test_a_score_that_does_not_exist_is_said() -> None:
+    with pytest.raises(CogpressError, match=r"verify\.score names nowhere:nothing"):
+        verify.scorer("nowhere:nothing")
+
+
+def test_state_of_a_folder(tmp_path: Path) -> None:
+    assert verdict.state(tmp_path) == "unverified"
+    (tmp_path / verdict.NAME).write_text("{")
+    assert verdict.state(tmp_path) == "unverified", "a server starts all the same"
+    with pytest.raises(CogpressError, match="is no verification report"):
+        verdict.read(tmp_path)
+
+
+def test_a_server_tells_what_its_weights_are(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    facts = manifest.write(tmp_path, "weights", {})
+    hashes = {name: file["sha256"] for name, file in facts["files"].items()}
+    for passed, files, state in ((True, hashes, "verified"), (False, hashes, "failed"), (True, {}, "changed")):
+        manifest.write_json(tmp_path / verdict.NAME, {"passed": passed, "files": files})
+        assert verdict.state(tmp_path) == verdict.state(tmp_path, facts) == state
+        assert state.upper() in verdict.TOLD[state].upper()

@@ -1,0 +1,53 @@
+"""Where a base comes from, and what is said when it can not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cogpress.errors import CogpressError
+from cogpress.weights import base, manifest
+
+
+def test_embedded_base_is_a_normal_checkpoint_and_made_once(base_folder: Path, cache: Path) -> None:
+    config = json.loads((base_folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["_name_or_path"] == "SmolLM2-135M-Instruct"
+    assert base.tokenizer(base_folder).chat_template
+    facts = manifest.read(base_folder)
+    assert facts is not None
+    manifest.check(base_folder, facts)
+    before = (base_folder / "model.safetensors").stat().st_mtime_ns
+    assert base.fetch("embedded", cache) == base_folder
+    assert (base_folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_no_file_of_the_embedded_base_names_this_machine(base_folder: Path) -> None:
+    for path in base_folder.glob("*.json"):
+        assert "site-packages" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, r"no config\.json"),
+        ({"config.json": "{}"}, r"no \.safetensors"),
+        ({"config.json": "{}", "pytorch_model.bin": ""}, "pickle file.*save_pretrained"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, files: dict[str, str], said: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CogpressError, match=said):
+        base.fetch(str(tmp_path), tmp_path / "cache")
+
+
+def test_a_name_that_is_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CogpressError, match="is not a folder"):
+        base.fetch("no/such/folder", tmp_path)
+    with pytest.raises(CogpressError, match="hf://organisation/name"):
+        base.fetch("hf://alone", tmp_path)
+    with pytest.raises(CogpressError, match="can not be had from the Hub"):
+        base.fetch("hf://organisation/name", tmp_path)  # the tests are offline
