@@ -137,7 +137,7 @@ def run(
     drawn = [one for one in loads if one.kind == "example"]
     picture = out.with_suffix(".png")
     if drawn:
-        from cogpress.train import plots  # drawing takes a second to import
+        from cogpress import plots  # drawing takes a second to import
 
         curves = {
             side.title: [{"streams": one.streams, **report["medians"][one.name][side.name]} for one in drawn]

@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cogpress import config
+from cogpress import config, plots
 from cogpress.config import Config
 from cogpress.errors import CogpressError
 from cogpress.plan import cost, hardware
@@ -24,7 +24,6 @@ from cogpress.plan.cost import Running
 from cogpress.plan.estimate import Plan
 from cogpress.plan.hardware import Machine
 from cogpress.plan.memory import Memory
-from cogpress.train import plots
 from cogpress.weights import manifest
 
 NAME = "plan.json"

@@ -69,7 +69,7 @@ def compare(
         for name, folder in folders.items()
     ]
     manifest.write_json(run / "quantization.json", [asdict(one) for one in found])
-    from cogpress.train import plots  # drawing takes a second to import
+    from cogpress import plots  # drawing takes a second to import
 
     plots.quantization([asdict(one) for one in found], run / "quantization.png")
     console.print(table(found))

@@ -221,7 +221,7 @@ def prepare(
         raise
     manifest.write_json(run / "data.json", prepared.report.to_dict())
     (run / HELD_OUT).write_text(data.held_out(prepared), encoding="utf-8")
-    from cogpress.train import plots  # drawing takes a second to import
+    from cogpress import plots  # drawing takes a second to import
 
     plots.token_lengths(prepared.report.lengths, config.train.max_length, run / "lengths.png")
     console.print(prepared.report.table())

@@ -154,7 +154,7 @@ def _train(
 ) -> Result:
     import torch
 
-    from cogpress.train import plots
+    from cogpress import plots
     from cogpress.train.loop import AnswerTrainer, Collator, Recorder, Rows, memory_gb, read_metrics
 
     settings = config.train

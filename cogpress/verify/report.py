@@ -138,7 +138,7 @@ def write(verdict: Verdict, pictures: dict[str, Any]) -> None:
         "metrics": verdict.metrics,
         "files": signed_files(verdict.weights),
     }
-    from cogpress.train import plots  # a server reads verdicts and draws none
+    from cogpress import plots  # a server reads verdicts and draws none
 
     plots.verification(
         pictures.get("kl"),

@@ -18,12 +18,11 @@ import pytest
 from rich.console import Console
 
 from bench import batch, serve, serve_loads, serve_report, sides, speculative
-from cogpress import config
+from cogpress import config, plots
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
 from cogpress.serve import model as serving
 from cogpress.setup import environment
-from cogpress.train import plots
 from examples import questions
 from tests.standins.benchserver import TOKEN, FakeReplicate, Reply, Request, StandIn, body, cog_answer, standing_in
 

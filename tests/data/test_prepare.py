@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cogpress import config
 from cogpress.data import prepare as data
-from cogpress.train import plots
+from cogpress import plots
 from cogpress.errors import CogpressError
 from cogpress.data.read import read
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cogpress import config, demo
+from cogpress import config, demo, plots
 from cogpress.cog.process import Server
 from cogpress.data import prepare
 from cogpress.errors import CogpressError
@@ -26,7 +26,6 @@ from cogpress.quantize import run as quantize
 from cogpress.quantize import worker as compress
 from cogpress.setup import environment
 from cogpress.setup.environment import QUANTIZE, Environment
-from cogpress.train import plots
 from cogpress.train import run as training
 from cogpress.verify import distributions
 from cogpress.verify import report as verdict
