@@ -20,11 +20,10 @@ from urllib.parse import urlsplit
 import httpx
 
 from bench.load import Ask, Later, LostError, Usage
-from cogpress import prompts
+from cogpress import prompts, source
 from cogpress.cog import client
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
-from cogpress.weights import source
 
 MAX_TOKENS = 160
 """More than any expected answer of the worked example has."""

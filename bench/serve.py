@@ -26,10 +26,10 @@ from bench.report import hardware, require_weights, versions, write_report
 from bench.serve_loads import LOADS, STREAMS, Load, long_question, planned, questions_of, short_questions
 from bench.serve_report import milliseconds, show, verdict
 from bench.sides import OURS, THEIRS
-from cogpress import config
+from cogpress import config, source
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
-from cogpress.weights import manifest, source
+from cogpress.weights import manifest
 
 QUIET_SECONDS = 2.0
 """Before each measurement. For a second after its last step an engine looks for the next one without a pause (vLLM

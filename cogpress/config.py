@@ -14,9 +14,9 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from cogpress import source
 from cogpress.engines import base as engine
 from cogpress.errors import CogpressError
-from cogpress.weights import source
 
 Quantization = Literal["nf4", "int8", "none"]
 """How training loads the base: 4-bit NormalFloat with double quantization, LLM.int8(), or as it is."""

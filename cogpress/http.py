@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import httpx
 
+from cogpress import source
 from cogpress.errors import CogpressError
-from cogpress.weights import source
 
 CONNECTIONS = 8
 """Requests at once."""

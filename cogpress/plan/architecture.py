@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from cogpress import http as web
+from cogpress import source
 from cogpress.errors import CogpressError
-from cogpress.weights import base, fetch, source
+from cogpress.weights import base, fetch
 
 ATTENTION = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
 """Kinds of layers, by transformers' names, and whether their cache ends at the window."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from cogpress import source
 from cogpress.config import Config
 from cogpress.errors import CogpressError
 from cogpress.plan import cost, memory
@@ -19,7 +20,6 @@ from cogpress.plan.architecture import Architecture
 from cogpress.plan.cost import Load, Running, Speed
 from cogpress.plan.hardware import Machine, Table
 from cogpress.plan.memory import METHODS, Memory, Method, Scheme, Serving, Training
-from cogpress.weights import source
 
 MOST = 4096
 """Rows of a batch, and sequences at once, beyond which nobody looks."""

@@ -18,8 +18,8 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from cogpress import source
 from cogpress.errors import CogpressError
-from cogpress.weights import source
 
 TABLE = Path(__file__).with_name("hardware.yaml")
 """The table that comes with the kit."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from cogpress import config
+from cogpress import config, source
 from cogpress.errors import CogpressError
 from cogpress.plan import architecture, estimate, hardware
 from cogpress.plan.hardware import Machine as Hardware
@@ -24,7 +24,7 @@ from cogpress.preflight.ignore import NAME, Entry, Ignore, context
 from cogpress.preflight.machine import Machine
 from cogpress.preflight.web import Answer, Api
 from cogpress.verify import report as verdict
-from cogpress.weights import manifest, source
+from cogpress.weights import manifest
 
 REPLICATE = "https://api.replicate.com"
 HUB = "https://huggingface.co"

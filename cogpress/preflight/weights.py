@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from cogpress import source
 from cogpress.errors import CogpressError
 from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
 from cogpress.preflight.facts import Facts
-from cogpress.weights import archive, origin, source
+from cogpress.weights import archive, origin
 
 TOPIC = "Weights"
 

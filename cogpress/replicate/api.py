@@ -15,12 +15,12 @@ from typing import Any
 
 import httpx
 
+from cogpress import source
 from cogpress.cog import client
 from cogpress.errors import CogpressError
 from cogpress.preflight.facts import REPLICATE
 from cogpress.preflight.secrets import redacted
 from cogpress.preflight.web import REFUSED, Answer, Api
-from cogpress.weights import source
 
 ENDED = ("succeeded", "failed", "canceled", "aborted")
 

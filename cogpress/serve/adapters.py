@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogpress import config
+from cogpress import config, source
 from cogpress.engines.base import Adapter
 from cogpress.errors import CogpressError
 from cogpress.merge import adapter, merge
 from cogpress.merge.adapter import Adapter as Trained
-from cogpress.weights import base, fetch, manifest, source
+from cogpress.weights import base, fetch, manifest
 
 
 @dataclass(frozen=True)

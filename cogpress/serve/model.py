@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogpress import config
+from cogpress import config, source
 from cogpress import prompts as chat
 from cogpress.engines import base as engine
 from cogpress.engines.base import DEAD, Adapter, Delta, Sampling
@@ -24,7 +24,7 @@ from cogpress.serve.adapters import Adapters
 from cogpress.serve.metrics import Observer, Prediction, Record
 from cogpress.serve.requests import Request
 from cogpress.verify import report as verdict
-from cogpress.weights import archive, base, fetch, source
+from cogpress.weights import archive, base, fetch
 
 LONG_TEXT = 20_000
 """Characters from which on a text is tokenized in a thread: below, that takes a few milliseconds."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from cogpress import source
 from cogpress.config import Config, Train
 from cogpress.data import prepare
 from cogpress.data.example import Example
@@ -23,7 +24,7 @@ from cogpress.data.prepare import Prepared
 from cogpress.errors import CogpressError
 from cogpress.prompts import encode_prompt
 from cogpress.verify import distributions
-from cogpress.weights import archive, base, manifest, source
+from cogpress.weights import archive, base, manifest
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -33,10 +33,11 @@ import numpy  # noqa: F401
 import safetensors
 
 from cogpress import http as web
+from cogpress import source
 from cogpress.errors import CogpressError
+from cogpress.source import Source
 from cogpress.verify import report as verdict
-from cogpress.weights import archive, download, manifest, source
-from cogpress.weights.source import Source
+from cogpress.weights import archive, download, manifest
 
 INDEX = "model.safetensors.index.json"
 """Which shard holds which tensor, in Hugging Face's layout."""

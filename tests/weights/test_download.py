@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from cogpress import http as web
+from cogpress import source
 from cogpress.errors import CogpressError
-from cogpress.weights import download, pget, source
+from cogpress.weights import download, pget
 from tests.standins.fileserver import FileServer
 
 MB = 1 << 20
