@@ -25,9 +25,10 @@ from bench import in_fresh_process
 from bench import merge as checkpoint
 from cogpress import config
 from cogpress.errors import CogpressError
+from cogpress.files import write_json
 from cogpress.plan import architecture, memory
 from cogpress.plan.memory import Serving, Training
-from cogpress.weights import base, manifest
+from cogpress.weights import base
 
 LIMIT = 0.15
 """How far a prediction may be from what is measured."""
@@ -104,7 +105,7 @@ def run(out: Path, cache: Path, work: Path, console: Console, *, quick: bool = F
         table.add_row(row["model"], row["case"], *sizes, f"{row['error']:+.1%}", f"{row['own_error']:+.1%}")
     console.print(table)
     out.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(out, report)
+    write_json(out, report)
     if report["worst"] > LIMIT:
         raise CogpressError(f"A prediction is {report['worst']:.0%} off, and {LIMIT:.0%} are allowed. See {out}.")
     return report

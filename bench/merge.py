@@ -15,7 +15,8 @@ from rich.table import Table
 from bench import alternate_aloud, in_fresh_process, medians
 from bench.report import write_report
 from cogpress.config import Prompt
-from cogpress.weights import archive, base, manifest
+from cogpress.files import new_folder
+from cogpress.weights import base, manifest
 
 SHARD = "500MB"
 RANK = 16
@@ -81,7 +82,7 @@ def make(work: Path) -> tuple[Path, Path]:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     model = LlamaForCausalLM(config)
-    with archive.new_folder(base_folder) as part:
+    with new_folder(base_folder) as part:
         model.save_pretrained(part, max_shard_size=SHARD)
     quantized = [
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
@@ -93,7 +94,7 @@ def make(work: Path) -> tuple[Path, Path]:
         for name, parameter in tuned.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.02)
-    with archive.new_folder(adapter_folder) as part:
+    with new_folder(adapter_folder) as part:
         tuned.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)
         facts = {

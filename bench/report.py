@@ -15,7 +15,7 @@ from rich.table import Table
 
 import cogpress
 from cogpress.errors import CogpressError
-from cogpress.weights import manifest
+from cogpress.files import write_json
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def judged(checks: Iterable[Mapping[str, Any]]) -> Table:
 def write_report(out: Path, report: Mapping[str, Any]) -> None:
     """Write a report as JSON, with the folder where it is missing."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(out, report)
+    write_json(out, report)
 
 
 def require_weights(weights: Path) -> None:

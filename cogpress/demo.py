@@ -25,6 +25,7 @@ from cogpress import config
 from cogpress.cli import step
 from cogpress.cog import client
 from cogpress.cog.process import Server
+from cogpress.files import write_json
 from cogpress.train import pipeline
 from cogpress.weights import manifest
 
@@ -127,7 +128,7 @@ def run(root: Path, task: Task, console: Console, *, fresh: bool) -> dict[str, A
         "seconds": time.perf_counter() - started,
         "versions": versions(),
     }
-    manifest.write_json(folder / "report.json", report)
+    write_json(folder / "report.json", report)
     console.print(_examples_table(base, tuned))
     console.print(_table(base, tuned, report))
     console.print(f"Report: {folder / 'report.json'}   weights: {built.weights}   time: {report['seconds']:.0f} s")
@@ -177,7 +178,7 @@ def _served_once(
             console.print(f"  ready after {ready:.0f} s at {server.url}")
             served = _ask_all(server.url, held_out, task, ready, console)
         say(f"{served.exact_match:.1%} of {len(held_out)} answers are right")
-    manifest.write_json(path, {"key": key, "served": vars(served)})
+    write_json(path, {"key": key, "served": vars(served)})
     return served
 
 

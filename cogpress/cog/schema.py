@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cogpress.errors import CogpressError
-from cogpress.weights import manifest
+from cogpress.files import write_json
 
 PLACE = Path(".cog") / "openapi_schema.json"
 """Where the runtime looks, from its working directory, once: at the end of the runner's setup."""
@@ -92,7 +92,7 @@ def write(root: Path, predict: str | None, train: str | None = None) -> Path:
     except (FileNotFoundError, ValueError):
         pass
     path.parent.mkdir(exist_ok=True)
-    manifest.write_json(path, document)
+    write_json(path, document)
     return path
 
 

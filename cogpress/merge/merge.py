@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from cogpress.config import Merge, Quantization
 from cogpress.errors import CogpressError
+from cogpress.files import new_folder, write_json
 from cogpress.merge import adapter
 from cogpress.merge.adapter import Adapter
-from cogpress.weights import archive, base, manifest, tensors
+from cogpress.weights import base, manifest, tensors
 
 if TYPE_CHECKING:
     import torch
@@ -324,7 +325,7 @@ def merge(
     free = shutil.disk_usage(target.parent).free
     if free < 1.01 * size:
         raise CogpressError(f"{target} needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Make room there.")
-    with archive.new_folder(target) as part:
+    with new_folder(target) as part:
         written = _write(planned, part, progress)
         _copy_settings(base_folder, part, planned)
         return manifest.write(
@@ -383,7 +384,7 @@ def _write(planned: Plan, part: Path, progress: Progress) -> dict[str, dict[str,
             "metadata": {"total_size": sum(output.bytes for output in planned.outputs)},
             "weight_map": {output.name: shard for shard, outputs in shards.items() for output in outputs},
         }
-        manifest.write_json(part / INDEX, index)
+        write_json(part / INDEX, index)
     return written
 
 
@@ -423,4 +424,4 @@ def _copy_settings(base_folder: Path, part: Path, planned: Plan) -> None:
     config["dtype"] = str(planned.dtype).removeprefix("torch.")
     if planned.untied:
         config["tie_word_embeddings"] = False
-    manifest.write_json(part / "config.json", config)
+    write_json(part / "config.json", config)

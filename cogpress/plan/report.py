@@ -17,6 +17,7 @@ from rich.text import Text
 from cogpress import config, plots
 from cogpress.config import Config
 from cogpress.errors import CogpressError
+from cogpress.files import write_json
 from cogpress.plan import cost, hardware
 from cogpress.plan import estimate as planning
 from cogpress.plan.architecture import Architecture
@@ -24,7 +25,6 @@ from cogpress.plan.cost import Running
 from cogpress.plan.estimate import Plan
 from cogpress.plan.hardware import Machine
 from cogpress.plan.memory import Memory
-from cogpress.weights import manifest
 
 NAME = "plan.json"
 PICTURE = "plan.png"
@@ -254,7 +254,7 @@ def write(plan: Plan, folder: Path, console: Console, asked: config.Plan) -> Non
         asked: the section of `model.yaml` that the plan was made by, for the picture's curves.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(folder / NAME, plan.as_json())
+    write_json(folder / NAME, plan.as_json())
     machines = [(one.name, one.gpu_memory_gb) for one in plan.table.machines if one.gpus == 1]
     plots.plan(_bars(plan), machines, _curves(plan, asked), 3600 * plan.load.per_second, plan.model, folder / PICTURE)
     console.print(f"Written: {folder / NAME}, {folder / PICTURE}", highlight=False, soft_wrap=True)

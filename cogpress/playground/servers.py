@@ -18,8 +18,8 @@ import psutil
 from cogpress.cog import process as server
 from cogpress.cog import schema
 from cogpress.errors import CogpressError
+from cogpress.files import write_json
 from cogpress.playground.backend import Cog, Rewrite, as_they_are
-from cogpress.weights import manifest
 
 if TYPE_CHECKING:
     from cogpress.playground.predictions import Prediction
@@ -64,7 +64,7 @@ class Servers:
                 pid = one.server.pid if one.server is not None else None
                 if pid is not None:
                     found.append({"pid": pid, "created": psutil.Process(pid).create_time()})
-        manifest.write_json(self._processes, found)
+        write_json(self._processes, found)
 
     async def enter(self, one: OnDemand) -> None:
         """Start a server, ending the one that was idle longest where there is no room.

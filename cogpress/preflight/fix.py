@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cogpress.files import recover
 from cogpress.preflight import image, secrets
 from cogpress.preflight.facts import Facts
 from cogpress.preflight.ignore import NAME, Ignore
-from cogpress.weights import archive
 
 _HEADER = "# Never in an image: secrets, data, environments, caches (written by scripts/preflight --fix)."
 
@@ -31,7 +31,7 @@ def fix(facts: Facts) -> Iterator[str]:
     for name in facts.weights.left:
         place = facts.root / name
         target = place.with_name(place.name[1:].rpartition(".part-")[0])
-        there = archive.settle(target)
+        there = recover(target)
         shown = target.relative_to(facts.root).as_posix()
         if place.exists():
             yield f"{name} stays: its writer is at work"

@@ -16,6 +16,7 @@ from typing import Any
 
 from cogpress import config
 from cogpress.errors import CogpressError
+from cogpress.files import sha256
 from cogpress.publish import card
 from cogpress.train import pipeline
 from cogpress.verify import report as verdict
@@ -176,7 +177,7 @@ def _is_plain(path: Path) -> bool:
 
 def _file(name: str, content: Path | bytes) -> File:
     if isinstance(content, Path):
-        return File(name, content.stat().st_size, manifest.sha256(content), content)
+        return File(name, content.stat().st_size, sha256(content), content)
     return File(name, len(content), hashlib.sha256(content).hexdigest(), content)
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cogpress.weights import manifest
+from cogpress.files import write_json
 
 FORMAT = 1
 
@@ -70,7 +70,7 @@ class Journal:
         self._steps[step] = Entry(key, outcome, result, message or "", round(seconds, 3), time.time())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         steps = {name: asdict(entry) for name, entry in self._steps.items()}
-        manifest.write_json(self.path, {"format": FORMAT, "steps": steps})
+        write_json(self.path, {"format": FORMAT, "steps": steps})
 
 
 def key(depends: Any) -> str:

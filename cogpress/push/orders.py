@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from cogpress.config import Case, Config, Deployment
 from cogpress.errors import CogpressError
+from cogpress.files import sha256
 from cogpress.plan import architecture, estimate, hardware
 from cogpress.plan import report as plan_report
 from cogpress.preflight import ignore, place
@@ -147,5 +148,5 @@ def fingerprint(root: Path, settings: Config) -> str:
             files[entry.name] = journal.key(settings.model_dump(mode="json", exclude={"push"}))
             continue
         known = recorded is not None and recorded.get("bytes") == entry.size
-        files[entry.name] = recorded["sha256"] if known and recorded else manifest.sha256(root / entry.name)
+        files[entry.name] = recorded["sha256"] if known and recorded else sha256(root / entry.name)
     return journal.key(files)

@@ -14,11 +14,11 @@ from rich.text import Text
 from cogpress.cli import step
 from cogpress.config import Config
 from cogpress.errors import CogpressError
+from cogpress.files import write_json
 from cogpress.push import training
 from cogpress.replicate import api as replicate
 from cogpress.train import pipeline
 from cogpress.verify import run as verify
-from cogpress.weights import manifest
 
 
 def run(
@@ -86,7 +86,7 @@ def run(
         found = training.weights(trained, root / ".cache")
         folder.mkdir(parents=True, exist_ok=True)
         with_adapter = pipeline.lay_out(found.folder, folder)
-        manifest.write_json(folder / "training.json", {**vars(trained), "model": model, "destination": target})
+        write_json(folder / "training.json", {**vars(trained), "model": model, "destination": target})
         say(f"{len((found.manifest or {}).get('files') or {})} files as their manifest says")
     if not with_adapter:
         console.print(

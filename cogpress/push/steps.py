@@ -18,6 +18,7 @@ from cogpress.cog import schema
 from cogpress.cog.process import read_cog_yaml
 from cogpress.config import Config
 from cogpress.errors import CogpressError
+from cogpress.files import sha256, write_json
 from cogpress.preflight import machine
 from cogpress.push import cases, compatibility, fidelity, fuzz, journal, orders, training
 from cogpress.push.cases import Outcome
@@ -25,7 +26,6 @@ from cogpress.push.keeper import Judged, Keeper, Say
 from cogpress.push.orders import Order
 from cogpress.replicate.api import RefusedError, Replicate
 from cogpress.verify import run as verify
-from cogpress.weights import manifest
 
 APPEAR_SECONDS = 300.0
 """How long a pushed version may take to be listed."""
@@ -111,7 +111,7 @@ class Push:
         model = self.replicate.model(order.destination) or {}
         made = Shipped(model, shipped, final, self._keeper.steps, tuple(self.notes))
         content = {"format": 1, "model": order.destination, "version": shipped, "steps": self._keeper.steps}
-        manifest.write_json(order.folder / "report.json", {**content, "notes": self.notes})
+        write_json(order.folder / "report.json", {**content, "notes": self.notes})
         return made
 
     def push_depends(self, model: str, image: str, after: str | None) -> Any:
@@ -374,7 +374,7 @@ class Push:
             say(f"{trained.seconds:.0f} s, {len(outcomes)} predictions of it as they must be")
             return {"training": trained.id, "version": trained.version}
 
-        self._keeper.kept(TRAINING, [version, wanted.model_dump(mode="json"), manifest.sha256(data)], act)
+        self._keeper.kept(TRAINING, [version, wanted.model_dump(mode="json"), sha256(data)], act)
 
     def _deployment(self, version: str) -> None:
         wanted = self.settings.push.deployment

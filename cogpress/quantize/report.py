@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cogpress.files import write_json
 from cogpress.verify import parity
 from cogpress.verify import report as verdict
 from cogpress.verify.report import weights_bytes
@@ -68,7 +69,7 @@ def compare(
         candidate(name, folder, None if name in unmeasured else measure(name, folder))
         for name, folder in folders.items()
     ]
-    manifest.write_json(run / "quantization.json", [asdict(one) for one in found])
+    write_json(run / "quantization.json", [asdict(one) for one in found])
     from cogpress import plots  # drawing takes a second to import
 
     plots.quantization([asdict(one) for one in found], run / "quantization.png")

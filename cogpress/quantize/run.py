@@ -25,6 +25,7 @@ from rich.console import Console
 from cogpress.cli import step
 from cogpress.data import prepare
 from cogpress.errors import CogpressError
+from cogpress.files import new_folder, sha256, write_json
 from cogpress.merge.merge import SERVING_FILES
 from cogpress.quantize import worker as compress
 from cogpress.quantize.calibrate import Source, choose_rows
@@ -44,7 +45,7 @@ from cogpress.setup.environment import QUANTIZE, Environment
 from cogpress.setup.progress import Progress
 from cogpress.verify import report as verdict
 from cogpress.verify.report import weights_bytes
-from cogpress.weights import archive, manifest
+from cogpress.weights import manifest
 
 SAMPLES = {"cpu": 128, "gpu": 256}
 """Examples to calibrate with. On two cores each takes half a second, on a GPU nothing that is noticed."""
@@ -145,7 +146,7 @@ def _plan(
         "rows": calibrated,
         "files": source.facts["files"],
         "carried": _carried(source.facts),
-        "worker": manifest.sha256(Path(compress.__file__)),
+        "worker": sha256(Path(compress.__file__)),
         "packages": packages,
     }
     facts["key"] = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -205,7 +206,7 @@ def _make(
             ],
         }
         job_file = Path(scratch) / "job.json"
-        manifest.write_json(job_file, job)
+        write_json(job_file, job)
         with _worker(environment, job_file, out / "quantize.log") as process:
             for plan in plans:
                 with step(f"Quantize to {plan.scheme.name}", console) as say:
@@ -338,7 +339,7 @@ def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:
     written = json.loads((raw / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" not in written or not list(raw.glob("*.safetensors")):
         raise CogpressError(f"llmcompressor wrote no quantized weights for {plan.scheme.name}. Nothing is kept.")
-    with archive.new_folder(plan.target) as part:
+    with new_folder(plan.target) as part:
         for path in [*raw.glob("*.safetensors"), *raw.glob("*.safetensors.index.json")]:
             shutil.move(path, part / path.name)
         # Tokenizer and settings are the source's own: another version of transformers writes them differently.
@@ -346,7 +347,7 @@ def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, part / name)
         settings = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-        manifest.write_json(part / "config.json", {**settings, "quantization_config": written["quantization_config"]})
+        write_json(part / "config.json", {**settings, "quantization_config": written["quantization_config"]})
         compression = {
             **plan.facts,
             "llmcompressor": result["llmcompressor"],

@@ -19,12 +19,13 @@ from cogpress import prompts as chat
 from cogpress.engines import base as engine
 from cogpress.engines.base import DEAD, Adapter, Delta, Sampling
 from cogpress.errors import CogpressError
+from cogpress.files import recover
 from cogpress.serve import requests as inputs
 from cogpress.serve.adapters import Adapters
 from cogpress.serve.metrics import Observer, Prediction, Record
 from cogpress.serve.requests import Request
 from cogpress.verify import report as verdict
-from cogpress.weights import archive, base, fetch
+from cogpress.weights import base, fetch
 
 LONG_TEXT = 20_000
 """Characters from which on a text is tokenized in a thread: below, that takes a few milliseconds."""
@@ -225,7 +226,7 @@ def find_weights(weights: str | os.PathLike[str] | None, root: Path, serve: conf
         return os.fspath(weights)
     folder = root / "weights"
     if not folder.exists():
-        archive.settle(folder)
+        recover(folder)
     if (folder / "config.json").is_file():
         return str(folder)
     if serve.weights is not None:

@@ -23,6 +23,7 @@ from cogpress.config import Config, Merge, Prompt, load
 from cogpress.data import prepare as data
 from cogpress.data.prepare import Prepared
 from cogpress.errors import CogpressError
+from cogpress.files import new_folder, sha256, write_json
 from cogpress.merge import adapter as adapters
 from cogpress.merge import merge
 from cogpress.serve import adapters as multilora
@@ -108,7 +109,7 @@ def install(weights: Path, place: Path) -> None:
 
     The folder's README stays.
     """
-    with archive.new_folder(place) as part:
+    with new_folder(place) as part:
         shutil.copytree(weights, part, dirs_exist_ok=True)
         if (place / "README.md").is_file():
             shutil.copyfile(place / "README.md", part / "README.md")
@@ -124,13 +125,13 @@ def lay_out(fetched: Path, run: Path) -> bool:
     Returns:
         whether the tar holds the adapter.
     """
-    with archive.new_folder(run / "weights") as part:
+    with new_folder(run / "weights") as part:
         shutil.copytree(
             fetched, part, dirs_exist_ok=True, ignore=lambda at, _: [ADAPTER] if Path(at) == fetched else []
         )
     if not (fetched / ADAPTER).is_dir():
         return False
-    with archive.new_folder(run / ADAPTER) as part:
+    with new_folder(run / ADAPTER) as part:
         shutil.copytree(fetched / ADAPTER, part, dirs_exist_ok=True)
     return True
 
@@ -163,7 +164,7 @@ def held_out_again(
     config = config.model_copy(update={"prompt": Prompt.model_validate(facts["prompt"])})
     base_folder = base.fetch(facts["base"]["source"], cache)
     prepare(config, path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad)
-    if manifest.sha256(run / HELD_OUT) != facts.get("held_out"):
+    if sha256(run / HELD_OUT) != facts.get("held_out"):
         (run / HELD_OUT).unlink()
         raise CogpressError(
             f"The training held out other examples than {path} gives here, so that some that it learnt would be among "
@@ -219,7 +220,7 @@ def prepare(
     except data.BadDataError as error:
         console.print(error.report.table())
         raise
-    manifest.write_json(run / "data.json", prepared.report.to_dict())
+    write_json(run / "data.json", prepared.report.to_dict())
     (run / HELD_OUT).write_text(data.held_out(prepared), encoding="utf-8")
     from cogpress import plots  # drawing takes a second to import
 
@@ -382,7 +383,7 @@ def compare_once(
         pad,
         progress=progress_bar(console),
     )
-    manifest.write_json(path, {"key": key, **{name: value.to_dict() for name, value in found.items()}})
+    write_json(path, {"key": key, **{name: value.to_dict() for name, value in found.items()}})
     return found["merged"], found["naive"]
 
 

@@ -22,9 +22,10 @@ from cogpress.data import prepare
 from cogpress.data.example import Example
 from cogpress.data.prepare import Prepared
 from cogpress.errors import CogpressError
+from cogpress.files import new_folder, write_json
 from cogpress.prompts import encode_prompt
 from cogpress.verify import distributions
-from cogpress.weights import archive, base, manifest
+from cogpress.weights import base, manifest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -129,8 +130,8 @@ def _open_run(run: Path, key: dict[str, Any], config: Config, resume: bool) -> P
         path = run / name
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(run / "key.json", key)
-    manifest.write_json(run / "config.json", config.public())
+    write_json(run / "key.json", key)
+    write_json(run / "config.json", config.public())
     return None
 
 
@@ -192,7 +193,7 @@ def _train(
         # Whoever has the examples can tell whether they hold the same ones out.
         "held_out": hashlib.sha256(prepare.held_out(prepared).encode()).hexdigest(),
     }
-    with archive.new_folder(run / "adapter") as part:
+    with new_folder(run / "adapter") as part:
         model.save_pretrained(part)
         _name_base(part, source.shown(config.base.source))
         manifest.write(part, "adapter", facts)
@@ -209,7 +210,7 @@ def _train(
     )
     plots.losses(read_metrics(run / "metrics.jsonl"), run / "loss.png")
     saved = {name: value for name, value in vars(result).items() if name not in ("adapter", "reused")}
-    manifest.write_json(run / "result.json", {"key": json.loads((run / "key.json").read_text()), "result": saved})
+    write_json(run / "result.json", {"key": json.loads((run / "key.json").read_text()), "result": saved})
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return result
 
@@ -313,7 +314,7 @@ def _name_base(folder: Path, name: str) -> None:
     """Name the base as the user does: peft writes the path of a cache on this machine."""
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = name
-    manifest.write_json(folder / "adapter_config.json", config)
+    write_json(folder / "adapter_config.json", config)
     (folder / "README.md").unlink(missing_ok=True)
 
 
@@ -344,7 +345,7 @@ def compare_answers(
         {"prompt": example.prompt, "expected": example.answer, "base": old, "tuned": new}
         for example, old, new in zip(shown, before, after, strict=True)
     ]
-    manifest.write_json(run / "answers.json", rows)
+    write_json(run / "answers.json", rows)
     table = Table("prompt", "expected", "base", "tuned", title="Validation answers", show_lines=True)
     for row in rows:
         table.add_row(*(_plain(value) for value in row.values()))

@@ -18,6 +18,7 @@ from rich.text import Text
 
 import cogpress
 from cogpress.errors import CogpressError
+from cogpress.files import write_json
 from cogpress.weights import manifest
 
 NAME = "verification.json"
@@ -149,7 +150,7 @@ def write(verdict: Verdict, pictures: dict[str, Any]) -> None:
     )
     (verdict.weights / MARKDOWN).write_text(_markdown(content), encoding="utf-8")
     # Last, because it is what counts.
-    manifest.write_json(verdict.weights / NAME, content)
+    write_json(verdict.weights / NAME, content)
 
 
 def _markdown(content: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from cogpress.config import Config, Prompt, Verify
 from cogpress.data import read as reading
 from cogpress.data import tokenize
 from cogpress.errors import CogpressError
+from cogpress.files import write_json
 from cogpress.merge import merge
 from cogpress.prompts import encode_prompt
 from cogpress.serve import model as serving
@@ -450,7 +451,7 @@ def _reference_answers(case: _Case, run: Path) -> list[str]:
             for batch in progress_bar(case.console)(batches, len(batches))
             for answer in distributions.answers(model, case.tokenizer, batch, case.max_tokens)
         ]
-    manifest.write_json(path, {"key": key, "answers": answers})
+    write_json(path, {"key": key, "answers": answers})
     return answers
 
 

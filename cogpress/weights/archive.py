@@ -1,29 +1,18 @@
-"""Folders and tars that appear whole or not at all, and tars that are unpacked without trusting them.
-
-Knows names, kinds and sizes of files; leaves their meaning to `manifest`.
-
-A new folder is written in a place beside its target, `.NAME.part-XXXX/new`, and renamed. The place is locked for as
-long as its process lives, so that places of killed processes are told from others and removed by the next writer. The
-old folder waits in `.NAME.part-XXXX/old` while the new one takes its name; a process killed between the two renames
-loses nothing, because whoever looks for the folder next puts the old one back.
-"""
+"""Tars of models: packed the same way every time, and unpacked without trusting them, whole or not at all."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import gzip
-import os
 import shutil
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from cogpress.errors import CogpressError
+from cogpress.files import is_full, new_file, new_folder
 
 MAX_MEMBERS = 10_000
 """More files than any model has."""
@@ -43,94 +32,6 @@ PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
 _OTHER_COMPRESSIONS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 
 
-def is_full(error: OSError) -> bool:
-    """Whether an error says that the disk, a quota or a file size limit is exhausted."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that replaces it when the block succeeds and vanishes when it does not."""
-    with _place(target) as place:
-        new = place / "new"
-        new.mkdir()
-        new.chmod(0o755)
-        yield new
-        # Some libraries write files readable by their owner only; an image or another user must be able to serve them.
-        for path in new.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        with _locked(target.parent):
-            _swap(place, target)
-
-
-def _swap(place: Path, target: Path) -> None:
-    if not target.exists():
-        os.replace(place / "new", target)
-        return
-    os.replace(target, place / "old")
-    try:
-        os.replace(place / "new", target)
-    except OSError:
-        os.replace(place / "old", target)
-        raise
-
-
-def settle(target: Path) -> bool:
-    """Put a folder back that a killed writer had moved aside, and remove what killed writers left beside it.
-
-    To be called before looking for a folder that may be missing; `new_folder` does it by itself.
-
-    Returns:
-        whether there is something at `target`, at a moment when no writer is about to swap it.
-    """
-    if not target.parent.is_dir():
-        return False
-    with _locked(target.parent):
-        _settle(target)
-        return target.exists()
-
-
-def _settle(target: Path) -> None:
-    """To be called with the lock of the target's folder, under which places are made and swapped."""
-    for place in target.parent.glob(f".{_escaped(target.name)}.part-*"):
-        with suppress(OSError), ExitStack() as opened:
-            descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            opened.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its writer lives
-            if not target.exists() and (place / "old").is_dir():
-                os.replace(place / "old", target)
-            shutil.rmtree(place)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
-
-
-@contextmanager
-def _place(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to write in, known as this process's for as long as it lives, and then removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        with _locked(target.parent):
-            _settle(target)
-            place = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
-            held.enter_context(_locked(place))
-            held.callback(shutil.rmtree, place, ignore_errors=True)
-        yield place
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The lock of a folder itself, which ends with its holder; where the file system has none, nothing is locked."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def pack(folder: Path, tar: Path, inside: Mapping[str, Path] | None = None) -> Path:
     """Write a folder's files to an uncompressed tar, in a fixed order and without owner or time.
 
@@ -144,12 +45,10 @@ def pack(folder: Path, tar: Path, inside: Mapping[str, Path] | None = None) -> P
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
     for name, other in (inside or {}).items():
         files |= {f"{name}/{path.relative_to(other)}": path for path in sorted(other.rglob("*"))}
-    with _place(tar) as place:
-        with tarfile.open(place / "new", "w") as archive:
-            for name, path in files.items():
-                if path.is_file():
-                    archive.add(path, arcname=name, filter=_anonymous)
-        os.replace(place / "new", tar)
+    with new_file(tar) as part, tarfile.open(part, "w") as archive:
+        for name, path in files.items():
+            if path.is_file():
+                archive.add(path, arcname=name, filter=_anonymous)
     return tar
 
 

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from cogpress.config import Quantization
 from cogpress.errors import CogpressError
-from cogpress.weights import archive, manifest
+from cogpress.files import new_folder, write_json
 from cogpress.weights import fetch as fetching
+from cogpress.weights import manifest
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ def _embedded(cache: Path) -> Path:
     version = importlib.metadata.version(EMBEDDED_PACKAGE)
     target = cache / "bases" / f"{EMBEDDED_MODEL}-{version}-{_CONVERSION}"
     if not (target / manifest.NAME).is_file():
-        with archive.new_folder(target) as part:
+        with new_folder(target) as part:
             _convert(gguf, part)
             manifest.write(part, "base", {"source": {"package": EMBEDDED_PACKAGE, "version": version}})
     return target
@@ -104,7 +105,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["_name_or_path"] = EMBEDDED_MODEL
-    manifest.write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
 
 
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:

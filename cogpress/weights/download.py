@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from cogpress import http as web
 from cogpress.errors import CogpressError
-from cogpress.weights import archive, pget
+from cogpress.files import is_full
+from cogpress.weights import pget
 
 RANGE = 32 << 20
 """Bytes of one request, where the server sends ranges; what is lost of a connection when the process is killed."""
@@ -71,7 +72,7 @@ def get(wanted: Sequence[tuple[web.Remote, Path]], parts: Path, *, also: int = 0
 
 
 def _not_written(parts: Path, error: OSError) -> CogpressError:
-    if archive.is_full(error):
+    if is_full(error):
         return CogpressError(f"The disk of {parts} is full; the download was removed. Free some room and start again.")
     return CogpressError(f"The download can not be written to {parts}: {error.strerror}.")
 

@@ -35,6 +35,7 @@ import safetensors
 from cogpress import http as web
 from cogpress import source
 from cogpress.errors import CogpressError
+from cogpress.files import new_folder, recover, write_json
 from cogpress.source import Source
 from cogpress.verify import report as verdict
 from cogpress.weights import archive, download, manifest
@@ -165,7 +166,7 @@ def _check_whole(path: Path) -> None:
 def _path(wanted: Source, cache: Path) -> Model:
     path = Path(wanted.text).expanduser()
     if not path.exists():
-        archive.settle(path)
+        recover(path)
     if path.is_dir():
         return check(path)
     if not path.is_file():
@@ -244,7 +245,7 @@ def _bring_verdict(url: str, folder: Path) -> None:
     """The verification report published beside a manifest, if there is one: it can be newer than the weights here."""
     try:
         report = web.read(beside(url, verdict.NAME), MAX_MANIFEST)
-        manifest.write_json(folder / verdict.NAME, json.loads(report))
+        write_json(folder / verdict.NAME, json.loads(report))
     except (CogpressError, ValueError):
         return  # it has none, or what answers is some page
 
@@ -301,13 +302,13 @@ def _alone(key: str, shown: str, cache: Path) -> Iterator[Path]:
 def _version(entry: Path, version: str, shown: str, fill: Callable[[Path], None]) -> Model:
     """The folder of one version, filled and checked first where it is not there or was damaged since."""
     target = entry / f"model-{hashlib.sha256(version.encode()).hexdigest()[:16]}"
-    archive.settle(target)
+    recover(target)
     if target.is_dir():
         try:
             return _used(check(target))
         except CogpressError as error:
             _say(f"{error} It is fetched again.")
-    with archive.new_folder(target) as folder:
+    with new_folder(target) as folder:
         fill(folder)
         found = check(folder, shown)
     shutil.rmtree(entry / "parts", ignore_errors=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterable
@@ -17,19 +16,10 @@ from typing import Any
 
 import cogpress
 from cogpress.errors import CogpressError
+from cogpress.files import sha256, write_json
 
 NAME = "manifest.json"
 FORMAT = 1
-_BLOCK = 1 << 22
-
-
-def sha256(path: Path) -> str:
-    """The hexadecimal sha256 of a file, read in blocks of 4 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -136,10 +126,3 @@ def check(folder: Path, manifest: dict[str, Any]) -> None:
     extra = [path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in recorded]
     if extra:
         raise CogpressError(f"{folder} holds {extra[0]}, which its manifest does not list. Remove it.")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON beside its place and rename it there, so that a reader never sees half of it."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from cogpress import config
 from cogpress.data import prepare
 from cogpress.errors import CogpressError
+from cogpress.files import write_json
 from cogpress.merge import adapter as adapters
 from cogpress.merge import merge
 from cogpress.train import run as training
@@ -376,7 +377,7 @@ def test_a_base_of_other_shapes_is_refused(tmp_path: Path) -> None:
     adapter = a_variant(other, tmp_path / "adapter", "none", target_modules=["q_proj"], bias="all")
     facts = manifest.read(adapter) or {}
     facts["base"]["fingerprint"] = manifest.fingerprint(folder)
-    manifest.write_json(adapter / manifest.NAME, facts)
+    write_json(adapter / manifest.NAME, facts)
     with pytest.raises(CogpressError, match=r"k_proj\.bias, which the base's files do not hold"):
         merge.merge(folder, adapter, tmp_path / "weights")
     assert not (tmp_path / "weights").exists()

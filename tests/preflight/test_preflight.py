@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from cogpress import preflight
+from cogpress.files import new_folder
 from cogpress.plan import estimate
 from cogpress.preflight import place, secrets, web, weights
 from cogpress.preflight.check import Row
@@ -689,7 +690,7 @@ def test_fix_writes_a_missing_dockerignore(here: Path) -> None:
     assert [row.finding.outcome for row in findings(here, "Image: left out")] == ["passed"]
 
 
-def test_fix_settles_an_interrupted_writer(here: Path) -> None:
+def test_fix_recovers_an_interrupted_writer(here: Path) -> None:
     place = here / ".weights.part-abc"
     place.mkdir()
     (here / "weights").rename(place / "old")
@@ -700,7 +701,7 @@ def test_fix_settles_an_interrupted_writer(here: Path) -> None:
     assert [row.finding.outcome for row in findings(here, "Weights: unchanged")] == ["passed"]
 
 
-def test_fix_settles_what_a_run_left(here: Path) -> None:
+def test_fix_recovers_what_a_run_left(here: Path) -> None:
     place = here / "runs" / "one" / ".adapter.part-abc"
     write("runs/one/.adapter.part-abc/new/a", "a")(here)
     report = preflight.run(preflight.Request(here, offline=True), fixes=True)
@@ -711,9 +712,8 @@ def test_fix_settles_what_a_run_left(here: Path) -> None:
 
 
 def test_fix_leaves_a_writer_at_work(here: Path) -> None:
-    from cogpress.weights import archive
 
-    with archive.new_folder(here / "weights") as new:
+    with new_folder(here / "weights") as new:
         (new / "config.json").write_text("{}")
         report = preflight.run(preflight.Request(here, offline=True), fixes=True)
         assert "at work" in report.fixed[0]

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from cogpress import config
 from cogpress.errors import CogpressError
+from cogpress.files import sha256, write_json
 from cogpress.publish import run as publish
 from cogpress.publish.bundle import Request
 from cogpress.verify import report as verdict
@@ -84,7 +85,7 @@ def verify(folder: Path, *, passed: bool = True) -> None:
         "checks": [{"name": "mean KL", "value": 0.0001, "limit": 0.01, "passed": passed}],
         "metrics": {"exact_match": 0.984, "questions": 64},
     }
-    manifest.write_json(folder / "verification.json", report)
+    write_json(folder / "verification.json", report)
     (folder / "verification.md").write_text("Verified.\n")
     (folder / "verification.png").write_bytes(b"\x89PNG\r\n\x1a\n")
 
@@ -170,7 +171,7 @@ def test_large_files_go_in_parts(weights: Path, hub: StandIn) -> None:
 def test_a_cut_upload_leaves_the_branch_as_it_was_and_is_continued(
     weights: Path, hub: StandIn, client: list[float]
 ) -> None:
-    second = manifest.sha256(weights / SHARDS[1])
+    second = sha256(weights / SHARDS[1])
     hub.fail("PUT", second, "cut", 6)  # once, and each of the library's five further tries
     said = refused(ask(weights), hub)
     assert re.search(r"send files to my-team/queries.*broke off.*Run the same command again", said)
@@ -379,7 +380,7 @@ def test_damaged_weights_are_not_published(weights: Path, hub: StandIn) -> None:
 def test_a_manifest_that_lists_what_is_no_model(name: str, said: str, weights: Path, hub: StandIn) -> None:
     facts = manifest.read(weights) or {}
     facts["files"][name] = {"sha256": "0" * 64, "bytes": 1}
-    manifest.write_json(weights / "manifest.json", facts)
+    write_json(weights / "manifest.json", facts)
     assert said in refused(ask(weights), hub)
     assert hub.requests == []
 
@@ -402,7 +403,7 @@ def test_unverified_weights_need_a_word(weights: Path, hub: StandIn) -> None:
     verify(weights, passed=False)
     assert "is not verified: verification failed: mean KL. Verify the weights" in refused(ask(weights), hub)
     write_report = json.loads((weights / "verification.json").read_text())
-    manifest.write_json(weights / "verification.json", {**write_report, "passed": True, "checks": [], "files": {}})
+    write_json(weights / "verification.json", {**write_report, "passed": True, "checks": [], "files": {}})
     assert "the verification report is of other files" in refused(ask(weights), hub)
     (weights / "verification.json").write_text("[]")
     assert "is no verification report" in refused(ask(weights), hub)
@@ -475,9 +476,9 @@ def write_run(folder: Path, weights: Path, *, made: bool = True) -> Path:
     if made:
         facts = manifest.read(weights) or {}
         facts["merge"]["adapter"] = manifest.fingerprint(folder / "adapter")
-        manifest.write_json(weights / "manifest.json", facts)
+        write_json(weights / "manifest.json", facts)
     settings = config.parse({"train": {"max_steps": 7, "rank": 4}}, "test")
-    manifest.write_json(folder / "config.json", settings.model_dump())
+    write_json(folder / "config.json", settings.model_dump())
     (folder / "answers.json").write_text(
         json.dumps([{"prompt": "How many?", "expected": "Ten.", "base": "?", "tuned": "Ten."}])
     )
@@ -554,7 +555,7 @@ def test_by_the_librarys_default_transfer(weights: Path, hub: StandIn, tmp_path:
     failed = command(hub, tmp_path, *arguments, xet=True)
     assert failed.returncode == 1
     assert re.search(r"^Error: .*my-team/queries.*403", failed.stderr, re.M)
-    hub.local = {manifest.sha256(path): path.read_bytes() for path in weights.iterdir()}
+    hub.local = {sha256(path): path.read_bytes() for path in weights.iterdir()}
     done = command(hub, tmp_path, *arguments, xet=True)
     assert done.returncode == 0, done.stderr
     assert hub.stored == {}

@@ -20,6 +20,7 @@ from cogpress import config, demo, plots
 from cogpress.cog.process import Server
 from cogpress.data import prepare
 from cogpress.errors import CogpressError
+from cogpress.files import write_json
 from cogpress.quantize import calibrate, schemes
 from cogpress.quantize import report as comparison
 from cogpress.quantize import run as quantize
@@ -58,8 +59,8 @@ def run(tiny_base: Path, examples_file: Path, tmp_path: Path) -> Path:
         max_length=settings.train.max_length,
         seed=settings.train.seed,
     )
-    manifest.write_json(folder / "key.json", training.run_key(settings, prepared, ""))
-    manifest.write_json(folder / "config.json", settings.model_dump(mode="json"))
+    write_json(folder / "key.json", training.run_key(settings, prepared, ""))
+    write_json(folder / "config.json", settings.model_dump(mode="json"))
     return folder
 
 
@@ -139,12 +140,12 @@ def test_another_runs_weights_are_refused(run: Path) -> None:
 def test_quantized_weights_are_refused_by_name(run: Path) -> None:
     weights = run / "weights"
     facts = manifest.read(weights) or {}
-    manifest.write_json(weights / manifest.NAME, {**facts, "compression": {"scheme": "int4"}})
+    write_json(weights / manifest.NAME, {**facts, "compression": {"scheme": "int4"}})
     with pytest.raises(CogpressError, match="holds int4 weights already"):
         calibrate.read_source(weights, None)
-    manifest.write_json(weights / manifest.NAME, facts)
+    write_json(weights / manifest.NAME, facts)
     settings = json.loads((weights / "config.json").read_text())
-    manifest.write_json(weights / "config.json", {**settings, "quantization_config": {"quant_method": "gptq"}})
+    write_json(weights / "config.json", {**settings, "quantization_config": {"quant_method": "gptq"}})
     with pytest.raises(CogpressError, match="holds gptq weights already"):
         calibrate.read_source(weights, None)
 
@@ -373,7 +374,7 @@ def test_weights_that_failed_verification_are_shown_as_such_and_not_installed(
     folder = play("int4")["int4"].folder
     quantize.refuse_failed(folder)
     report = {"passed": False, "files": verdict.signed_files(folder), "checks": [], "metrics": {}}
-    manifest.write_json(folder / verdict.NAME, report)
+    write_json(folder / verdict.NAME, report)
     console = Console(record=True, width=120, file=(tmp_path / "said").open("w"))
     comparison.compare({"int4": folder}, lambda _name, _folder: {"score": 0.1}, run, console)
     assert "FAILED verification" in console.export_text()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from cogpress import config
 from cogpress.engines.vllm import Engine
 from cogpress.errors import CogpressError
+from cogpress.files import write_json
 from cogpress.verify import report as verdict
 from cogpress.verify import run as verify
 from cogpress.verify.report import Check
@@ -180,7 +181,7 @@ def test_a_changed_chat_template_is_caught(copy: Path, settings: config.Config) 
 @pytest.mark.slow
 def test_another_prompt_is_caught(copy: Path, settings: config.Config) -> None:
     facts = manifest.read(copy) or {}
-    manifest.write_json(copy / manifest.NAME, {**facts, "prompt": {"system": "", "template": "{question}"}})
+    write_json(copy / manifest.NAME, {**facts, "prompt": {"system": "", "template": "{question}"}})
     found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
     assert list(failures(found)) == ["prompt"]
 
@@ -248,6 +249,6 @@ def test_a_server_tells_what_its_weights_are(tmp_path: Path) -> None:
     facts = manifest.write(tmp_path, "weights", {})
     hashes = {name: file["sha256"] for name, file in facts["files"].items()}
     for passed, files, state in ((True, hashes, "verified"), (False, hashes, "failed"), (True, {}, "changed")):
-        manifest.write_json(tmp_path / verdict.NAME, {"passed": passed, "files": files})
+        write_json(tmp_path / verdict.NAME, {"passed": passed, "files": files})
         assert verdict.state(tmp_path) == verdict.state(tmp_path, facts) == state
         assert state.upper() in verdict.TOLD[state].upper()

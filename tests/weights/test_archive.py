@@ -6,11 +6,9 @@ import gzip
 import io
 import os
 import resource
-import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -235,101 +233,6 @@ archive.unpack(Path({str(tar)!r}), Path({str(tmp_path / "out")!r}))
     assert "CogpressError: The disk has no room to unpack" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "out"}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
-
-
-def test_the_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
-    target = tmp_path / "weights"
-    target.mkdir()
-    (target / "old").write_text("old")
-
-    def dies() -> None:
-        with archive.new_folder(target) as part:
-            (part / "half").write_text("half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        dies()
-    assert [path.name for path in target.iterdir()] == ["old"]
-    with archive.new_folder(target) as part:
-        (part / "new").write_text("new")
-    assert [path.name for path in target.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
-
-
-WRITER = """
-import os, signal, sys, time
-from pathlib import Path
-from cogpress.weights import archive
-replace = os.replace
-def deadly(source, target):
-    replace(source, target)
-    if Path(target).name == sys.argv[2]:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = deadly
-with archive.new_folder(Path(sys.argv[1])) as part:
-    (part / "new").write_text("new")
-    print("writing", flush=True)
-    if sys.argv[2] == "while writing":
-        time.sleep(60)
-"""
-
-
-def writer(target: Path, dies: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, target, dies], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    return process
-
-
-@pytest.mark.parametrize(("dies", "kept"), [("while writing", "old"), ("old", "old"), ("weights", "new")])
-def test_what_a_killed_writer_leaves_goes_and_nothing_is_lost(tmp_path: Path, dies: str, kept: str) -> None:
-    target = tmp_path / "weights"
-    with archive.new_folder(target) as part:
-        (part / "old").write_text("old")
-    process = writer(target, dies)
-    if dies == "while writing":
-        archive.settle(target)
-        assert len(list(tmp_path.iterdir())) == 2, "a writer that lives is left alone"
-        process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert target.exists() == (dies != "old")
-    (tmp_path / ".weights.backup").mkdir()  # a user's own
-    archive.settle(target)
-    assert [path.name for path in target.iterdir()] == [kept]
-    assert {path.name for path in tmp_path.iterdir()} == {"weights", ".weights.backup"}
-
-
-def test_concurrent_writers_and_readers(tmp_path: Path) -> None:
-    """Whoever looks, after `settle`, finds one whole version, however many write."""
-    target = tmp_path / "weights"
-    with archive.new_folder(target) as part:
-        (part / "a").write_text("first")
-    end = time.monotonic() + 2
-    problems: list[str] = []
-
-    def write(number: int) -> None:
-        while time.monotonic() < end:
-            try:
-                with archive.new_folder(target) as part:
-                    (part / "a").write_text(str(number))
-            except OSError as error:
-                problems.append(repr(error))
-
-    def read() -> None:
-        while time.monotonic() < end:
-            if not target.exists() and not archive.settle(target):
-                problems.append("there is none")
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    threads += [threading.Thread(target=read) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert problems == []
-    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 
 def test_a_tar_of_a_killed_packer_goes_too(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from cogpress import http as web
 from cogpress.errors import CogpressError
+from cogpress.files import write_json
 from cogpress.verify import report as verdict
 from cogpress.weights import archive, download, fetch, manifest, pget
 from tests.standins.fileserver import FileServer
@@ -107,9 +108,9 @@ def test_a_verification_report_comes_along_with_a_published_folder(
 
     assert state() == "unverified"
     report = {"passed": True, "files": verdict.signed_files(small)}
-    manifest.write_json(site.folder / "model" / verdict.NAME, report)
+    write_json(site.folder / "model" / verdict.NAME, report)
     assert state() == "verified", "though the weights were fetched before it was written"
-    manifest.write_json(site.folder / "model" / verdict.NAME, {**report, "files": {"model.safetensors": "0" * 64}})
+    write_json(site.folder / "model" / verdict.NAME, {**report, "files": {"model.safetensors": "0" * 64}})
     assert state() == "changed"
     (site.folder / "model" / verdict.NAME).write_text("<html>")
     assert state() == "changed", "a page is no report"
