@@ -1,4 +1,4 @@
-"""What runs on Replicate: the form that people see, and the stream that programs read."""
+"""The runner that Cog serves: the inputs of a prediction and its stream of text."""
 
 from pathlib import Path
 from typing import Optional
@@ -10,10 +10,10 @@ ROOT = Path(__file__).resolve().parent
 
 
 class Runner(BaseRunner):
-    """Serves one model; see README for each input by example."""
+    """Serves one model; docs/serving.md shows the inputs by example."""
 
     def setup(self, weights: Optional[cog.Path] = None) -> None:
-        """Load `weights` (a source, as README lists them), by default the folder weights/."""
+        """Load `weights` (any source that README lists), by default the folder weights/."""
         from cogpress import config
         from cogpress.cog import streaming
         from cogpress.serve import model as serving
@@ -32,43 +32,46 @@ class Runner(BaseRunner):
     @cog.concurrent(max=80)
     async def run(
         self,
-        prompt: str = Input(description="What to ask the model.", default=""),
+        prompt: str = Input(description="Text to send to the model.", default=""),
         system_prompt: Optional[str] = Input(
-            description="Instructions for the whole conversation. Empty: the ones that the model was trained with.",
+            description="Instructions for the whole conversation. Empty: those used in training.",
             default=None,
         ),
         fields: Optional[str] = Input(
-            description='Values for the prompt template of this model, as a JSON object, such as {"question": "slowest endpoints in the last hour", "columns": ["http.route", "duration_ms"]}. Takes the place of the prompt.',  # noqa: E501
+            description='Values for the prompt template of this model, as a JSON object, such as {"question": "slowest endpoints in the last hour", "columns": ["http.route", "duration_ms"]}. Replaces prompt.',  # noqa: E501
             default=None,
         ),
         messages: Optional[str] = Input(
-            description='A whole conversation as a JSON list of {"role": "user" | "assistant" | "system", "content": "..."}, ending with the user. Takes the place of prompt and fields.',  # noqa: E501
+            description='A whole conversation as a JSON list of {"role": "user" | "assistant" | "system", "content": "..."}, ending with the user. Replaces prompt and fields.',  # noqa: E501
             default=None,
         ),
         adapter: str = Input(
-            description="Which of the model's adapters answers, by name, where it is served with several. Empty: none.",
+            description="Name of the adapter to use, for a model served with several. Empty: the base without one.",
             default="",
         ),
         max_tokens: int = Input(
-            description="The most tokens to generate; a token is about four characters.", default=512, ge=1, le=131072
+            description="Maximum number of tokens to generate; a token is about four characters.",
+            default=512,
+            ge=1,
+            le=131072,
         ),
         temperature: float = Input(
-            description="Randomness: 0 always gives the most likely answer, 1 follows the model's own probabilities.",
+            description="Randomness: 0 always picks the most likely token, 1 samples as the model predicts.",
             default=0.0,
             ge=0.0,
             le=5.0,
         ),
         top_p: float = Input(
-            description="Choose among the most likely tokens that together have this probability; 1 for all.",
+            description="Sample from the most likely tokens that together reach this probability; 1 for all.",
             default=1.0,
             ge=0.01,
             le=1.0,
         ),
         top_k: int = Input(
-            description="Choose among this many of the most likely tokens; 0 for all.", default=0, ge=0, le=1000
+            description="Sample from this many of the most likely tokens; 0 for all.", default=0, ge=0, le=1000
         ),
         min_p: float = Input(
-            description="Leave out tokens less likely than this share of the most likely one; 0 for none.",
+            description="Drop tokens less likely than this fraction of the most likely one; 0 drops none.",
             default=0.0,
             ge=0.0,
             le=1.0,
@@ -78,60 +81,60 @@ class Runner(BaseRunner):
             default="",
         ),
         seed: Optional[int] = Input(
-            description="The same seed gives the same answer again when temperature is above 0. Empty: random.",
+            description="Random seed, to repeat an answer when temperature is above 0. Empty: random.",
             default=None,
             ge=0,
             le=9223372036854775807,
         ),
         json_schema: Optional[str] = Input(
-            description='A JSON schema that the answer will follow, such as {"type": "object", "properties": {"op": {"enum": ["COUNT", "AVG"]}}, "required": ["op"]}.',  # noqa: E501
+            description='JSON schema that the answer must follow, such as {"type": "object", "properties": {"op": {"enum": ["COUNT", "AVG"]}}, "required": ["op"]}.',  # noqa: E501
             default=None,
         ),
         regex: Optional[str] = Input(
-            description="A regular expression that the whole answer will match, such as [A-Z]{3}-[0-9]+.", default=None
+            description="Regular expression that the whole answer must match, such as [A-Z]{3}-[0-9]+.", default=None
         ),
         choices: Optional[str] = Input(
-            description='The only possible answers, as a JSON list, such as ["yes", "no"].', default=None
+            description='The only answers allowed, as a JSON list, such as ["yes", "no"].', default=None
         ),
         grammar: Optional[str] = Input(
-            description='A grammar that the answer will follow, in EBNF, such as root ::= "SELECT " [a-z]+.',
+            description='EBNF grammar that the answer must follow, such as root ::= "SELECT " [a-z]+.',
             default=None,
         ),
         tools: Optional[str] = Input(
-            description='Functions that the model may call, as a JSON list of {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}. For models whose chat template knows tools.',  # noqa: E501
+            description='Functions that the model may call, as a JSON list of {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}. For models whose chat template supports tools.',  # noqa: E501
             default=None,
         ),
         thinking: Optional[bool] = Input(
-            description="Whether to reason before answering, for models that can do both. Empty: as the model would.",
+            description="Whether to reason before answering, for models that can do both. Empty: its default.",
             default=None,
         ),
         min_tokens: int = Input(
-            description="The fewest tokens to generate before the answer may end.", default=0, ge=0, le=131072
+            description="Minimum number of tokens to generate before the answer may end.", default=0, ge=0, le=131072
         ),
         repetition_penalty: float = Input(
-            description="Above 1, tokens already in the prompt or the answer become less likely.",
+            description="Above 1 makes tokens that are already in the prompt or the answer less likely.",
             default=1.0,
             ge=0.1,
             le=5.0,
         ),
         presence_penalty: float = Input(
-            description="Above 0, tokens already in the answer become less likely, however often they came.",
+            description="Above 0 makes tokens that are already in the answer less likely, however often they occur.",
             default=0.0,
             ge=-2.0,
             le=2.0,
         ),
         frequency_penalty: float = Input(
-            description="Above 0, tokens become less likely with each time they came in the answer.",
+            description="Above 0 makes tokens less likely each time they occur in the answer.",
             default=0.0,
             ge=-2.0,
             le=2.0,
         ),
         logit_bias: Optional[str] = Input(
-            description='Makes tokens more or less likely, by -100 to 100: a JSON object from a token, as text or id, to its bias, such as {"yes": 5}.',  # noqa: E501
+            description='Biases tokens from -100 to 100: a JSON object from a token, as text or id, to its bias, such as {"yes": 5}.',  # noqa: E501
             default=None,
         ),
         logprobs: Optional[int] = Input(
-            description="Report each token's log-probability, and of this many of the most likely tokens in its place, in the metrics. Empty: none.",  # noqa: E501
+            description="Report the log-probability of each token, and of this many of the most likely tokens at its position, in the metrics. Empty: none.",  # noqa: E501
             default=None,
             ge=0,
             le=20,
