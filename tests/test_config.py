@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from cogpress import config
+from cogpress import config, manual
+from cogpress.engines.base import names
 from cogpress.errors import CogpressError
 
 
@@ -78,7 +79,7 @@ def test_nothing_can_be_changed_afterwards() -> None:
         ({"train": {"max_length": 7}}, "train.max_length"),
         ({"train": {"dropout": 1}}, "train.dropout"),
         ({"train": {"seed": -1}}, "train.seed"),
-        ({"serve": {"engine": "tgi"}}, "serve.engine: there is no such engine; the engines are transformers, vllm"),
+        ({"serve": {"engine": "tgi"}}, "serve.engine: Input should be 'transformers' or 'vllm' (got 'tgi')"),
         ({"serve": {"speculative": {}}}, "serve.speculative: needs a method"),
         (
             {"serve": {"speculative": {"method": "ngram", "num_speculative_tokens": 0}}},
@@ -116,9 +117,7 @@ def test_what_is_wrong_is_named(data: Any, said: str) -> None:
     text = str(raised.value)
     assert said in text
     assert text.startswith("model.yaml is not valid: ")
-    assert text.endswith(
-        "README, docs/serving.md, docs/playground.md, docs/hardware.md and docs/push.md list every option."
-    )
+    assert text.endswith("docs/configuration.md lists every option.")
 
 
 def test_all_problems_are_named_at_once() -> None:
@@ -204,7 +203,7 @@ def test_a_template_of_more_than_plain_fields_is_refused(template: str) -> None:
 def test_a_section_without_options_has_its_defaults(tmp_path: Path) -> None:
     (tmp_path / "model.yaml").write_text("name: a\ntrain:\n  # rank: 8\n")
     assert config.load(tmp_path / "model.yaml").train == config.Train()
-    with pytest.raises(CogpressError, match="can not be read"):
+    with pytest.raises(CogpressError, match="cannot be read"):
         config.load(tmp_path)
 
 
@@ -221,11 +220,32 @@ def test_sources_are_checked_when_they_are_read_and_no_signature_is_shown() -> N
     assert parse(config.Config().public()) == config.Config()
 
 
-def test_every_option_is_written_down() -> None:
-    root = Path(__file__).resolve().parents[1]
-    pages = ("README.md", "docs/serving.md", "docs/playground.md", "docs/hardware.md", "docs/push.md")
-    written = "".join((root / name).read_text() for name in pages)
-    named = set(re.findall(r"`(?:\w+\.)?(\w+)`", written))
+def test_the_engines_are_the_files_in_engines() -> None:
+    assert list(get_args(config.EngineName)) == names()
+
+
+def test_every_option_is_described_and_the_page_is_current() -> None:
+    schema = config.Config.model_json_schema()
+    undescribed = [
+        f"{section}.{name}"
+        for section, content in {**schema["$defs"], "Config": schema}.items()
+        for name, option in content["properties"].items()
+        if not option.get("description") and not (section == "Config" and "$ref" in option)  # a section tells its own
+    ]
+    assert undescribed == []
+    path = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+    again = "run: .venv/bin/python -m cogpress.manual > docs/configuration.md"
+    assert path.read_text(encoding="utf-8") == manual.page(), again
+
+
+def test_the_page_has_every_option_with_its_bounds_and_default() -> None:
+    page = manual.page()
+    named = re.findall(r"^\| `([\w.]+)` ", page, re.MULTILINE)
     for name, field in config.Config.model_fields.items():
         inner = getattr(field.annotation, "model_fields", None)
-        assert {*(inner or {name: field})} <= named, name
+        assert {f"{name}.{option}" for option in inner or ()} | ({name} if inner is None else set()) <= {*named}, name
+    assert "push.deployment.max_instances" in named
+    assert "push.training.tests.name" not in named, "the tests of a training are described once, with push.tests"
+    assert "| `train.rank` | integer ≥ 1, ≤ 512 | `16` | LoRA rank" in page
+    assert "| `serve.tensor_parallel` | `auto` or integer ≥ 1 | `auto` |" in page
+    assert "| `push.training.data` | text | required |" in page

@@ -1,0 +1,397 @@
+"""The sections of `model.yaml` and every option in them: type, bounds, default and description.
+
+`docs/configuration.md` is generated from this file by `cogpress.manual`.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from cogpress import source
+from cogpress.errors import CogpressError
+
+Quantization = Literal["nf4", "int8", "none"]
+Merge = Literal["dequantized", "original"]
+Task = Literal["answer", "reversed"]
+EngineName = Literal["transformers", "vllm"]
+"""The files in `engines/`; a test holds them equal."""
+
+
+class Section(pydantic.BaseModel):
+    """Immutable; an unknown option is an error."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _source(text: str) -> str:
+    try:
+        return source.parse(text).text
+    except CogpressError as error:
+        raise ValueError(str(error)) from None
+
+
+Source = Annotated[str, pydantic.AfterValidator(_source)]
+
+
+class Base(Section):
+    """The model to tune."""
+
+    source: Source = "embedded"
+    """A [source](../README.md#where-weights-come-from): a folder, a tar, `hf://organisation/name@revision` or a URL.
+    `embedded` is SmolLM2-135M-Instruct."""
+    quantization: Quantization = "nf4"
+    """How training holds the base: `nf4` (QLoRA: 4-bit NormalFloat, double quantization; least memory), `int8`
+    (LLM.int8()), or `none` (plain LoRA)."""
+
+
+class Prompt(Section):
+    """How an application's fields become the prompt, the same in training and serving."""
+
+    system: str = ""
+    """System message of every conversation that brings none. Empty: none."""
+    template: str = "{prompt}"
+    """The user's message, with `{fields}` to fill; `{{` writes a brace. A template of one field also takes a plain text
+    prompt; with several, a plain text is taken as already filled. A list is written one item a line."""
+
+    @pydantic.field_validator("template")
+    @classmethod
+    def _template_parses(cls, template: str) -> str:
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
+        plain = all(name and name.isidentifier() and not spec and not how for _, name, spec, how in parts)
+        if not parts or not plain:
+            raise ValueError("needs at least one {field}, named like a Python identifier; write {{ for a brace")
+        return template
+
+    @property
+    def fields(self) -> list[str]:
+        """The names in the template, in order of first use."""
+        return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.template) if name))
+
+    def fill(self, text: str) -> str:
+        """A prompt that is one text: put into a template of one field; with several it is taken as filled already."""
+        return self.render({self.fields[0]: text}) if len(self.fields) == 1 else text
+
+    def render(self, fields: dict[str, Any]) -> str:
+        """Fill the template; a list is written with one item a line.
+
+        Raises:
+            CogpressError: a field is missing, unknown, or neither text, number, boolean nor a list of these.
+        """
+        missing = [name for name in self.fields if name not in fields]
+        unknown = [name for name in fields if name not in self.fields]
+        if missing or unknown:
+            wrong = f"lacks {', '.join(missing)}" if missing else f"has the unknown {', '.join(map(str, unknown))}"
+            raise CogpressError(
+                f"The prompt template's fields are {', '.join(self.fields)}; the input {wrong}. "
+                "Give exactly those, as a JSON object."
+            )
+        return self.template.format(**{name: _as_text(name, value) for name, value in fields.items()})
+
+
+def _as_text(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(_as_text(name, item) for item in value)
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise CogpressError(f"Field {name} must be text, a number or a list of these, not {type(value).__name__}.")
+
+
+class Data(Section):
+    """The examples."""
+
+    train: str | None = None
+    """Training examples: JSONL or JSON (also gzipped), or Parquet. `--train-data` overrides it."""
+    validation: str | None = None
+    """Validation examples. Without it, `validation_share` of the training examples is held out."""
+    validation_share: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    """Share of the examples held out for validation; never a prompt that is also trained on. 0 trains on all."""
+    task: Task = "answer"
+    """What is learned: the `answer`, or `reversed`, the instruction from its response."""
+
+
+class Train(Section):
+    """QLoRA training. Higher rank, more epochs and a higher learning rate learn more and forget more."""
+
+    epochs: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Passes over the examples. 1 to 3 is typical."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; overrides `epochs`."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    """Peak learning rate. LoRA typically takes 0.0001 to 0.002; lower it when the loss jumps."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_share: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    """LoRA rank: how much the adapter can learn, and its size."""
+    alpha: Annotated[float, Field(gt=0, le=2048)] | None = None
+    """LoRA scale: updates are multiplied by `alpha / rank`. Default: twice the rank, so that the scale does not depend
+    on it."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs that is dropped. Raise it when validation loss rises while training loss falls."""
+    target_modules: str = "all-linear"
+    """Layers that get an adapter: `all-linear`, or names separated by commas, such as `q_proj,v_proj`."""
+    max_length: Annotated[int, Field(ge=8, le=131072)] = 1024
+    """Longest example in tokens. Longer conversations are left out and counted; longer plain text is cut."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Examples per forward pass. Lower it when memory runs out, and raise `gradient_accumulation` in return."""
+    gradient_accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Forward passes per optimizer step; the effective batch is `batch_size` times this."""
+    optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"
+    """`auto`: paged 8-bit AdamW on a GPU, AdamW on a CPU."""
+    evaluations: Annotated[int, Field(ge=0, le=100)] = 4
+    """Validations during training, evenly spaced."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Random seed: validation split, order of the examples, start of the adapter."""
+
+    @property
+    def lora_alpha(self) -> float:
+        """`alpha`, or twice the rank."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+class Verify(Section):
+    """What weights must pass before they ship. Limits left out follow the weights' quantization scheme."""
+
+    examples: str | None = None
+    """Held-out examples. Default: those that the run held out."""
+    rows: Annotated[int, Field(ge=4, le=10_000)] = 64
+    """How many of them are used."""
+    score: Annotated[str, Field(pattern=r"^(exact|json|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")] = "exact"
+    """How an answer is scored: `exact` text, equal `json`, or your `module:function`, which takes the expected and the
+    given answer and returns whether it is right."""
+    mean_kl: Annotated[float, Field(gt=0)] | None = None
+    """Most mean KL divergence from what training scored, in nats per answer token."""
+    p99_kl: Annotated[float, Field(gt=0)] | None = None
+    """Most KL divergence at the 99th percentile of answer tokens, in nats."""
+    top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Least share of answer tokens where the most likely token is the same."""
+    perplexity_ratio: Annotated[float, Field(ge=1)] | None = None
+    """Most perplexity of the expected answers, relative to what training scored."""
+    score_loss: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Most drop of the score against the adapter on the quantized base."""
+    served_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Least share of the engine's greedy tokens that transformers chooses too."""
+    served_difference: Annotated[float, Field(gt=0)] | None = None
+    """Most mean difference between the engine's log-probabilities and transformers', in nats."""
+
+
+def _speculative(options: dict[str, Any]) -> dict[str, Any]:
+    if not {"method", "model"} & options.keys():
+        raise ValueError('needs a method, such as "ngram", or the model that drafts')
+    if not isinstance(options.get("num_speculative_tokens", 1), int) or options.get("num_speculative_tokens", 1) < 1:
+        raise ValueError("num_speculative_tokens must be a whole number of at least 1")
+    if "model" in options:
+        options = {**options, "model": _source(str(options["model"]))}
+    return options
+
+
+class Serve(Section):
+    """The server. `auto` is resolved on the machine that serves."""
+
+    engine: EngineName = "vllm"
+    """`vllm`, or `transformers`: the reference, slow, for any machine and model."""
+    weights: Source | None = None
+    """A [source](../README.md#where-weights-come-from), used when none is given and `weights/` holds no model."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute type. `auto`: the weights' own, float16 on GPUs before Ampere."""
+    mode: Literal["auto", "eager", "compiled"] = "auto"
+    """`auto` compiles on GPUs. Compiled mode can answer wrongly on a CPU and is refused there."""
+    max_context: Annotated[int, Field(ge=16)] | None = None
+    """Most tokens of a prompt and its answer. Default: the model's. Lower it when the KV cache does not fit."""
+    tensor_parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """GPUs that share each layer. `auto`: as many as divide the attention heads."""
+    pipeline_parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Groups of GPUs that hold successive layers."""
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of each GPU's memory for weights and KV cache."""
+    cpu_kv_cache_gb: Annotated[float, Field(gt=0, le=4096)] = 2.0
+    """KV cache on a CPU, in GB."""
+    cpu_threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Threads on a CPU. `auto`: all cores."""
+    kv_cache_dtype: str = "auto"
+    """Type of the KV cache; `fp8` holds twice as many tokens."""
+    prefix_caching: bool = True
+    """Compute a beginning that prompts share only once."""
+    chunked_prefill: bool | None = None
+    """Split long prompts, so that they do not stall other streams. Default: vLLM's."""
+    max_batched_tokens: Annotated[int, Field(ge=16)] | None = None
+    """Tokens per engine step: higher for throughput, lower for latency. Default: vLLM's."""
+    cpu_offload_gb: Annotated[float, Field(ge=0, le=4096)] = 0.0
+    """Weights kept in the CPU's memory, in GB per GPU. Slow; for models that do not fit."""
+    kv_offload_gb: Annotated[float, Field(ge=0, le=4096)] = 0.0
+    """KV cache swapped out to the CPU's memory, in GB."""
+    speculative: Annotated[dict[str, Any], pydantic.AfterValidator(_speculative)] | None = None
+    """vLLM's [speculative decoding](serving.md#speculative-decoding) options: a `method` or the `model` that drafts."""
+    adapters_at_once: Annotated[int, Field(ge=1, le=256)] = 4
+    """Different adapters in one batch."""
+    adapters_kept: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Adapters in memory; those used longest ago leave first."""
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Loopback port for [Prometheus metrics](serving.md#what-a-server-tells)."""
+    log: Literal["none", "requests", "prompts"] = "none"
+    """A JSON line per prediction: `requests` without prompt and answer, `prompts` with them."""
+
+
+class Playground(Section):
+    """The local Replicate of [scripts/playground](playground.md)."""
+
+    retention_days: Annotated[float, Field(gt=0, le=36_500)] = 30.0
+    """Older predictions are removed, rated or not."""
+    retention_count: Annotated[int, Field(ge=1)] = 10_000
+    """Predictions kept; beyond that, the oldest unrated ones are removed."""
+    keep_prompts: bool = True
+    """Store inputs, outputs and logs. If false, they stay in memory only, for about five minutes after the end."""
+    max_input_mb: Annotated[int, Field(ge=1, le=65_536)] = 64
+    """Largest request in MB, uploads included."""
+    requests_per_minute: Annotated[int, Field(ge=1)] = 6000
+    """Requests per address; more are answered 429 with `Retry-After`."""
+
+
+class Plan(Section):
+    """The load, prices and speeds that [scripts/plan](hardware.md) calculates with."""
+
+    hardware: str | None = None
+    """YAML file of machines that changes or extends `cogpress/plan/hardware.yaml`."""
+    prices: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """US dollars per second, by SKU. Default: the table's, which are unconfirmed."""
+    scheme: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8", "awq"] = "auto"
+    """How the weights are served. `auto`: as they are."""
+    context: Annotated[int, Field(ge=16)] | None = None
+    """Tokens of a sequence, prompt and answer. Default: `serve.max_context`, else the model's up to 4096."""
+    concurrency: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Sequences at once."""
+    input_tokens: Annotated[int, Field(ge=1)] = 500
+    """Prompt tokens of a request."""
+    output_tokens: Annotated[int, Field(ge=1)] = 200
+    """Answer tokens of a request."""
+    requests_per_hour: Annotated[float, Field(gt=0)] = 60.0
+    """The load."""
+    private: bool = True
+    """Private models pay for starting and idle time, public ones do not."""
+    cold_start_seconds: Annotated[float, Field(ge=0)] = 120.0
+    """Time an instance takes to start. Measure yours."""
+    idle_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Time without requests after which an instance stops."""
+    tokens_per_second: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Measured output speed at that concurrency, by SKU. Default: estimated."""
+    answer_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the training tokens that have loss. Default: the run's, else all."""
+    training_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of a training, all epochs. Default: from the run's data, or `train.max_steps`."""
+    training_tokens_per_second: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Measured training speed, by SKU. Default: estimated."""
+
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+class Case(Section):
+    """A test prediction: an input, and what must come of it. Without a check, it must succeed."""
+
+    name: str = ""
+    """Shown in the report."""
+    input: dict[str, Any] = {}
+    """The prediction's inputs."""
+    exact: str | None = None
+    """The output is this text."""
+    contains: str | tuple[str, ...] = ()
+    """The output contains this text, or each of a list."""
+    json_schema: dict[str, Any] | None = None
+    """The output is JSON of this schema."""
+    expected: str | None = None
+    """`verify.score` accepts the output for this answer."""
+    error: str | None = None
+    """The prediction fails with an error that contains this text."""
+    streams: bool = False
+    """Text arrives before the end, and adds up to the output."""
+    cancels: bool = False
+    """The prediction ends as canceled within 15 s of being canceled."""
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """Most run time in seconds, without the wait for a machine."""
+
+    @pydantic.model_validator(mode="after")
+    def _agrees(self) -> Case:
+        text = [name for name in ("exact", "contains", "json_schema", "expected") if getattr(self, name)]
+        if self.cancels and (text or self.error or self.streams):
+            raise ValueError("a canceled prediction has no answer: put the other checks into another test")
+        if self.error is not None and (text or self.streams):
+            raise ValueError("a prediction that fails has no answer: put the other checks into another test")
+        return self
+
+
+class Fuzz(Section):
+    """Inputs generated from the schema. Files and secrets are not generated."""
+
+    rounds: Annotated[int, Field(ge=0, le=1000)] = 8
+    """Generated predictions; 0 for none."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Random seed."""
+    fixed: dict[str, Any] = {}
+    """Inputs that keep their value; `max_tokens` is 32 unless it is named here."""
+    leave_out: tuple[str, ...] = ()
+    """Inputs that are never given."""
+
+
+class Deployment(Section):
+    """A deployment to create or update with the new version."""
+
+    name: Annotated[str, Field(pattern=_NAME + "$")]
+    """Its name."""
+    hardware: str | None = None
+    """SKU. Default: the model's."""
+    min_instances: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Instances that always run, and always cost."""
+    max_instances: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Most instances under load."""
+
+
+class TestTraining(Section):
+    """A training to start with the pushed version, and predictions of the result."""
+
+    data: str
+    """File of examples."""
+    input: dict[str, Any] = {}
+    """The training's inputs."""
+    tests: tuple[Case, ...] = ()
+    """Test predictions of the trained version, as `push.tests`."""
+    timeout: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds."""
+
+
+class Push(Section):
+    """How [scripts/push](push.md) builds, and what a version must do before it reaches the model that people use."""
+
+    weights: Literal["layer", "image", "fetched"] = "layer"
+    """`layer`: a layer of their own, so that new code does not push them again; `image`: with everything else;
+    `fetched`: not in the image but downloaded from `serve.weights` at the start (then remove `!weights` from
+    `.dockerignore`)."""
+    test_model: Annotated[str, Field(pattern=_NAME + r"/[A-Za-z0-9._-]+$")] | None = None
+    """owner/name of the test model. Default: the destination's with `-test`."""
+    tests: tuple[Case, ...] = ()
+    """Test predictions, [below](#pushtests)."""
+    same_answers: bool = False
+    """Fail when a test input gets another answer than from the live version, instead of reporting it."""
+    fuzz: Fuzz = Fuzz()
+    """Generated inputs, [below](#pushfuzz)."""
+    parallel: Annotated[int, Field(ge=1, le=64)] = 4
+    """Predictions at once."""
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """Seconds that a prediction may take, cold start included."""
+    parity: bool = True
+    """Compare answers with the local weights. Needs the weights, held-out examples, and the inputs and metrics of
+    `predict.py`."""
+    rows: Annotated[int, Field(ge=1, le=10_000)] = 16
+    """Held-out examples to compare."""
+    training: TestTraining | None = None
+    """A training to try as well, [below](#pushtraining)."""
+    deployment: Deployment | None = None
+    """A deployment to create or update, [below](#pushdeployment)."""
