@@ -1,4 +1,5 @@
-"""The engines, one file each: a class `Engine` as `cogpress.engines.base.Engine` describes it, and `prepare(serve)`.
+"""The engines, one file each: token ids in, text out as it is generated.
 
-A new file here is an engine that `serve.engine` can name. `tests/engines/test_engines.py` asks the same of all of them.
+`base` states what every engine offers. A file beside it with a class `Engine` and a function `prepare` is an engine
+that `serve.engine` can name.
 """

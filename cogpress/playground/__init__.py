@@ -1,1 +1,4 @@
-"""A Replicate of one's own: its HTTP API, a web page and an OpenAI face before one or several models."""
+"""A Replicate of your own: a web page and two HTTP APIs in front of models.
+
+In come requests for predictions; out come streams, and a history that can be rated and exported as training data.
+"""
