@@ -1,4 +1,4 @@
-"""Lint, format and types: what scripts/test promises of every file."""
+"""Lint, format, types and the order of imports, for every file."""
 
 from __future__ import annotations
 
@@ -8,14 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("arguments", ["ruff check .", "ruff format --check .", "mypy"])
-def test_tool_has_nothing_to_say(arguments: str) -> None:
+def test_tool_finds_no_fault(arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", *arguments.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{arguments}:\n{done.stdout}{done.stderr}"
+
+
+def test_imports_follow_the_order_of_the_rooms(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pyproject.toml holds the order."""
+    monkeypatch.chdir(ROOT)
+    status = lint_imports(no_cache=True, no_logo=True)
+    assert status == 0, capsys.readouterr().out
 
 
 def test_scripts_are_python_and_can_be_run() -> None:

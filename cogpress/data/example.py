@@ -1,7 +1,7 @@
 """One example: which of the four formats a line is in, what makes it bad, and the messages it comes to.
 
-Knows a line's value once it is parsed, the prompt template and the system text. Files are `cogpress.data.read`'s, tokens
-`cogpress.data.tokenize`'s.
+Knows a line's value once it is parsed, the prompt template and the system text. Files are `data.read`'s, tokens
+`data.tokenize`'s.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from cogpress import config
-from cogpress.errors import CogpressError
 from cogpress.data.example import BadExample, Example, Turn, check_task
 from cogpress.data.read import Problem, read
 from cogpress.data.tokenize import NO_LOSS, Row, all_stops, tokenize
+from cogpress.errors import CogpressError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from cogpress import config
-from cogpress.errors import CogpressError
 from cogpress.data.example import KEYS, BadExample, EmptyAnswer, Example, check_task, example_of, found_keys
+from cogpress.errors import CogpressError
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 

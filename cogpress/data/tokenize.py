@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cogpress import prompts
-from cogpress.errors import CogpressError
 from cogpress.data.example import BadExample, Example, as_dicts
+from cogpress.errors import CogpressError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

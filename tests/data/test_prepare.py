@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.standins.chatexamples import Write, learnt, messages, numbered, pair
 from rich.console import Console
 
-from cogpress import config
+from cogpress import config, plots
 from cogpress.data import prepare as data
-from cogpress import plots
-from cogpress.errors import CogpressError
 from cogpress.data.read import read
+from cogpress.errors import CogpressError
+from tests.standins.chatexamples import Write, learnt, messages, numbered, pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tests.standins.chatexamples import Write, messages, pair
 
 from cogpress import config
-from cogpress.errors import CogpressError
 from cogpress.data.example import Example
 from cogpress.data.read import Reading, read
+from cogpress.errors import CogpressError
+from tests.standins.chatexamples import Write, messages, pair
 
 if TYPE_CHECKING:
     pass

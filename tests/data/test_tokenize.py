@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.standins.chatexamples import TEMPLATES, THINKING, Write, learnt, messages, pair, texts, variant
 
-from cogpress import prompts, config
+from cogpress import config, prompts
 from cogpress.data import prepare as data
-from cogpress.errors import CogpressError
 from cogpress.data.tokenize import NO_LOSS, Row
+from cogpress.errors import CogpressError
+from tests.standins.chatexamples import TEMPLATES, THINKING, Write, learnt, messages, pair, texts, variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +46,8 @@ def test_exactly_the_answer_and_its_end_are_learnt(
     row = row_of(tokenizer, pair(question, answer), tmp_path)
     assert learnt(tokenizer, row) == answer + ENDS[name]
     first = row.labels.index(next(label for label in row.labels if label != NO_LOSS))
-    assert row.input_ids[:first] == prompts.encode_prompt(tokenizer, prompts.chat(question)), "trained on what is served"
+    served = prompts.encode_prompt(tokenizer, prompts.chat(question))
+    assert row.input_ids[:first] == served, "trained on what is served"
     assert all(label in (NO_LOSS, token) for label, token in zip(row.labels, row.input_ids, strict=True))
     whole = tokenizer.apply_chat_template(messages(question, answer), tokenize=True, return_dict=False)
     if name in ("own", "begin"):
