@@ -28,7 +28,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import write_json
 from cogpress.plan import architecture, memory
 from cogpress.plan.memory import Serving, Training
-from cogpress.weights import base
+from cogpress.weights import base, fetch
 
 LIMIT = 0.15
 """How far a prediction may be from what is measured."""
@@ -83,7 +83,7 @@ def run(out: Path, cache: Path, work: Path, console: Console, *, quick: bool = F
     # In fixed large pieces memory goes back to the system when it is freed, so that what is resident is what is used.
     # Read by the C library when a process starts, which the measured ones do after this.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
-    folders = {"135 M": base.fetch("embedded", cache)}
+    folders = {"135 M": fetch.base("embedded", cache)}
     if not quick:
         folders["1.1 B"] = in_fresh_process(checkpoint.make, work)[0]
     rows: list[dict[str, Any]] = []

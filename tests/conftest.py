@@ -40,9 +40,9 @@ def cache() -> Path:
 @pytest.fixture(scope="session")
 def base_folder(cache: Path) -> Path:
     """The embedded base model, converted once."""
-    from cogpress.weights import base
+    from cogpress.weights import fetch
 
-    return base.fetch("embedded", cache)
+    return fetch.base("embedded", cache)
 
 
 @pytest.fixture(scope="session")

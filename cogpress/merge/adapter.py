@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cogpress.config import Quantization
 from cogpress.errors import CogpressError
 from cogpress.weights import manifest, tensors
+from cogpress.weights.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ Merger = Callable[["torch.Tensor", slice], "torch.Tensor"]
 them merged, in the same memory."""
 
 _PREFIX = "base_model.model."
-_FILE = "adapter_model.safetensors"
 
 _HARMLESS = {
     "peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
@@ -137,9 +137,9 @@ def read(folder: Path) -> Adapter:
     if facts is None or facts.get("kind") != "adapter":
         raise CogpressError(f"{folder} holds no adapter of cogpress. Name a run's adapter folder, or train one.")
     manifest.check(folder, facts)
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
     _refuse_unknown(config, folder)
-    stored = {name: place for name, place in tensors.stored(folder).items() if place.file.name == _FILE}
+    stored = {name: place for name, place in tensors.stored(folder).items() if place.file.name == ADAPTER_WEIGHTS}
     layers, replaced = _sorted_out(stored, config, folder)
     return Adapter(
         folder=folder,

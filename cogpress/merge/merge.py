@@ -27,25 +27,10 @@ from cogpress.files import new_folder, write_json
 from cogpress.merge import adapter
 from cogpress.merge.adapter import Adapter
 from cogpress.weights import base, manifest, tensors
+from cogpress.weights.filenames import INDEX, SERVING_FILES
 
 if TYPE_CHECKING:
     import torch
-
-SERVING_FILES = (
-    "config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-"""What an engine reads beside the weights."""
-
-INDEX = "model.safetensors.index.json"
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 """Wraps the items of a loop, given how many there are."""

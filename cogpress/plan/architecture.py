@@ -17,7 +17,7 @@ from typing import Any
 from cogpress import http as web
 from cogpress import source
 from cogpress.errors import CogpressError
-from cogpress.weights import base, fetch
+from cogpress.weights import base, fetch, hub
 
 ATTENTION = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
 """Kinds of layers, by transformers' names, and whether their cache ends at the window."""
@@ -149,7 +149,7 @@ def of(text: str, cache: Path) -> Architecture:
     """The architecture of a model by its source; of a model elsewhere only config.json is fetched.
 
     Args:
-        text: `embedded`, a folder, a config.json, or another source, as `base.fetch` takes it.
+        text: `embedded`, a folder, a config.json, or another source, as `fetch.base` takes it.
         cache: where fetched models are kept.
 
     Raises:
@@ -166,10 +166,10 @@ def config(text: str, cache: Path) -> dict[str, Any]:
     """
     shown = source.shown(text)
     if text == "embedded":
-        return _parsed((base.fetch(text, cache) / "config.json").read_bytes(), shown)
+        return _parsed((fetch.base(text, cache) / "config.json").read_bytes(), shown)
     wanted = source.parse(text)
     if wanted.kind == "hub":
-        return _parsed(_from_hub(wanted), shown)
+        return _parsed(hub.file(wanted, "config.json").read_bytes(), shown)
     if wanted.kind == "files":
         return _parsed(web.read(fetch.beside(wanted.text, "config.json"), MAX_CONFIG), shown)
     path = Path(wanted.text).expanduser()
@@ -182,15 +182,6 @@ def config(text: str, cache: Path) -> dict[str, Any]:
                 f"{path} can not be read ({error.strerror}). Name a folder with a config.json."
             ) from None
     return _parsed((fetch.model(text, cache).folder / "config.json").read_bytes(), shown)
-
-
-def _from_hub(wanted: source.Source) -> bytes:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(wanted.repository, "config.json", revision=wanted.revision)).read_bytes()
-    except (OSError, ValueError) as error:
-        raise fetch.not_had(wanted, error) from None
 
 
 def _parsed(content: bytes, shown: str) -> dict[str, Any]:

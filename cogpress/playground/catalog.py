@@ -21,7 +21,6 @@ from cogpress.playground.backend import Backend, Cog, Rewrite, as_they_are
 from cogpress.playground.queue import Lane
 from cogpress.playground.servers import OnDemand, Servers
 from cogpress.playground.versions import Deployment, Model, Version
-from cogpress.verify import report as verdict
 from cogpress.weights import manifest
 
 if TYPE_CHECKING:
@@ -308,7 +307,7 @@ def _look_at(source: str) -> tuple[str | None, str | None]:
     if not source.startswith("folder:/") or not (folder / manifest.NAME).is_file():
         return None, None
     facts = manifest.read(folder)
-    return verdict.state(folder, facts), manifest.fingerprint(folder)
+    return manifest.state(folder, facts), manifest.fingerprint(folder)
 
 
 __all__ = ["NAME", "OWNER", "Catalog", "Deployment", "Model", "NotFound", "Version"]

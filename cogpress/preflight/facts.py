@@ -23,8 +23,8 @@ from cogpress.preflight import machine
 from cogpress.preflight.ignore import NAME, Entry, Ignore, context
 from cogpress.preflight.machine import Machine
 from cogpress.preflight.web import Answer, Api
-from cogpress.verify import report as verdict
 from cogpress.weights import manifest
+from cogpress.weights.manifest import State
 
 REPLICATE = "https://api.replicate.com"
 HUB = "https://huggingface.co"
@@ -56,7 +56,7 @@ class Weights:
     manifest: dict[str, Any] | None = None
     model: dict[str, Any] = field(default_factory=dict)
     """The model's own config.json."""
-    state: verdict.State = "unverified"
+    state: State = "unverified"
     problem: str | None = None
     different: str | None = None
     left: tuple[str, ...] = ()
@@ -230,7 +230,7 @@ def _weights(root: Path) -> Weights:
     try:
         if facts is not None:
             manifest.check(folder, facts)
-        state = verdict.state(folder, facts)
+        state = manifest.state(folder, facts)
     except (CogpressError, OSError, KeyError, TypeError) as error:
         state = "changed"
         different = str(error) if isinstance(error, CogpressError) else f"{folder / manifest.NAME} is damaged."

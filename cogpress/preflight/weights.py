@@ -13,7 +13,8 @@ from cogpress import source
 from cogpress.errors import CogpressError
 from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
 from cogpress.preflight.facts import Facts
-from cogpress.weights import archive, origin
+from cogpress.publish.licence import find_origin, public_name
+from cogpress.weights.filenames import PICKLES
 
 TOPIC = "Weights"
 
@@ -62,7 +63,7 @@ def _there(facts: Facts) -> Iterator[Finding]:
             f"The folder weights/ {weights.problem or 'holds no model'}, and model.yaml names no serve.weights.",
             "scripts/train --install, or name serve.weights.",
         )
-    for name in [path.name for path in weights.folder.glob("*") if path.suffix in archive.PICKLES]:
+    for name in [path.name for path in weights.folder.glob("*") if path.suffix in PICKLES]:
         yield failed(f"weights/{name} is a pickle file, which can run code when loaded.", "Save it as safetensors.")
 
 
@@ -188,7 +189,7 @@ def _licence(facts: Facts) -> Iterator[Finding]:
         return
     asked = facts.hub.get(source.parse(base).repository) if base != "embedded" else None
     if asked is not None and asked.problem:
-        yield skipped(f"the licence of {origin.public_name(base)} is on the Hub; {asked.problem}")
+        yield skipped(f"the licence of {public_name(base)} is on the Hub; {asked.problem}")
         return
 
     def card_data(repository: str, _revision: str | None) -> dict[str, object]:
@@ -197,7 +198,7 @@ def _licence(facts: Facts) -> Iterator[Finding]:
         return card if isinstance(card, dict) else {}
 
     try:
-        found = origin.find(base, card_data)
+        found = find_origin(base, card_data)
     except CogpressError as error:
         yield warning(str(error), "Look up the base's licence yourself.")
         return

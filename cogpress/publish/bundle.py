@@ -18,9 +18,10 @@ from cogpress import config
 from cogpress.errors import CogpressError
 from cogpress.files import sha256
 from cogpress.publish import card
+from cogpress.publish.licence import CardData, find_origin, named_licence, public_name
 from cogpress.train import pipeline
-from cogpress.verify import report as verdict
-from cogpress.weights import archive, fetch, manifest, origin
+from cogpress.weights import manifest
+from cogpress.weights.filenames import HUB_FILES, VERIFICATION_FILES, refuse_pickle
 
 CARD = "README.md"
 _TEXT_BYTES = 32 << 20
@@ -97,9 +98,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     for name in facts.get("files") or {}:
         path = PurePosixPath(name)
-        archive.refuse_pickle(path, folder)
+        refuse_pickle(path, folder)
         # The very patterns that fetching a model uses: what they leave out would be missing after a download.
-        known = any(fnmatch(name, pattern) for pattern in (*fetch.HUB_FILES, "*.safetensors"))
+        known = any(fnmatch(name, pattern) for pattern in (*HUB_FILES, "*.safetensors"))
         if path.is_absolute() or ".." in path.parts or path.name.startswith(".") or "\\" in name or not known:
             raise CogpressError(
                 f"{folder / manifest.NAME} lists {name!r}, which is no part of a model. Nothing was uploaded; merge "
@@ -131,7 +132,7 @@ def unverified(request: Request, facts: dict[str, Any]) -> str | None:
     Raises:
         CogpressError: they are not, and the user did not allow it.
     """
-    reason = why_unverified(verdict.read(request.folder), facts)
+    reason = why_unverified(manifest.read_verification(request.folder), facts)
     if reason and not request.allow_unverified:
         raise CogpressError(
             f"{request.folder} is not verified: {reason}. Verify the weights, or give --allow-unverified; the model "
@@ -140,7 +141,7 @@ def unverified(request: Request, facts: dict[str, Any]) -> str | None:
     return reason
 
 
-def prepare(request: Request, facts: dict[str, Any], unverified: str | None, card_data: origin.CardData) -> Bundle:
+def prepare(request: Request, facts: dict[str, Any], unverified: str | None, card_data: CardData) -> Bundle:
     """Check every file against the manifest and write the card.
 
     Args:
@@ -163,7 +164,9 @@ def prepare(request: Request, facts: dict[str, Any], unverified: str | None, car
     ]
     # A report on other files would mislead.
     if unverified is None or unverified.startswith("verification failed"):
-        reports = [name for name in verdict.FILES if name not in facts["files"] and _is_plain(request.folder / name)]
+        reports = [
+            name for name in VERIFICATION_FILES if name not in facts["files"] and _is_plain(request.folder / name)
+        ]
         files += [_file(name, request.folder / name) for name in reports]
     files += [_public_manifest(request.folder, facts, notes), _file(CARD, text.encode())]
     for file in files:
@@ -184,9 +187,9 @@ def _file(name: str, content: Path | bytes) -> File:
 def _public_manifest(folder: Path, facts: dict[str, Any], notes: list[str]) -> File:
     """The manifest as it is, or with the base's source shortened to what others may see."""
     source = str((facts.get("base") or {}).get("source", ""))
-    if not source or origin.public_name(source) == source:
+    if not source or public_name(source) == source:
         return _file(manifest.NAME, folder / manifest.NAME)
-    shown = origin.public_name(source)
+    shown = public_name(source)
     notes.append(f"The manifest goes up with {shown} as the base's source, without the rest of it.")
     public = {**facts, "base": {**facts["base"], "source": shown}}
     return _file(manifest.NAME, (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode())
@@ -209,19 +212,19 @@ def _refuse_secrets(file: File) -> None:
 
 
 def _card(
-    request: Request, facts: dict[str, Any], unverified: str | None, card_data: origin.CardData, notes: list[str]
+    request: Request, facts: dict[str, Any], unverified: str | None, card_data: CardData, notes: list[str]
 ) -> str:
     run = find_run(request, facts)
     if run is None:
         notes.append("The run that made these weights is not here: the card tells nothing of it. Name it with --run.")
     source = str((facts.get("base") or {}).get("source", ""))
-    given = origin.licence(request.licence) if request.licence else None
+    given = named_licence(request.licence) if request.licence else None
     try:
-        found = origin.find(source, card_data)
+        found = find_origin(source, card_data)
     except CogpressError as error:
         if given is None:
             raise CogpressError(f"{error} Or give the licence with --license.") from None
-        found = origin.find(source, lambda _repo, _revision: {})
+        found = find_origin(source, lambda _repo, _revision: {})
     licence = given or found.licence
     if licence is None:
         raise CogpressError(
@@ -244,7 +247,7 @@ def _card(
             prompt=config.Prompt.model_validate(prompt) if prompt else config.Prompt(),
             has_chat_template=_has_chat_template(request.folder),
             manifest=facts,
-            verification=verdict.read(request.folder) if unverified is None else None,
+            verification=manifest.read_verification(request.folder) if unverified is None else None,
             unverified=unverified,
             answers=answers[: request.examples],
             **saved,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cogpress.config import Config, Prompt
-from cogpress.weights.origin import Licence, Origin
+from cogpress.publish.licence import Licence, Origin
 
 _HELD = {"nf4": "4 bits (NF4, double quantization)", "int8": "8 bits (LLM.int8())"}
 """How training held the base's linear layers."""

@@ -9,8 +9,6 @@ import hashlib
 import re
 import time
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,19 +20,12 @@ from cogpress.cli import step
 from cogpress.errors import CogpressError
 from cogpress.publish import bundle
 from cogpress.publish.bundle import Bundle, File, Request
-from cogpress.verify import report as verdict
-from cogpress.weights import archive, manifest
-from cogpress.weights.hub import AGAIN, Hub
+from cogpress.publish.hub import AGAIN, Hub
+from cogpress.weights import manifest
+from cogpress.weights.filenames import VERIFICATION_FILES, is_loaded
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
-
-
-_LOADED = (
-    *("*.safetensors", "*.index.json", "*config.json", "*.jinja", "*.model"),
-    *("tokenizer*", "*token*.json", "vocab.*", "merges.txt"),
-)
-"""What loading a model from a repository looks for."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +146,6 @@ def _check_repository(request: Request, there: ModelInfo | None) -> None:
         )
 
 
-def _loads(name: str) -> bool:
-    """Whether a file of a repository takes part when a model is loaded from it."""
-    path = PurePosixPath(name)
-    return path.suffix in archive.PICKLES or any(fnmatch(name, pattern) for pattern in _LOADED)
-
-
 def _earlier(request: Request, hub: Hub, there: ModelInfo) -> list[str]:
     """Files that an earlier publication left on the branch.
 
@@ -169,8 +154,8 @@ def _earlier(request: Request, hub: Hub, there: ModelInfo) -> list[str]:
     """
     names = [sibling.rfilename for sibling in there.siblings or []]
     listed = hub.read_json(request.repo, manifest.NAME, str(there.sha)).get("files") if manifest.NAME in names else {}
-    ours = {*(listed if isinstance(listed, dict) else {}), *verdict.FILES}
-    strange = [name for name in names if _loads(name) and name not in ours]
+    ours = {*(listed if isinstance(listed, dict) else {}), *VERIFICATION_FILES}
+    strange = [name for name in names if is_loaded(name) and name not in ours]
     if strange:
         raise CogpressError(
             f"{request.repo} holds {strange[0]}, which cogpress did not publish and which is loaded with a model. "
@@ -233,7 +218,7 @@ def _wrong(files: Bundle, there: ModelInfo | None) -> list[str]:
     siblings = {sibling.rfilename: sibling for sibling in (there.siblings if there else None) or []}
     names = {file.name for file in files.files}
     return [file.name for file in files.files if not _same(file, siblings.get(file.name))] + [
-        name for name in siblings if _loads(name) and name not in names
+        name for name in siblings if is_loaded(name) and name not in names
     ]
 
 

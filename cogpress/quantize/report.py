@@ -15,8 +15,6 @@ from rich.table import Table
 
 from cogpress.files import write_json
 from cogpress.verify import parity
-from cogpress.verify import report as verdict
-from cogpress.verify.report import weights_bytes
 from cogpress.weights import manifest
 
 Measure = Callable[[str, Path], Mapping[str, Any]]
@@ -49,8 +47,8 @@ def candidate(name: str, folder: Path, metrics: Mapping[str, Any] | None) -> Can
     group = (manifest.read(folder) or {}).get("compression", {}).get("group_size")
     notes = [f"groups of {group}"] if group else []
     notes += ["not served on this machine"] if metrics is None else []
-    notes += ["FAILED verification"] if verdict.state(folder) == "failed" else []
-    return Candidate(name, str(folder), weights_bytes(folder), ", ".join(notes), **known)
+    notes += ["FAILED verification"] if manifest.state(folder) == "failed" else []
+    return Candidate(name, str(folder), manifest.weights_bytes(folder), ", ".join(notes), **known)
 
 
 def compare(

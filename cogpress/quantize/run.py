@@ -26,7 +26,6 @@ from cogpress.cli import step
 from cogpress.data import prepare
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, sha256, write_json
-from cogpress.merge.merge import SERVING_FILES
 from cogpress.quantize import worker as compress
 from cogpress.quantize.calibrate import Source, choose_rows
 from cogpress.quantize.schemes import (
@@ -43,9 +42,8 @@ from cogpress.quantize.schemes import (
 from cogpress.setup import pip
 from cogpress.setup.environment import QUANTIZE, Environment
 from cogpress.setup.progress import Progress
-from cogpress.verify import report as verdict
-from cogpress.verify.report import weights_bytes
 from cogpress.weights import manifest
+from cogpress.weights.filenames import SERVING_FILES, VERIFICATION_PAGE
 
 SAMPLES = {"cpu": 128, "gpu": 256}
 """Examples to calibrate with. On two cores each takes half a second, on a GPU nothing that is noticed."""
@@ -326,9 +324,9 @@ def refuse_failed(folder: Path) -> None:
     Raises:
         CogpressError: they failed; names the report.
     """
-    if verdict.state(folder) == "failed":
+    if manifest.state(folder) == "failed":
         raise CogpressError(
-            f"{folder} failed verification, so it is not installed; {folder / verdict.MARKDOWN} tells why. Install "
+            f"{folder} failed verification, so it is not installed; {folder / VERIFICATION_PAGE} tells why. Install "
             "another scheme, or change verify's limits in model.yaml and verify it again with scripts/verify."
         )
 
@@ -352,8 +350,8 @@ def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:
             **plan.facts,
             "llmcompressor": result["llmcompressor"],
             "seconds": round(result["seconds"], 1),
-            "bytes_before": weights_bytes(source.folder),
-            "bytes_after": weights_bytes(part),
+            "bytes_before": manifest.weights_bytes(source.folder),
+            "bytes_after": manifest.weights_bytes(part),
         }
         facts = manifest.write(part, "weights", {**_carried(source.facts), "compression": compression})
     return Quantized(plan.scheme.name, plan.target, facts, reused=False)

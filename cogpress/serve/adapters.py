@@ -21,7 +21,7 @@ from cogpress.engines.base import Adapter
 from cogpress.errors import CogpressError
 from cogpress.merge import adapter, merge
 from cogpress.merge.adapter import Adapter as Trained
-from cogpress.weights import base, fetch, manifest
+from cogpress.weights import fetch, manifest
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Adapters:
         target = self._cache / "shared" / self.key[:16]
         if not (target / manifest.NAME).is_file():
             print("Making the base that the adapters share, once.", flush=True)
-            base_folder = base.fetch(self._settings.base.source, self._cache)
+            base_folder = fetch.base(self._settings.base.source, self._cache)
             write_base(base_folder, trained.folder, target, lambda items, _total: items)
         return str(target)
 

@@ -24,8 +24,7 @@ from cogpress.serve import requests as inputs
 from cogpress.serve.adapters import Adapters
 from cogpress.serve.metrics import Observer, Prediction, Record
 from cogpress.serve.requests import Request
-from cogpress.verify import report as verdict
-from cogpress.weights import base, fetch
+from cogpress.weights import base, fetch, manifest
 
 LONG_TEXT = 20_000
 """Characters from which on a text is tokenized in a thread: below, that takes a few milliseconds."""
@@ -72,9 +71,9 @@ class Server:
         self.cold_start = {**seconds, "tokenizer": read - fetched, "engine": ready - read, "total": ready - started}
         """Seconds of the start: `fetch` and `check`, at the same time `imports` (which `saved` so much), `tokenizer`,
         `engine`, and `total`; from the first answer on also its `first_token`."""
-        self.verified = verdict.state(self.folder, found.manifest)
+        self.verified = manifest.state(self.folder, found.manifest)
         """Whether these very weights passed verification."""
-        print(verdict.TOLD[self.verified], cold_start_line(self.cold_start), sep="\n", flush=True)
+        print(manifest.STATE_MESSAGES[self.verified], cold_start_line(self.cold_start), sep="\n", flush=True)
 
     def encode(self, request: Request, prompt: config.Prompt | None = None, tokenizer: Any = None) -> list[int]:
         """The prompt's token ids.

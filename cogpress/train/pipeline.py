@@ -29,7 +29,7 @@ from cogpress.merge import merge
 from cogpress.serve import adapters as multilora
 from cogpress.train import run as training
 from cogpress.verify import distributions
-from cogpress.weights import archive, base, manifest
+from cogpress.weights import archive, base, fetch, manifest
 
 if TYPE_CHECKING:
     from cogpress.verify.distributions import Divergence
@@ -162,7 +162,7 @@ def held_out_again(
     """
     facts = adapters.read(run / ADAPTER).facts
     config = config.model_copy(update={"prompt": Prompt.model_validate(facts["prompt"])})
-    base_folder = base.fetch(facts["base"]["source"], cache)
+    base_folder = fetch.base(facts["base"]["source"], cache)
     prepare(config, path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad)
     if sha256(run / HELD_OUT) != facts.get("held_out"):
         (run / HELD_OUT).unlink()
@@ -263,7 +263,7 @@ def build(
     """
     base.quiet_libraries()
     with step("Base model", console):
-        base_folder = base.fetch(config.base.source, cache)
+        base_folder = fetch.base(config.base.source, cache)
     with step("Examples", console):
         prepared = prepare(
             config, data_path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad
@@ -338,7 +338,7 @@ def merge_anew(
     base.quiet_libraries()
     facts = adapters.read(adapter).facts
     with step("Base model", console) as say:
-        base_folder = base.fetch(source or facts["base"]["source"], cache)
+        base_folder = fetch.base(source or facts["base"]["source"], cache)
         say(str(base_folder))
     if alone:
         with step("Base for adapters", console) as say:

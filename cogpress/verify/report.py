@@ -6,35 +6,19 @@ is reached.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 import cogpress
-from cogpress.errors import CogpressError
 from cogpress.files import write_json
 from cogpress.weights import manifest
-
-NAME = "verification.json"
-MARKDOWN = "verification.md"
-PICTURE = "verification.png"
-FILES = (NAME, MARKDOWN, PICTURE)
-
-State = Literal["verified", "failed", "changed", "unverified"]
-
-TOLD = {
-    "verified": "The weights are verified.",
-    "failed": "The weights FAILED verification: their answers are not those that training scored.",
-    "changed": "The weights have CHANGED since they were verified. Run scripts/verify.",
-    "unverified": "The weights are not verified. Run scripts/verify.",
-}
-"""What a server's log says of a state."""
+from cogpress.weights.filenames import VERIFICATION, VERIFICATION_PAGE, VERIFICATION_PLOT
 
 
 @dataclass(frozen=True)
@@ -98,24 +82,6 @@ class Verdict:
         return table
 
 
-def signed_files(folder: Path) -> dict[str, str]:
-    """The sha256 of every file that a verdict is about: those of the manifest, or all that an engine reads."""
-    from cogpress.merge.merge import INDEX, SERVING_FILES
-
-    facts = manifest.read(folder)
-    if facts is not None:
-        names = sorted(facts["files"])
-    else:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
-        names += [name for name in (*SERVING_FILES, INDEX) if (folder / name).is_file()]
-    return {name: found["sha256"] for name, found in manifest.hashes(folder, names).items()}
-
-
-def weights_bytes(folder: Path) -> int:
-    """Bytes of a folder's safetensors files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def write(verdict: Verdict, pictures: dict[str, Any]) -> None:
     """Write the report into the weights' folder, with the hashes of the files that it is about.
 
@@ -137,7 +103,7 @@ def write(verdict: Verdict, pictures: dict[str, Any]) -> None:
         "checks": [check.to_dict() for check in verdict.checks],
         "causes": verdict.causes,
         "metrics": verdict.metrics,
-        "files": signed_files(verdict.weights),
+        "files": manifest.signed_files(verdict.weights),
     }
     from cogpress import plots  # a server reads verdicts and draws none
 
@@ -146,11 +112,11 @@ def write(verdict: Verdict, pictures: dict[str, Any]) -> None:
         pictures.get("parity"),
         {check.name: check.limit for check in verdict.checks if isinstance(check.limit, float)},
         "passed" if verdict.passed else "failed",
-        verdict.weights / PICTURE,
+        verdict.weights / VERIFICATION_PLOT,
     )
-    (verdict.weights / MARKDOWN).write_text(_markdown(content), encoding="utf-8")
+    (verdict.weights / VERIFICATION_PAGE).write_text(_markdown(content), encoding="utf-8")
     # Last, because it is what counts.
-    write_json(verdict.weights / NAME, content)
+    write_json(verdict.weights / VERIFICATION, content)
 
 
 def _markdown(content: dict[str, Any]) -> str:
@@ -169,51 +135,7 @@ def _markdown(content: dict[str, Any]) -> str:
     lines += ["", *(f"- {cause}" for cause in content["causes"]), ""]
     lines += ["| measured | |", "|---|---|"]
     lines += [f"| {name} | {_short(v) if isinstance(v, float) else v} |" for name, v in content["metrics"].items()]
-    lines += ["", f"![verification]({PICTURE})", ""]
+    lines += ["", f"![verification]({VERIFICATION_PLOT})", ""]
     lines += ["It holds for these files and no others:", ""]
     lines += [f"- `{name}` sha256 `{digest}`" for name, digest in content["files"].items()]
     return "\n".join(lines) + "\n"
-
-
-def read(folder: Path) -> dict[str, Any] | None:
-    """A folder's verdict as it was written, None where it has none.
-
-    Raises:
-        CogpressError: it is not JSON.
-    """
-    try:
-        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise CogpressError(f"{folder / NAME} is no verification report. Verify the weights again.") from None
-    checks = content.get("checks", []) if isinstance(content, dict) else None
-    whole = isinstance(checks, list) and all(isinstance(check, dict) for check in checks)
-    if not whole or not isinstance(content.get("files"), dict):
-        raise CogpressError(f"{folder / NAME} is no verification report. Verify the weights again.")
-    return content
-
-
-def state(folder: Path, checked: dict[str, Any] | None = None) -> State:
-    """Whether the weights in a folder are verified: every file that the verdict is about is hashed again.
-
-    `changed` weights were verified once and are not the same any more.
-
-    Args:
-        folder: the weights.
-        checked: their manifest, where the files were compared with it just now; they are then not hashed again.
-    """
-    try:
-        content = read(folder)
-    except CogpressError:
-        content = None  # some other program's file, or one that was cut off
-    if content is None:
-        return "unverified"
-    try:
-        known = {name: file["sha256"] for name, file in (checked or {}).get("files", {}).items()}
-        now = known or signed_files(folder)
-    except (OSError, CogpressError):
-        return "changed"
-    if now != content["files"]:
-        return "changed"
-    return "verified" if content.get("passed") is True else "failed"

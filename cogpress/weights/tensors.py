@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cogpress.errors import CogpressError
+from cogpress.weights.filenames import INDEX, safe_name
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,21 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     except (ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
         raise CogpressError(f"{path} is no safetensors file ({error}). Fetch it again.") from None
     return header, 8 + length
+
+
+def shards(folder: Path) -> list[str]:
+    """The files that a folder's index names; none where there is no index.
+
+    Raises:
+        CogpressError: it is no index, or names a file outside the folder.
+    """
+    try:
+        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        return [str(safe_name(str(name), str(folder))) for name in sorted(set(names))]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CogpressError(f"{folder / INDEX} is not an index of shards. Fetch the model again.") from None
 
 
 def load(place: Stored, name: str) -> torch.Tensor:

@@ -20,8 +20,8 @@ from cogpress import config, prompts
 from cogpress.config import Prompt
 from cogpress.engines import vllm
 from cogpress.publish import card
+from cogpress.publish.licence import Licence, Origin
 from cogpress.weights import base
-from cogpress.weights.origin import Licence, Origin
 
 NASTY = "`a` | **b** <script>x</script> [l](http://x) ---\n---\n# h\n```\nout\n````\n{{$1}} \\ \u2028é 'q' \"q\""
 

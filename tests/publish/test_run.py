@@ -24,15 +24,15 @@ from cogpress.errors import CogpressError
 from cogpress.files import sha256, write_json
 from cogpress.publish import run as publish
 from cogpress.publish.bundle import Request
-from cogpress.verify import report as verdict
 from cogpress.weights import manifest
+from cogpress.weights.filenames import VERIFICATION_FILES
 from tests.standins import hub as stand_in
 from tests.standins.hub import STRANGER, WRITE, StandIn
 
 ROOT = Path(__file__).resolve().parents[2]
 REPO = "my-team/queries"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-NAMES = {*SHARDS, "config.json", "tokenizer_config.json", *verdict.FILES, "manifest.json", "README.md"}
+NAMES = {*SHARDS, "config.json", "tokenizer_config.json", *VERIFICATION_FILES, "manifest.json", "README.md"}
 
 
 @pytest.fixture
@@ -353,7 +353,7 @@ def test_no_network_and_no_permission_to_use_it(weights: Path, hub: StandIn, mon
 def test_a_hub_that_never_answers_is_not_waited_for(
     weights: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cogpress.weights.hub.READ_SECONDS", 0.05)
+    monkeypatch.setattr("cogpress.publish.hub.READ_SECONDS", 0.05)
     hub.fail("GET", "whoami", "mute", 99)
     assert re.search("can not be reached or broke off.*timed out", refused(ask(weights), hub))
 
@@ -413,7 +413,7 @@ def test_unverified_weights_need_a_word(weights: Path, hub: StandIn) -> None:
     run(ask(weights, allow_unverified=True), hub)
     there = hub.files(REPO)
     assert "> **These weights are unverified: there is no verification report.**" in there["README.md"].data.decode()
-    assert not set(there) & set(verdict.FILES)
+    assert not set(there) & set(VERIFICATION_FILES)
 
 
 def test_a_report_that_no_longer_holds_goes_from_the_hub(weights: Path, hub: StandIn) -> None:
@@ -422,7 +422,7 @@ def test_a_report_that_no_longer_holds_goes_from_the_hub(weights: Path, hub: Sta
     write_weights(weights, seed=5)
     (weights / "verification.json").write_text(report)
     done = run(ask(weights, allow_unverified=True), hub)
-    assert set(done.removed) == set(verdict.FILES)
+    assert set(done.removed) == set(VERIFICATION_FILES)
 
 
 def test_nothing_of_this_machine_goes_up(tmp_path: Path, hub: StandIn) -> None:
@@ -530,10 +530,9 @@ def test_from_the_command_line_to_the_hub_and_back(weights: Path, hub: StandIn, 
         hub,
         tmp_path / "elsewhere",
         "-c",
-        "import sys, pathlib; from cogpress.weights import base, manifest\n"
-        "from cogpress.verify import report as verdict\n"
-        "folder = base.fetch(sys.argv[1], pathlib.Path('unused'))\n"
-        "manifest.check(folder, manifest.read(folder)); print(verdict.state(folder)); print(folder)",
+        "import sys, pathlib; from cogpress.weights import fetch, manifest\n"
+        "folder = fetch.base(sys.argv[1], pathlib.Path('unused'))\n"
+        "manifest.check(folder, manifest.read(folder)); print(manifest.state(folder)); print(folder)",
         f"hf://{REPO}@{revision}",
     )
     assert fetched.returncode == 0, fetched.stderr

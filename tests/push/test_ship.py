@@ -24,6 +24,7 @@ from cogpress.preflight import place
 from cogpress.push import steps
 from cogpress.train import pipeline
 from cogpress.verify import report as verdict
+from cogpress.weights import manifest
 from examples import questions
 from tests.standins.localreplicate import ROOT, TOKEN
 from tests.standins.preflightproject import git
@@ -101,13 +102,13 @@ def test_what_is_trained_there_is_verified_here(
     assert done.returncode == 0, done.stdout + done.stderr
     assert TOKEN not in done.stdout + done.stderr
     [run] = (here.root / "runs").glob("training-*")
-    assert verdict.state(run / "weights") == "verified"
-    assert verdict.state(here.root / "weights") == "verified"
+    assert manifest.state(run / "weights") == "verified"
+    assert manifest.state(here.root / "weights") == "verified"
     assert not (here.root / "weights" / "adapter").exists()
     # The examples that it was verified with are not among those that it learnt.
     held = len((run / pipeline.HELD_OUT).read_text().splitlines())
     assert held >= 12
-    assert (verdict.read(run / "weights") or {})["examples"] == held
+    assert (manifest.read_verification(run / "weights") or {})["examples"] == held
     assert remote.ask("GET", "/v1/models/local/tuned").json()["latest_version"]["id"] in done.stdout
     # With other settings other examples would be held out, some of which it learnt.
     other = config.load(here.root / "model.yaml").override({"validation_share": 0.2, "seed": 1})

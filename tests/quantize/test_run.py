@@ -29,8 +29,8 @@ from cogpress.setup import environment
 from cogpress.setup.environment import QUANTIZE, Environment
 from cogpress.train import run as training
 from cogpress.verify import distributions
-from cogpress.verify import report as verdict
 from cogpress.weights import base, manifest
+from cogpress.weights.filenames import VERIFICATION
 from examples import queries
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -364,7 +364,7 @@ def test_the_table_the_picture_and_the_figures(run: Path, play: Play, tmp_path: 
     assert "perplexity" not in text, "nobody measured it"
     saved = json.loads((run / "quantization.json").read_text())
     assert [one["name"] for one in saved] == ["bfloat16", "int4", "fp8"]
-    assert saved[0]["bytes"] == verdict.weights_bytes(run / "weights")
+    assert saved[0]["bytes"] == manifest.weights_bytes(run / "weights")
     assert (run / "quantization.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -373,8 +373,8 @@ def test_weights_that_failed_verification_are_shown_as_such_and_not_installed(
 ) -> None:
     folder = play("int4")["int4"].folder
     quantize.refuse_failed(folder)
-    report = {"passed": False, "files": verdict.signed_files(folder), "checks": [], "metrics": {}}
-    write_json(folder / verdict.NAME, report)
+    report = {"passed": False, "files": manifest.signed_files(folder), "checks": [], "metrics": {}}
+    write_json(folder / VERIFICATION, report)
     console = Console(record=True, width=120, file=(tmp_path / "said").open("w"))
     comparison.compare({"int4": folder}, lambda _name, _folder: {"score": 0.1}, run, console)
     assert "FAILED verification" in console.export_text()

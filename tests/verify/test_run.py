@@ -20,7 +20,8 @@ from cogpress.files import write_json
 from cogpress.verify import report as verdict
 from cogpress.verify import run as verify
 from cogpress.verify.report import Check
-from cogpress.weights import base, manifest
+from cogpress.weights import base, fetch, manifest
+from cogpress.weights.filenames import VERIFICATION, VERIFICATION_PAGE, VERIFICATION_PLOT
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "runs" / "demo"
@@ -67,21 +68,21 @@ def test_the_merge_of_a_run_passes(verified: tuple[Path, verdict.Verdict]) -> No
     assert found.metrics["served_agreement"] >= 0.99
     assert found.metrics["served_perplexity"] == pytest.approx(found.metrics["perplexity"], rel=0.02)
     assert found.metrics["concurrent_tokens_per_second"] > found.metrics["stream_tokens_per_second"] > 0
-    assert verdict.state(folder) == "verified"
+    assert manifest.state(folder) == "verified"
 
 
 @pytest.mark.slow
 @pytest.mark.server
 def test_the_report_is_written_and_signed(verified: tuple[Path, verdict.Verdict]) -> None:
     folder, found = verified
-    content = json.loads((folder / verdict.NAME).read_text())
+    content = json.loads((folder / VERIFICATION).read_text())
     assert content["passed"] is True
     facts = manifest.read(folder) or {}
     assert content["files"] == {name: file["sha256"] for name, file in facts["files"].items()}
-    text = (folder / verdict.MARKDOWN).read_text()
+    text = (folder / VERIFICATION_PAGE).read_text()
     assert "# Verification: passed" in text
     assert all(digest in text for digest in content["files"].values())
-    with Image.open(folder / verdict.PICTURE) as picture:
+    with Image.open(folder / VERIFICATION_PLOT) as picture:
         assert picture.size[0] > 1000
     manifest.check(folder, facts)  # the report is beside the weights, not among them
     assert found.table().row_count == len(content["checks"])
@@ -98,9 +99,9 @@ def test_weights_that_change_afterwards_count_as_unverified(
     content = bytearray((folder / name).read_bytes())
     content[-2] ^= 1
     (folder / name).write_bytes(content)
-    assert verdict.state(folder) == "changed"
+    assert manifest.state(folder) == "changed"
     sign_again(folder)
-    assert verdict.state(folder) == "changed"
+    assert manifest.state(folder) == "changed"
 
 
 @pytest.mark.slow
@@ -109,7 +110,7 @@ def test_the_usual_merge_is_caught(copy: Path, settings: config.Config) -> None:
     from peft import PeftModel
 
     adapter = RUN / "adapter"
-    source = base.fetch((manifest.read(adapter) or {})["base"]["source"], ROOT / ".cache")
+    source = fetch.base((manifest.read(adapter) or {})["base"]["source"], ROOT / ".cache")
     merged: Any = PeftModel.from_pretrained(base.load(source, "none"), str(adapter)).merge_and_unload()
     merged.save_pretrained(copy)
     sign_again(copy)
@@ -120,7 +121,7 @@ def test_the_usual_merge_is_caught(copy: Path, settings: config.Config) -> None:
         "The adapter was merged onto the original base, not onto the quantized base that it was trained on. "
         "Merge again with scripts/merge."
     ]
-    assert verdict.state(copy) == "failed"
+    assert manifest.state(copy) == "failed"
 
 
 def flip(folder: Path, name: str) -> None:
@@ -156,7 +157,7 @@ def test_a_swapped_tokenizer_is_caught(copy: Path, settings: config.Config) -> N
     found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
     assert list(failures(found)) == ["tokenizer"]
     assert "The tokenizer is not the base's" in found.causes[0]
-    assert verdict.state(copy) == "failed"
+    assert manifest.state(copy) == "failed"
 
 
 @pytest.mark.slow
@@ -203,7 +204,7 @@ def test_an_engine_that_answers_wrongly_is_caught(
     assert {"served tokens agree", "served log-probability difference"} <= failures(found).keys()
     assert "mean KL" not in failures(found)
     assert found.causes[0].startswith("The engine (vllm) answers otherwise than transformers with the same weights")
-    assert verdict.state(folder) == "failed"
+    assert manifest.state(folder) == "failed"
 
 
 def test_what_there_is_nothing_to_compare_with_is_said(tmp_path: Path, tiny_base: Path) -> None:
@@ -237,11 +238,11 @@ def test_a_score_that_does_not_exist_is_said() -> None:
 
 
 def test_state_of_a_folder(tmp_path: Path) -> None:
-    assert verdict.state(tmp_path) == "unverified"
-    (tmp_path / verdict.NAME).write_text("{")
-    assert verdict.state(tmp_path) == "unverified", "a server starts all the same"
+    assert manifest.state(tmp_path) == "unverified"
+    (tmp_path / VERIFICATION).write_text("{")
+    assert manifest.state(tmp_path) == "unverified", "a server starts all the same"
     with pytest.raises(CogpressError, match="is no verification report"):
-        verdict.read(tmp_path)
+        manifest.read_verification(tmp_path)
 
 
 def test_a_server_tells_what_its_weights_are(tmp_path: Path) -> None:
@@ -249,6 +250,6 @@ def test_a_server_tells_what_its_weights_are(tmp_path: Path) -> None:
     facts = manifest.write(tmp_path, "weights", {})
     hashes = {name: file["sha256"] for name, file in facts["files"].items()}
     for passed, files, state in ((True, hashes, "verified"), (False, hashes, "failed"), (True, {}, "changed")):
-        write_json(tmp_path / verdict.NAME, {"passed": passed, "files": files})
-        assert verdict.state(tmp_path) == verdict.state(tmp_path, facts) == state
-        assert state.upper() in verdict.TOLD[state].upper()
+        write_json(tmp_path / VERIFICATION, {"passed": passed, "files": files})
+        assert manifest.state(tmp_path) == manifest.state(tmp_path, facts) == state
+        assert state.upper() in manifest.STATE_MESSAGES[state].upper()

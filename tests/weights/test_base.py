@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cogpress.errors import CogpressError
-from cogpress.weights import base, manifest
+from cogpress.weights import base, fetch, manifest
 
 
 def test_embedded_base_is_a_normal_checkpoint_and_made_once(base_folder: Path, cache: Path) -> None:
@@ -20,7 +20,7 @@ def test_embedded_base_is_a_normal_checkpoint_and_made_once(base_folder: Path, c
     assert facts is not None
     manifest.check(base_folder, facts)
     before = (base_folder / "model.safetensors").stat().st_mtime_ns
-    assert base.fetch("embedded", cache) == base_folder
+    assert fetch.base("embedded", cache) == base_folder
     assert (base_folder / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -41,13 +41,13 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, files: dict[str, s
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(CogpressError, match=said):
-        base.fetch(str(tmp_path), tmp_path / "cache")
+        fetch.base(str(tmp_path), tmp_path / "cache")
 
 
 def test_a_name_that_is_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CogpressError, match="is not a folder"):
-        base.fetch("no/such/folder", tmp_path)
+        fetch.base("no/such/folder", tmp_path)
     with pytest.raises(CogpressError, match="hf://organisation/name"):
-        base.fetch("hf://alone", tmp_path)
-    with pytest.raises(CogpressError, match="can not be had from the Hub"):
-        base.fetch("hf://organisation/name", tmp_path)  # the tests are offline
+        fetch.base("hf://alone", tmp_path)
+    with pytest.raises(CogpressError, match="Could not download hf://organisation/name from the Hub"):
+        fetch.base("hf://organisation/name", tmp_path)  # the tests are offline

@@ -19,8 +19,8 @@ import pytest
 from cogpress import http as web
 from cogpress.errors import CogpressError
 from cogpress.files import write_json
-from cogpress.verify import report as verdict
 from cogpress.weights import archive, download, fetch, manifest, pget
+from cogpress.weights.filenames import INDEX, VERIFICATION
 from tests.standins.fileserver import FileServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,15 +104,15 @@ def test_a_verification_report_comes_along_with_a_published_folder(
 ) -> None:
     def state() -> str:
         found = fetch.model(published + "/manifest.json", tmp_path / "cache")
-        return verdict.state(found.folder, found.manifest)
+        return manifest.state(found.folder, found.manifest)
 
     assert state() == "unverified"
-    report = {"passed": True, "files": verdict.signed_files(small)}
-    write_json(site.folder / "model" / verdict.NAME, report)
+    report = {"passed": True, "files": manifest.signed_files(small)}
+    write_json(site.folder / "model" / VERIFICATION, report)
     assert state() == "verified", "though the weights were fetched before it was written"
-    write_json(site.folder / "model" / verdict.NAME, {**report, "files": {"model.safetensors": "0" * 64}})
+    write_json(site.folder / "model" / VERIFICATION, {**report, "files": {"model.safetensors": "0" * 64}})
     assert state() == "changed"
-    (site.folder / "model" / verdict.NAME).write_text("<html>")
+    (site.folder / "model" / VERIFICATION).write_text("<html>")
     assert state() == "changed", "a page is no report"
 
 
@@ -123,7 +123,7 @@ def test_a_new_version_is_fetched_and_the_old_one_is_used_without_a_network(
     old = fetch.model(published + place, tmp_path / "cache").folder
     site.busy = 1000
     assert fetch.model(published + place, tmp_path / "cache").folder == old
-    assert "What was fetched before" in capsys.readouterr().err
+    assert "fetched before" in capsys.readouterr().err
     site.busy = 0
     newer = site.folder / "model"
     (newer / "added.json").write_text("{}")
@@ -166,7 +166,7 @@ def flip(folder: Path) -> None:
 def shard(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    (folder / fetch.INDEX).write_text(json.dumps({"weight_map": names}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
 
 
 def pickles(folder: Path) -> None:
@@ -180,7 +180,7 @@ DAMAGES = [
     (lambda folder: (folder / "model.safetensors").unlink(), False, r"no \.safetensors"),
     (lambda folder: (folder / "config.json").unlink(), False, r"no config\.json"),
     (lambda folder: (folder / "tokenizer.json").unlink(), True, r"lacks tokenizer\.json, which its manifest lists"),
-    (lambda folder: (folder / fetch.INDEX).write_text("[]"), False, "not an index of shards"),
+    (lambda folder: (folder / INDEX).write_text("[]"), False, "not an index of shards"),
     (pickles, False, r"pytorch_model\.bin, a pickle file.*save_pretrained"),
 ]
 
@@ -443,7 +443,7 @@ def test_of_the_hub_only_what_is_needed_is_fetched(tmp_path: Path, small: Path, 
     hub.site.busy = 10**6
     found, err = hub.fetch("hf://org/name@main", HF_ENDPOINT="http://127.0.0.1:1")
     assert found == out
-    assert "What was fetched before is used" in err
+    assert "Using the copy fetched before" in err
 
 
 def test_of_the_hub_a_manifest_decides(tmp_path: Path, small: Path, hub: Hub) -> None:
@@ -485,5 +485,5 @@ def test_of_the_hub_what_can_not_be_used_is_refused_before_it_is_fetched(
 def test_of_the_hub_what_is_not_there_is_told(hub: Hub) -> None:
     out, err = hub.fetch()
     assert out == ""
-    assert "Error: hf://org/name can not be had from the Hub" in err
+    assert "Error: Could not download hf://org/name from the Hub" in err
     assert "Traceback" not in err

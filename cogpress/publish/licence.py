@@ -14,9 +14,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cogpress.errors import CogpressError
-from cogpress.weights import base
+from cogpress.weights import embedded
 
-EMBEDDED_HUB_NAME = f"HuggingFaceTB/{base.EMBEDDED_MODEL}"
+EMBEDDED_HUB_NAME = f"HuggingFaceTB/{embedded.MODEL}"
 
 CardData = Callable[[str, str | None], dict[str, Any]]
 """Asks the Hub for the metadata of a repository's card, given its name and revision."""
@@ -59,7 +59,7 @@ def public_name(source: str) -> str:
     return PurePosixPath(source).name or "a local folder"
 
 
-def find(source: str, card_data: CardData) -> Origin:
+def find_origin(source: str, card_data: CardData) -> Origin:
     """Name, licence and languages of a base.
 
     Args:
@@ -70,7 +70,7 @@ def find(source: str, card_data: CardData) -> Origin:
         CogpressError: the Hub can not be asked.
     """
     if source == "embedded":
-        return Origin(base.EMBEDDED_MODEL, EMBEDDED_HUB_NAME, Licence("apache-2.0"), ("en",))
+        return Origin(embedded.MODEL, EMBEDDED_HUB_NAME, Licence("apache-2.0"), ("en",))
     if source.startswith("hf://"):
         repo, _, revision = source.removeprefix("hf://").partition("@")
         data = card_data(repo, revision or None)
@@ -83,7 +83,7 @@ def find(source: str, card_data: CardData) -> Origin:
     return Origin(shown, None, _licence(data) or _licence_file(folder), _languages(data))
 
 
-def licence(given: str) -> Licence:
+def named_licence(given: str) -> Licence:
     """A licence that a user names.
 
     Raises:

@@ -1,0 +1,84 @@
+"""The names of a model's files: what an engine reads, what a repository has to hold, and what is refused."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+from cogpress.errors import CogpressError
+
+INDEX = "model.safetensors.index.json"
+"""Which shard holds which tensor, in Hugging Face's layout."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""An adapter's settings, in peft's layout; a folder that holds it is an adapter."""
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""An adapter's matrices, in peft's layout."""
+
+VERIFICATION = "verification.json"
+VERIFICATION_PAGE = "verification.md"
+VERIFICATION_PLOT = "verification.png"
+VERIFICATION_FILES = (VERIFICATION, VERIFICATION_PAGE, VERIFICATION_PLOT)
+"""The report on a folder of weights: for programs, for people, and its plot."""
+
+SERVING_FILES = (
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+"""What an engine reads beside the weights."""
+
+HUB_FILES = ("*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "LICENSE*")
+"""What training and serving need of a repository on the Hub beside the weights."""
+
+_LOADED = (
+    *("*.safetensors", "*.index.json", "*config.json", "*.jinja", "*.model"),
+    *("tokenizer*", "*token*.json", "vocab.*", "merges.txt"),
+)
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
+"""Suffixes of files that can run code when they are loaded."""
+
+MAX_NAME = 255
+"""Bytes of a file's whole path."""
+
+
+def is_loaded(name: str) -> bool:
+    """Whether loading a model from a repository may read this file of it."""
+    return PurePosixPath(name).suffix in PICKLES or any(fnmatch(name, pattern) for pattern in _LOADED)
+
+
+def safe_name(text: str, shown: str) -> PurePosixPath:
+    """A file's path inside a folder, from a tar or a list that is not trusted.
+
+    Raises:
+        CogpressError: it leads outside, is no plain name, or is a pickle file's.
+    """
+    name = PurePosixPath(text)
+    if name.is_absolute() or ".." in name.parts or "\\" in text or not name.parts:
+        raise CogpressError(f"{shown} holds {text[:80]!r}, a path outside its folder; it is refused.")
+    if not text.isprintable() or len(text.encode()) > MAX_NAME:
+        raise CogpressError(f"{shown} holds {text[:80]!r}, which is no name for a file; it is refused.")
+    refuse_pickle(name, shown)
+    return name
+
+
+def refuse_pickle(name: PurePosixPath, place: Path | str) -> None:
+    """Raise for a file that runs code when it is loaded.
+
+    Raises:
+        CogpressError: with the way to convert it.
+    """
+    if name.suffix.lower() in PICKLES:
+        raise CogpressError(
+            f"{place} holds {name}, a pickle file, which can run code when it is loaded. Load the model where you "
+            "trust it and save it again with save_pretrained(folder), which writes safetensors."
+        )
