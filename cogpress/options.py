@@ -41,7 +41,7 @@ class Base(Section):
     """The model to tune."""
 
     source: Source = "embedded"
-    """A [source](../README.md#where-weights-come-from): a folder, a tar, `hf://organisation/name@revision` or a URL.
+    """A [source](sources.md): a folder, a tar, `hf://organisation/name@revision` or a URL.
     `embedded` is SmolLM2-135M-Instruct."""
     quantization: Quantization = "nf4"
     """How training holds the base: `nf4` (QLoRA: 4-bit NormalFloat, double quantization; least memory), `int8`
@@ -200,7 +200,7 @@ class Serve(Section):
     engine: EngineName = "vllm"
     """`vllm`, or `transformers`: the reference, slow, for any machine and model."""
     weights: Source | None = None
-    """A [source](../README.md#where-weights-come-from), used when none is given and `weights/` holds no model."""
+    """A [source](sources.md), used when none is given and `weights/` holds no model."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type. `auto`: the weights' own, float16 on GPUs before Ampere."""
     mode: Literal["auto", "eager", "compiled"] = "auto"
@@ -236,7 +236,7 @@ class Serve(Section):
     adapters_kept: Annotated[int, Field(ge=1, le=4096)] = 16
     """Adapters in memory; those used longest ago leave first."""
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """Loopback port for [Prometheus metrics](serving.md#what-a-server-tells)."""
+    """Loopback port for [Prometheus metrics](serving.md#monitoring)."""
     log: Literal["none", "requests", "prompts"] = "none"
     """A JSON line per prediction: `requests` without prompt and answer, `prompts` with them."""
 

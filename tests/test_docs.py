@@ -1,36 +1,63 @@
-"""What the pages say of commands, places and messages holds."""
+"""What the pages say of commands, options, places and messages is true."""
 
 from __future__ import annotations
 
+import ast
 import functools
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.standins import messages
+from cogpress.cog import schema
+from cogpress.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, AGENTS, TROUBLES = ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "docs" / "troubleshooting.md"
+PAGES = [README, AGENTS, *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+SOURCES = [*(ROOT / "cogpress").rglob("*.py"), *ROOT.glob("*.py")]
 
 
-def test_every_message_is_findable() -> None:
-    again = (
-        "An error's message is not in docs/troubleshooting.md as it is in the source: python tests/standins/messages.py"
-    )
-    assert messages.page() == messages.PAGE.read_text(encoding="utf-8"), again
-    unfiled = [message for topic, message in messages.messages() if topic not in messages.TOPICS]
-    assert unfiled == [], "tests/standins/messages.py has no topic for the files of these"
+def cells(page: Path) -> list[list[str]]:
+    """The rows of a page's tables, headings left out."""
+    lines = [line for line in TEXTS[page].splitlines() if line.lstrip().startswith("| ")]
+    return [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in lines]
 
 
-def test_the_list_has_what_a_user_sees() -> None:
-    whole = messages.PAGE.read_text(encoding="utf-8")
-    for seen in ("does not exist. Copy model.yaml from the repository", "The prompt is", "The environment needs"):
-        assert seen in whole
+def test_a_page_of_its_kind_stays_short() -> None:
+    for page, most in {README: 200, AGENTS: 60, TROUBLES: 100}.items():
+        assert len(TEXTS[page].splitlines()) <= most, page.name
+
+
+@functools.cache
+def written() -> str:
+    """Every text in the source, with an ellipsis for what is filled in when it runs."""
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        return "".join(map(text, node.values)) if isinstance(node, ast.JoinedStr) else "…"
+
+    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    return "\n".join(text(node) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr))
+
+
+def quoted() -> Iterator[str]:
+    """The messages of cogpress that the page of problems quotes: code of three words or more in a first column."""
+    for row in cells(TROUBLES):
+        found = re.findall(r"`([^`]+)`", row[0])
+        yield from (code for code in found if len(code.split()) > 2 and "_OpNamespace" not in code)
+
+
+@pytest.mark.parametrize("message", list(quoted()))
+def test_a_quoted_message_is_in_the_source(message: str) -> None:
+    parts = [re.escape(part.strip()) for part in message.split("…") if part.strip()]
+    assert re.search("[^\n]*".join(parts), written()), message
 
 
 def anchors(text: str) -> set[str]:
@@ -50,13 +77,26 @@ def test_links_lead_somewhere(page: Path) -> None:
                 assert anchor in anchors(TEXTS[to]), f"{page.name} leads to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_are_there(page: Path) -> None:
+    found = re.findall(r"\b(?:cogpress|tests|bench|examples|requirements|scripts)/[\w./-]*\w", TEXTS[page])
+    assert [name for name in found if not (ROOT / name).exists()] == []
+
+
+def test_the_picture_has_every_room() -> None:
+    page = TEXTS[ROOT / "docs" / "developing.md"]
+    package = ROOT / "cogpress"
+    rooms = [path.parent for path in package.glob("*/__init__.py")] + list(package.glob("[!_]*.py"))
+    assert [room.name for room in rooms if not re.search(rf"^  .*\b{re.escape(room.name)}", page, re.MULTILINE)] == []
+
+
 def commands() -> list[str]:
-    """Each command of the kit that a page shows as one to be typed."""
+    """Each command of cogpress that a page shows as one to be typed."""
     found = []
     for text in TEXTS.values():
         for block in re.findall(r"^ *```(?:bash|sh)?\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
             lines = re.sub(r"\\\n\s*", " ", block).splitlines()
-            found += [line.strip() for line in lines if line.strip().startswith("scripts/")]
+            found += [line.strip() for line in lines if re.match(r" *scripts/\w", line)]
     return sorted(set(found))
 
 
@@ -76,5 +116,22 @@ def test_a_command_shown_has_these_options(line: str) -> None:
 
 
 def test_every_page_is_led_to_from_the_readme() -> None:
-    readme = TEXTS[ROOT / "README.md"]
-    assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme] == []
+    assert [page.name for page in PAGES[2:] if f"docs/{page.name}" not in TEXTS[README]] == []
+
+
+def test_the_ten_options_of_the_readme_have_these_defaults() -> None:
+    rows = [row for row in cells(README) if re.fullmatch(r"`(name|\w+\.\w+)`", row[0])]
+    assert len(rows) == 10
+    defaults = Config().model_dump()
+    for option, _, default in rows:
+        section, _, name = option.strip("`").partition(".")
+        value = defaults[section][name] if name else defaults[section]
+        shown = f"{value:g}" if isinstance(value, float) else str(value or "none")
+        assert default.strip("`") == shown, option
+
+
+def test_the_inputs_are_those_of_the_runner() -> None:
+    rows = [row for row in cells(ROOT / "docs" / "serving.md") if row[0].startswith("`")]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row[0])) == sorted(
+        schema.inputs(ROOT, "predict.py:Runner")
+    )
