@@ -7,6 +7,7 @@ a sign of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LoraAdapter:
     """An adapter whose matrices are read when they are needed, and what it was trained on."""
 
     folder: Path
@@ -72,6 +73,12 @@ class Adapter:
     def fingerprint(self) -> str:
         """Of the base that it was trained on, as `manifest.fingerprint` makes it."""
         return str(self.facts["base"]["fingerprint"])
+
+    @property
+    def base_key(self) -> str:
+        """What adapters must have in common to share a base: its weights, and how training held each layer."""
+        facts = [self.fingerprint, self.quantization, self.facts["compute_dtype"], sorted(self.quantized)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
     def touched(self) -> set[str]:
@@ -127,7 +134,7 @@ class Adapter:
         return tensors.load(self._stored[name], name)
 
 
-def read(folder: Path) -> Adapter:
+def read(folder: Path) -> LoraAdapter:
     """Read what an adapter that `training` wrote changes.
 
     Raises:
@@ -141,7 +148,7 @@ def read(folder: Path) -> Adapter:
     _refuse_unknown(config, folder)
     stored = {name: place for name, place in tensors.stored(folder).items() if place.file.name == ADAPTER_WEIGHTS}
     layers, replaced = _sorted_out(stored, config, folder)
-    return Adapter(
+    return LoraAdapter(
         folder=folder,
         layers=layers,
         replaced=replaced,

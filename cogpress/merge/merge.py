@@ -25,7 +25,7 @@ from cogpress.config import Merge, Quantization
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, write_json
 from cogpress.merge import adapter
-from cogpress.merge.adapter import Adapter
+from cogpress.merge.adapter import LoraAdapter
 from cogpress.weights import base, manifest, tensors
 from cogpress.weights.filenames import INDEX, SERVING_FILES
 
@@ -56,10 +56,10 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """Everything that a merge will do, checked before anything is written."""
 
-    adapter: Adapter
+    adapter: LoraAdapter
     stored: dict[str, tensors.Stored]
     outputs: list[Output]
     onto: Merge
@@ -84,10 +84,10 @@ class Plan:
             return tensor
         replacement = self.adapter.replacement(output.name)
         tensor = (tensor if replacement is None else replacement).to(base.device())
-        trained = Trained(tensor, self.adapter.quantization if quantized else "none", self.dtype)
+        trained = TrainedWeight(tensor, self.adapter.quantization if quantized else "none", self.dtype)
         return self._merged(output.name, trained).cpu() if touched else trained.whole().cpu()
 
-    def _merged(self, name: str, trained: Trained) -> torch.Tensor:
+    def _merged(self, name: str, trained: TrainedWeight) -> torch.Tensor:
         import torch
 
         merger = self.adapter.merger(name, trained.device)
@@ -105,7 +105,7 @@ class Plan:
         return out
 
 
-class Trained:
+class TrainedWeight:
     """A tensor as training computed with it, some rows at a time: quantized once, dequantized when asked for.
 
     On a CPU a chunk of rows stays in its cache, which is several times as fast as passes over a whole layer; on a GPU
@@ -181,7 +181,7 @@ class Trained:
 
 def as_trained(weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
     """A linear layer's weight, shape (out, in), as training computed with it: quantized and dequantized again."""
-    return Trained(weight, quantization, dtype).whole()
+    return TrainedWeight(weight, quantization, dtype).whole()
 
 
 def _nf4(weight: torch.Tensor, work: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +211,7 @@ def _nf4(weight: torch.Tensor, work: torch.Tensor) -> tuple[torch.Tensor, torch.
     return ((pairs[::2] << 4) | pairs[1::2]).unsqueeze(1), absmax
 
 
-def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *, alone: bool = False) -> Plan:
+def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *, alone: bool = False) -> MergePlan:
     """Check that an adapter and a base belong together, and list what merging them will write.
 
     Args:
@@ -245,7 +245,7 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
     place = {name: at for at, name in enumerate(stored)}
     order = sorted(sources, key=lambda name: place[sources[name]])  # the files are read and written front to back
     outputs = [_output(name, stored[sources[name]], sources[name], dtype) for name in order]
-    return Plan(found, stored, outputs, onto, dtype, untied)
+    return MergePlan(found, stored, outputs, onto, dtype, untied)
 
 
 def _output(name: str, place: tensors.Stored, source: str, dtype: torch.dtype) -> Output:
@@ -257,7 +257,7 @@ def _output(name: str, place: tensors.Stored, source: str, dtype: torch.dtype) -
     return Output(name, source, place.shape, tensors.dtype_name(dtype), size)
 
 
-def _untie(found: Adapter, sources: dict[str, str], base_folder: Path) -> bool:
+def _untie(found: LoraAdapter, sources: dict[str, str], base_folder: Path) -> bool:
     """Give the output layer a tensor of its own where it shares the embedding's and training changed one of the two.
 
     A checkpoint with tied embeddings holds one of them; in training peft changes each by itself.
@@ -333,7 +333,31 @@ def merge(
         )
 
 
-def _check_fit(found: Adapter, places: dict[str, tensors.Stored]) -> None:
+def write_base(
+    base_folder: Path,
+    adapter_folder: Path,
+    target: Path,
+    progress: Progress = lambda items, _total: items,
+) -> dict[str, Any]:
+    """Write the base as an adapter was trained on it, quantized and dequantized, for adapters to be served on.
+
+    Args:
+        base_folder: the base, as safetensors.
+        adapter_folder: an adapter that was trained on it.
+        target: the folder to write.
+        progress: wraps the tensors, given how many there are.
+
+    Returns:
+        the manifest; `shared_base` is the `base_key` of the adapters that the base is for.
+
+    Raises:
+        CogpressError: they do not belong together; nothing is written.
+    """
+    key = adapter.read(adapter_folder).base_key
+    return merge(base_folder, adapter_folder, target, alone=True, progress=progress, facts={"shared_base": key})
+
+
+def _check_fit(found: LoraAdapter, places: dict[str, tensors.Stored]) -> None:
     """Every adapted and every quantized layer must be a tensor of the checkpoint, of the adapter's shape."""
     for name in sorted(found.touched | {f"{module}.weight" for module in found.quantized}):
         if name not in places:
@@ -350,7 +374,7 @@ def _check_fit(found: Adapter, places: dict[str, tensors.Stored]) -> None:
             )
 
 
-def _write(planned: Plan, part: Path, progress: Progress) -> dict[str, dict[str, Any]]:
+def _write(planned: MergePlan, part: Path, progress: Progress) -> dict[str, dict[str, Any]]:
     """Write the merged shards under the base's own file names. Returns the sha256 and bytes of each."""
     written: dict[str, dict[str, Any]] = {}
     shards: dict[str, list[Output]] = {}
@@ -400,7 +424,7 @@ def _ahead(function: Callable[[Output], torch.Tensor], items: Sequence[Output]) 
             torch.set_num_threads(threads)
 
 
-def _copy_settings(base_folder: Path, part: Path, planned: Plan) -> None:
+def _copy_settings(base_folder: Path, part: Path, planned: MergePlan) -> None:
     for name in SERVING_FILES:
         if (base_folder / name).is_file():
             shutil.copyfile(base_folder / name, part / name)

@@ -35,7 +35,7 @@ _SECRETS = {
 
 
 @dataclass(frozen=True)
-class Request:
+class Publication:
     """What a user asks for.
 
     Attributes:
@@ -62,7 +62,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class File:
+class BundleFile:
     """One file to publish; `content` is where it is, or what it holds."""
 
     name: str
@@ -78,7 +78,7 @@ class File:
 class Bundle:
     """All that goes up, checked: nothing else does."""
 
-    files: list[File]
+    files: list[BundleFile]
     card: str
     notes: list[str]
 
@@ -126,7 +126,7 @@ def why_unverified(report: dict[str, Any] | None, facts: dict[str, Any]) -> str 
     return None
 
 
-def unverified(request: Request, facts: dict[str, Any]) -> str | None:
+def unverified(request: Publication, facts: dict[str, Any]) -> str | None:
     """Why the weights that a user wants published are not verified; None where they are.
 
     Raises:
@@ -141,7 +141,7 @@ def unverified(request: Request, facts: dict[str, Any]) -> str | None:
     return reason
 
 
-def prepare(request: Request, facts: dict[str, Any], unverified: str | None, card_data: CardData) -> Bundle:
+def prepare(request: Publication, facts: dict[str, Any], unverified: str | None, card_data: CardData) -> Bundle:
     """Check every file against the manifest and write the card.
 
     Args:
@@ -159,7 +159,7 @@ def prepare(request: Request, facts: dict[str, Any], unverified: str | None, car
     text = _card(request, facts, unverified, card_data, notes)
     manifest.check(request.folder, facts)
     files = [
-        File(name, recorded["bytes"], recorded["sha256"], request.folder / name)
+        BundleFile(name, recorded["bytes"], recorded["sha256"], request.folder / name)
         for name, recorded in facts["files"].items()
     ]
     # A report on other files would mislead.
@@ -178,13 +178,13 @@ def _is_plain(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _file(name: str, content: Path | bytes) -> File:
+def _file(name: str, content: Path | bytes) -> BundleFile:
     if isinstance(content, Path):
-        return File(name, content.stat().st_size, sha256(content), content)
-    return File(name, len(content), hashlib.sha256(content).hexdigest(), content)
+        return BundleFile(name, content.stat().st_size, sha256(content), content)
+    return BundleFile(name, len(content), hashlib.sha256(content).hexdigest(), content)
 
 
-def _public_manifest(folder: Path, facts: dict[str, Any], notes: list[str]) -> File:
+def _public_manifest(folder: Path, facts: dict[str, Any], notes: list[str]) -> BundleFile:
     """The manifest as it is, or with the base's source shortened to what others may see."""
     source = str((facts.get("base") or {}).get("source", ""))
     if not source or public_name(source) == source:
@@ -195,7 +195,7 @@ def _public_manifest(folder: Path, facts: dict[str, Any], notes: list[str]) -> F
     return _file(manifest.NAME, (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _refuse_secrets(file: File) -> None:
+def _refuse_secrets(file: BundleFile) -> None:
     from huggingface_hub import get_token
 
     if file.size > _TEXT_BYTES or file.name.endswith(".safetensors"):
@@ -212,7 +212,7 @@ def _refuse_secrets(file: File) -> None:
 
 
 def _card(
-    request: Request, facts: dict[str, Any], unverified: str | None, card_data: CardData, notes: list[str]
+    request: Publication, facts: dict[str, Any], unverified: str | None, card_data: CardData, notes: list[str]
 ) -> str:
     run = find_run(request, facts)
     if run is None:
@@ -239,7 +239,7 @@ def _card(
         )
     prompt = facts.get("prompt")
     return card.write(
-        card.Facts(
+        card.CardFacts(
             repo=request.repo,
             branch=request.branch,
             origin=found,
@@ -261,7 +261,7 @@ def _has_chat_template(folder: Path) -> bool:
     )
 
 
-def find_run(request: Request, facts: dict[str, Any]) -> Path | None:
+def find_run(request: Publication, facts: dict[str, Any]) -> Path | None:
     """The folder of the run whose adapter is in these weights; None where no run that is kept here made them.
 
     Raises:

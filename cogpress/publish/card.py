@@ -20,7 +20,7 @@ _HELD = {"nf4": "4 bits (NF4, double quantization)", "int8": "8 bits (LLM.int8()
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """What a card is written from; what is None or empty is left out of it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Facts:
     answers: Sequence[dict[str, str]] = ()
 
 
-def write(facts: Facts) -> str:
+def write(facts: CardFacts) -> str:
     """The whole card."""
     sections = [
         f"---\n{_metadata(facts)}---",
@@ -95,7 +95,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _metadata(facts: Facts) -> str:
+def _metadata(facts: CardFacts) -> str:
     from huggingface_hub import ModelCardData
 
     adapted = "lora" if facts.manifest.get("quantization") in (None, "none") else "qlora"
@@ -113,18 +113,18 @@ def _metadata(facts: Facts) -> str:
     return f"{data.to_yaml()}\n"
 
 
-def _unverified(facts: Facts) -> str:
+def _unverified(facts: CardFacts) -> str:
     if facts.unverified is None:
         return ""
     return f"> **These weights are unverified: {escaped(facts.unverified)}.**"
 
 
-def _base(facts: Facts) -> str:
+def _base(facts: CardFacts) -> str:
     name = facts.origin.hub_name
     return f"[{escaped(name)}](https://huggingface.co/{name})" if name else f"**{escaped(facts.origin.shown)}**"
 
 
-def _summary(facts: Facts) -> str:
+def _summary(facts: CardFacts) -> str:
     quantization = str(facts.manifest.get("quantization"))
     how = f"{'QLoRA' if quantization in _HELD else 'LoRA'} on the base in {_HELD.get(quantization, '16 bits')}"
     merge = facts.manifest.get("merge") or {}
@@ -138,7 +138,7 @@ def _summary(facts: Facts) -> str:
     )
 
 
-def _use(facts: Facts) -> str:
+def _use(facts: CardFacts) -> str:
     fields = facts.prompt.fields
     named = ", ".join(f"`{name}`" for name in fields)
     several = f" Its fields are {named}; a list is written with one item a line." if len(fields) > 1 else ""
@@ -154,11 +154,11 @@ def _use(facts: Facts) -> str:
     )
 
 
-def _at(facts: Facts) -> str:
+def _at(facts: CardFacts) -> str:
     return "" if facts.branch == "main" else f"@{facts.branch}"
 
 
-def _revision(facts: Facts) -> str:
+def _revision(facts: CardFacts) -> str:
     return "" if facts.branch == "main" else f", revision={_literal(facts.branch)}"
 
 
@@ -167,7 +167,7 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _asking(facts: Facts) -> list[str]:
+def _asking(facts: CardFacts) -> list[str]:
     """Python that fills the template into `prompt` and makes what the model is given of it."""
     system, template = facts.prompt.system, facts.prompt.template
     values = ", ".join(f'{name}="..."' for name in facts.prompt.fields)
@@ -182,7 +182,7 @@ def _asking(facts: Facts) -> list[str]:
     return [*lines, 'messages = [{"role": "user", "content": prompt}]']
 
 
-def transformers_snippet(facts: Facts) -> str:
+def transformers_snippet(facts: CardFacts) -> str:
     """A Python program that asks the model once with transformers and prints the answer."""
     where = f"{_literal(facts.repo)}{_revision(facts)}"
     encode = ['inputs = tokenizer(prompt, return_tensors="pt").to(model.device)']
@@ -206,7 +206,7 @@ def transformers_snippet(facts: Facts) -> str:
     )
 
 
-def vllm_snippet(facts: Facts) -> str:
+def vllm_snippet(facts: CardFacts) -> str:
     """A Python program that asks the model once with vLLM and prints the answer."""
     ask = "llm.chat(messages, sampling)" if facts.has_chat_template else "llm.generate(prompt, sampling)"
     body = [
@@ -220,7 +220,7 @@ def vllm_snippet(facts: Facts) -> str:
     return "\n".join(["from vllm import LLM, SamplingParams", "", *guarded])
 
 
-def _quality(facts: Facts) -> str:
+def _quality(facts: CardFacts) -> str:
     parts = []
     if facts.exact_match:
         found = facts.exact_match
@@ -277,7 +277,7 @@ def _flat(metrics: dict[str, Any], before: str = "") -> Iterable[tuple[str, Any]
             yield f"{before}{name}".replace("_", " "), value
 
 
-def _training(facts: Facts) -> str:
+def _training(facts: CardFacts) -> str:
     if facts.config is None:
         return ""
     train, result = facts.config.train, facts.result
@@ -307,7 +307,7 @@ def _training(facts: Facts) -> str:
     return f"## Training\n\nLearnt: {learnt}.\n\n{table(['', ''], rows)}"
 
 
-def _data(facts: Facts) -> str:
+def _data(facts: CardFacts) -> str:
     data = facts.data
     if not data:
         return ""
@@ -335,7 +335,7 @@ def _data(facts: Facts) -> str:
     return f"## Data\n\nThe examples are not published; these are their counts.\n\n{table(['', ''], rows)}"
 
 
-def _examples(facts: Facts) -> str:
+def _examples(facts: CardFacts) -> str:
     if not facts.answers:
         return ""
     shown = [
@@ -345,7 +345,7 @@ def _examples(facts: Facts) -> str:
     return "\n\n".join(["## Examples", "From the validation data, which training did not see.", *shown])
 
 
-def _licence(facts: Facts) -> str:
+def _licence(facts: CardFacts) -> str:
     own, theirs = facts.licence, facts.origin.licence
     text = f"These weights: {_licence_named(own)}."
     if theirs is not None:

@@ -19,7 +19,7 @@ import cogpress
 from cogpress.cli import step
 from cogpress.errors import CogpressError
 from cogpress.publish import bundle
-from cogpress.publish.bundle import Bundle, File, Request
+from cogpress.publish.bundle import Bundle, BundleFile, Publication
 from cogpress.publish.hub import AGAIN, Hub
 from cogpress.weights import manifest
 from cogpress.weights.filenames import VERIFICATION_FILES, is_loaded
@@ -40,7 +40,7 @@ class Published:
     seconds: float
 
 
-def publish(request: Request, console: Console, *, endpoint: str | None = None) -> Published:
+def publish(request: Publication, console: Console, *, endpoint: str | None = None) -> Published:
     """Check everything, upload in one commit, and compare what is there with the manifest.
 
     Args:
@@ -77,7 +77,7 @@ def publish(request: Request, console: Console, *, endpoint: str | None = None) 
     return published
 
 
-def rehearse(request: Request, console: Console, *, endpoint: str | None = None) -> Bundle:
+def rehearse(request: Publication, console: Console, *, endpoint: str | None = None) -> Bundle:
     """Check the weights and print what `publish` would upload and the card's text; nothing is sent.
 
     The Hub is asked for the licence of a base that comes from it, and for nothing else.
@@ -97,7 +97,7 @@ def rehearse(request: Request, console: Console, *, endpoint: str | None = None)
     return files
 
 
-def _prepare(request: Request, facts: dict[str, Any], unverified: str | None, hub: Hub, console: Console) -> Bundle:
+def _prepare(request: Publication, facts: dict[str, Any], unverified: str | None, hub: Hub, console: Console) -> Bundle:
     with step("Weights", console) as say:
         files = bundle.prepare(request, facts, unverified, hub.card_data)
         say("every file is as the manifest says")
@@ -130,7 +130,7 @@ def check_names(repo: str, branch: str) -> None:
         raise CogpressError(f"{branch!r} is no name of a branch. Write one such as main or v2.")
 
 
-def _check_repository(request: Request, there: ModelInfo | None) -> None:
+def _check_repository(request: Publication, there: ModelInfo | None) -> None:
     """Refuse a repository that would show what was meant to be private, or hide what was meant to be public."""
     if there is None:
         return
@@ -146,7 +146,7 @@ def _check_repository(request: Request, there: ModelInfo | None) -> None:
         )
 
 
-def _earlier(request: Request, hub: Hub, there: ModelInfo) -> list[str]:
+def _earlier(request: Publication, hub: Hub, there: ModelInfo) -> list[str]:
     """Files that an earlier publication left on the branch.
 
     Raises:
@@ -164,7 +164,7 @@ def _earlier(request: Request, hub: Hub, there: ModelInfo) -> list[str]:
     return [name for name in names if name in ours]
 
 
-def _upload(request: Request, files: Bundle, hub: Hub) -> Published:
+def _upload(request: Publication, files: Bundle, hub: Hub) -> Published:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     started = time.perf_counter()
@@ -202,7 +202,7 @@ def _upload(request: Request, files: Bundle, hub: Hub) -> Published:
     )
 
 
-def _same(file: File, sibling: RepoSibling | None) -> bool:
+def _same(file: BundleFile, sibling: RepoSibling | None) -> bool:
     """Whether the Hub's file is this one: by sha256 where it is stored as a large file, else by git's sha1."""
     if sibling is None or sibling.size != file.size:
         return False

@@ -146,7 +146,7 @@ def follow(
     )
 
 
-def weights(trained: Trained, cache: Path) -> fetch.Model:
+def weights(trained: Trained, cache: Path) -> fetch.FetchedModel:
     """Fetch a training's weights and check each file against their manifest.
 
     Raises:

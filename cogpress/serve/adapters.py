@@ -8,19 +8,17 @@ and evicting to the engine.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cogpress import config, source
 from cogpress.engines.base import Adapter
 from cogpress.errors import CogpressError
 from cogpress.merge import adapter, merge
-from cogpress.merge.adapter import Adapter as Trained
+from cogpress.merge.adapter import LoraAdapter
 from cogpress.weights import fetch, manifest
 
 
@@ -32,7 +30,7 @@ class Ready:
     prompt: config.Prompt
 
 
-def read(name: str, folder: Path) -> Trained:
+def read(name: str, folder: Path) -> LoraAdapter:
     """An adapter that can be served without being merged.
 
     Args:
@@ -53,35 +51,10 @@ def read(name: str, folder: Path) -> Trained:
     return found
 
 
-def base_key(found: Trained) -> str:
-    """What adapters must have in common to share a base: its weights, and how training held each layer."""
-    facts = [found.fingerprint, found.quantization, found.facts["compute_dtype"], sorted(found.quantized)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def rank(found: Trained) -> int:
+def rank(found: LoraAdapter) -> int:
     """The largest rank of an adapter's matrices."""
     settings = json.loads((found.folder / "adapter_config.json").read_text(encoding="utf-8"))
     return max([int(settings["r"]), *map(int, (settings.get("rank_pattern") or {}).values())])
-
-
-def write_base(base_folder: Path, adapter_folder: Path, target: Path, progress: merge.Progress) -> dict[str, Any]:
-    """Write the base as an adapter was trained on it: quantized and dequantized again, and nothing added.
-
-    Args:
-        base_folder: the base, as safetensors.
-        adapter_folder: an adapter that was trained on it.
-        target: the folder to write.
-        progress: wraps the tensors, given how many there are.
-
-    Returns:
-        the manifest.
-
-    Raises:
-        CogpressError: they do not belong together; nothing is written.
-    """
-    key = base_key(adapter.read(adapter_folder))
-    return merge.merge(base_folder, adapter_folder, target, alone=True, progress=progress, facts={"shared_base": key})
 
 
 class Adapters:
@@ -120,7 +93,7 @@ class Adapters:
         """
         first = next(iter(self._sources))
         trained = read(first, fetch.adapter(self._sources[first], self._cache).folder)
-        self.key = base_key(trained)
+        self.key = trained.base_key
         ranks = [rank(trained), self._settings.train.rank]
         for place in self._sources.values():
             settings = Path(place) / "adapter_config.json"
@@ -136,10 +109,10 @@ class Adapters:
         if not (target / manifest.NAME).is_file():
             print("Making the base that the adapters share, once.", flush=True)
             base_folder = fetch.base(self._settings.base.source, self._cache)
-            write_base(base_folder, trained.folder, target, lambda items, _total: items)
+            merge.write_base(base_folder, trained.folder, target)
         return str(target)
 
-    def check(self, found: fetch.Model) -> None:
+    def check(self, found: fetch.FetchedModel) -> None:
         """Refuse weights that are not the adapters' base.
 
         Raises:
@@ -168,7 +141,7 @@ class Adapters:
     def _load(self, name: str) -> Ready:
         folder = fetch.adapter(self._sources[name], self._cache).folder
         found = read(name, folder)
-        if base_key(found) != self.key:
+        if found.base_key != self.key:
             raise CogpressError(
                 f"The adapter {name} was trained on another base than the others, or with another quantization. "
                 "Serve it by itself."

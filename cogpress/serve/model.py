@@ -252,7 +252,7 @@ def with_draft(serve: config.Serve, root: Path) -> config.Serve:
     return serve.model_copy(update={"speculative": {**serve.speculative, "model": str(folder)}})
 
 
-def fetch_and_import(wanted: str, cache: Path, serve: config.Serve) -> tuple[fetch.Model, dict[str, float]]:
+def fetch_and_import(wanted: str, cache: Path, serve: config.Serve) -> tuple[fetch.FetchedModel, dict[str, float]]:
     """Get and check the weights while the engine is imported, which takes as long as gigabytes of download.
 
     Returns:

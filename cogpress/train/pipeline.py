@@ -26,7 +26,6 @@ from cogpress.errors import CogpressError
 from cogpress.files import new_folder, sha256, write_json
 from cogpress.merge import adapter as adapters
 from cogpress.merge import merge
-from cogpress.serve import adapters as multilora
 from cogpress.train import run as training
 from cogpress.verify import distributions
 from cogpress.weights import archive, base, fetch, manifest
@@ -342,7 +341,7 @@ def merge_anew(
         say(str(base_folder))
     if alone:
         with step("Base for adapters", console) as say:
-            content = multilora.write_base(base_folder, adapter, target, progress_bar(console))
+            content = merge.write_base(base_folder, adapter, target, progress_bar(console))
             size = sum(file["bytes"] for file in content["files"].values())
             say(f"as training saw it; {size / 1e6:.0f} MB in {target}")
         return target

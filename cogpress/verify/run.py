@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from cogpress.data.example import Example
     from cogpress.data.tokenize import Row
-    from cogpress.merge.adapter import Adapter
+    from cogpress.merge.adapter import LoraAdapter
 
 Score = Callable[[str, str], bool]
 """Takes the expected and the given answer; True where the given one is right."""
@@ -361,7 +361,7 @@ def _merged(case: _Case) -> Check:
     return Check("merge", worst, _ROUNDING, not far, cause)
 
 
-def _distance(place: tensors.Stored | None, output: merge.Output, planned: merge.Plan) -> float:
+def _distance(place: tensors.Stored | None, output: merge.Output, planned: merge.MergePlan) -> float:
     """|candidate - merge| / |merge| of one tensor, as vectors; infinite where it is missing or of another shape."""
     import torch
 
@@ -372,7 +372,7 @@ def _distance(place: tensors.Stored | None, output: merge.Output, planned: merge
     return difference / max(float(torch.linalg.vector_norm(expected)), 1e-30)
 
 
-def _merge_cause(case: _Case, far: dict[str, float], found: Adapter) -> str:
+def _merge_cause(case: _Case, far: dict[str, float], found: LoraAdapter) -> str:
     """What is most likely wrong with the tensors that are not as merged."""
     quantized = {f"{module}.weight" for module in found.quantized}
     if far.keys() == quantized:

@@ -42,7 +42,7 @@ KEEP_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
-class Model:
+class FetchedModel:
     """A checked model folder.
 
     Attributes:
@@ -69,7 +69,7 @@ def base(text: str, cache: Path) -> Path:
     return embedded.fetch(cache) if text == "embedded" else model(text, cache).folder
 
 
-def model(text: str | os.PathLike[str], cache: Path) -> Model:
+def model(text: str | os.PathLike[str], cache: Path) -> FetchedModel:
     """Fetch a model from its source and check it; one that is in the cache already is only checked.
 
     Args:
@@ -92,7 +92,7 @@ def prepare(text: str | os.PathLike[str]) -> None:
         hub.prepare()
 
 
-def _get(text: str | os.PathLike[str], cache: Path) -> Model:
+def _get(text: str | os.PathLike[str], cache: Path) -> FetchedModel:
     started = time.perf_counter()
     wanted = source.parse(os.fspath(text))
     try:
@@ -103,7 +103,7 @@ def _get(text: str | os.PathLike[str], cache: Path) -> Model:
     return replace(found, seconds={"fetch": time.perf_counter() - started - spent, "check": spent})
 
 
-def adapter(text: str | os.PathLike[str], cache: Path) -> Model:
+def adapter(text: str | os.PathLike[str], cache: Path) -> FetchedModel:
     """Fetch an adapter from its source and check it, as `model` does with a model.
 
     Raises:
@@ -117,7 +117,7 @@ def adapter(text: str | os.PathLike[str], cache: Path) -> Model:
     return found
 
 
-def check(folder: Path, shown: str | None = None) -> Model:
+def check(folder: Path, shown: str | None = None) -> FetchedModel:
     """Check that a folder is a complete model in safetensors, and against its manifest where it has one.
 
     Args:
@@ -146,7 +146,7 @@ def check(folder: Path, shown: str | None = None) -> Model:
             manifest.check(folder, facts)
     except CogpressError as error:
         raise CogpressError(str(error).replace(str(folder), shown or str(folder))) from None
-    return Model(folder, facts, {"fetch": 0.0, "check": time.perf_counter() - started})
+    return FetchedModel(folder, facts, {"fetch": 0.0, "check": time.perf_counter() - started})
 
 
 def _check_whole(path: Path) -> None:
@@ -158,7 +158,7 @@ def _check_whole(path: Path) -> None:
         raise CogpressError(f"{path} is cut off or damaged ({error}). Fetch the model again.") from None
 
 
-def _path(wanted: Source, cache: Path) -> Model:
+def _path(wanted: Source, cache: Path) -> FetchedModel:
     path = Path(wanted.text).expanduser()
     if not path.exists():
         recover(path)
@@ -186,7 +186,7 @@ def _lift(folder: Path) -> None:
         inner.rename(folder)
 
 
-def _tar(wanted: Source, cache: Path) -> Model:
+def _tar(wanted: Source, cache: Path) -> FetchedModel:
     with _alone(wanted.text, wanted.shown, cache) as entry:
         try:
             [remote] = web.look([wanted.text])
@@ -206,7 +206,7 @@ def _tar(wanted: Source, cache: Path) -> Model:
         return _version(entry, remote.key, wanted.shown, fill)
 
 
-def _files(wanted: Source, cache: Path) -> Model:
+def _files(wanted: Source, cache: Path) -> FetchedModel:
     """A folder published with its manifest, whose URL names it; the files are beside it."""
     with _alone(wanted.text, wanted.shown, cache) as entry:
         try:
@@ -268,7 +268,7 @@ def _alone(key: str, shown: str, cache: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _version(entry: Path, version: str, shown: str, fill: Callable[[Path], None]) -> Model:
+def _version(entry: Path, version: str, shown: str, fill: Callable[[Path], None]) -> FetchedModel:
     """The folder of one version; filled and checked first where it is missing or damaged."""
     target = entry / f"model-{hashlib.sha256(version.encode()).hexdigest()[:16]}"
     recover(target)
@@ -287,7 +287,7 @@ def _version(entry: Path, version: str, shown: str, fill: Callable[[Path], None]
     return _used(replace(found, folder=target))
 
 
-def _kept(entry: Path, wanted: Source, error: CogpressError) -> Model:
+def _kept(entry: Path, wanted: Source, error: CogpressError) -> FetchedModel:
     """The copy fetched last from a source that cannot be reached now.
 
     Raises:
@@ -300,7 +300,7 @@ def _kept(entry: Path, wanted: Source, error: CogpressError) -> Model:
     return _used(check(versions[-1]))
 
 
-def _used(found: Model) -> Model:
+def _used(found: FetchedModel) -> FetchedModel:
     with suppress(OSError):
         os.utime(found.folder)
     return found
@@ -310,5 +310,5 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _hub(wanted: Source, cache: Path) -> Model:
+def _hub(wanted: Source, cache: Path) -> FetchedModel:
     return check(hub.snapshot(wanted))

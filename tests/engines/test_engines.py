@@ -19,6 +19,7 @@ from cogpress import config, prompts
 from cogpress.engines import base as engine
 from cogpress.engines.base import Adapter, Delta, Sampling, Structure
 from cogpress.errors import CogpressError
+from cogpress.merge import merge
 from cogpress.serve import adapters
 from cogpress.weights import manifest
 from examples import queries, questions
@@ -82,11 +83,11 @@ def ready(trained_weights: Path, operations_adapter: Path) -> dict[str, adapters
 
 @pytest.fixture(scope="module")
 def shared_base(base_folder: Path, ready: dict[str, adapters.Ready], cache: Path) -> Path:
-    key = {adapters.base_key(adapters.read(name, one.adapter.folder)) for name, one in ready.items()}
+    key = {adapters.read(name, one.adapter.folder).base_key for name, one in ready.items()}
     [only] = key
     target = cache / "shared" / only[:16]
     if not (target / manifest.NAME).is_file():
-        adapters.write_base(base_folder, ready["queries"].adapter.folder, target, lambda items, _total: items)
+        merge.write_base(base_folder, ready["queries"].adapter.folder, target)
     return target
 
 

@@ -26,7 +26,7 @@ from cogpress.weights import base
 NASTY = "`a` | **b** <script>x</script> [l](http://x) ---\n---\n# h\n```\nout\n````\n{{$1}} \\ \u2028é 'q' \"q\""
 
 
-def facts(**given: Any) -> card.Facts:
+def facts(**given: Any) -> card.CardFacts:
     usual: dict[str, Any] = {
         "repo": "my-team/queries",
         "branch": "main",
@@ -36,7 +36,7 @@ def facts(**given: Any) -> card.Facts:
         "has_chat_template": True,
         "manifest": {"quantization": "nf4", "compute_dtype": "bfloat16", "merge": {"onto": "dequantized"}},
     }
-    return card.Facts(**{**usual, **given})
+    return card.CardFacts(**{**usual, **given})
 
 
 FULL: dict[str, Any] = {

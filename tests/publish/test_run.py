@@ -23,7 +23,7 @@ from cogpress import config
 from cogpress.errors import CogpressError
 from cogpress.files import sha256, write_json
 from cogpress.publish import run as publish
-from cogpress.publish.bundle import Request
+from cogpress.publish.bundle import Publication
 from cogpress.weights import manifest
 from cogpress.weights.filenames import VERIFICATION_FILES
 from tests.standins import hub as stand_in
@@ -95,15 +95,15 @@ def weights(tmp_path: Path) -> Path:
     return write_weights(tmp_path / "weights")
 
 
-def ask(weights: Path, **options: Any) -> Request:
-    return Request(**{"repo": REPO, "folder": weights, "runs": weights.parent / "runs", **options})
+def ask(weights: Path, **options: Any) -> Publication:
+    return Publication(**{"repo": REPO, "folder": weights, "runs": weights.parent / "runs", **options})
 
 
-def run(request: Request, hub: StandIn, console: Console | None = None) -> publish.Published:
+def run(request: Publication, hub: StandIn, console: Console | None = None) -> publish.Published:
     return publish.publish(request, console or Console(quiet=True), endpoint=hub.url)
 
 
-def refused(request: Request, hub: StandIn) -> str:
+def refused(request: Publication, hub: StandIn) -> str:
     """What is said, with what must always hold: no token in it, one message without line breaks."""
     console = Console(record=True, file=open(os.devnull, "w"), width=500)  # noqa: SIM115
     with pytest.raises(CogpressError) as error:
