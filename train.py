@@ -98,4 +98,5 @@ def train(
     inputs = dict(locals())  # the inputs alone, as nothing else has a name yet
     from cogpress.train import pipeline
 
-    return TrainingOutput(weights=cog.Path(pipeline.from_inputs(ROOT, inputs, run=pipeline.new_run(ROOT)).tar))
+    built = pipeline.from_inputs(ROOT, inputs, run=pipeline.new_run(ROOT))
+    return TrainingOutput(weights=cog.Path(pipeline.pack(built)))

@@ -39,6 +39,9 @@ HELD_OUT = "held-out.jsonl"
 ADAPTER = "adapter"
 """The folder of a run, and in the tar of its weights, that holds the adapter."""
 
+TAR = "weights.tar"
+"""The file of a run that holds its weights and adapter, where it was asked for."""
+
 COMPARED_ROWS = 64
 """Rows on which merges are compared: enough for a mean KL, seconds on a laptop."""
 
@@ -53,7 +56,6 @@ class Built:
     training: training.Result
     merged: Divergence
     naive: Divergence
-    tar: Path
 
 
 def from_inputs(
@@ -277,13 +279,20 @@ def build(
         merged, naive = compare_once(base_folder, result.adapter, prepared, run, console)
         say(f"mean KL {merged.mean_kl:.5f} per token")
         console.print(divergence_table(merged, naive, config))
-    with step("Archive", console) as say:
-        tar = run / "weights.tar"
-        if not reused or not tar.is_file():
-            # The adapter is what the weights can be verified against, wherever they are fetched to.
-            archive.pack(run / "weights", tar, {ADAPTER: result.adapter})
+    if not reused:
+        (run / TAR).unlink(missing_ok=True)  # it holds earlier weights
+    return Built(base_folder, run / "weights", content, result, merged, naive)
+
+
+def pack(built: Built, console: Console | None = None) -> Path:
+    """Write the weights and their adapter to one tar, `weights.tar` in the run's folder, and name it.
+
+    The adapter is what the weights can be verified against, wherever they are fetched to.
+    """
+    with step("Archive", console or Console()) as say:
+        tar = archive.pack(built.weights, built.weights.parent / TAR, {ADAPTER: built.training.adapter})
         say(f"{tar} ({tar.stat().st_size / 1e6:.0f} MB)")
-    return Built(base_folder, run / "weights", content, result, merged, naive, tar)
+    return tar
 
 
 def _trained(result: training.Result) -> str:
