@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,6 +118,22 @@ def test_a_command_shown_has_these_options(line: str) -> None:
 
 def test_every_page_is_led_to_from_the_readme() -> None:
     assert [page.name for page in PAGES[2:] if f"docs/{page.name}" not in TEXTS[README]] == []
+
+
+def test_every_picture_is_shown() -> None:
+    shown = "".join(TEXTS.values())
+    assert [path.name for path in (ROOT / "docs").glob("*.png") if f"{path.name})" not in shown] == []
+
+
+def test_the_picture_has_the_order_that_the_linter_holds() -> None:
+    page = TEXTS[ROOT / "docs" / "developing.md"]
+    order = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    layers = [re.findall(r"cogpress\.(\w+)", layer) for layer in order]
+    places = {name: re.search(rf"^  .*\b{name}(/|\.py)", page, re.MULTILINE) for layer in layers for name in layer}
+    assert [name for name, place in places.items() if place is None and f"(cogpress.{name})" not in str(order)] == []
+    lines = [[page[: place.start()].count("\n") for name in layer if (place := places[name])] for layer in layers]
+    below = [max(line) for line in lines if line]
+    assert below == sorted(below)
 
 
 def test_the_ten_options_of_the_readme_have_these_defaults() -> None:
