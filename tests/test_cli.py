@@ -3,73 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from cogpress import cli
-from cogpress.cog import client, schema
+from cogpress.cog import client
 from cogpress.cog.process import free_port
 from cogpress.errors import CogpressError
 
 ROOT = Path(__file__).resolve().parents[1]
-FIELDS: dict[str, dict[str, Any]] = {
-    "prompt": {"type": "string"},
-    "count": {"type": "integer"},
-    "share": {"type": "number"},
-    "flag": {"type": "boolean"},
-    "file": {"type": "string", "format": "uri"},
-}
-
-
-def test_inputs_take_the_types_of_the_form(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("hi=there")
-    pairs = ["prompt=a=b", "count=3", "share=0.5", "flag=True", f"file=@{tmp_path / 'a.txt'}"]
-    assert cli.parse_inputs(pairs, FIELDS) == {
-        "prompt": "a=b",
-        "count": 3,
-        "share": 0.5,
-        "flag": True,
-        "file": "data:text/plain;base64,aGk9dGhlcmU=",
-    }
-    assert cli.parse_inputs([f"prompt=@{tmp_path / 'a.txt'}"], FIELDS) == {"prompt": "hi=there"}
-
-
-@pytest.mark.parametrize(
-    ("pair", "said"),
-    [
-        ("prompt", "name=value"),
-        ("other=1", "no input 'other'.*prompt, count"),
-        ("count=many", "is no whole number"),
-        ("flag=yes", "neither true nor false"),
-        ("prompt=@/no/file", "can not be read"),
-    ],
-)
-def test_wrong_inputs_are_explained(pair: str, said: str) -> None:
-    with pytest.raises(CogpressError, match=said):
-        cli.parse_inputs([pair], FIELDS)
-
-
-def test_training_options_are_the_training_inputs(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = cli.options(ROOT, "train.py:train")
-    options = vars(parser.parse_args(["--rank", "8", "--learning-rate", "0.01", "--quantization", "int8"]))
-    assert set(options) == set(schema.inputs(ROOT, "train.py:train"))
-    assert (options["rank"], options["learning_rate"], options["quantization"]) == (8, 0.01, "int8")
-    assert options["epochs"] is None
-    for wrong, said in (
-        (["--rank", "0"], "0 is not between 1 and 512"),
-        (["--rank", "x"], "no whole number"),
-        (["--quantization", "int3"], "invalid choice"),
-    ):
-        with pytest.raises(SystemExit):
-            parser.parse_args(wrong)
-        assert said in capsys.readouterr().err
 
 
 def test_a_users_mistake_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,59 +78,6 @@ def test_train_names_a_missing_file_without_a_stack_trace(tmp_path: Path) -> Non
     assert shown.returncode == 1
     assert "none.jsonl does not exist" in shown.stderr
     assert "Traceback" not in shown.stderr
-
-
-DESCRIBED: dict[str, dict[str, Any]] = {
-    "text": {"type": "string", "required": True, "minLength": 2, "maxLength": 9, "pattern": "^[a-z@]+$"},
-    "count": {"type": "integer", "minimum": 1, "maximum": 8},
-    "low": {"type": "number", "minimum": 0.5},
-    "style": {"type": "string", "enum": ["plain", "bold"]},
-    "stop": {"type": "array"},
-    "file": {"type": "string", "format": "uri"},
-}
-
-
-def test_lists_files_and_choices_are_taken(tmp_path: Path) -> None:
-    (tmp_path / "count.txt").write_text("7")
-    pairs = ["text=abc", "style=bold", 'stop=["a", "b"]', "file=https://example.com/a", f"count=@{tmp_path}/count.txt"]
-    assert cli.parse_inputs(pairs, DESCRIBED) == {
-        "text": "abc",
-        "style": "bold",
-        "stop": ["a", "b"],
-        "file": "https://example.com/a",
-        "count": 7,
-    }
-
-
-@pytest.mark.parametrize(
-    ("pairs", "said"),
-    [
-        ([], "The input text is missing"),
-        (["text=ab", "text=cd"], "text is given twice"),
-        (["text=a"], "1 characters long, not between 2 and 9"),
-        (["text=ABC"], "does not match"),
-        (["text=ab", "count=9"], "'9' is not between 1 and 8"),
-        (["text=ab", "low=0.4"], "'0.4' is not at least 0.5"),
-        (["text=ab", "low=nan"], "'nan' is not at least 0.5"),
-        (["text=ab", "style=thin"], "'thin' is not one of plain, bold"),
-        (["text=ab", "stop=a"], "is not JSON"),
-        (["text=ab", 'stop={"a": 1}'], "is not a JSON list"),
-        (["text=ab", "file=some.txt"], "write @ before its name"),
-        (["text=@{binary}"], "is not a text file in UTF-8"),
-    ],
-)
-def test_inputs_out_of_bounds_are_explained(tmp_path: Path, pairs: list[str], said: str) -> None:
-    binary = tmp_path / "binary"
-    binary.write_bytes(b"\xff\xfe")
-    with pytest.raises(CogpressError, match=re.escape(said)):
-        cli.parse_inputs([pair.replace("{binary}", str(binary)) for pair in pairs], DESCRIBED)
-
-
-def test_help_shows_bounds_choices_and_defaults() -> None:
-    shown = " ".join(cli.options(ROOT, "train.py:train").format_help().split())
-    assert "(between 1 and 512)" in shown
-    assert "--quantization {model.yaml,nf4,int8,none}" in shown
-    assert "(default: model.yaml)" in shown
 
 
 SAYS = """

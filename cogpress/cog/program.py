@@ -13,8 +13,10 @@ from pathlib import Path
 
 from cogpress.config import Push
 from cogpress.errors import CogpressError
-from cogpress.preflight.machine import REGISTRY
-from cogpress.preflight.secrets import redacted
+from cogpress.redact import redacted
+
+REGISTRY = "r8.im"
+"""Replicate's registry of images."""
 
 LOGIN = ["cog", "login", "--token-stdin"]
 

@@ -16,7 +16,7 @@ from cogpress.preflight.check import Check, Finding, Row, failed
 from cogpress.preflight.facts import Facts, Request, gather
 from cogpress.preflight.fix import fix
 from cogpress.preflight.report import Report
-from cogpress.preflight.secrets import redacted
+from cogpress.redact import redacted
 
 __all__ = ["CHECKS", "TOPICS", "Facts", "Report", "Request", "check", "gather", "run"]
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from cogpress import config, source
+from cogpress.cog.program import REGISTRY
 from cogpress.errors import CogpressError
 from cogpress.plan import architecture, estimate, hardware
 from cogpress.plan.hardware import Machine as Hardware
@@ -207,7 +208,7 @@ def _ignore(root: Path) -> Ignore | None:
 
 def _image(cog: dict[str, Any] | None) -> str | None:
     image = (cog or {}).get("image")
-    prefix = f"{machine.REGISTRY}/"
+    prefix = f"{REGISTRY}/"
     return image.removeprefix(prefix) if isinstance(image, str) and image.startswith(prefix) else None
 
 

@@ -13,8 +13,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REGISTRY = "r8.im"
-"""Replicate's registry of images."""
+from cogpress.cog.program import REGISTRY
 
 SECONDS = 15
 """The longest that a program may take to say its version."""

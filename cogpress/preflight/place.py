@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from cogpress.cog.program import REGISTRY
 from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
 from cogpress.preflight.facts import Facts
-from cogpress.preflight.machine import REGISTRY
 from cogpress.preflight.web import REFUSED, Answer
 
 MACHINE, REPLICATE = "Machine", "Replicate"

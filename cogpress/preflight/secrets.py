@@ -12,24 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-FORMS = {
-    "a token of the Hugging Face Hub": r"\bhf_[A-Za-z0-9]{30,}",
-    "a token of Replicate": r"\br8_[A-Za-z0-9]{30,}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a token of GitHub": r"\b(gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})",
-    "a token of GitLab": r"\bglpat-[A-Za-z0-9_-]{20,}",
-    "an access key of AWS": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a key of OpenAI or Anthropic": r"\bsk-(proj-|ant-)?[A-Za-z0-9_-]{32,}",
-    "a key of Google": r"\bAIza[A-Za-z0-9_-]{35}\b",
-    "a token of Slack": r"\bxox[abprs]-[A-Za-z0-9-]{20,}",
-    "a live key of Stripe": r"\b[rs]k_live_[A-Za-z0-9]{20,}",
-    "a webhook secret": r"\bwhsec_[A-Za-z0-9+/=]{24,}",
-    "a JSON web token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
-    "a password in a URL": r"\b[a-z][a-z0-9+.-]*://[^\s/:@'\"{}$<>]+:[^\s/:@'\"{}$<>]{3,}@[^\s/'\"]+",
-    "a signed URL": r"[?&](X-Amz-Signature|X-Goog-Signature|sig)=[A-Za-z0-9%]{20,}",
-}
-
-_FORMS = {kind: re.compile(form) for kind, form in FORMS.items()}
+from cogpress.redact import PATTERNS
 
 _NAMED = re.compile(
     r"(?i)\b[\w.-]*(api[_-]?key|secret|passwd|password|credential|auth[_-]?token|access[_-]?token|private[_-]?key|"
@@ -68,17 +51,10 @@ def in_text(text: str) -> Iterator[Find]:
     for number, line in enumerate(text.splitlines(), 1):
         if len(line) > 100_000:
             continue  # no person writes such lines: a vocabulary, a notebook's picture
-        kinds = [kind for kind, form in _FORMS.items() if form.search(line)]
+        kinds = [kind for kind, form in PATTERNS.items() if form.search(line)]
         if not kinds and any(_by_chance(match["value"]) for match in _NAMED.finditer(line)):
             kinds = ["a value that looks like a secret"]
         yield from (Find(kind, number) for kind in kinds)
-
-
-def redacted(text: str, known: str | None = None) -> str:
-    """A text for people, with what has a secret's form, and a secret that is known, taken out."""
-    for form in _FORMS.values():
-        text = form.sub("(secret)", text)
-    return text.replace(known, "(secret)") if known else text
 
 
 def _by_chance(value: str) -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 from cogpress.cog import schema
 from cogpress.config import TestTraining
 from cogpress.errors import CogpressError
-from cogpress.preflight.secrets import redacted
 from cogpress.push import cases
+from cogpress.redact import redacted
 from cogpress.replicate.api import ENDED, Replicate
 from cogpress.weights import fetch
 

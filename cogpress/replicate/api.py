@@ -19,8 +19,8 @@ from cogpress import source
 from cogpress.cog import client
 from cogpress.errors import CogpressError
 from cogpress.preflight.facts import REPLICATE
-from cogpress.preflight.secrets import redacted
 from cogpress.preflight.web import REFUSED, Answer, Api
+from cogpress.redact import redacted
 
 ENDED = ("succeeded", "failed", "canceled", "aborted")
 

@@ -325,4 +325,7 @@ def test_facts_about_the_runtime_that_others_build_on(served: tuple[Path, str]) 
     nothing = httpx.post(f"{served[1]}/predictions", json={"input": {"prompt": "a", "seed": None}})
     assert nothing.status_code == 422, "null is refused for an optional input; client leaves None out"
     unknown = httpx.post(f"{served[1]}/predictions", json={"input": {"prompt": "a", "promt": "b"}})
-    assert unknown.json()["status"] == "succeeded", "unknown inputs are dropped silently; cli.parse_inputs refuses them"
+    # Unknown inputs are dropped silently; options.parse_inputs refuses them.
+    assert unknown.json()["status"] == "succeeded"
+        "unknown inputs are dropped silently; options.parse_inputs refuses them"
+    )
