@@ -96,7 +96,7 @@ def train(
 ) -> TrainingOutput:
     """Fine-tune the base on the examples and return one tar that predict.py serves."""
     inputs = dict(locals())  # the inputs alone, as nothing else has a name yet
-    from cogpress.train import pipeline
+    from cogpress import pipeline
 
     built = pipeline.from_inputs(ROOT, inputs, run=pipeline.new_run(ROOT))
     return TrainingOutput(weights=cog.Path(pipeline.pack(built)))

@@ -135,9 +135,11 @@ def measure_training(folder: Path, how: Training) -> dict[str, Any]:
     import peft  # noqa: F401
     import torch
 
-    from cogpress.data.tokenize import Row
+    from cogpress.data.tokenize import NO_LOSS, Row
     from cogpress.train import run as training
-    from cogpress.train.loop import IGNORE, AnswerTrainer, Collator, Rows
+    from cogpress.train.arguments import arguments as training_arguments
+    from cogpress.train.loop import ObjectiveTrainer, Rows
+    from cogpress.train.objective import AnswerLoss, Collator
 
     model_facts = architecture.of(str(folder), folder)
     cuda = torch.cuda.is_available()
@@ -164,9 +166,9 @@ def measure_training(folder: Path, how: Training) -> dict[str, Any]:
     masked = round(how.length * (1 - how.answers))
     rows = []
     for ids in torch.randint(1, model_facts.vocabulary, (STEPS * how.batch, how.length)).tolist():
-        rows.append(Row(ids, [IGNORE] * masked + ids[masked:]))
+        rows.append(Row(ids, [NO_LOSS] * masked + ids[masked:]))
     with tempfile.TemporaryDirectory() as run_folder:
-        arguments = training.arguments(settings.train, Path(run_folder), len(rows), validation=False)
+        arguments = training_arguments(settings.train, Path(run_folder), len(rows), False, base.compute_dtype())
         arguments.save_strategy = "no"  # type: ignore[assignment]
         arguments.gradient_checkpointing = how.checkpointing
         arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -175,12 +177,13 @@ def measure_training(folder: Path, how: Training) -> dict[str, Any]:
             plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             plain.gradient_checkpointing_disable()
-        trainer = AnswerTrainer(
+        objective = AnswerLoss(model)
+        trainer = ObjectiveTrainer(
+            objective=objective,
             model=model,
             args=arguments,
             train_dataset=Rows(rows),
             data_collator=Collator(0),
-            lengths=[how.length] * len(rows),
         )
         training.quiet(trainer)
         tidy()
@@ -188,7 +191,7 @@ def measure_training(folder: Path, how: Training) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         with peak() as sampled:
             trainer.train()
-        trainer.release()
+        objective.release()
     measured = float(torch.cuda.max_memory_allocated()) if cuda else float(sampled[0])
     how = replace(how, frame=frame)
     foretold = memory.training(model_facts, how)

@@ -72,25 +72,29 @@ def _ours(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, fl
 
     base.quiet_libraries()
     from cogpress.train import run as training
-    from cogpress.train.loop import AnswerTrainer, Collator, Rows
+    from cogpress.train.arguments import arguments
+    from cogpress.train.loop import ObjectiveTrainer, Rows
+    from cogpress.train.objective import AnswerLoss, Collator
 
     torch.manual_seed(config.train.seed)
     tokenizer = base.tokenizer(base_folder)
     pad = tokenizer.pad_token_id or 0
     longest = max(len(row.input_ids) for row in prepared.train)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = AnswerTrainer(
-            model=training.adapted(config, base_folder, attention=training.attention(longest)),
-            args=training.arguments(config.train, Path(folder), len(prepared.train), validation=False),
+        model = training.adapted(config, base_folder, attention=training.attention(longest))
+        objective = AnswerLoss(model)
+        trainer = ObjectiveTrainer(
+            objective=objective,
+            model=model,
+            args=arguments(config.train, Path(folder), len(prepared.train), False, base.compute_dtype()),
             train_dataset=Rows(prepared.train),
             data_collator=Collator(pad),
-            lengths=[len(row.input_ids) for row in prepared.train],
         )
         training.quiet(trainer)
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-        trainer.release()
+        objective.release()
     return _result(trainer.model, prepared, pad, seconds)
 
 
@@ -136,6 +140,8 @@ def _trl(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, flo
                 warmup_steps=settings.warmup_share,
                 max_length=settings.max_length,
                 seed=settings.seed,
+                bf16=dtype == torch.bfloat16,
+                fp16=dtype == torch.float16,
                 use_cpu=not torch.cuda.is_available(),
                 save_strategy="no",
                 report_to="none",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
+from rich.progress import track
 from rich.text import Text
 
 from cogpress.errors import CogpressError
@@ -60,3 +62,10 @@ def step(name: str, console: Console) -> Iterator[Callable[[str], None]]:
     yield results.append
     seconds = f"{time.perf_counter() - started:.1f} s"
     console.print(Text.assemble(("✓ ", "green"), f"{name}: " if results else name, *results, "  ", (seconds, "dim")))
+
+
+def progress_bar(console: Console) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    """A progress bar for a loop, gone when the loop ends; nothing where the output is no terminal."""
+    if not console.is_terminal:
+        return lambda items, _total: items
+    return lambda items, total: track(items, total=total, description="  ", transient=True, console=console)

@@ -21,12 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cogpress import config
+from cogpress import config, pipeline
 from cogpress.cli import step
 from cogpress.cog import client
 from cogpress.cog.process import Server
 from cogpress.files import write_json
-from cogpress.train import pipeline
 from cogpress.weights import manifest
 
 CONCURRENT = 16

@@ -147,8 +147,7 @@ def operations_adapter(base_folder: Path, cache: Path) -> Path:
     """An adapter of another task on the same base, trained once: which operation a question asks for."""
     from rich.console import Console
 
-    from cogpress import config
-    from cogpress.train import pipeline
+    from cogpress import config, pipeline
     from cogpress.train import run as training
     from examples import questions
 

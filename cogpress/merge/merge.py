@@ -63,6 +63,7 @@ class MergePlan:
     stored: dict[str, tensors.Stored]
     outputs: list[Output]
     onto: Merge
+    compute: torch.dtype
     dtype: torch.dtype
     untied: bool
 
@@ -76,16 +77,16 @@ class MergePlan:
         if not tensor.is_floating_point():
             return tensor
         # Training loads the checkpoint in its compute dtype first, and quantizes from that.
-        tensor = tensor.to(self.dtype)
+        tensor = tensor.to(self.compute)
         module = output.name.removesuffix(".weight")
         quantized = module in self.adapter.quantized and self.onto == "dequantized"
         touched = output.name in self.adapter.touched
         if not quantized and not touched:
-            return tensor
+            return tensor.to(self.dtype)
         replacement = self.adapter.replacement(output.name)
         tensor = (tensor if replacement is None else replacement).to(base.device())
-        trained = TrainedWeight(tensor, self.adapter.quantization if quantized else "none", self.dtype)
-        return self._merged(output.name, trained).cpu() if touched else trained.whole().cpu()
+        trained = TrainedWeight(tensor, self.adapter.quantization if quantized else "none", self.compute)
+        return self._merged(output.name, trained).cpu() if touched else trained.whole().to(self.dtype).cpu()
 
     def _merged(self, name: str, trained: TrainedWeight) -> torch.Tensor:
         import torch
@@ -224,8 +225,6 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
         CogpressError: the adapter was trained on another base or does not fit it; or either uses something that can
             not be merged exactly.
     """
-    import torch
-
     found = adapter.read(adapter_folder)
     if alone:
         found = replace(found, layers={}, replaced={})
@@ -241,11 +240,12 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
     sources = {name: name for name in stored}
     untied = bool(config.get("tie_word_embeddings")) and _untie(found, sources, base_folder)
     _check_fit(found, {name: stored[source] for name, source in sources.items()})
-    dtype: torch.dtype = getattr(torch, found.facts["compute_dtype"])
+    compute = base.trained_dtype(found.facts)
+    dtype = base.stored_dtype(compute)
     place = {name: at for at, name in enumerate(stored)}
     order = sorted(sources, key=lambda name: place[sources[name]])  # the files are read and written front to back
     outputs = [_output(name, stored[sources[name]], sources[name], dtype) for name in order]
-    return MergePlan(found, stored, outputs, onto, dtype, untied)
+    return MergePlan(found, stored, outputs, onto, compute, dtype, untied)
 
 
 def _output(name: str, place: tensors.Stored, source: str, dtype: torch.dtype) -> Output:

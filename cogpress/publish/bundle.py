@@ -19,7 +19,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import sha256
 from cogpress.publish import card
 from cogpress.publish.licence import CardData, find_origin, named_licence, public_name
-from cogpress.train import pipeline
+from cogpress.train import run as training
 from cogpress.weights import manifest
 from cogpress.weights.filenames import HUB_FILES, VERIFICATION_FILES, refuse_pickle
 
@@ -268,8 +268,8 @@ def find_run(request: Publication, facts: dict[str, Any]) -> Path | None:
         CogpressError: the run that the user named made other weights.
     """
     if request.run is None:
-        return pipeline.run_of(facts, request.runs)
-    if not pipeline.made(request.run, facts):
+        return training.run_of(facts, request.runs)
+    if not training.is_run_of(request.run, facts):
         raise CogpressError(
             f"{request.run} is not the run that made {request.folder}: its adapter is another, or missing. Name the "
             "right one, or leave --run out to have it found."

@@ -11,13 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from cogpress import pipeline
 from cogpress.cli import step
 from cogpress.config import Config
 from cogpress.errors import CogpressError
 from cogpress.files import write_json
 from cogpress.push import training
 from cogpress.replicate import api as replicate
-from cogpress.train import pipeline
+from cogpress.train.run import validation_file
 from cogpress.verify import run as verify
 
 
@@ -124,7 +125,7 @@ def _verify(root: Path, settings: Config, inputs: dict[str, Any], data: Path, ru
                     run,
                     root / ".cache",
                     console,
-                    validation_path=pipeline.validation_file(trained, root),
+                    validation_path=validation_file(trained, root),
                     skip_bad=bool(inputs.get("skip_bad_lines")),
                 )
         found = verify.verify(settings, root, weights, console, run=run)

@@ -15,7 +15,6 @@ from typing import Any
 from cogpress import config
 from cogpress.data import prepare as data
 from cogpress.errors import CogpressError
-from cogpress.train import pipeline
 from cogpress.train import run as training
 from cogpress.weights import base, manifest
 
@@ -62,7 +61,7 @@ def read_source(folder: Path, run: Path | None) -> Source:
     manifest.check(folder, facts)
     run = (
         run
-        or (None if pipeline.made(folder.parent, facts) else pipeline.run_of(facts, folder.parent / "runs"))
+        or (None if training.is_run_of(folder.parent, facts) else training.run_of(facts, folder.parent / "runs"))
         or folder.parent
     )
     if not (run / "key.json").is_file() or not (run / "config.json").is_file():
@@ -104,9 +103,9 @@ def prepare(source: Source, root: Path, examples: Path | None) -> data.Prepared:
         data=settings.data,
         max_length=settings.train.max_length,
         seed=settings.train.seed,
-        validation_path=pipeline.validation_file(settings, root),
+        validation_path=training.validation_file(settings, root),
         skip_bad=True,  # as far as training did, which the hash below tells
-        stop_ids=pipeline.stop_ids(source.folder),
+        stop_ids=base.stop_ids(source.folder),
     )
     trained = json.loads((source.run / "key.json").read_text(encoding="utf-8"))["rows"]
     if training.run_key(settings, prepared, "")["rows"] != trained:

@@ -1,7 +1,4 @@
-"""transformers' Trainer, made to waste little on padding and nothing on logits without loss.
-
-Knows batches, the loss and what is measured in each step; leaves data, adapters and files to `training`.
-"""
+"""The training loop: transformers' Trainer with batches of like length, and a record of each step."""
 
 from __future__ import annotations
 
@@ -9,13 +6,12 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import Dataset, Sampler
@@ -23,11 +19,8 @@ from transformers import Trainer, TrainerCallback
 
 from cogpress.data.tokenize import Row
 
-IGNORE = -100
-"""The label of a token without loss, as everywhere in PyTorch."""
-
 _WINDOW = 32
-"""Batches that are sorted by length together: enough to leave little padding, few enough to stay random."""
+"""Batches sorted by length together: enough to leave little padding, few enough to stay random."""
 
 
 class Rows(Dataset[Row]):
@@ -43,33 +36,14 @@ class Rows(Dataset[Row]):
         return self.rows[index]
 
 
-class Collator:
-    """Pads a batch on the right to its own longest row: tensors of shape (batch, longest), int64."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        longest = max(len(row.input_ids) for row in rows)
-
-        def padded(values: Iterator[list[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([list(value) + [fill] * (longest - len(value)) for value in values])
-
-        return {
-            "input_ids": padded((row.input_ids for row in rows), self.pad_token_id),
-            "attention_mask": padded(([1] * len(row.input_ids) for row in rows), 0),
-            "labels": padded((row.labels for row in rows), IGNORE),
-        }
-
-
 class LengthGroupedSampler(Sampler[int]):
-    """Row indices in an order that puts rows of like length into the same batch, random from epoch to epoch.
+    """Row indices, shuffled anew each epoch, with rows of like length in the same batch to save padding.
 
-    That leaves next to no padding. Where there are few rows, batches are mixed: all of them would be sorted by length,
-    and batches of rows that are alike teach less at the beginning (docs/measurements.md).
+    Few rows are only shuffled: sorted by length all at once, batches of similar rows teach less at the beginning
+    (docs/measurements.md).
 
-    The order depends on the seed and the epoch alone, never on the global random state, so that a resumed run sees
-    the very batches that an uninterrupted one would have seen.
+    The order depends on the seed and the epoch alone, not on the global random state, so a resumed run sees the same
+    batches as an uninterrupted one.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -105,50 +79,20 @@ class LengthGroupedSampler(Sampler[int]):
             yield from batch.tolist()
 
 
-class AnswerTrainer(Trainer):
-    """Cross-entropy on answer tokens only, with logits computed for these alone.
+class ObjectiveTrainer(Trainer):
+    """transformers' Trainer with batches of like length and the loss of an objective.
 
-    The output layer is the widest of a small model (SmolLM2: 49,152 x 576 of 135 M parameters) and its logits in
-    float32 the largest tensor of a step. A hook on the layer's input keeps only the hidden states that have a label,
-    so that everything a model does to its logits (scaling, soft-capping) stays as its own code has it.
+    The objective takes a model and a batch; it gives the summed loss and how many tokens it is the sum of.
     """
 
-    def __init__(self, *, lengths: Sequence[int], **kwargs: Any) -> None:
-        self._lengths = lengths
-        self._keep: torch.Tensor | None = None
+    def __init__(self, *, objective: Callable[[Any, dict[str, Any]], tuple[torch.Tensor, int]], **kwargs: Any) -> None:
+        self.objective = objective
         self.tokens_seen = 0
         super().__init__(**kwargs)
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self._head_hook = model.get_output_embeddings().register_forward_pre_hook(self._keep_labelled)
-
-    def _keep_labelled(self, _module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        if self._keep is None:
-            return inputs
-        return (inputs[0][self._keep], *inputs[1:])
-
-    def release(self) -> None:
-        """Take the hook off the model, which then gives all its logits again."""
-        self._head_hook.remove()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return LengthGroupedSampler(self._lengths, self.args.train_batch_size, self.args.seed)
-
-    def answer_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        """Summed negative log-likelihood (nats) of the labelled tokens, and how many there are.
-
-        Args:
-            inputs: `input_ids`, `attention_mask` and `labels`, each of shape (batch, length).
-        """
-        has_loss = inputs["labels"][:, 1:] != IGNORE
-        self._keep = F.pad(has_loss, (0, 1), value=False)
-        try:
-            logits = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            ).logits
-        finally:
-            self._keep = None
-        targets = inputs["labels"][:, 1:][has_loss]
-        return F.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
+        lengths = [len(row.input_ids) for row in train_dataset or self.train_dataset]
+        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
 
     def compute_loss(
         self,
@@ -157,8 +101,8 @@ class AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Mean loss per answer token over the whole (accumulated, all-device) batch."""
-        loss, count = self.answer_loss(model, inputs)
+        """Mean loss per token over the whole batch, accumulated and on all devices."""
+        loss, count = self.objective(model, inputs)
         self.tokens_seen += int(inputs["attention_mask"].sum())
         if num_items_in_batch is None:
             return loss / count
@@ -168,14 +112,14 @@ class AnswerTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per answer token of the validation rows, weighted by tokens and not by batches."""
+        """Mean loss per token of the validation rows, weighted by tokens and not by batches."""
         loader = self.get_eval_dataloader(eval_dataset)
         training = self.model.training
         self.model.eval()
         total, count = 0.0, 0
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in loader:
-                loss, tokens = self.answer_loss(self.model, self._prepare_inputs(batch))
+                loss, tokens = self.objective(self.model, self._prepare_inputs(batch))
                 sums = self.accelerator.gather_for_metrics(torch.stack([loss.detach(), loss.new_tensor(tokens)])[None])
                 total += sums[:, 0].sum().item()
                 count += int(sums[:, 1].sum().item())
@@ -203,7 +147,7 @@ class Recorder(TrainerCallback):
     def __init__(self, path: Path, console: Console) -> None:
         self.path = path
         self.console = console
-        self.trainer: AnswerTrainer
+        self.trainer: ObjectiveTrainer
         self.seconds = 0.0
         self.tokens = 0
         self._validation = math.nan
@@ -281,7 +225,7 @@ class Recorder(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; also after an interruption."""
+        """Restore the terminal; also after an interruption."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -299,7 +243,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Forget what was recorded after the checkpoint that training goes on from; the training steps that are kept."""
+    """Drop what was recorded after the checkpoint to resume from. Returns the training steps that are kept."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return [row for row in rows if "loss" in row]

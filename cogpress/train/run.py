@@ -1,8 +1,4 @@
-"""QLoRA: from a base model and prepared rows to an adapter.
-
-Knows the run folder (configuration, metrics, plots, checkpoints, adapter) and resuming; leaves the loop to
-transformers' Trainer, the adapter to peft and quantization to bitsandbytes.
-"""
+"""A training run: its folder, resuming it, and the adapter that comes out."""
 
 from __future__ import annotations
 
@@ -17,31 +13,36 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from cogpress import source
-from cogpress.config import Config, Train
+from cogpress.config import Config
 from cogpress.data import prepare
-from cogpress.data.example import Example
 from cogpress.data.prepare import Prepared
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, write_json
-from cogpress.prompts import encode_prompt
-from cogpress.verify import distributions
+from cogpress.train import answers
+from cogpress.train.arguments import arguments, lora
 from cogpress.weights import base, manifest
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 EAGER_UP_TO = 512
 """Tokens up to which plain attention beats PyTorch's fused kernel on a CPU.
 
-Measured on two cores, batch 8 x 128, 135 M parameters: 452 against 366 tokens per second. Its memory grows with the
-square of the length, so longer rows take the fused kernel.
+Two cores, batch 8 x 128, 135 M parameters: 452 against 366 tokens per second. Its memory grows with the square of the
+length, so longer rows take the fused kernel.
 """
+
+ADAPTER = "adapter"
+"""The folder of a run, and in a tar of its weights, that holds the adapter."""
+
+HELD_OUT = "held-out.jsonl"
+"""The examples of a run that it does not train on, as conversations."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a training run gave. `seconds` and the speed leave out evaluation, checkpoints and loading."""
+    """What a training run gave. `seconds` and the speed exclude evaluation, checkpoints and loading."""
 
     adapter: Path
     steps: int
@@ -55,9 +56,7 @@ class Result:
 
 
 def run_key(config: Config, prepared: Prepared, base_fingerprint: str) -> dict[str, Any]:
-    """Everything that decides what a run learns; two runs with equal keys give the same adapter."""
-    import hashlib
-
+    """Everything that decides what a run learns, but the machine and its compute dtype."""
     rows = hashlib.sha256()
     for row in prepared.train:
         rows.update(json.dumps([row.input_ids, row.labels]).encode())
@@ -67,6 +66,23 @@ def run_key(config: Config, prepared: Prepared, base_fingerprint: str) -> dict[s
         "train": config.train.model_dump(mode="json"),
         "rows": rows.hexdigest(),
     }
+
+
+def is_run_of(run: Path, facts: dict[str, Any]) -> bool:
+    """Whether a run trained the adapter in weights, by the facts in their manifest."""
+    recorded = manifest.read(run / ADAPTER)
+    adapter = (facts.get("merge") or {}).get("adapter")
+    return recorded is not None and manifest.recorded_fingerprint(recorded) == adapter
+
+
+def run_of(facts: dict[str, Any], runs: Path) -> Path | None:
+    """The run in the folder `runs` whose adapter is in weights, by the facts in their manifest; None if none is."""
+    return next((run for run in sorted(runs.glob("*")) if is_run_of(run, facts)), None)
+
+
+def validation_file(config: Config, root: Path) -> Path | None:
+    """The file that `data.validation` names, relative to the project's folder; None where it names none."""
+    return root / config.data.validation if config.data.validation else None
 
 
 def train(
@@ -88,7 +104,7 @@ def train(
         CogpressError: nothing to train on; the folder holds another run; nothing to resume.
     """
     if not prepared.train:
-        raise CogpressError("No example is left to train on. Read the data report above it for what was dropped.")
+        raise CogpressError("No example is left to train on. The data report above says what was dropped.")
     fingerprint = manifest.fingerprint(base_folder)
     key = run_key(config, prepared, fingerprint)
     finished = _finished(run, key)
@@ -103,10 +119,10 @@ def _finished(run: Path, key: dict[str, Any]) -> Result | None:
         saved = json.loads((run / "result.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
-    if saved["key"] != key or manifest.read(run / "adapter") is None:
+    if _differences(saved["key"], key) or (facts := manifest.read(run / ADAPTER)) is None:
         return None
-    manifest.check(run / "adapter", manifest.read(run / "adapter") or {})
-    return Result(**{**saved["result"], "adapter": run / "adapter", "reused": True})
+    manifest.check(run / ADAPTER, facts)
+    return Result(**{**saved["result"], "adapter": run / ADAPTER, "reused": True})
 
 
 def _open_run(run: Path, key: dict[str, Any], config: Config, resume: bool) -> Path | None:
@@ -117,20 +133,20 @@ def _open_run(run: Path, key: dict[str, Any], config: Config, resume: bool) -> P
     if resume:
         if saved is None:
             raise CogpressError(f"{run} holds no interrupted run. Start one without --resume.")
-        if saved != key:
-            changed = ", ".join(_differences(saved, key))
-            raise CogpressError(f"{run} was started with another {changed}. Set it back, or start with --fresh.")
+        if changed := ", ".join(_differences(saved, key)):
+            raise CogpressError(f"{run} was started with another {changed}. Set it back, or start over with --fresh.")
         return complete[-1] if complete else None
     if complete and not (run / "result.json").is_file():
         raise CogpressError(
             f"{run} holds an interrupted run, at {complete[-1].name.replace('-', ' ')}. "
             "Continue it with --resume, or start over with --fresh."
         )
-    for name in ("checkpoints", "adapter", "result.json", "metrics.jsonl"):
+    for name in ("checkpoints", ADAPTER, "result.json", "metrics.jsonl"):
         path = run / name
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "key.json", key)
+    # A resumed run computes as it began, even if another format is faster by then.
+    write_json(run / "key.json", {**key, "compute_dtype": str(base.compute_dtype()).removeprefix("torch.")})
     write_json(run / "config.json", config.public())
     return None
 
@@ -157,22 +173,25 @@ def _train(
     import torch
 
     from cogpress import plots
-    from cogpress.train.loop import AnswerTrainer, Collator, Recorder, Rows, memory_gb, read_metrics
+    from cogpress.train.loop import ObjectiveTrainer, Recorder, Rows, memory_gb, read_metrics
+    from cogpress.train.objective import AnswerLoss, Collator
 
     settings = config.train
     torch.manual_seed(settings.seed)
     longest = max(len(row.input_ids) for row in prepared.train + prepared.validation)
     tokenizer = base.tokenizer(base_folder)
-    model = adapted(config, base_folder, attention=attention(longest))
+    compute = base.trained_dtype(json.loads((run / "key.json").read_text()))
+    model = adapted(config, base_folder, attention=attention(longest), dtype=compute)
     quantized = base.quantized_modules(model.get_base_model())
     recorder = Recorder(run / "metrics.jsonl", console)
-    trainer = AnswerTrainer(
+    objective = AnswerLoss(model)
+    trainer = ObjectiveTrainer(
+        objective=objective,
         model=model,
-        args=arguments(settings, run, len(prepared.train), bool(prepared.validation)),
+        args=arguments(settings, run, len(prepared.train), bool(prepared.validation), compute),
         train_dataset=Rows(prepared.train),
         eval_dataset=Rows(prepared.validation) if prepared.validation else None,
         data_collator=Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
-        lengths=[len(row.input_ids) for row in prepared.train],
         callbacks=[recorder],
     )
     recorder.trainer = trainer
@@ -183,23 +202,23 @@ def _train(
         validation_loss = trainer.evaluate()["eval_loss"] if prepared.validation else None
     finally:
         recorder.close()
-        trainer.release()
+        objective.release()
     facts = {
         "base": {"source": source.shown(config.base.source), "fingerprint": fingerprint},
         "quantization": config.base.quantization,
-        "compute_dtype": str(base.compute_dtype()).removeprefix("torch."),
+        "compute_dtype": str(compute).removeprefix("torch."),
         "quantized_modules": [name.replace(".base_layer", "") for name in quantized],
         "prompt": config.prompt.model_dump(mode="json"),
         # Whoever has the examples can tell whether they hold the same ones out.
         "held_out": hashlib.sha256(prepare.held_out(prepared).encode()).hexdigest(),
     }
-    with new_folder(run / "adapter") as part:
+    with new_folder(run / ADAPTER) as part:
         model.save_pretrained(part)
         _name_base(part, source.shown(config.base.source))
         manifest.write(part, "adapter", facts)
-    compare_answers(model, tokenizer, prepared.validation_examples, run, console)
+    answers.compare(model, tokenizer, prepared.validation_examples, run, console)
     result = Result(
-        adapter=run / "adapter",
+        adapter=run / ADAPTER,
         steps=output.global_step,
         train_loss=output.training_loss,
         validation_loss=validation_loss,
@@ -216,145 +235,46 @@ def _train(
 
 
 def attention(longest: int) -> str:
-    """The attention implementation that is fastest for rows of up to `longest` tokens on this machine."""
+    """The fastest attention implementation on this machine for rows of up to `longest` tokens."""
     return "eager" if base.device().type == "cpu" and longest <= EAGER_UP_TO else "sdpa"
 
 
-def adapted(config: Config, base_folder: Path, *, attention: str = "sdpa") -> PeftModel:
+def adapted(
+    config: Config, base_folder: Path, *, attention: str = "sdpa", dtype: torch.dtype | None = None
+) -> PeftModel:
     """The quantized base with a fresh LoRA adapter, in float32, on the configured layers.
+
+    Args:
+        config: `base.quantization` and `train` are used.
+        base_folder: the base model.
+        attention: transformers' name of an attention implementation.
+        dtype: what the base computes in; this machine's fastest where not given.
 
     Raises:
         CogpressError: a name in `target_modules` is no layer of this model.
     """
     base.quiet_libraries()
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    settings = config.train
-    model = base.load(base_folder, config.base.quantization, attention=attention)
+    model = base.load(base_folder, config.base.quantization, attention=attention, dtype=dtype)
     if base.device().type == "cuda":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    targets: str | list[str] = settings.target_modules
-    if targets != "all-linear":
-        targets = [name.strip() for name in settings.target_modules.split(",") if name.strip()]
     try:
-        return get_peft_model(  # type: ignore[return-value]
-            model,
-            LoraConfig(
-                r=settings.rank,
-                lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
-                lora_dropout=settings.dropout,
-                target_modules=targets,
-                task_type="CAUSAL_LM",
-                bias="none",
-            ),
-        )
+        return get_peft_model(model, lora(config.train))  # type: ignore[return-value]
     except ValueError as error:
-        raise CogpressError(f"target_modules {settings.target_modules!r} do not fit this model: {error}") from None
-
-
-def arguments(settings: Train, run: Path, rows: int, validation: bool) -> TrainingArguments:
-    """Our settings in transformers' words. Steps are optimizer steps."""
-    import torch
-    from transformers import TrainingArguments
-
-    cuda = torch.cuda.is_available()
-    half = {"bf16": base.compute_dtype() == torch.bfloat16, "fp16": base.compute_dtype() == torch.float16}
-    per_epoch = max(1, rows // (settings.batch_size * settings.gradient_accumulation))
-    total = settings.max_steps or max(1, round(per_epoch * settings.epochs))
-    evaluate = validation and settings.evaluations > 0
-    optimizer = settings.optimizer
-    if optimizer == "auto":
-        optimizer = "paged_adamw_8bit" if cuda else "adamw"
-    if optimizer == "paged_adamw_8bit" and not cuda:
-        raise CogpressError("optimizer paged_adamw_8bit needs a GPU. Set it to auto or adamw.")
-    return TrainingArguments(
-        output_dir=str(run / "checkpoints"),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
-        warmup_steps=settings.warmup_share,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim={"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}[optimizer],
-        **half,
-        use_cpu=not cuda,
-        gradient_checkpointing=cuda,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        eval_strategy="steps" if evaluate else "no",
-        eval_steps=max(1, total // (settings.evaluations + 1)) if evaluate else None,
-        save_strategy="steps",
-        save_steps=max(1, total // 8),
-        save_total_limit=2,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to="none",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_num_workers=0,
-        dataloader_pin_memory=cuda,
-    )
+        raise CogpressError(f"target_modules {config.train.target_modules!r} do not fit this model: {error}") from None
 
 
 def quiet(trainer: Any) -> None:
-    """Our own recorder prints; transformers' printer would say everything twice."""
+    """Stop transformers' own printer, which would repeat what our recorder prints."""
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
 
 
 def _name_base(folder: Path, name: str) -> None:
-    """Name the base as the user does: peft writes the path of a cache on this machine."""
+    """Name the base as the user does; peft writes the path of this machine's cache."""
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = name
     write_json(folder / "adapter_config.json", config)
     (folder / "README.md").unlink(missing_ok=True)
-
-
-def compare_answers(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-    run: Path,
-    console: Console,
-    *,
-    count: int = 4,
-    max_tokens: int = 96,
-) -> list[dict[str, str]]:
-    """Greedy answers of the base and of the tuned model to validation prompts, side by side.
-
-    Shown as a table and written to `answers.json` in the run's folder.
-    """
-    from rich.table import Table
-
-    shown = [example for example in examples if example.messages is not None][:count]
-    if not shown:
-        return []
-    prompts = [encode_prompt(tokenizer, example.asked) for example in shown]
-    with model.disable_adapter():
-        before = distributions.answers(model, tokenizer, prompts, max_tokens)
-    after = distributions.answers(model, tokenizer, prompts, max_tokens)
-    rows = [
-        {"prompt": example.prompt, "expected": example.answer, "base": old, "tuned": new}
-        for example, old, new in zip(shown, before, after, strict=True)
-    ]
-    write_json(run / "answers.json", rows)
-    table = Table("prompt", "expected", "base", "tuned", title="Validation answers", show_lines=True)
-    for row in rows:
-        table.add_row(*(_plain(value) for value in row.values()))
-    console.print(table)
-    return rows
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    text = " ".join(text.split())
-    return Text(text if len(text) <= 300 else text[:300] + "…")

@@ -1,27 +1,31 @@
-"""How far merged weights are from what training scored, token by token.
-
-Knows the three models that matter (the adapter on the quantized base, merged weights, the usual merge onto the
-original base) and compares their next-token distributions on answers; leaves the engine that serves them out.
-"""
+"""Next-token distributions of merged weights and of what training scored, compared token by token."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogpress.data.tokenize import NO_LOSS
 from cogpress.weights import base, manifest
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
     from cogpress.data.tokenize import Row
 
-BATCH = 8
-"""Rows per forward pass."""
+BATCH_TOKENS = 2048
+"""Tokens per forward pass, padding included."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's log-probabilities (nats) of a row's labelled tokens, and whether it finds each the most likely."""
+
+    logprobs: list[float]
+    most_likely: list[bool]
 
 
 @dataclass(frozen=True)
@@ -39,25 +43,30 @@ class Divergence:
     tokens: int
     values: list[float] = field(default_factory=list, repr=False)
     """The KL at each token, for pictures."""
+    scored: list[Scored] = field(default_factory=list, repr=False)
+    """What the candidate makes of each row."""
+    reference_scored: list[Scored] = field(default_factory=list, repr=False)
+    """What the reference makes of each row."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the values of single tokens."""
-        return {name: value for name, value in asdict(self).items() if name != "values"}
+        single = ("values", "scored", "reference_scored")
+        return {name: value for name, value in asdict(self).items() if name not in single}
 
 
 def reference_model(base_folder: Path, adapter: Path, *, generates: bool = False) -> torch.nn.Module:
-    """The adapter on the base as training held it: what the validation loss was measured on.
+    """The adapter on the base as training held it, in its compute dtype: what the validation loss was measured on.
 
     Args:
         base_folder: the base.
         adapter: trained on it.
-        generates: hold the base dequantized, which computes the same and not anew for every generated token.
+        generates: hold the base dequantized: the same weights, not dequantized anew for every generated token.
     """
     base.quiet_libraries()
     from peft import PeftModel
 
     facts = manifest.read(adapter) or {}
-    model = base.load(base_folder, facts["quantization"])
+    model = base.load(base_folder, facts["quantization"], dtype=base.trained_dtype(facts))
     if generates and facts["quantization"] != "none":
         model = model.dequantize()
     return PeftModel.from_pretrained(model, str(adapter)).eval()
@@ -96,118 +105,98 @@ def compare(
     """
     import torch
 
-    from cogpress.train.loop import IGNORE, Collator
-
-    collate = Collator(pad_token_id)
-    ordered = sorted(rows, key=lambda row: len(row.input_ids))
-    batches = [ordered[at : at + BATCH] for at in range(0, len(ordered), BATCH)]
     kl: dict[str, list[torch.Tensor]] = {name: [] for name in candidates}
-    same: dict[str, int] = dict.fromkeys(candidates, 0)
-    nll: dict[str, float] = dict.fromkeys(candidates, 0.0)
-    reference_nll = 0.0
-    device = base.device()
+    same = dict.fromkeys(candidates, 0)
+    found: dict[str, dict[int, Scored]] = {name: {} for name in ("", *candidates)}
+    batches = list(_batches(rows))
     with torch.no_grad():
         for batch in progress(batches, len(batches)):
-            inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
-            labelled = inputs["labels"][:, 1:] != IGNORE
-            targets = inputs["labels"][:, 1:][labelled][:, None]
+            chosen = [rows[at] for at in batch]
             # What training evaluated: its matrix products ran in the compute dtype.
-            with torch.autocast(device.type, dtype=base.compute_dtype()):
-                expected = _log_probs(reference, inputs, labelled)
-            reference_nll -= float(expected.gather(-1, targets).sum())
+            with base.autocast(reference.dtype):  # type: ignore[arg-type]
+                expected, targets = _log_probs(reference, chosen, pad_token_id)
+            found[""] |= zip(batch, _by_row(expected, targets, chosen), strict=True)
             for name, model in candidates.items():
-                got = _log_probs(model, inputs, labelled)
+                got, _ = _log_probs(model, chosen, pad_token_id)
                 kl[name].append((expected.exp() * (expected - got)).sum(-1).cpu())
-                nll[name] -= float(got.gather(-1, targets).sum())
                 same[name] += int((expected.argmax(-1) == got.argmax(-1)).sum())
+                found[name] |= zip(batch, _by_row(got, targets, chosen), strict=True)
+    reference_scored = [found[""][at] for at in range(len(rows))]
     result = {}
     for name, parts in kl.items():
         values = torch.cat(parts)
+        scored = [found[name][at] for at in range(len(rows))]
         result[name] = Divergence(
             mean_kl=float(values.mean()),
             p99_kl=float(values.quantile(0.99)),
             top1_agreement=same[name] / values.numel(),
-            perplexity=math.exp(nll[name] / values.numel()),
-            reference_perplexity=math.exp(reference_nll / values.numel()),
+            perplexity=math.exp(mean_nll(scored)),
+            reference_perplexity=math.exp(mean_nll(reference_scored)),
             tokens=values.numel(),
             values=values.tolist(),
+            scored=scored,
+            reference_scored=reference_scored,
         )
     return result
 
 
-def answer_loss(model: torch.nn.Module, rows: Sequence[Row], pad_token_id: int) -> float:
+def mean_nll(scored: Iterable[Scored]) -> float:
+    """Mean negative log-likelihood (nats) of labelled tokens."""
+    values = [value for one in scored for value in one.logprobs]
+    return -sum(values) / max(len(values), 1)
+
+
+def answer_loss(model: Any, rows: Sequence[Row], pad_token_id: int) -> float:
     """Mean negative log-likelihood (nats) of the rows' labelled tokens, computed as training computes."""
-    import torch
-
-    from cogpress.train.loop import IGNORE, Collator
-
-    collate = Collator(pad_token_id)
-    device = base.device()
-    total, count = 0.0, 0
     training = model.training
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype=base.compute_dtype()):
-        for at in range(0, len(rows), BATCH):
-            inputs = {name: tensor.to(device) for name, tensor in collate(rows[at : at + BATCH]).items()}
-            labelled = inputs["labels"][:, 1:] != IGNORE
-            targets = inputs["labels"][:, 1:][labelled]
-            log_probs = _log_probs(model, inputs, labelled)
-            total -= float(log_probs.gather(-1, targets[:, None]).sum())
-            count += targets.numel()
+    with base.autocast(model.dtype):
+        scored = score(model, rows, pad_token_id)
     model.train(training)
-    return total / max(count, 1)
+    return mean_nll(scored)
 
 
-def token_logprobs(
-    model: torch.nn.Module, rows: Sequence[Row], pad_token_id: int
-) -> list[tuple[list[float], list[bool]]]:
-    """For each row, the log-probability (nats) of each labelled token, and whether the model finds it most likely."""
+def score(model: Any, rows: Sequence[Row], pad_token_id: int) -> list[Scored]:
+    """What a model makes of each row's labelled tokens."""
     import torch
 
-    from cogpress.train.loop import IGNORE, Collator
-
-    collate = Collator(pad_token_id)
-    device = base.device()
-    order = sorted(range(len(rows)), key=lambda at: len(rows[at].input_ids))
-    found: dict[int, tuple[list[float], list[bool]]] = {}
+    found: dict[int, Scored] = {}
     with torch.no_grad():
-        for start in range(0, len(order), BATCH):
-            batch = order[start : start + BATCH]
-            inputs = {name: tensor.to(device) for name, tensor in collate([rows[at] for at in batch]).items()}
-            labels = inputs["labels"][:, 1:]
-            labelled = labels != IGNORE
-            log_probs = _log_probs(model, inputs, labelled)
-            targets = labels[labelled]
-            values = log_probs.gather(-1, targets[:, None])[:, 0].tolist()
-            best = (log_probs.argmax(-1) == targets).tolist()
-            end = 0
-            for at, count in zip(batch, labelled.sum(1).tolist(), strict=True):
-                found[at] = (values[end : end + count], best[end : end + count])
-                end += count
+        for batch in _batches(rows):
+            chosen = [rows[at] for at in batch]
+            found |= zip(batch, _by_row(*_log_probs(model, chosen, pad_token_id), chosen), strict=True)
     return [found[at] for at in range(len(rows))]
 
 
-def answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
-    """Greedy answers to prompts of token ids, computed as training computes, all at once."""
-    import torch
-
-    longest = max(map(len, prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    # Padded on the left, so that every answer starts at the same place.
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    training = model.training
-    model.eval()
-    with torch.no_grad(), torch.autocast(model.device.type, dtype=base.compute_dtype()):
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, pad_token_id=pad
-        )
-    model.train(training)
-    return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)).strip() for row in out]
+def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
+    """Indices of the rows, by length, in batches of at most `BATCH_TOKENS`."""
+    batch: list[int] = []
+    for at in sorted(range(len(rows)), key=lambda at: len(rows[at].input_ids)):
+        if batch and (len(batch) + 1) * len(rows[at].input_ids) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(at)
+    if batch:
+        yield batch
 
 
-def _log_probs(model: torch.nn.Module, inputs: dict[str, torch.Tensor], labelled: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the tokens before each labelled one, shape (labelled tokens, vocabulary), float32."""
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-    selected: torch.Tensor = logits[:, :-1][labelled].float()
-    return selected.log_softmax(-1)
+def _log_probs(model: Any, rows: Sequence[Row], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities before each labelled token, shape (labelled tokens, vocabulary), float32, and these tokens."""
+    from cogpress.train.objective import AnswerLogits, Collator
+
+    batch = {name: tensor.to(base.device()) for name, tensor in Collator(pad_token_id)(rows).items()}
+    logits = AnswerLogits(model)
+    try:
+        found, targets = logits(model, batch)
+    finally:
+        logits.release()
+    return found.log_softmax(-1), targets
+
+
+def _by_row(log_probs: torch.Tensor, targets: torch.Tensor, rows: Sequence[Row]) -> Iterator[Scored]:
+    values = log_probs.gather(-1, targets[:, None])[:, 0].tolist()
+    best = (log_probs.argmax(-1) == targets).tolist()
+    end = 0
+    for row in rows:
+        start, end = end, end + sum(label != NO_LOSS for label in row.labels[1:])
+        yield Scored(values[start:end], best[start:end])

@@ -1,8 +1,6 @@
-"""What the configured engine makes of weights, beside what transformers makes of the same weights.
+"""Engine versus transformers: greedy tokens and log-probabilities.
 
-An engine can load perfect weights and answer nonsense, without an error. So its greedy answers and its
-log-probabilities are compared with those of the reference implementation, token by token. Knows engines and token
-ids; leaves the judgement to `verify`.
+An engine can load perfect weights and answer nonsense, without an error.
 """
 
 from __future__ import annotations
@@ -20,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogpress.config import Serve
+from cogpress.data.tokenize import NO_LOSS, Row
 from cogpress.errors import CogpressError
 from cogpress.verify import distributions
+from cogpress.verify.distributions import Scored
 from cogpress.weights import base
 
 if TYPE_CHECKING:
-    from cogpress.data.tokenize import Row
     from cogpress.engines.base import Engine
 
 STREAMS = 16
@@ -48,7 +47,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Served:
-    """What the engine made of held-out rows. Speeds are tokens per second, of one stream and of 16 together."""
+    """What the engine made of held-out rows. Speeds are tokens per second, of one stream and of 16 at once."""
 
     answers: list[Answer]
     expected_logprobs: list[list[float]]
@@ -61,7 +60,7 @@ class Served:
 class Parity:
     """Engine against transformers on the same weights, over all generated and all expected answer tokens.
 
-    `agreement`: share of generated tokens that transformers finds most likely, too. `mean_difference`: mean absolute
+    `agreement`: share of generated tokens that transformers also finds most likely. `mean_difference`: mean absolute
     difference of the log-probabilities, nats. `served_perplexity`: the engine's, on the expected answers.
     """
 
@@ -82,6 +81,8 @@ def serve(
     make: MakeEngine | None = None,
 ) -> Served:
     """Have the engine answer prompts greedily and score the expected answers, in a process of its own.
+
+    An expected answer that the engine gave itself has its log-probabilities already.
 
     Args:
         folder: the weights.
@@ -154,12 +155,21 @@ async def _ask_all(
         began = time.perf_counter()
         answers = await _at_once(lambda prompt: _answer(engine, prompt, max_tokens), prompts)
         seconds = time.perf_counter() - began
-        expected = await _at_once(engine.score, [row.input_ids for row in rows])
+        given = [
+            expected_answer(prompt, row) == answer.tokens
+            for prompt, row, answer in zip(prompts, rows, answers, strict=True)
+        ]
+        others = [row for row, same in zip(rows, given, strict=True) if not same]
+        scores = iter(await _at_once(engine.score, [row.input_ids for row in others]))
+        expected = [
+            answer.logprobs if same else _labelled(row, next(scores))
+            for row, answer, same in zip(rows, answers, given, strict=True)
+        ]
     finally:
         engine.shutdown()
     return Served(
         answers=answers,
-        expected_logprobs=[_labelled(row, values) for row, values in zip(rows, expected, strict=True)],
+        expected_logprobs=expected,
         stream_tokens_per_second=sorted(alone)[len(alone) // 2],
         concurrent_tokens_per_second=sum(len(answer.tokens) for answer in answers) / seconds,
         ready_seconds=ready,
@@ -167,7 +177,7 @@ async def _ask_all(
 
 
 async def _at_once(ask: Callable[[list[int]], Awaitable[Any]], prompts: Sequence[list[int]]) -> list[Any]:
-    """Ask for all, as many at a time as there are streams; results in order."""
+    """Ask for all, `STREAMS` at a time; results in order."""
     slots = asyncio.Semaphore(STREAMS)
 
     async def one(prompt: list[int]) -> Any:
@@ -188,13 +198,24 @@ async def _answer(engine: Engine, prompt: list[int], max_tokens: int) -> Answer:
     return Answer(text, tokens, logprobs)
 
 
-def _labelled(row: Row, logprobs: Sequence[float]) -> list[float]:
-    from cogpress.data.tokenize import NO_LOSS
+def expected_answer(prompt: list[int], row: Row) -> list[int]:
+    """The tokens of the answer that a row expects to its prompt; none where other tokens are learnt, too."""
+    learnt = [label for label in row.labels if label != NO_LOSS]
+    return learnt if row.input_ids[: len(prompt) + len(learnt)] == prompt + learnt else []
 
+
+def _labelled(row: Row, logprobs: Sequence[float]) -> list[float]:
     return [value for value, label in zip(logprobs, row.labels, strict=True) if label != NO_LOSS]
 
 
-def compare(model: Any, prompts: Sequence[list[int]], rows: Sequence[Row], served: Served, pad: int) -> Parity:
+def compare(
+    model: Any,
+    prompts: Sequence[list[int]],
+    rows: Sequence[Row],
+    served: Served,
+    pad: int,
+    scored: Sequence[Scored] | None = None,
+) -> Parity:
     """What transformers makes of the tokens that the engine generated, and of the expected ones.
 
     Args:
@@ -203,31 +224,27 @@ def compare(model: Any, prompts: Sequence[list[int]], rows: Sequence[Row], serve
         rows: prompts with their expected answers, as the engine got them.
         served: what the engine made of both.
         pad: fills short rows; its value changes nothing.
+        scored: what the model makes of the rows, where that is known already.
     """
-    from cogpress.data.tokenize import Row
-
+    scored = distributions.score(model, rows, pad) if scored is None else scored
+    found: dict[int, Scored] = {
+        at: scored[at] for at, row in enumerate(rows) if expected_answer(prompts[at], row) == served.answers[at].tokens
+    }
+    others = [at for at in range(len(prompts)) if at not in found]
     generated = [
-        Row(prompt + answer.tokens, [-100] * len(prompt) + answer.tokens)
-        for prompt, answer in zip(prompts, served.answers, strict=True)
+        Row(prompts[at] + served.answers[at].tokens, [NO_LOSS] * len(prompts[at]) + served.answers[at].tokens)
+        for at in others
     ]
-    found = distributions.token_logprobs(model, generated, pad)
-    points = [
-        (theirs, ours)
-        for answer, (values, _) in zip(served.answers, found, strict=True)
-        for theirs, ours in zip(answer.logprobs, values, strict=True)
-    ]
-    same = [one for _, best in found for one in best]
-    expected = distributions.token_logprobs(model, rows, pad)
-    points += [
-        (theirs, ours)
-        for scored, (values, _) in zip(served.expected_logprobs, expected, strict=True)
-        for theirs, ours in zip(scored, values, strict=True)
-    ]
-    scored = [value for values in served.expected_logprobs for value in values]
+    pairs = [(served.expected_logprobs[at], scored[at]) for at in range(len(rows)) if at not in found]
+    found |= zip(others, distributions.score(model, generated, pad), strict=True)
+    pairs += [(served.answers[at].logprobs, one) for at, one in found.items()]
+    points = [point for theirs, one in pairs for point in zip(theirs, one.logprobs, strict=True)]
+    same = [one for scores in found.values() for one in scores.most_likely]
+    expected = [value for values in served.expected_logprobs for value in values]
     return Parity(
         agreement=sum(same) / max(len(same), 1),
         mean_difference=sum(abs(theirs - ours) for theirs, ours in points) / max(len(points), 1),
-        served_perplexity=math.exp(-sum(scored) / max(len(scored), 1)),
+        served_perplexity=math.exp(-sum(expected) / max(len(expected), 1)),
         tokens=len(points),
         points=points,
     )

@@ -1,8 +1,7 @@
 """Are these weights what training measured, and does the engine answer with them as it should?
 
-Reference is the adapter on the quantized base, which training scored. Candidate is a folder of weights, however it was
-made, served by the configured engine. Knows what is compared, in which order, and what a difference most likely means;
-leaves the verdict's files to `verdict`, distributions to `divergence` and engines to `parity`.
+The reference is the adapter on the quantized base, which training scored; the candidate is a folder of weights, however
+it was made, served by the configured engine.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cogpress.cli import step
+from cogpress.cli import progress_bar, step
 from cogpress.config import Config, Prompt, Verify
 from cogpress.data import read as reading
 from cogpress.data import tokenize
@@ -25,14 +24,16 @@ from cogpress.files import write_json
 from cogpress.merge import merge
 from cogpress.prompts import encode_prompt
 from cogpress.serve import model as serving
-from cogpress.train import pipeline
-from cogpress.train.pipeline import HELD_OUT, progress_bar, stop_ids
+from cogpress.train import run as training
+from cogpress.train.answers import generate
+from cogpress.train.run import HELD_OUT
 from cogpress.verify import distributions, parity
 from cogpress.verify.distributions import Divergence
 from cogpress.verify.report import Check, Verdict, write
 from cogpress.weights import base, fetch, manifest, tensors
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from cogpress.data.example import Example
@@ -138,17 +139,22 @@ def verify(
     metrics: dict[str, Any] = {"bytes": manifest.weights_bytes(weights)}
     pictures: dict[str, Any] = {}
     with step("Files, tokenizer and chat template", console):
-        checks += (outside := _outside(case))
+        checks += _outside(case)
     if all(check.passed for check in checks):
         if case.scheme == "none":
             with step("Every tensor against the merge", console):
                 checks.append(_merged(case))
+        merged = all(check.passed for check in checks)
         with step("Answers of the reference and of the weights, by transformers", console):
-            checks += _distributions(case, metrics, pictures, cause=_cause(checks))
-    if all(check.passed for check in checks if check.name in ("merge", *(one.name for one in outside))):
-        reference = _reference_answers(case, run or case.adapter.parent)
-        with step("Answers of the engine", console):
-            checks += _served(case, metrics, pictures, reference, make)
+            candidate = distributions.merged_model(case.weights)
+            found = _divergence(case, candidate)
+            metrics.update(found.to_dict())
+            pictures["kl"] = found.values
+            checks += _judged(found, case.limits, _cause(checks) or _distribution_cause(case))
+        if merged:
+            reference = _reference_answers(case, run or case.adapter.parent, found.reference_scored)
+            with step("Answers of the engine", console):
+                checks += _served(case, candidate, found, metrics, pictures, reference, make)
     verdict = Verdict(
         weights=weights,
         scheme=case.scheme,
@@ -200,7 +206,7 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
     scheme = (facts.get("compression") or {}).get("scheme", "none")
     tokenizer = base.tokenizer(base_folder)
     examples = held_out(config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]))
-    rows = tokenize.rows(tokenizer, examples, stop_ids(base_folder))
+    rows = tokenize.rows(tokenizer, examples, base.stop_ids(base_folder))
     return _Case(
         config=config,
         weights=weights,
@@ -236,9 +242,9 @@ def find_run(root: Path, weights: Path, facts: dict[str, Any]) -> Path:
     Raises:
         CogpressError: there is none.
     """
-    if pipeline.made(weights.parent, facts) or ("merge" not in facts and (weights.parent / "adapter").is_dir()):
+    if training.is_run_of(weights.parent, facts) or ("merge" not in facts and (weights.parent / "adapter").is_dir()):
         return weights.parent
-    found = pipeline.run_of(facts, root / "runs")
+    found = training.run_of(facts, root / "runs")
     if found is not None:
         return found
     raise CogpressError(
@@ -329,7 +335,9 @@ def _or_none(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int] 
 def _tokenizer(case: _Case, candidate: PreTrainedTokenizerBase) -> Check:
     texts = [text for example in case.examples for text in (example.prompt, example.answer)]
     different = sum(candidate.encode(text) != case.tokenizer.encode(text) for text in texts)
-    ends = stop_ids(case.weights) != stop_ids(case.base) or candidate.eos_token_id != case.tokenizer.eos_token_id
+    ends = (
+        base.stop_ids(case.weights) != base.stop_ids(case.base) or candidate.eos_token_id != case.tokenizer.eos_token_id
+    )
     cause = (
         "The tokens on which an answer ends are not the base's (generation_config.json, tokenizer_config.json)."
         if ends and not different
@@ -393,15 +401,10 @@ def _cause(checks: Sequence[Check]) -> str | None:
     return next((check.cause for check in checks if not check.passed), None)
 
 
-def _distributions(case: _Case, metrics: dict[str, Any], pictures: dict[str, Any], *, cause: str | None) -> list[Check]:
-    candidate = distributions.merged_model(case.weights)
+def _divergence(case: _Case, candidate: torch.nn.Module) -> Divergence:
     reference = distributions.reference_model(case.base, case.adapter)
-    found = distributions.compare(
-        reference, {"candidate": candidate}, case.rows, case.pad, progress=progress_bar(case.console)
-    )["candidate"]
-    metrics.update(found.to_dict())
-    pictures["kl"] = found.values
-    return _judged(found, case.limits, cause or _distribution_cause(case))
+    bar = progress_bar(case.console)
+    return distributions.compare(reference, {"candidate": candidate}, case.rows, case.pad, progress=bar)["candidate"]
 
 
 def _distribution_cause(case: _Case) -> str:
@@ -432,26 +435,40 @@ def _judged(found: Divergence, limits: Limits, cause: str) -> list[Check]:
     ]
 
 
-def _reference_answers(case: _Case, run: Path) -> list[str]:
-    """What the reference itself answers, generated once for a run and its held-out examples."""
+def _reference_answers(case: _Case, run: Path, scored: Sequence[distributions.Scored]) -> list[str]:
+    """The reference's own greedy answers, found once for a run and its held-out examples.
+
+    Where the reference finds every token of the expected answer the most likely, that answer is its own. Only the
+    others are generated.
+    """
     path = run / REFERENCE
-    key = {"adapter": manifest.fingerprint(case.adapter), "prompts": case.prompts, "max_tokens": case.max_tokens}
+    prompts = case.prompts
+    key = {"adapter": manifest.fingerprint(case.adapter), "prompts": prompts, "max_tokens": case.max_tokens}
     try:
         saved = json.loads(path.read_text())
         if saved["key"] == key:
             return list(saved["answers"])
     except (FileNotFoundError, ValueError, KeyError):
         pass
-    with step("Answers of the reference", case.console):
-        model = distributions.reference_model(case.base, case.adapter, generates=True)
-        batches = [case.prompts[at : at + _BATCH] for at in range(0, len(case.prompts), _BATCH)]
-        answers = [
-            answer
-            for batch in progress_bar(case.console)(batches, len(batches))
-            for answer in distributions.answers(model, case.tokenizer, batch, case.max_tokens)
-        ]
-    write_json(path, {"key": key, "answers": answers})
-    return answers
+    stops = tokenize.all_stops(case.tokenizer, base.stop_ids(case.base))
+    answers = {
+        at: str(case.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+        for at, (prompt, row, one) in enumerate(zip(prompts, case.rows, scored, strict=True))
+        if (answer := parity.expected_answer(prompt, row))
+        and answer[-1] in stops
+        and all(one.most_likely[-len(answer) :])
+    }
+    others = [at for at in range(len(prompts)) if at not in answers]
+    if others:
+        with step(f"Answers of the reference to {len(others)} other examples", case.console):
+            model = distributions.reference_model(case.base, case.adapter, generates=True)
+            batches = [others[at : at + _BATCH] for at in range(0, len(others), _BATCH)]
+            for batch in progress_bar(case.console)(batches, len(batches)):
+                asked = [prompts[at] for at in batch]
+                answers |= zip(batch, generate(model, case.tokenizer, asked, case.max_tokens), strict=True)
+    found = [answers[at] for at in range(len(prompts))]
+    write_json(path, {"key": key, "answers": found})
+    return found
 
 
 REFERENCE = "reference.json"
@@ -463,6 +480,8 @@ _BATCH = 32
 
 def _served(
     case: _Case,
+    candidate: torch.nn.Module,
+    divergence: Divergence,
     metrics: dict[str, Any],
     pictures: dict[str, Any],
     reference: Sequence[str],
@@ -471,7 +490,7 @@ def _served(
     score, limits = scorer(case.config.verify.score), case.limits
     log = case.adapter.parent / "verify-engine.log"
     served = parity.serve(case.weights, case.config.serve, case.prompts, case.rows, case.max_tokens, log, make)
-    found = parity.compare(distributions.merged_model(case.weights), case.prompts, case.rows, served, case.pad)
+    found = parity.compare(candidate, case.prompts, case.rows, served, case.pad, divergence.scored)
     right = _share(score, case.expected, [answer.text for answer in served.answers])
     reference_right = _share(score, case.expected, reference)
     metrics.update(

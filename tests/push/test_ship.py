@@ -18,11 +18,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from cogpress import config, push
+from cogpress import config, pipeline, push
 from cogpress.errors import CogpressError
 from cogpress.preflight import place
 from cogpress.push import steps
-from cogpress.train import pipeline
+from cogpress.train import run as training
 from cogpress.verify import report as verdict
 from cogpress.weights import manifest
 from examples import questions
@@ -106,7 +106,7 @@ def test_what_is_trained_there_is_verified_here(
     assert manifest.state(here.root / "weights") == "verified"
     assert not (here.root / "weights" / "adapter").exists()
     # The examples that it was verified with are not among those that it learnt.
-    held = len((run / pipeline.HELD_OUT).read_text().splitlines())
+    held = len((run / training.HELD_OUT).read_text().splitlines())
     assert held >= 12
     assert (manifest.read_verification(run / "weights") or {})["examples"] == held
     assert remote.ask("GET", "/v1/models/local/tuned").json()["latest_version"]["id"] in done.stdout
@@ -115,4 +115,4 @@ def test_what_is_trained_there_is_verified_here(
     again = [other, tmp_path / "train.jsonl", run, ROOT / ".cache", Console(quiet=True)]
     with pytest.raises(CogpressError, match="held out other examples"):
         pipeline.held_out_again(*again, skip_bad=False)
-    assert not (run / pipeline.HELD_OUT).exists()
+    assert not (run / training.HELD_OUT).exists()

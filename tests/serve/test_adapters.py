@@ -19,6 +19,7 @@ from cogpress.cog import client
 from cogpress.cog.process import Server
 from cogpress.errors import CogpressError
 from cogpress.serve import adapters as multilora
+from cogpress.train.answers import generate
 from cogpress.verify import distributions
 from cogpress.weights import fetch, manifest
 from examples import queries, questions
@@ -154,7 +155,7 @@ def test_mixed_traffic_is_answered_as_training_scored_it(
     # What training scored: the adapter on the quantized base, by transformers.
     reference = distributions.reference_model(base_folder, operations_adapter)
     prompts = [chat.encode_prompt(tokenizer, chat.chat(row["question"], "Name the operation.")) for row in rows]
-    expected = distributions.answers(reference, tokenizer, prompts, 8)
+    expected = generate(reference, tokenizer, prompts, 8)
     wanted = [operations_row(row)["completion"] for row in rows]
     trained = sum(one == want for one, want in zip(expected, wanted, strict=True))
     served = sum(one == want for one, want in zip(texts[16:], wanted, strict=True))

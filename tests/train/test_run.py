@@ -11,13 +11,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from cogpress import config
+from cogpress import config, pipeline
 from cogpress.data import prepare
 from cogpress.data.tokenize import Row
 from cogpress.errors import CogpressError
-from cogpress.train import pipeline
 from cogpress.train import run as training
-from cogpress.train.loop import AnswerTrainer, Collator, LengthGroupedSampler, Recorder, Rows
+from cogpress.train.loop import LengthGroupedSampler, Recorder
+from cogpress.train.objective import AnswerLoss, Collator
 from cogpress.weights import base, manifest
 
 pytestmark = pytest.mark.train
@@ -46,7 +46,7 @@ def gradients(model: torch.nn.Module, rows: list[Row]) -> dict[str, torch.Tensor
     model.zero_grad()
     model.train()
     batch = Collator(0)(rows)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with base.autocast(model.dtype):  # type: ignore[arg-type]
         model(**batch).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -78,19 +78,13 @@ def test_loss_is_the_models_own_on_the_answer_tokens(
     torch.manual_seed(0)
     chosen = settings()
     model = training.adapted(chosen, tiny_base)
-    trainer = AnswerTrainer(
-        model=model,
-        args=training.arguments(chosen.train, tmp_path, 36, validation=False),
-        train_dataset=Rows(prepared.train),
-        data_collator=Collator(0),
-        lengths=[1] * len(prepared.train),
-    )
+    objective = AnswerLoss(model)
     batch = Collator(0)(prepared.train[:3])
     model.eval()
     with torch.no_grad():
-        total, count = trainer.answer_loss(model, dict(batch))
+        total, count = objective(model, batch)
         whole = model(**batch)
-    trainer.release()
+    objective.release()
     assert count == int((batch["labels"] != -100).sum())
     assert count < batch["attention_mask"].sum()
     assert (total / count).item() == pytest.approx(whole.loss.item(), rel=1e-4)
@@ -172,7 +166,7 @@ def test_files_of_examples_are_relative_to_the_project(
     (root / "model.yaml").write_text(json.dumps(chosen), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     pipeline.from_inputs(root, {}, run=root / "runs" / "one", console=QUIET)
-    held_out = (root / "runs" / "one" / pipeline.HELD_OUT).read_text(encoding="utf-8").splitlines()
+    held_out = (root / "runs" / "one" / training.HELD_OUT).read_text(encoding="utf-8").splitlines()
     answers = [json.loads(line)["messages"][-1]["content"] for line in held_out]
     assert answers == [f"It is {number + 1}, of course." for number in range(24, 30)]
 
@@ -194,7 +188,7 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(
     monkeypatch: pytest.MonkeyPatch,
     dropout: float,
 ) -> None:
-    import cogpress.trainer
+    import cogpress.train.loop
 
     chosen = settings(max_steps=14, dropout=dropout)  # more than an epoch of 9 batches
     whole = training.train(chosen, prepared, tiny_base, tmp_path / "whole", console=QUIET)
@@ -236,7 +230,7 @@ def test_norms_compute_in_float32_and_layers_in_16_bits(tiny_base: Path, tmp_pat
     """RMS norms do so by themselves; a layer norm, which does not, is held in float32."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    model = base.load(tiny_base, "nf4")
+    model = base.load(tiny_base, "nf4", dtype=torch.bfloat16)
     assert len(base.quantized_modules(model)) == 14
     norm = model.model.layers[0].input_layernorm
     values = torch.randn(64, 128).to(torch.bfloat16) * 30
@@ -247,7 +241,7 @@ def test_norms_compute_in_float32_and_layers_in_16_bits(tiny_base: Path, tmp_pat
         vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
     GPTNeoXForCausalLM(small).save_pretrained(tmp_path)
-    neox = base.load(tmp_path, "nf4")
+    neox = base.load(tmp_path, "nf4", dtype=torch.bfloat16)
     layer_norm = neox.gpt_neox.layers[0].input_layernorm
     assert layer_norm.weight.dtype == torch.float32
     assert layer_norm(values[:, :64]).dtype == torch.bfloat16

@@ -1,7 +1,6 @@
 """The whole way from examples to weights that can be served: prepare, train, merge, compare, pack.
 
-Knows the order of the steps and what each leaves in the run folder; leaves each step to its own module. Finished
-steps are recognised by what went into them and not done again.
+A finished step is recognised by what went into it and not done again.
 """
 
 from __future__ import annotations
@@ -9,16 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from cogpress.cli import step
+from cogpress.cli import progress_bar, step
 from cogpress.config import Config, Merge, Prompt, load
 from cogpress.data import prepare as data
 from cogpress.data.prepare import Prepared
@@ -32,12 +29,6 @@ from cogpress.weights import archive, base, fetch, manifest
 
 if TYPE_CHECKING:
     from cogpress.verify.distributions import Divergence
-
-HELD_OUT = "held-out.jsonl"
-"""The examples of a run that it does not train on, as conversations."""
-
-ADAPTER = "adapter"
-"""The folder of a run, and in the tar of its weights, that holds the adapter."""
 
 TAR = "weights.tar"
 """The file of a run that holds its weights and adapter, where it was asked for."""
@@ -94,15 +85,10 @@ def from_inputs(
         run,
         root / ".cache",
         console or Console(),
-        validation_path=validation_file(config, root),
+        validation_path=training.validation_file(config, root),
         resume=resume,
         skip_bad=skip_bad,
     )
-
-
-def validation_file(config: Config, root: Path) -> Path | None:
-    """The file that `data.validation` names, which is relative to the project's folder; None where it names none."""
-    return root / config.data.validation if config.data.validation else None
 
 
 def install(weights: Path, place: Path) -> None:
@@ -128,12 +114,12 @@ def lay_out(fetched: Path, run: Path) -> bool:
     """
     with new_folder(run / "weights") as part:
         shutil.copytree(
-            fetched, part, dirs_exist_ok=True, ignore=lambda at, _: [ADAPTER] if Path(at) == fetched else []
+            fetched, part, dirs_exist_ok=True, ignore=lambda at, _: [training.ADAPTER] if Path(at) == fetched else []
         )
-    if not (fetched / ADAPTER).is_dir():
+    if not (fetched / training.ADAPTER).is_dir():
         return False
-    with new_folder(run / ADAPTER) as part:
-        shutil.copytree(fetched / ADAPTER, part, dirs_exist_ok=True)
+    with new_folder(run / training.ADAPTER) as part:
+        shutil.copytree(fetched / training.ADAPTER, part, dirs_exist_ok=True)
     return True
 
 
@@ -161,12 +147,12 @@ def held_out_again(
     Raises:
         CogpressError: it held out others.
     """
-    facts = adapters.read(run / ADAPTER).facts
+    facts = adapters.read(run / training.ADAPTER).facts
     config = config.model_copy(update={"prompt": Prompt.model_validate(facts["prompt"])})
     base_folder = fetch.base(facts["base"]["source"], cache)
     prepare(config, path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad)
-    if sha256(run / HELD_OUT) != facts.get("held_out"):
-        (run / HELD_OUT).unlink()
+    if sha256(run / training.HELD_OUT) != facts.get("held_out"):
+        (run / training.HELD_OUT).unlink()
         raise CogpressError(
             f"The training held out other examples than {path} gives here, so that some that it learnt would be among "
             "them: its model.yaml has another data, seed or max_length. Name examples with verify.examples."
@@ -176,18 +162,6 @@ def held_out_again(
 def new_run(root: Path) -> Path:
     """A run folder of its own for a training that Cog asks for, so that no other run is touched."""
     return root / "runs" / time.strftime("training-%Y%m%d-%H%M%S", time.gmtime())
-
-
-def made(run: Path, facts: dict[str, Any]) -> bool:
-    """Whether a run trained the adapter that is in weights, by their manifest."""
-    recorded = manifest.read(run / "adapter")
-    adapter = (facts.get("merge") or {}).get("adapter")
-    return recorded is not None and manifest.recorded_fingerprint(recorded) == adapter
-
-
-def run_of(facts: dict[str, Any], runs: Path) -> Path | None:
-    """The run in the folder `runs` whose adapter is in weights, by their manifest; None where none is."""
-    return next((run for run in sorted(runs.glob("*")) if made(run, facts)), None)
 
 
 def prepare(
@@ -216,27 +190,18 @@ def prepare(
             seed=config.train.seed,
             validation_path=validation_path,
             skip_bad=skip_bad,
-            stop_ids=stop_ids(base_folder),
+            stop_ids=base.stop_ids(base_folder),
         )
     except data.BadDataError as error:
         console.print(error.report.table())
         raise
     write_json(run / "data.json", prepared.report.to_dict())
-    (run / HELD_OUT).write_text(data.held_out(prepared), encoding="utf-8")
+    (run / training.HELD_OUT).write_text(data.held_out(prepared), encoding="utf-8")
     from cogpress import plots  # drawing takes a second to import
 
     plots.token_lengths(prepared.report.lengths, config.train.max_length, run / "lengths.png")
     console.print(prepared.report.table())
     return prepared
-
-
-def stop_ids(base_folder: Path) -> list[int]:
-    """The ids on which the base's own generation settings stop."""
-    try:
-        ids = json.loads((base_folder / "generation_config.json").read_text()).get("eos_token_id")
-    except (FileNotFoundError, ValueError):
-        return []
-    return [ids] if isinstance(ids, int) else list(ids or [])
 
 
 def build(
@@ -290,7 +255,7 @@ def pack(built: Built, console: Console | None = None) -> Path:
     The adapter is what the weights can be verified against, wherever they are fetched to.
     """
     with step("Archive", console or Console()) as say:
-        tar = archive.pack(built.weights, built.weights.parent / TAR, {ADAPTER: built.training.adapter})
+        tar = archive.pack(built.weights, built.weights.parent / TAR, {training.ADAPTER: built.training.adapter})
         say(f"{tar} ({tar.stat().st_size / 1e6:.0f} MB)")
     return tar
 
@@ -402,10 +367,3 @@ def divergence_table(merged: Divergence, naive: Divergence, config: Config) -> T
     for name, value in ((names[config.merge], merged), ("the original weights (the usual merge)", naive)):
         table.add_row(name, f"{value.mean_kl:.5f}", f"{value.p99_kl:.5f}", f"{value.top1_agreement:.1%}")
     return table
-
-
-def progress_bar(console: Console) -> Callable[[Iterable[Any], int], Iterable[Any]]:
-    """A progress bar that goes when it is done; nothing where nobody watches."""
-    if not console.is_terminal:
-        return lambda items, _total: items
-    return lambda items, total: track(items, total=total, description="  ", transient=True, console=console)

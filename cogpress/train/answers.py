@@ -1,0 +1,128 @@
+"""Greedy answers of a base and its tuned model, side by side."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cogpress.data.example import Example
+from cogpress.files import write_json
+from cogpress.prompts import encode_prompt
+from cogpress.weights import base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN_CHARACTERS = 400
+"""Of each text in a table."""
+
+
+def generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_tokens: int
+) -> list[str]:
+    """Greedy answers to prompts of token ids, computed as training computes, in one batch."""
+    import torch
+
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    # Padded on the left, so that every answer starts at the same place.
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    training = model.training
+    model.eval()
+    with torch.no_grad(), base.autocast(model.dtype):
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, pad_token_id=pad
+        )
+    model.train(training)
+    return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)).strip() for row in out]
+
+
+def compare(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    run: Path,
+    console: Console,
+    *,
+    count: int = 4,
+    max_tokens: int = 96,
+) -> list[dict[str, str]]:
+    """Greedy answers of the base and of the tuned model to validation prompts.
+
+    Shown as a table and written to `answers.json` in the run's folder.
+
+    Args:
+        model: the base with its adapter, which is switched off for the base's answers.
+        tokenizer: the base's.
+        examples: for validation.
+        run: the run's folder.
+        console: where the table goes.
+        count: how many examples are shown.
+        max_tokens: the most to generate for one prompt.
+    """
+    shown = [example for example in examples if example.messages is not None][:count]
+    if not shown:
+        return []
+    prompts = [encode_prompt(tokenizer, example.asked) for example in shown]
+    with model.disable_adapter():
+        before = generate(model, tokenizer, prompts, max_tokens)
+    after = generate(model, tokenizer, prompts, max_tokens)
+    rows = [
+        {"prompt": example.prompt, "expected": example.answer, "base": old, "tuned": new}
+        for example, old, new in zip(shown, before, after, strict=True)
+    ]
+    write_json(run / "answers.json", rows)
+    console.print(table(rows, "Validation answers", marked=not console.is_terminal))
+    return rows
+
+
+def table(rows: Sequence[dict[str, str]], title: str, *, marked: bool) -> Table:
+    """Prompts with their expected and given answers, one below the other, so that each has the terminal's whole width.
+
+    Args:
+        rows: texts by what they are; `expected` comes before the answers that are compared with it.
+        title: of the table.
+        marked: put what differs from the expected answer into brackets, for where no colours are seen.
+    """
+    made = Table(title=title, title_justify="left", show_header=False, expand=True)
+    made.add_column(no_wrap=True, style="bold")
+    made.add_column(ratio=1, overflow="fold")
+    for row in rows:
+        expected = None
+        for name, text in row.items():
+            flat = " ".join(text.split())
+            made.add_row(name, _short(flat) if expected is None else differences(expected, flat, marked=marked))
+            if name == "expected":
+                expected = flat
+        made.add_section()
+    return made
+
+
+def differences(expected: str, given: str, *, marked: bool = False) -> Text:
+    """A given answer with what is not as expected in red; one that has little in common with it is left plain."""
+    if given == expected:
+        return Text.assemble(("✓ ", "green"), _short(given))
+    wanted, got = (re.findall(r"\w+|\W", text) for text in (expected, given))
+    matcher = difflib.SequenceMatcher(None, wanted, got, autojunk=False)
+    shown = Text.assemble(("✗ ", "bold red"))
+    if matcher.ratio() < 0.5:
+        return shown.append(_short(given))
+    for kind, _, _, start, end in matcher.get_opcodes():
+        piece = "".join(got[start:end])
+        if kind == "equal":
+            shown.append(piece)
+        else:
+            shown.append(f"[{piece}]" if marked or not piece else piece, "bold red")
+    return shown
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"

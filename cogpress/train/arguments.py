@@ -1,0 +1,102 @@
+"""The options of `model.yaml` as peft's and transformers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cogpress.config import Train
+from cogpress.errors import CogpressError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+OPTIMIZERS = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}
+"""transformers' names by ours."""
+
+SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+"""transformers' names by ours."""
+
+CHECKPOINTS = 8
+"""Checkpoints in a run, of which the newest two are kept."""
+
+
+def lora(settings: Train) -> LoraConfig:
+    """The adapter: its rank, its scale and the layers that it is for."""
+    from peft import LoraConfig
+
+    targets: str | list[str] = settings.target_modules
+    if targets != "all-linear":
+        targets = [name.strip() for name in settings.target_modules.split(",") if name.strip()]
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+
+
+def arguments(settings: Train, run: Path, rows: int, validation: bool, compute: torch.dtype) -> TrainingArguments:
+    """The loop: steps, schedule, optimizer, evaluations and checkpoints. Steps are optimizer steps.
+
+    Args:
+        settings: the section `train`.
+        run: the run's folder.
+        rows: how many there are to train on.
+        validation: whether there are rows to evaluate on.
+        compute: what matrix products run in.
+
+    Raises:
+        CogpressError: the optimizer does not run on this machine.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    cuda = torch.cuda.is_available()
+    per_epoch = max(1, rows // (settings.batch_size * settings.gradient_accumulation))
+    total = settings.max_steps or max(1, round(per_epoch * settings.epochs))
+    evaluate = validation and settings.evaluations > 0
+    optimizer = settings.optimizer
+    if optimizer == "auto":
+        optimizer = "paged_adamw_8bit" if cuda else "adamw"
+    if optimizer == "paged_adamw_8bit" and not cuda:
+        raise CogpressError("optimizer paged_adamw_8bit needs a GPU. Set it to auto or adamw.")
+    return TrainingArguments(
+        output_dir=str(run / "checkpoints"),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        warmup_steps=settings.warmup_share,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=OPTIMIZERS[optimizer],
+        bf16=compute == torch.bfloat16,
+        fp16=compute == torch.float16,
+        use_cpu=not cuda,
+        gradient_checkpointing=cuda,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=max(1, total // (settings.evaluations + 1)) if evaluate else None,
+        save_strategy="steps",
+        save_steps=max(1, total // CHECKPOINTS),
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=0,
+        dataloader_pin_memory=cuda,
+    )
