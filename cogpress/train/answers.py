@@ -85,41 +85,44 @@ def compare(
 
 
 def table(rows: Sequence[dict[str, str]], title: str, *, marked: bool) -> Table:
-    """Prompts with their expected and given answers, one below the other, so that each has the terminal's whole width.
+    """Prompts and answers below each other, so that each has the terminal's whole width.
+
+    The expected answer stands right above the last one, in which differences are marked.
 
     Args:
-        rows: texts by what they are; `expected` comes before the answers that are compared with it.
+        rows: the prompt first, then answers by what gave them, one of them `expected`.
         title: of the table.
-        marked: put what differs from the expected answer into brackets, for where no colours are seen.
+        marked: put differences into brackets, for where no colours are seen.
     """
     made = Table(title=title, title_justify="left", show_header=False, expand=True)
     made.add_column(no_wrap=True, style="bold")
+    made.add_column(no_wrap=True)
     made.add_column(ratio=1, overflow="fold")
     for row in rows:
-        expected = None
-        for name, text in row.items():
-            flat = " ".join(text.split())
-            made.add_row(name, _short(flat) if expected is None else differences(expected, flat, marked=marked))
-            if name == "expected":
-                expected = flat
+        prompt, *names = [name for name in row if name != "expected"]
+        flat = {name: " ".join(text.split()) for name, text in row.items()}
+        made.add_row(prompt, "", _short(flat[prompt]))
+        for name in [*names[:-1], "expected", *names[-1:]]:
+            right = flat[name] == flat["expected"]
+            mark = "" if name == "expected" else Text("✓", "green") if right else Text("✗", "bold red")
+            made.add_row(name, mark, differences(flat["expected"], flat[name], marked=marked))
         made.add_section()
     return made
 
 
 def differences(expected: str, given: str, *, marked: bool = False) -> Text:
-    """A given answer with what is not as expected in red; one that has little in common with it is left plain."""
-    if given == expected:
-        return Text.assemble(("✓ ", "green"), _short(given))
+    """A given answer with what is not as expected in red; one that has little in common with it stays plain."""
     wanted, got = (re.findall(r"\w+|\W", text) for text in (expected, given))
     matcher = difflib.SequenceMatcher(None, wanted, got, autojunk=False)
-    shown = Text.assemble(("✗ ", "bold red"))
-    if matcher.ratio() < 0.5:
-        return shown.append(_short(given))
+    if given == expected or matcher.ratio() < 0.5:
+        return Text(_short(given))
+    shown = Text()
     for kind, _, _, start, end in matcher.get_opcodes():
         piece = "".join(got[start:end])
         if kind == "equal":
             shown.append(piece)
         else:
+            # What is missing leaves nothing that could be red.
             shown.append(f"[{piece}]" if marked or not piece else piece, "bold red")
     return shown
 

@@ -23,7 +23,7 @@ from cogpress.train.answers import generate
 from cogpress.verify import distributions
 from cogpress.weights import fetch, manifest
 from examples import queries, questions
-from tests.conftest import operations_row
+from tests.fixtures.make import operations_row
 
 ROOT = Path(__file__).resolve().parents[2]
 
