@@ -1,4 +1,4 @@
-"""Downloads over a real local server: in ranges, cut, resumed, refused, with and without pget."""
+"""Downloads over a real local server: cut, resumed, refused, with and without pget."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ MB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small ranges and no waiting; and no pget of this machine."""
-    monkeypatch.setattr(download, "RANGE", 2 * MB)
+    """No waiting, and no pget of this machine."""
     monkeypatch.setattr(web, "BACKOFF", 0.001)
     monkeypatch.setattr(pget, "program", lambda: None)
 
@@ -46,15 +45,10 @@ def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_file_comes_in_parallel_ranges(tmp_path: Path, site: FileServer) -> None:
+def test_a_file_comes_in_one_stream(tmp_path: Path, site: FileServer) -> None:
     content = served(site)
     assert get(site, tmp_path / "out").read_bytes() == content
-    assert sorted(map(str, site.asked("/a.bin"))) == [
-        "bytes=0-2097151",
-        "bytes=2097152-4194303",
-        "bytes=4194304-6291455",
-        "bytes=6291456-7340044",
-    ]
+    assert site.asked("/a.bin") == ["bytes=0-7340044"]
     assert left(tmp_path / "out") == ["a.bin"]
 
 
@@ -71,9 +65,10 @@ def test_a_cut_is_gone_on_from_where_it_was(tmp_path: Path, site: FileServer) ->
     content = served(site, size=8 * MB)
     site.cuts, site.cut_after = 3, MB // 2
     assert get(site, tmp_path / "out").read_bytes() == content
-    sizes = [1 + end - start for start, end in (map(int, str(r)[6:].split("-")) for r in site.asked("/a.bin"))]
-    assert len(sizes) == 7
-    assert sum(sizes) <= 14 * MB - 3 * MB // 2, "what had arrived was not asked for again"
+    starts = [int(str(wanted)[6:].split("-")[0]) for wanted in site.asked("/a.bin")]
+    assert len(starts) == 4
+    assert starts == sorted(starts)
+    assert starts[-1] >= 3 * MB // 2 - 3 * 65536, "what had arrived was not asked for again"
 
 
 def test_another_process_resumes_and_another_version_is_not_continued(tmp_path: Path, site: FileServer) -> None:
@@ -83,20 +78,29 @@ def test_another_process_resumes_and_another_version_is_not_continued(tmp_path: 
         with pytest.raises(CogpressError, match=r"a\.bin can not be downloaded: .* times in a row"):
             get(site, tmp_path / "out")
     [remote] = web.look([f"{site.url}/a.bin"])
-    # What a process leaves that was killed when two ranges were complete, and a third line half-written.
-    stem = tmp_path / "out" / "parts" / remote.key
-    with stem.with_suffix(".part").open("r+b") as file:
-        file.write(content[: 4 * MB])
-    stem.with_suffix(".done").write_text("0\n2097152\n41")
+    # What a killed process leaves.
+    part = tmp_path / "out" / "parts" / f"{remote.key}.part"
+    part.write_bytes(content[: 4 * MB])
     site.cuts = 0
     site.log.clear()
     assert get(site, tmp_path / "out").read_bytes() == content
-    assert sorted(map(str, site.asked("/a.bin"))) == ["bytes=4194304-6291455", "bytes=6291456-7340044"]
-    stem.with_suffix(".part").write_bytes(b"x" * 4 * MB)
-    stem.with_suffix(".done").write_text("0\n2097152\n")
+    assert site.asked("/a.bin") == ["bytes=4194304-7340044"]
+    # Another version is not continued with, nor a part that is longer than the file.
+    place = tmp_path / "out" / "places" / "a.bin"
+    part.write_bytes(b"x" * 4 * MB)
     content = served(site, size=7 * MB)
-    (tmp_path / "out" / "places" / "a.bin").unlink()
+    place.unlink()
     assert get(site, tmp_path / "out").read_bytes() == content
+    [remote] = web.look([f"{site.url}/a.bin"])
+    (tmp_path / "out" / "parts" / f"{remote.key}.part").write_bytes(b"x" * 8 * MB)
+    place.unlink()
+    assert get(site, tmp_path / "out").read_bytes() == content
+    # One that is complete needs no request.
+    (tmp_path / "out" / "parts" / f"{remote.key}.part").write_bytes(content)
+    place.unlink()
+    site.log.clear()
+    assert get(site, tmp_path / "out").read_bytes() == content
+    assert site.asked("/a.bin") == []
 
 
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path, site: FileServer) -> None:
@@ -207,7 +211,6 @@ def install_pget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, ban
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.undo()
-    monkeypatch.setattr(download, "RANGE", 2 * MB)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     return tmp_path / "pget.log"
 
