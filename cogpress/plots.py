@@ -1,7 +1,6 @@
-"""Pictures of a run, drawn without a display.
+"""All plots, drawn without a display.
 
-Knows how a picture looks; the numbers come from whoever asks for one. Figures are made directly and not through
-pyplot, whose current figure is state of the process.
+Figures are made directly and not with pyplot, whose current figure is global state.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ _BLUE, _ORANGE, _INK, _GRID = "#3b6ea8", "#c8553d", "#333333", "#e4e4e4"
 
 
 def token_lengths(lengths: Sequence[int], max_length: int, path: Path) -> None:
-    """Write a PNG: how long the examples are, and which of them `max_length` cuts off.
+    """Plot the length of the examples, and which of them `max_length` cuts off.
 
     Args:
         lengths: tokens per example, before anything is cut.
         max_length: tokens per training row.
-        path: the picture, replaced if it exists; its folder must exist.
+        path: the PNG, replaced if it exists; its folder must exist.
     """
     figure, axes = _figure()
     over = sum(length > max_length for length in lengths)
-    # A line far right of every example, or one example of a hundred thousand tokens, would squeeze all bars into a
-    # corner: the line is then told in the title alone, and the last bar takes all that is longer.
+    # A limit far beyond every example, or one example of a hundred thousand tokens, would squeeze all bars into a
+    # corner: the title alone then gives the limit, and the last bar takes all longer examples.
     usual = sorted(lengths)[int(0.99 * len(lengths))] if lengths else 1
     shown = max_length <= 4 * usual
     span = max(min(max(lengths, default=1), 2 * usual), max_length if shown else 1)
@@ -85,11 +84,11 @@ def _styled(axes: Axes) -> Axes:
 
 
 def losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG of a run's training and validation loss by step.
+    """Plot a run's training and validation loss by step.
 
     Args:
         rows: the rows of `metrics.jsonl`.
-        path: the picture, replaced if it exists; its folder must exist.
+        path: the PNG, replaced if it exists; its folder must exist.
     """
     figure, axes = _figure()
     training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
@@ -118,21 +117,21 @@ def verification(
     verdict: str,
     path: Path,
 ) -> None:
-    """Write a PNG: how far each token is from the reference, and the engine's log-probabilities beside transformers'.
+    """Plot the KL of each token to the reference, and the engine's log-probabilities against transformers'.
 
     Args:
         kl: KL of each answer token in nats; None where it was not measured.
         parity: log-probability by the engine and by transformers, of each token; None where it was not measured.
-        limits: of the checks by name, drawn as lines.
+        limits: the checks' limits by name, drawn as lines.
         verdict: for the title.
-        path: the picture, replaced if it exists; its folder must exist.
+        path: the PNG, replaced if it exists; its folder must exist.
     """
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = (_styled(axes) for axes in figure.subplots(1, 2))
     figure.suptitle(f"Verification {verdict}", x=0.01, ha="left", color=_INK)
     if kl:
-        # On a logarithmic axis nothing is zero.
+        # A logarithmic axis has no zero.
         values = np.maximum(np.sort(np.asarray(kl)), 1e-9)
         left.plot(values, np.linspace(0, 1, len(values)), color=_BLUE, linewidth=1.6)
         left.set_xscale("log")
@@ -178,15 +177,15 @@ _PANELS: tuple[tuple[str, str, float, str, tuple[tuple[str, str], ...]], ...] = 
         (("stream_tokens_per_second", _BLUE), ("concurrent_tokens_per_second", _ORANGE)),
     ),
 )
-"""A picture's panels: title, axis, factor from the figure to the axis, label, and bars by figure and colour."""
+"""Panels: title, axis, factor from the figure to the axis, label, and bars by figure and colour."""
 
 
 def quantization(candidates: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG: size, quality and speed of each folder of weights, side by side on the same lines.
+    """Plot size, quality and speed of each folder of weights, side by side.
 
     Args:
-        candidates: figures by the names of `comparison.Candidate`; None is not drawn, and what none has has no panel.
-        path: the picture, replaced if it exists; its folder must exist.
+        candidates: figures by the names of `quantize.report.Candidate`; None is not drawn, and a figure that none has has no panel.
+        path: the PNG, replaced if it exists; its folder must exist.
     """
     panels = [panel for panel in _PANELS if any(one.get(key) is not None for one in candidates for key, _ in panel[4])]
     figure = Figure(figsize=(3.4 * len(panels) + 0.6, 1.4 + 0.62 * len(candidates)), layout="constrained")
@@ -207,7 +206,7 @@ def quantization(candidates: Sequence[Mapping[str, Any]], path: Path) -> None:
                 largest = max(largest, value)
                 axes.barh(place + offset, value, height * 0.9, color=colour)
                 axes.text(value, place + offset, " " + label.format(value), va="center", color=_INK)
-        # Room for the labels, which stand right of the bars.
+        # Room for the labels right of the bars.
         axes.set_xlim(0, 1.3 * (largest or 1))
         axes.set_ylim(len(candidates) - 0.5, -0.5)
         axes.set_yticks(places, [str(one["name"]) for one in candidates] if number == 0 else [])
@@ -229,11 +228,11 @@ def quantization(candidates: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def serving_curves(sides: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """Write a PNG of 1500 pixels' width: throughput, time to first token and inter-token latency against streams.
+    """Plot throughput, time to first token and inter-token latency against streams, 1500 pixels wide.
 
     Args:
-        sides: by name, the figures of `bench.load.summary` at each number of `streams`; three sides at most.
-        path: the picture, replaced if it exists; its folder must exist.
+        sides: the figures at each number of `streams`, by name; at most three sides.
+        path: the PNG, replaced if it exists; its folder must exist.
     """
     figure = Figure(figsize=(12.5, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -282,16 +281,15 @@ def plan(
     name: str,
     path: Path,
 ) -> None:
-    """Write a PNG: memory of each way to train and serve beside what GPUs have, and cost by requests an hour.
+    """Plot the memory of each way to train and serve against that of GPUs, and the cost by requests an hour.
 
     Args:
         bars: label, and gigabytes by part.
-        machines: name of each GPU and its gigabytes.
-        curves: the hardware's name, and at each rate what it costs serverless and always on, as `cost.Running`; None
-            where that is not known.
-        requests: an hour, marked on the curves.
+        machines: GPUs by name, with their gigabytes.
+        curves: the hardware's name, and its cost at each rate, serverless and always on; None where that is not known.
+        requests: per hour, marked on the curves.
         name: the model's, for the title.
-        path: the picture, replaced if it exists; its folder must exist.
+        path: the PNG, replaced if it exists; its folder must exist.
     """
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     FigureCanvasAgg(figure)

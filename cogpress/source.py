@@ -1,7 +1,4 @@
-"""How a model's source is written: a folder, a tar, a repository on the Hub, a tar or a published folder on the web.
-
-Knows the forms and what may be shown of them; leaves getting the files to `fetch`.
-"""
+"""The syntax of a model's source: a folder, a tar, a repository on the Hub, a tar or a published folder on the web."""
 
 from __future__ import annotations
 
@@ -14,18 +11,18 @@ from urllib.parse import urlsplit
 from cogpress.errors import CogpressError
 
 FORMS = "a folder, a tar, hf://organisation/name@revision, https://….tar or https://…/manifest.json"
-"""The forms, for messages."""
+"""The forms, for error messages."""
 
 _HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[^\s@]+))?")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source, understood.
+    """A parsed source.
 
     Attributes:
         kind: `path`, `hub`, `tar` (a URL of one), or `files` (the URL of a published folder's manifest).
-        text: as it was given; it can hold a signature or a password, so messages take `shown`.
+        text: as it was given; it can hold a signature or a password, so messages use `shown`.
         repository: on the Hub, `organisation/name`.
         revision: on the Hub; None for the default branch.
     """
@@ -42,14 +39,14 @@ class Source:
 
 
 def parse(text: str) -> Source:
-    """Understand a source.
+    """Parse a source.
 
     Raises:
-        CogpressError: it has none of the forms, or asks for plain HTTP from another machine.
+        CogpressError: it has none of the forms, or is plain HTTP from another machine.
     """
     text = text.strip()
     if not text:
-        raise CogpressError(f"The source of the model is empty. Name {FORMS}.")
+        raise CogpressError(f"The model's source is empty. Name {FORMS}.")
     if text.startswith("hf://"):
         match = _HUB.fullmatch(text)
         if match is None:
@@ -59,14 +56,13 @@ def parse(text: str) -> Source:
         return Source("path", text)
     if not allowed(text):
         raise CogpressError(
-            f"{shown(text)} can not be a source: the network is used over https only (plain http from this machine "
-            f"itself). Name {FORMS}."
+            f"{shown(text)} cannot be a source: it must be https (plain http only from this machine). Name {FORMS}."
         )
     return Source("files" if urlsplit(text).path.endswith("/manifest.json") else "tar", text)
 
 
 def allowed(url: str) -> bool:
-    """Whether a URL may be fetched from: https, or http from this machine itself."""
+    """Whether a URL may be requested: https, or http from this machine."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -84,7 +80,7 @@ def is_loopback(host: str | None) -> bool:
 
 
 def shown(text: str) -> str:
-    """A source for messages: a URL without user, password, query and fragment, any of which can be a secret."""
+    """A source for messages: a URL without user, password, query and fragment, which can hold secrets."""
     scheme, mark, rest = text.partition("://")
     if not mark or scheme == "hf":
         return text

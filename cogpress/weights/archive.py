@@ -19,23 +19,23 @@ MAX_MEMBERS = 10_000
 """More files than any model has."""
 
 MAX_RATIO = 200
-"""Unpacked bytes per packed byte: weights hardly compress, so more than this is a compression bomb."""
+"""Unpacked bytes per packed byte: weights hardly compress, so a higher ratio is a compression bomb."""
 
 MAX_HEADER = 1 << 20
-"""Bytes of the headers of one member: a name and some attributes, however they are written."""
+"""Bytes of one member's headers: a name and some attributes, in whatever format."""
 
 _OTHER_COMPRESSIONS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 
 
 def pack(folder: Path, tar: Path, inside: Mapping[str, Path] | None = None) -> Path:
-    """Write a folder's files to an uncompressed tar, in a fixed order and without owner or time.
+    """Write a folder's files to an uncompressed tar, in a fixed order and without owners or times.
 
-    Weights do not compress, so the tar is as large as they are and as fast as the disk.
+    Weights do not compress, so compression would cost time and save nothing.
 
     Args:
         folder: becomes the tar's top.
         tar: the file.
-        inside: other folders, by the names that they get in the tar.
+        inside: more folders, by their names in the tar.
     """
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
     for name, other in (inside or {}).items():
@@ -67,12 +67,13 @@ def unpack_into(tar: Path, folder: Path, shown: str | None = None) -> None:
 
     Args:
         tar: the file.
-        folder: is to be thrown away when this raises.
+        folder: delete it when this raises.
         shown: what messages call the tar; its path where not given.
 
     Raises:
-        CogpressError: not a whole tar; a path outside the folder or twice, a link or a device; pickle files; more
-            members, longer headers, a higher compression ratio or a larger size than the disk has room for.
+        CogpressError: the tar is incomplete; it holds a path outside the folder or a path twice, a link, a device or a
+            pickle file; or it has too many members, too long headers, too high a compression ratio, or is too large
+            for the disk.
     """
     shown = shown or str(tar)
     try:
@@ -82,25 +83,25 @@ def unpack_into(tar: Path, folder: Path, shown: str | None = None) -> None:
         if is_full(error):
             raise CogpressError(f"The disk has no room to unpack {shown}; nothing was changed. Free some.") from None
         raise _unreadable(shown, error) from None
-    # tarfile answers a hostile header with any of these.
+    # tarfile raises any of these for a hostile header.
     except (tarfile.TarError, EOFError, zlib.error, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         raise _unreadable(shown, error) from None
 
 
 def _unreadable(shown: str, error: Exception) -> CogpressError:
     reason = str(error) or type(error).__name__
-    return CogpressError(f"{shown} can not be unpacked ({reason}); nothing was changed. Fetch it again.")
+    return CogpressError(f"Could not unpack {shown} ({reason}); nothing was changed. Fetch it again.")
 
 
 class _Metered:
-    """A seekable file of which no more than what was allowed last is read or skipped, whatever the headers claim."""
+    """A seekable file that limits how much is read or skipped, whatever the headers claim."""
 
     def __init__(self, file: IO[bytes], shown: str) -> None:
         self._file, self._shown, self._left = file, shown, 0
         self.last = b""
 
     def allow(self, count: int) -> None:
-        """Allow so many bytes from here on."""
+        """Limit what is read or skipped from here on, in bytes."""
         self._left = count
 
     def read(self, count: int = -1) -> bytes:
@@ -118,7 +119,7 @@ class _Metered:
 
     def _spend(self, count: int) -> None:
         if count < 0 or count > self._left:
-            raise CogpressError(f"{self._shown} has headers longer than those of any file; it is refused.")
+            raise CogpressError(f"{self._shown} has oversized headers and is refused. Check where it comes from.")
         self._left -= count
 
 
@@ -130,7 +131,7 @@ def _opened(tar: Path, shown: str) -> Iterator[IO[bytes]]:
         for magic, name in _OTHER_COMPRESSIONS.items():
             if start.startswith(magic):
                 raise CogpressError(
-                    f"{shown} is compressed with {name}, which is not read here. Pack the files as a plain tar: "
+                    f"{shown} is compressed with {name}, which is not supported. Pack the files as a plain tar: "
                     "weights hardly compress."
                 )
         if start.startswith(b"\x1f\x8b"):
@@ -151,7 +152,7 @@ def _unpack(file: IO[bytes], folder: Path, shown: str, room: int) -> None:
             member = archive.next()
             if member is None:
                 break
-            # Names that start so are Finder's metadata, which macOS's tar adds to each file.
+            # macOS's tar adds Finder's metadata to each file, under such a name.
             if member.isdir() or PurePosixPath(member.name).name.startswith("._"):
                 continue
             name = _safe_member(member, shown)
@@ -163,7 +164,7 @@ def _unpack(file: IO[bytes], folder: Path, shown: str, room: int) -> None:
             _write(archive, member, folder / name)
         else:
             raise _bomb(shown)
-        # tarfile also takes a damaged header, or the end of the file, for the end of the archive.
+        # tarfile takes a damaged header, or the end of the file, for the end of the archive too.
         if metered.last != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it ends before its end mark")
     if isinstance(file, gzip.GzipFile):
@@ -196,15 +197,15 @@ def _bomb(shown: str) -> CogpressError:
 def _safe_member(member: tarfile.TarInfo, shown: str) -> PurePosixPath:
     name = safe_name(member.name, shown)
     if not member.isreg() or member.issparse() or member.size < 0:
-        raise CogpressError(f"{shown} holds {member.name[:80]!r}, a link, a device or a sparse file; it is refused.")
+        raise CogpressError(f"{shown} holds {member.name[:80]!r}, a link, a device or a sparse file, and is refused.")
     return name
 
 
 def _refuse_collision(name: PurePosixPath, names: set[str], folders: set[str], shown: str) -> None:
-    """A name twice, also in another case, or both as a file and as a folder: which one counts would be chance."""
+    """Refuse a name used twice, also in another case, or for both a file and a folder: which one wins is chance."""
     key = str(name).casefold()
     parents = {str(parent).casefold() for parent in name.parents}
     if key in names or key in folders or names & parents:
-        raise CogpressError(f"{shown} holds {str(name)!r} twice, or as a file and a folder; it is refused.")
+        raise CogpressError(f"{shown} holds {str(name)!r} twice, or as a file and a folder, and is refused.")
     names.add(key)
     folders.update(parents)

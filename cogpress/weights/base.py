@@ -1,8 +1,4 @@
-"""The base model: the embedded one, and how training loads any.
-
-Knows the embedded package and quantization; leaves other sources to `fetch`, adapters to `training` and arithmetic on
-weights to `merge`.
-"""
+"""What training and serving do with a base model: its tokenizer, device, dtype and quantization, and loading it."""
 
 from __future__ import annotations
 
@@ -24,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries print about themselves: our own steps say what is done."""
+    """Silence what libraries print about themselves: our own steps report progress."""
     import logging
 
-    # Says at its import that an optional kernel from the Hub is missing; the built-in one is used.
+    # On import it warns that an optional kernel from the Hub is missing, and uses its built-in one.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
@@ -36,7 +32,7 @@ def quiet_libraries() -> None:
 
 
 def without_bars(module: Any) -> None:
-    """Stop a module from drawing tqdm's bars, for which it has no switch."""
+    """Stop a module from drawing tqdm's progress bars, which it has no switch for."""
     module.tqdm = functools.partial(tqdm, disable=True)
 
 
@@ -44,7 +40,7 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer and chat template of a model folder.
 
     Raises:
-        CogpressError: the folder has none that can be read without running its code.
+        CogpressError: the folder has none that loads without running its code.
     """
     from transformers import AutoTokenizer
 
@@ -144,7 +140,7 @@ def load(
 
     Args:
         folder: a model folder in safetensors.
-        quantization: how the linear layers are held.
+        quantization: how the linear layers are stored.
         attention: transformers' name of an attention implementation.
         dtype: what it computes in; this machine's fastest where not given.
     """
@@ -162,7 +158,7 @@ def load(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        # Given as None, it would hide that a checkpoint is quantized, whose integers then pass for weights.
+        # None would hide that a checkpoint is quantized, and its integers would be taken for weights.
         **({} if chosen is None else {"quantization_config": chosen}),
         device_map={"": str(device())},
         attn_implementation=attention,
@@ -171,7 +167,7 @@ def load(
     )
     keep_training_layout(model)
     for module in model.modules():
-        # RMS norms compute in float32 by themselves, whatever their dtype; layer norms compute in theirs.
+        # RMS norms compute in float32 whatever their dtype; layer norms compute in their own.
         if isinstance(module, torch.nn.LayerNorm):
             module.to(torch.float32)
             module.register_forward_pre_hook(_to_float32)
@@ -197,7 +193,7 @@ def _to_float32(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.T
 
 
 def quantized_modules(model: torch.nn.Module) -> list[str]:
-    """Names of the linear layers that bitsandbytes holds quantized, as in the base's own checkpoint."""
+    """Names of the linear layers that bitsandbytes quantized, as in the base's own checkpoint."""
     import bitsandbytes as bnb
 
     return sorted(

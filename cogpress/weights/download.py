@@ -205,7 +205,7 @@ def _by_pget(jobs: list[_Job], bar: tqdm[Any]) -> list[_Job]:
     """Download what is not begun yet with pget, where it is installed; returns the jobs that are left."""
     # pget asks for the size itself, and takes an empty file for a failure.
     fresh = {job.part.with_suffix(".pget"): job for job in jobs if job.remote.size and not job.part.exists()}
-    files = [pget.File(job.remote.url, place, job.remote.size or 0) for place, job in fresh.items()]
+    files = [pget.Wanted(job.remote.url, place, job.remote.size or 0) for place, job in fresh.items()]
     if not files or not pget.get(files, bar.update):
         return jobs
     for place, job in fresh.items():

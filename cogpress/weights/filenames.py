@@ -57,22 +57,22 @@ def is_loaded(name: str) -> bool:
 
 
 def safe_name(text: str, shown: str) -> PurePosixPath:
-    """A file's path inside a folder, from a tar or a list that is not trusted.
+    """A file's path inside a folder, as an untrusted tar or list names it.
 
     Raises:
-        CogpressError: it leads outside, is no plain name, or is a pickle file's.
+        CogpressError: the path leads outside, is no plain name, or is a pickle file's.
     """
     name = PurePosixPath(text)
     if name.is_absolute() or ".." in name.parts or "\\" in text or not name.parts:
-        raise CogpressError(f"{shown} holds {text[:80]!r}, a path outside its folder; it is refused.")
+        raise CogpressError(f"{shown} holds {text[:80]!r}, a path outside its folder, and is refused.")
     if not text.isprintable() or len(text.encode()) > MAX_NAME:
-        raise CogpressError(f"{shown} holds {text[:80]!r}, which is no name for a file; it is refused.")
+        raise CogpressError(f"{shown} holds {text[:80]!r}, which is no file name, and is refused.")
     refuse_pickle(name, shown)
     return name
 
 
 def refuse_pickle(name: PurePosixPath, place: Path | str) -> None:
-    """Raise for a file that runs code when it is loaded.
+    """Refuse a file that can run code when it is loaded.
 
     Raises:
         CogpressError: with the way to convert it.
@@ -80,5 +80,5 @@ def refuse_pickle(name: PurePosixPath, place: Path | str) -> None:
     if name.suffix.lower() in PICKLES:
         raise CogpressError(
             f"{place} holds {name}, a pickle file, which can run code when it is loaded. Load the model where you "
-            "trust it and save it again with save_pretrained(folder), which writes safetensors."
+            "trust it and save it with save_pretrained(folder), which writes safetensors."
         )

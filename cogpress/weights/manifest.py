@@ -1,7 +1,4 @@
-"""What a folder of weights is: where it came from, how it was made, and the sha256 of every file.
-
-Knows the file `manifest.json` and how to check a folder against it; leaves to others what the recorded facts mean.
-"""
+"""The state of a folder of weights: its manifest (origin and the sha256 of every file), and whether it is verified."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ STATE_MESSAGES = {
     "changed": "The weights have CHANGED since they were verified. Run scripts/verify.",
     "unverified": "The weights are not verified. Run scripts/verify.",
 }
-"""What a server's log says of a state."""
+"""What a server logs about a state."""
 
 
 def hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -48,14 +45,14 @@ def hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[s
 
 
 def fingerprint(folder: Path) -> str:
-    """One sha256 for all safetensors files of a model folder: changes when any weight does."""
+    """One sha256 for all safetensors files of a model folder; it changes when any weight does."""
     shards = list(folder.glob("*.safetensors"))
     with ThreadPoolExecutor(4) as pool:
         return _fingerprint(dict(zip([path.name for path in shards], pool.map(sha256, shards), strict=True)))
 
 
 def recorded_fingerprint(content: dict[str, Any]) -> str:
-    """The `fingerprint` of a folder that equals its manifest, without reading the weights."""
+    """The `fingerprint` of a folder according to its manifest, without reading the weights."""
     files = content.get("files") or {}
     return _fingerprint({name: files[name]["sha256"] for name in files if re.fullmatch(r"[^/]+\.safetensors", name)})
 
@@ -75,7 +72,7 @@ def write(
     Args:
         folder: the complete folder.
         kind: `weights` or `adapter`.
-        facts: JSON-serialisable; how the folder was made.
+        facts: how the folder was made; JSON-serializable.
         known: sha256 and bytes of files that were hashed while they were written.
     """
     known = known or {}
@@ -94,7 +91,7 @@ def write(
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, None where it has none or the file of that name is another program's.
+    """The manifest of a folder; None where there is none or the file of that name is another program's.
 
     Raises:
         CogpressError: it is not JSON, or of a later format.
@@ -108,12 +105,12 @@ def read(folder: Path) -> dict[str, Any] | None:
     if isinstance(content, dict) and "cogpress" not in content:
         return None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CogpressError(f"{folder / NAME} is of a format that this cogpress does not know. Update cogpress.")
+        raise CogpressError(f"{folder / NAME} has a format that this version does not know. Update cogpress.")
     return content
 
 
 def check(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compare every file with the manifest: present, of the recorded size and sha256, and nothing beside them.
+    """Compare a folder with its manifest: every file has the recorded size and sha256, and no weights are beside them.
 
     Raises:
         CogpressError: naming the first file that differs.
@@ -129,13 +126,13 @@ def check(folder: Path, manifest: dict[str, Any]) -> None:
         path, facts = folder / name, recorded[name]
         return path.stat().st_size == facts["bytes"] and sha256(path) == facts["sha256"]
 
-    # One thread hashes less than a disk reads.
+    # A disk reads faster than one thread hashes.
     with ThreadPoolExecutor(4) as pool:
         for name, good in zip(recorded, pool.map(agrees, recorded), strict=True):
             if not good:
                 raise CogpressError(
-                    f"{folder / name} is not the file that was written: its content differs from the manifest's "
-                    "sha256. Fetch or merge the weights again."
+                    f"{folder / name} is not the file that was written: its sha256 differs from the manifest's. Fetch or "
+                    "merge the weights again."
                 )
     extra = [path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in recorded]
     if extra:
@@ -143,10 +140,14 @@ def check(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def listed(folder: Path, shown: str) -> dict[str, int]:
-    """`{name: bytes}` of the files that a manifest from elsewhere lists.
+    """`{name: bytes}` of the files that an untrusted manifest lists.
+
+    Args:
+        folder: where the manifest is.
+        shown: what messages call it.
 
     Raises:
-        CogpressError: it is no manifest, or names a file that is not to be fetched.
+        CogpressError: it is no manifest, or names a file that must not be fetched.
     """
     try:
         files = (read(folder) or {}).get("files")
@@ -163,13 +164,13 @@ def listed(folder: Path, shown: str) -> dict[str, int]:
             or facts["bytes"] < 0
             or not re.fullmatch("[0-9a-f]{64}", str(facts.get("sha256")))
         ):
-            raise CogpressError(f"{shown} lists {name!r} without a plain name, its bytes and its sha256.")
+            raise CogpressError(f"{shown} lists {name!r} without a plain name, bytes and sha256. Publish it again.")
         sizes[name] = facts["bytes"]
     return sizes
 
 
 def signed_files(folder: Path) -> dict[str, str]:
-    """The sha256 of every file that a verdict is about: those of the manifest, or all that an engine reads."""
+    """The sha256 of every file that a verification covers: the manifest's, or all that an engine reads."""
     facts = read(folder)
     if facts is not None:
         names = sorted(facts["files"])
@@ -185,10 +186,10 @@ def weights_bytes(folder: Path) -> int:
 
 
 def read_verification(folder: Path) -> dict[str, Any] | None:
-    """A folder's verdict as it was written, None where it has none.
+    """A folder's verification report; None where there is none.
 
     Raises:
-        CogpressError: it is not JSON.
+        CogpressError: the file is something else.
     """
     try:
         content = json.loads((folder / VERIFICATION).read_text(encoding="utf-8"))
@@ -204,18 +205,19 @@ def read_verification(folder: Path) -> dict[str, Any] | None:
 
 
 def state(folder: Path, checked: dict[str, Any] | None = None) -> State:
-    """Whether the weights in a folder are verified: every file that the verdict is about is hashed again.
-
-    `changed` weights were verified once and are not the same any more.
+    """Whether the weights in a folder are verified; every file that the report covers is hashed again.
 
     Args:
         folder: the weights.
-        checked: their manifest, where the files were compared with it just now; they are then not hashed again.
+        checked: their manifest, if the files were just compared with it; they are then not hashed again.
+
+    Returns:
+        `changed` for weights that are not those that were verified.
     """
     try:
         content = read_verification(folder)
     except CogpressError:
-        content = None  # some other program's file, or one that was cut off
+        content = None  # another program's file, or a truncated one
     if content is None:
         return "unverified"
     try:

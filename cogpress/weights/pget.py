@@ -1,7 +1,7 @@
-"""Replicate's parallel downloader, where it is installed: another program to call, and what can go wrong with that.
+"""Replicate's parallel downloader `pget`, called where it is installed.
 
-`pget multifile -` reads lines of a URL and a destination, makes several requests for each file, and does not overwrite
-or continue. Packages of the same name are other programs.
+`pget multifile -` reads lines of a URL and a destination, makes several requests for each file, and neither overwrites
+nor resumes. Python packages of the same name are other programs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class File:
-    """What to fetch, where to, and how many bytes it must have."""
+class Wanted:
+    """A URL, the place of its file, and the bytes that the file must have."""
 
     url: str
     place: Path
@@ -27,7 +27,7 @@ class File:
 
 
 def program() -> str | None:
-    """Where pget is; None where there is none, or something else of that name."""
+    """The path of pget; None where it is missing or the program of that name is another."""
     found = shutil.which("pget")
     return found if found is not None and _is_replicates(found) else None
 
@@ -41,12 +41,15 @@ def _is_replicates(path: str) -> bool:
     return done.returncode == 0 and done.stdout.startswith("pget Version ")
 
 
-def get(files: Sequence[File], count: Callable[[int], Any]) -> bool:
-    """Fetch files; False, with nothing left of them, where there is no pget or it failed.
+def get(files: Sequence[Wanted], count: Callable[[int], Any]) -> bool:
+    """Download files.
 
     Args:
-        files: what.
-        count: is told of bytes that arrived, and with a negative number of those that were thrown away.
+        files: what to download.
+        count: is called with the bytes that arrived, and with a negative number for those that were thrown away.
+
+    Returns:
+        False, with nothing left of the files, where there is no pget or it failed.
     """
     path = program()
     if path is None or any(character.isspace() for file in files for character in f"{file.url}{file.place}"):
@@ -55,7 +58,7 @@ def get(files: Sequence[File], count: Callable[[int], Any]) -> bool:
         file.place.unlink(missing_ok=True)
     counted = 0
     try:
-        # On its standard input: arguments, which can hold signatures, are visible to everybody on the machine. What it
+        # URLs can hold signatures, and arguments are visible to every user of the machine: use standard input. What it
         # prints holds them too.
         with subprocess.Popen(
             [path, "multifile", "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -91,7 +94,7 @@ def _tell(process: subprocess.Popen[bytes], lines: str) -> None:
         process.stdin.close()
 
 
-def _remove(files: Sequence[File]) -> None:
+def _remove(files: Sequence[Wanted]) -> None:
     for file in files:
         file.place.unlink(missing_ok=True)
 

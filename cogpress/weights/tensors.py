@@ -1,7 +1,7 @@
-"""Safetensors files one tensor at a time: what is in them, and writing one without holding it in memory.
+"""Safetensors files one tensor at a time: listing them, and writing one without holding it in memory.
 
-The library itself writes a file from tensors that are all in memory; a merge must not need that. Knows the format
-(an 8-byte length, a JSON header, the data) and nothing of what the tensors mean.
+The library writes a file only from tensors that are all in memory. The format is an 8-byte length, a JSON header, and
+the data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LONGEST_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is and what it looks like; `dtype` in the format's words, such as BF16."""
+    """A tensor's file, dtype (in the format's words, such as BF16), shape and size."""
 
     file: Path
     dtype: str
@@ -36,10 +36,10 @@ class Stored:
 
 
 def stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder's safetensors files, by name, in the order of the files and of the data in them.
+    """Every tensor of a folder's safetensors files by name, in the order of the files and of their data.
 
     Raises:
-        CogpressError: a file is cut off, is no safetensors file, or holds a tensor that another holds too.
+        CogpressError: a file is truncated, is no safetensors file, or holds a tensor that another file holds too.
     """
     found: dict[str, Stored] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -48,7 +48,7 @@ def stored(folder: Path) -> dict[str, Stored]:
         end = start + max((entry["data_offsets"][1] for _, entry in entries), default=0)
         if path.stat().st_size != end:
             raise CogpressError(
-                f"{path} has {path.stat().st_size} bytes where its header says {end}: it was cut off. Fetch it again."
+                f"{path} has {path.stat().st_size} bytes and its header says {end}: it is truncated. Fetch it again."
             )
         for name, entry in entries:
             if name in found:
@@ -92,7 +92,7 @@ def shards(folder: Path) -> list[str]:
 
 
 def load(place: Stored, name: str) -> torch.Tensor:
-    """One tensor. The file is mapped for this one alone, so that no other page of it stays in memory."""
+    """Load one tensor. The file is mapped for it alone, so that no other page stays in memory."""
     from safetensors import safe_open
 
     with safe_open(place.file, framework="pt") as file:
@@ -108,16 +108,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Writer:
-    """Writes one file: all names and shapes are known first, then tensors come in that order, one at a time.
+    """Writes one file: names and shapes first, then the tensors in that order, one at a time.
 
-    The file's sha256 is made on the way, so that nobody has to read it again for that.
+    Its sha256 is computed on the way, which saves reading the file again.
     """
 
     def __init__(self, path: Path, layout: dict[str, tuple[str, tuple[int, ...], int]]) -> None:
         """
         Args:
             path: the file to write.
-            layout: dtype (in the format's words), shape and bytes of each tensor, in the order in which they come.
+            layout: dtype (in the format's words), shape and bytes of each tensor, in the order of writing.
         """
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
@@ -135,7 +135,7 @@ class Writer:
         self._put(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a tensor, on the CPU and contiguous: the next one of the layout."""
+        """Append the next tensor of the layout, on the CPU."""
         import torch
 
         if not self._left or self._left[0] != name:
@@ -152,7 +152,7 @@ class Writer:
         self._bytes += len(data)
 
     def close(self) -> dict[str, Any]:
-        """Finish the file. Returns its `sha256` and `bytes`, as a manifest records them."""
+        """Finish the file and return its `sha256` and `bytes`, as a manifest records them."""
         if self._left:
             raise ValueError(f"{self._path.name} lacks {self._left[0]}")
         self._file.close()
