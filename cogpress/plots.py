@@ -184,7 +184,7 @@ def quantization(candidates: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plot size, quality and speed of each folder of weights, side by side.
 
     Args:
-        candidates: figures by the names of `quantize.report.Candidate`; None is not drawn, and a figure that none has has no panel.
+        candidates: figures by the names of `quantize.report.Candidate`; None is not drawn, nor a panel without figures.
         path: the PNG, replaced if it exists; its folder must exist.
     """
     panels = [panel for panel in _PANELS if any(one.get(key) is not None for one in candidates for key, _ in panel[4])]

@@ -1,8 +1,4 @@
-"""Everything that is published of finished weights: their files, checked, and the facts for the model card.
-
-Knows a folder of weights, its verification report and the run that made it; leaves the card's text to `card`, the
-base's licence to `origin` and the Hub to `publish`.
-"""
+"""The files of a publication, checked, and the facts for its model card."""
 
 from __future__ import annotations
 
@@ -25,7 +21,7 @@ from cogpress.weights.filenames import HUB_FILES, VERIFICATION_FILES, refuse_pic
 
 CARD = "README.md"
 _TEXT_BYTES = 32 << 20
-"""Files up to this size are searched for tokens; larger ones are weights."""
+"""Files up to this size are searched for secrets; larger ones are weights."""
 
 _SECRETS = {
     "a token of the Hugging Face Hub": rb"\bhf_[A-Za-z0-9]{30,}",
@@ -36,18 +32,18 @@ _SECRETS = {
 
 @dataclass(frozen=True)
 class Publication:
-    """What a user asks for.
+    """What to publish, and how.
 
     Attributes:
         repo: organisation/name.
         folder: the weights.
-        runs: where runs are kept; the one that made the weights is found by its adapter.
-        run: that run's folder, where named.
-        licence: the Hub's identifier, where it is not the base's.
-        public: for everybody to see.
+        runs: the folder of all runs; the one that made the weights is found by its adapter.
+        run: that run's folder, if the user names it.
+        licence: the Hub's identifier, if it is not the base's.
+        public: visible to everybody.
         branch: of the repository.
-        allow_unverified: publish weights without a report that passed.
-        examples: validation answers that the card shows.
+        allow_unverified: publish weights without a passed verification.
+        examples: number of validation answers that the card shows.
     """
 
     repo: str
@@ -63,7 +59,7 @@ class Publication:
 
 @dataclass(frozen=True)
 class BundleFile:
-    """One file to publish; `content` is where it is, or what it holds."""
+    """One file to publish; `content` is its path or its bytes."""
 
     name: str
     size: int
@@ -76,7 +72,7 @@ class BundleFile:
 
 @dataclass(frozen=True)
 class Bundle:
-    """All that goes up, checked: nothing else does."""
+    """Everything that is uploaded, checked."""
 
     files: list[BundleFile]
     card: str
@@ -84,22 +80,22 @@ class Bundle:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of finished weights, its files listed by safe names of what a model consists of; none is read yet.
+    """The manifest of finished weights, which lists only files of a model under safe names; none is read yet.
 
     Raises:
-        CogpressError: there is none, it is of something else, or it lists what does not belong on the Hub.
+        CogpressError: there is none, it is not of weights, or it lists what does not belong on the Hub.
     """
     facts = manifest.read(folder)
     if facts is None or facts.get("kind") != "weights":
         raise CogpressError(
-            f"{folder} holds no weights that cogpress made: its {manifest.NAME} is "
+            f"{folder} holds no weights made by cogpress: its {manifest.NAME} is "
             f"{'missing' if facts is None else 'of something else'}. Name the folder with --weights, or make one with "
             "scripts/train --install."
         )
     for name in facts.get("files") or {}:
         path = PurePosixPath(name)
         refuse_pickle(path, folder)
-        # The very patterns that fetching a model uses: what they leave out would be missing after a download.
+        # The patterns that fetching uses: a file that they leave out would be missing after a download.
         known = any(fnmatch(name, pattern) for pattern in (*HUB_FILES, "*.safetensors"))
         if path.is_absolute() or ".." in path.parts or path.name.startswith(".") or "\\" in name or not known:
             raise CogpressError(
@@ -110,16 +106,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def why_unverified(report: dict[str, Any] | None, facts: dict[str, Any]) -> str | None:
-    """Why these weights do not count as verified; None where they do.
+    """Why these weights do not count as verified; None if they do.
 
     Args:
-        report: what verification found, if it ran.
+        report: the verification report, if there is one.
         facts: the weights' manifest.
     """
     if report is None:
         return "there is no verification report"
     if report.get("files") != {name: file["sha256"] for name, file in facts["files"].items()}:
-        return "the verification report is of other files"
+        return "the verification report is about other files"
     failed = [str(check.get("name")) for check in report.get("checks") or [] if check.get("passed") is not True]
     if failed or report.get("passed") is not True:
         return f"verification failed{': ' if failed else ''}{', '.join(failed)}"
@@ -127,15 +123,15 @@ def why_unverified(report: dict[str, Any] | None, facts: dict[str, Any]) -> str 
 
 
 def unverified(request: Publication, facts: dict[str, Any]) -> str | None:
-    """Why the weights that a user wants published are not verified; None where they are.
+    """Why the weights to publish are not verified; None if they are.
 
     Raises:
-        CogpressError: they are not, and the user did not allow it.
+        CogpressError: they are not, and the user did not allow that.
     """
     reason = why_unverified(manifest.read_verification(request.folder), facts)
     if reason and not request.allow_unverified:
         raise CogpressError(
-            f"{request.folder} is not verified: {reason}. Verify the weights, or give --allow-unverified; the model "
+            f"{request.folder} is not verified: {reason}. Run scripts/verify, or give --allow-unverified; the model "
             "card then says so."
         )
     return reason
@@ -148,21 +144,21 @@ def prepare(request: Publication, facts: dict[str, Any], unverified: str | None,
         request: what to publish.
         facts: the weights' manifest.
         unverified: why they are not verified.
-        card_data: asks the Hub about a base that comes from it.
+        card_data: reads the card of a base from the Hub.
 
     Raises:
         CogpressError: a file differs from the manifest or holds a secret, the named run made other weights, or the
-            licence is not known.
+            licence is unknown.
     """
     notes = [f"Not verified: {unverified}. The card says so."] if unverified else []
-    # First what takes no time, then the sha256 of gigabytes.
+    # The quick checks first, then the sha256 of gigabytes.
     text = _card(request, facts, unverified, card_data, notes)
     manifest.check(request.folder, facts)
     files = [
         BundleFile(name, recorded["bytes"], recorded["sha256"], request.folder / name)
         for name, recorded in facts["files"].items()
     ]
-    # A report on other files would mislead.
+    # A report about other files would mislead.
     if unverified is None or unverified.startswith("verification failed"):
         reports = [
             name for name in VERIFICATION_FILES if name not in facts["files"] and _is_plain(request.folder / name)
@@ -185,12 +181,12 @@ def _file(name: str, content: Path | bytes) -> BundleFile:
 
 
 def _public_manifest(folder: Path, facts: dict[str, Any], notes: list[str]) -> BundleFile:
-    """The manifest as it is, or with the base's source shortened to what others may see."""
+    """The manifest, with the base's source reduced to its public name."""
     source = str((facts.get("base") or {}).get("source", ""))
     if not source or public_name(source) == source:
         return _file(manifest.NAME, folder / manifest.NAME)
     shown = public_name(source)
-    notes.append(f"The manifest goes up with {shown} as the base's source, without the rest of it.")
+    notes.append(f"The published manifest names the base's source only as {shown}.")
     public = {**facts, "base": {**facts["base"], "source": shown}}
     return _file(manifest.NAME, (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -206,8 +202,8 @@ def _refuse_secrets(file: BundleFile) -> None:
     found += [kind for kind, pattern in _SECRETS.items() if re.search(pattern, content)]
     if found:
         raise CogpressError(
-            f"{file.name} holds {found[0]}. Nothing was uploaded; take it out of where it comes from (model.yaml's "
-            "prompt, the base's files) and make the weights again."
+            f"{file.name} holds {found[0]}. Nothing was uploaded; remove it at its source (model.yaml's prompt, the "
+            "base's files) and make the weights again."
         )
 
 
@@ -216,7 +212,7 @@ def _card(
 ) -> str:
     run = find_run(request, facts)
     if run is None:
-        notes.append("The run that made these weights is not here: the card tells nothing of it. Name it with --run.")
+        notes.append("The run that made these weights was not found: the card lacks its figures. Name it with --run.")
     source = str((facts.get("base") or {}).get("source", ""))
     given = named_licence(request.licence) if request.licence else None
     try:
@@ -228,14 +224,14 @@ def _card(
     licence = given or found.licence
     if licence is None:
         raise CogpressError(
-            f"The licence of the base model {found.shown} is not known here, and these weights are under it too. Give "
-            "it with --license, such as --license apache-2.0."
+            f"The licence of the base model {found.shown} is unknown, and it covers these weights too. Give it with "
+            "--license, such as --license apache-2.0."
         )
     saved = _run_facts(run, facts) if run else {}
     answers = saved.pop("answers", [])
     if not 0 <= request.examples <= len(answers):
         raise CogpressError(
-            f"--examples {request.examples}: the run kept {len(answers)} answers. Ask for no more than these."
+            f"--examples {request.examples}: the run kept {len(answers)} answers. Ask for at most as many."
         )
     prompt = facts.get("prompt")
     return card.write(
@@ -262,7 +258,7 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def find_run(request: Publication, facts: dict[str, Any]) -> Path | None:
-    """The folder of the run whose adapter is in these weights; None where no run that is kept here made them.
+    """The folder of the run whose adapter is in these weights; None if it is not here.
 
     Raises:
         CogpressError: the run that the user named made other weights.
@@ -272,13 +268,13 @@ def find_run(request: Publication, facts: dict[str, Any]) -> Path | None:
     if not training.is_run_of(request.run, facts):
         raise CogpressError(
             f"{request.run} is not the run that made {request.folder}: its adapter is another, or missing. Name the "
-            "right one, or leave --run out to have it found."
+            "right one, or omit --run to have it found."
         )
     return request.run
 
 
 def _run_facts(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """What the run's files tell of these weights; what was measured on others is left out."""
+    """The run's figures on these weights; figures measured on other weights are left out."""
     weights = manifest.recorded_fingerprint(facts)
     compared = _json(run / "divergence.json", {})
     served = _json(run / "served-tuned.json", {})

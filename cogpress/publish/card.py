@@ -1,7 +1,6 @@
 """The model card of published weights: `README.md` with the metadata that the Hub reads.
 
-Knows what a reader wants of a model and how its facts are written so that no text of a user breaks the page; leaves
-finding the facts to `publish`. Examples are counted and never shown unless asked for.
+No text of a user can break the page, and examples are counted but not shown unless asked for.
 """
 
 from __future__ import annotations
@@ -16,28 +15,28 @@ from cogpress.config import Config, Prompt
 from cogpress.publish.licence import Licence, Origin
 
 _HELD = {"nf4": "4 bits (NF4, double quantization)", "int8": "8 bits (LLM.int8())"}
-"""How training held the base's linear layers."""
+"""How training stored the base's linear layers."""
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is written from; what is None or empty is left out of it.
+    """The facts of a card; what is None or empty is left out.
 
     Attributes:
         repo: organisation/name.
-        branch: where it is published.
+        branch: the branch to publish on.
         origin: the base model.
         licence: of the weights.
-        prompt: how the model is asked.
-        has_chat_template: whether the tokenizer wraps messages.
+        prompt: the prompt's settings.
+        has_chat_template: whether the tokenizer has a chat template.
         manifest: of the weights.
         verification: the passed report on these weights.
         unverified: why they are not verified.
         config: of the run that made them.
         result: what training measured.
         data: the report on the examples.
-        divergence: `merged` and `naive`, as compared with what training scored.
-        exact_match: shares of right answers of `base` and `tuned`, and the number of `questions`.
+        divergence: of `merged` and `naive` from what training scored.
+        exact_match: shares of correct answers of `base` and `tuned`, and the number of `questions`.
         answers: examples to show.
     """
 
@@ -76,20 +75,20 @@ def write(facts: CardFacts) -> str:
 
 
 def escaped(text: Any) -> str:
-    """Text as one line of Markdown that shows it as it is: no markup, no HTML, no cell or line of its own."""
+    """Text as one line of literal Markdown: no markup, HTML, cell or line break."""
     line = " ".join(str(text).split())
     return re.sub(r"([\\`*_{}\[\]<>()#|~&!$])", r"\\\1", line)
 
 
 def fenced(text: str, language: str = "") -> str:
-    """A code block whose fence is longer than any run of backticks inside it."""
+    """A code block with a fence longer than any run of backticks inside it."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table with escaped cells; under a header the columns after the first are numbers, on the right."""
+    """A Markdown table with escaped cells; if there is a header, the columns after the first are right-aligned."""
     numbers = ["---:" if any(header) else "---"] * (len(header) - 1)
     lines = [header, ["---", *numbers], *([escaped(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -129,7 +128,7 @@ def _summary(facts: CardFacts) -> str:
     how = f"{'QLoRA' if quantization in _HELD else 'LoRA'} on the base in {_HELD.get(quantization, '16 bits')}"
     merge = facts.manifest.get("merge") or {}
     onto = {
-        "dequantized": "the base as training saw it (quantized, then dequantized), so that it answers as it learnt",
+        "dequantized": "the base as training saw it (quantized, then dequantized), so that it answers as trained",
         "original": "the original weights",
     }.get(str(merge.get("onto")), "the base")
     return (
@@ -141,11 +140,11 @@ def _summary(facts: CardFacts) -> str:
 def _use(facts: CardFacts) -> str:
     fields = facts.prompt.fields
     named = ", ".join(f"`{name}`" for name in fields)
-    several = f" Its fields are {named}; a list is written with one item a line." if len(fields) > 1 else ""
+    several = f" Its fields are {named}; write a list with one item a line." if len(fields) > 1 else ""
     return "\n\n".join(
         [
             "## Use",
-            f"The model was trained on the prompt below and answers best to it.{several}",
+            f"The model was trained on the prompt below and answers it best.{several}",
             f"With transformers:\n\n{fenced(transformers_snippet(facts), 'python')}",
             f"With vLLM:\n\n{fenced(vllm_snippet(facts), 'python')}",
             "With cogpress, as the base of another training, in `model.yaml`:\n\n"
@@ -163,18 +162,18 @@ def _revision(facts: CardFacts) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text as a Python string literal in one line: JSON's strings are such."""
+    """Text as a one-line Python string literal, which every JSON string is."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _asking(facts: CardFacts) -> list[str]:
-    """Python that fills the template into `prompt` and makes what the model is given of it."""
+    """Python that fills the template and makes the messages or text for the model."""
     system, template = facts.prompt.system, facts.prompt.template
     values = ", ".join(f'{name}="..."' for name in facts.prompt.fields)
     lines = [f"template = {_literal(template)}", f"prompt = template.format({values})"]
     if not facts.has_chat_template:
         before = _literal(system + "\n\n")
-        # Without a template the system text comes first, and a blank line after it.
+        # Without a chat template the system text comes first, then a blank line.
         return [*lines, f"prompt = {before} + prompt"] if system else lines
     if system:
         first = f'{{"role": "system", "content": {_literal(system)}}}'
@@ -183,7 +182,7 @@ def _asking(facts: CardFacts) -> list[str]:
 
 
 def transformers_snippet(facts: CardFacts) -> str:
-    """A Python program that asks the model once with transformers and prints the answer."""
+    """A Python program that asks the model once with transformers."""
     where = f"{_literal(facts.repo)}{_revision(facts)}"
     encode = ['inputs = tokenizer(prompt, return_tensors="pt").to(model.device)']
     if facts.has_chat_template:
@@ -207,7 +206,7 @@ def transformers_snippet(facts: CardFacts) -> str:
 
 
 def vllm_snippet(facts: CardFacts) -> str:
-    """A Python program that asks the model once with vLLM and prints the answer."""
+    """A Python program that asks the model once with vLLM."""
     ask = "llm.chat(messages, sampling)" if facts.has_chat_template else "llm.generate(prompt, sampling)"
     body = [
         f"llm = LLM({_literal(facts.repo)}{_revision(facts)})",
@@ -215,7 +214,7 @@ def vllm_snippet(facts: CardFacts) -> str:
         *_asking(facts),
         f"print({ask}[0].outputs[0].text)",
     ]
-    # vLLM may start its engine as a process of its own, which imports this program again.
+    # vLLM may start its engine in a process of its own, which imports this program again.
     guarded = ['if __name__ == "__main__":', *(f"    {line}" for line in body)]
     return "\n".join(["from vllm import LLM, SamplingParams", "", *guarded])
 
@@ -238,7 +237,7 @@ def _quality(facts: CardFacts) -> str:
         ]
         tokens = facts.divergence["merged"]["tokens"]
         parts.append(
-            f"How far these weights are from the model that training scored, on {tokens:,} answer tokens (KL "
+            f"Distance of these weights from the model that training scored, on {tokens:,} answer tokens (KL "
             "divergence in nats):\n\n" + table(["", "mean KL", "99th percentile", "same top token"], rows)
         )
     if facts.verification is not None:

@@ -1,7 +1,6 @@
-"""The Hugging Face Hub, as its own client library reaches it: who asks, what a repository holds, what is sent.
+"""Requests to the Hugging Face Hub for a publication, by its own client, with retries and errors a user understands.
 
-Knows tokens, retries and what each refusal of the Hub means to a user; leaves to `publish` what goes up and to `base`
-what comes down.
+Downloads are in `cogpress.weights.hub`.
 """
 
 from __future__ import annotations
@@ -29,25 +28,25 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds before each further try of a request that the library itself does not repeat."""
+"""Seconds before each retry of a request that the library does not retry itself."""
 
 RETRIED = {408, 429, 500, 502, 503, 504}
-"""Answers that a later try may change."""
+"""HTTP statuses worth a retry."""
 
 CONNECT_SECONDS, WRITE_SECONDS, READ_SECONDS = 20.0, 120.0, 300.0
-"""The longest that connecting, sending a block and waiting for an answer may take; the Hub checks large files before it
-answers. The library itself would wait for ever."""
+"""Timeouts of connecting, sending a block and waiting for an answer; the Hub checks large files before it answers. The
+library has none."""
 
-AGAIN = "Run the same command again: what has arrived is not sent again."
+AGAIN = "Run the same command again: files that have arrived are not sent again."
 
 
 class Hub:
     """The Hub and the account that a token belongs to.
 
     Args:
-        console: where tries that failed are told.
-        endpoint: the Hub's address; the library's own (HF_ENDPOINT, or the public one) where not given.
-        anonymous: a token is used where there is one, and not needed.
+        console: where failed tries are reported.
+        endpoint: the Hub's address; the library's default (HF_ENDPOINT, or the public one) where not given.
+        anonymous: use a token if there is one, but do not require it.
 
     Raises:
         CogpressError: there is no token.
@@ -79,20 +78,20 @@ class Hub:
         Raises:
             CogpressError: the Hub does not know the token, or the token may only read.
         """
-        found = self._call("ask who the token belongs to", self.api.whoami)
+        found = self._call("look up the token's owner", self.api.whoami)
         token = (found.get("auth") or {}).get("accessToken") or {}
         if token.get("role") == "read":
             raise CogpressError(
-                f"The token of {found.get('name')} may only read. Make one with write access at "
+                f"The token of {found.get('name')} is read-only. Make one with write access at "
                 f"{self.endpoint}/settings/tokens and set HF_TOKEN to it."
             )
         return str(found.get("name"))
 
     def info(self, repo: str, revision: str | None = None) -> ModelInfo | None:
-        """What a repository holds, with each file's size and hash; None where there is no such repository or revision.
+        """A repository's files with their sizes and hashes; None where there is no such repository or revision.
 
         Raises:
-            CogpressError: the Hub refuses or can not be reached.
+            CogpressError: the Hub refuses or cannot be reached.
         """
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -108,16 +107,16 @@ class Hub:
         """The metadata of a repository's model card; empty where there is no such repository or card.
 
         Raises:
-            CogpressError: the Hub refuses or can not be reached.
+            CogpressError: the Hub refuses or cannot be reached.
         """
         found = self.info(repo, revision)
         return {} if found is None or found.card_data is None else dict(found.card_data.to_dict())  # type: ignore[no-untyped-call]
 
     def read_json(self, repo: str, name: str, revision: str) -> dict[str, Any]:
-        """What a small JSON file of a repository holds; empty where it is no JSON object.
+        """The content of a small JSON file of a repository; empty where it is no JSON object.
 
         Raises:
-            CogpressError: the Hub refuses or can not be reached.
+            CogpressError: the Hub refuses or cannot be reached.
         """
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
@@ -135,35 +134,35 @@ class Hub:
         return content if isinstance(content, dict) else {}
 
     def create(self, repo: str, *, private: bool) -> None:
-        """Make a repository for a model; nothing happens where it is there.
+        """Create a model repository unless it exists.
 
         Raises:
-            CogpressError: the token may not.
+            CogpressError: the token lacks the permission.
         """
         self._call(
-            f"make {repo}", lambda: self.api.create_repo(repo, private=private, repo_type="model", exist_ok=True)
+            f"create {repo}", lambda: self.api.create_repo(repo, private=private, repo_type="model", exist_ok=True)
         )
 
     def branch(self, repo: str, branch: str) -> None:
-        """Make a branch from the main one; nothing happens where it is there.
+        """Create a branch from main unless it exists.
 
         Raises:
-            CogpressError: the token may not, or the name is none.
+            CogpressError: the token lacks the permission, or the name is invalid.
         """
-        self._call(f"make the branch {branch}", lambda: self.api.create_branch(repo, branch=branch, exist_ok=True))
+        self._call(f"create the branch {branch}", lambda: self.api.create_branch(repo, branch=branch, exist_ok=True))
 
     def check_card(self, repo: str, card: str) -> None:
-        """Let the Hub judge a model card's metadata, before anything is sent.
+        """Have the Hub validate a model card's metadata before anything is uploaded.
 
         Raises:
-            CogpressError: with the Hub's own words.
+            CogpressError: in the Hub's own words.
         """
 
         from huggingface_hub import get_session
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
         def validate() -> None:
-            # create_commit asks the same, but only when everything has been sent.
+            # create_commit validates too, but only after everything has been uploaded.
             content = {"content": card, "repoType": "model"}
             headers = build_hf_headers(token=self._token)
             hf_raise_for_status(get_session().post(f"{self.endpoint}/api/validate-yaml", json=content, headers=headers))
@@ -171,10 +170,10 @@ class Hub:
         self._call(f"check the model card of {repo}", validate)
 
     def send(self, repo: str, branch: str, additions: Sequence[CommitOperationAdd]) -> None:
-        """Store the content of large files, not yet in any commit; what the Hub has stored before is not sent again.
+        """Upload large files ahead of the commit; files that the Hub has are not uploaded again.
 
         Raises:
-            CogpressError: after the library's own tries of each request.
+            CogpressError: after the library's own retries.
         """
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             are_progress_bars_disabled,
@@ -185,12 +184,12 @@ class Hub:
         def upload() -> None:
             self.api.preupload_lfs_files(repo, additions, revision=branch, free_memory=False)
 
-        # The library's bars show speed and time left; in a log they would be thousands of lines.
+        # The library's progress bars would be thousands of lines in a log.
         quiet = not self.console.is_terminal and not are_progress_bars_disabled()
         if quiet:
             disable_progress_bars()
         try:
-            self._call(f"send files to {repo}", upload, waits=())
+            self._call(f"upload to {repo}", upload, waits=())
         finally:
             if quiet:
                 enable_progress_bars()
@@ -204,18 +203,18 @@ class Hub:
         parent: str | None,
         landed: Callable[[], str | None],
     ) -> str:
-        """Put all operations into one commit, which is there as a whole or not at all, and return its revision.
+        """Make one commit of all operations and return its revision.
 
         Args:
             repo: the repository.
-            branch: the branch that it is for.
-            operations: the large files among them sent before.
-            message: the commit's.
+            branch: the branch to commit to.
+            operations: additions, with large files uploaded before, and deletions.
+            message: the commit's message.
             parent: the revision that the branch must still be at.
-            landed: finds the revision where an earlier try did reach the Hub and only its answer was lost.
+            landed: finds the revision if an earlier try reached the Hub and only its answer was lost.
 
         Raises:
-            CogpressError: the Hub refuses, can not be reached, or the branch has changed.
+            CogpressError: the Hub refuses, cannot be reached, or the branch has changed.
         """
         tried = False
 
@@ -232,65 +231,65 @@ class Hub:
         return self._call(f"commit to {repo}", attempt)
 
     def _call(self, doing: str, function: Callable[[], Result], waits: Sequence[float] = WAITS) -> Result:
-        """Call the library, again after a moment where that may help, and say what is wrong where it does not."""
+        """Call the library with retries, and turn its errors into messages for users."""
         import httpx2
 
         for wait in (*waits, None):
             try:
-                with self._telling():
+                with self._logs_shown():
                     return function()
-            # The library and its transport raise all of these; what they mean is read from the cause.
+            # The library and its transport raise all of these; the cause tells them apart.
             except (httpx2.HTTPError, httpx2.StreamError, OSError, RuntimeError, ValueError) as error:
                 cause = _cause(error)
                 if wait is None or not _may_pass(cause):
                     raise self._explained(doing, cause) from None
-                self._say(f"{_reason(cause)}; trying again in {wait:.0f} s")
+                self._report(f"{_reason(cause)}; retrying in {wait:.0f} s")
                 time.sleep(wait)
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("unreachable: the last try returns or raises")
 
     def _explained(self, doing: str, error: BaseException) -> CogpressError:
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         settings = f"{self.endpoint}/settings/tokens"
-        said = self._scrubbed(_words(error))
+        said = self._redacted(_words(error))
         status = _status(error)
         if isinstance(error, OfflineModeIsEnabled):
-            text = f"Can not {doing}: HF_HUB_OFFLINE is set. Unset it."
+            text = f"Could not {doing}: HF_HUB_OFFLINE is set. Unset it."
         elif status == 401:
-            text = f"Can not {doing}: the Hub does not know the token (401). Make one with write access at {settings}."
+            text = f"Could not {doing}: the Hub rejects the token (401). Make one with write access at {settings}."
         elif status == 403:
             text = (
                 f"The token may not {doing} (403: {said}). Check the organisation's name, and that the token has write "
                 f"access to it: {settings}"
             )
         elif status == 412:
-            text = f"Can not {doing}: somebody changed it meanwhile. Look at it, then run the same command again."
+            text = f"Could not {doing}: somebody changed it meanwhile. Look at it, then run the same command again."
         elif status is not None and (status in RETRIED or status >= 500):
-            text = f"Can not {doing}: the Hub answered {status}, after several tries. {AGAIN}"
+            text = f"Could not {doing}: the Hub still answered {status} after several tries. {AGAIN}"
         elif status is not None:
-            text = f"Can not {doing}: the Hub refuses ({status}: {said}). Correct that and run again."
+            text = f"Could not {doing}: the Hub refuses ({status}: {said}). Correct that and run again."
         elif _is_network(error):
-            text = f"Can not {doing}: {self.endpoint} can not be reached or broke off ({said}). {AGAIN}"
+            text = f"Could not {doing}: {self.endpoint} could not be reached or broke off ({said}). {AGAIN}"
         else:
-            text = f"Can not {doing}: {said}"
+            text = f"Could not {doing}: {said}"
         return CogpressError(text)
 
-    def _scrubbed(self, text: str) -> str:
-        """A text without the token and without the queries of addresses, which sign uploads."""
+    def _redacted(self, text: str) -> str:
+        """Redact the token and the queries of URLs, which sign uploads."""
         known = text.replace(self._token, "***") if self._token else text
         return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", known)
 
-    def _say(self, text: str) -> None:
-        # Of an address its host is enough here.
-        shown = re.sub(r"(https?://[^\s/'\"]+)/[^\s'\"]*", r"\1/…", self._scrubbed(text))
+    def _report(self, text: str) -> None:
+        # The host of a URL is enough here.
+        shown = re.sub(r"(https?://[^\s/'\"]+)/[^\s'\"]*", r"\1/…", self._redacted(text))
         self.console.print(Text(f"  {shown}", style="dim"), soft_wrap=True)
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """What the library logs and warns of goes to our console, scrubbed: it names whole addresses."""
+    def _logs_shown(self) -> Iterator[None]:
+        """Show the library's logs and warnings on our console, redacted: they hold whole URLs."""
         logger = logging.getLogger("huggingface_hub")
         before, propagates = logger.handlers[:], logger.propagate
-        logger.handlers, logger.propagate = [_Handler(self._say)], False
+        logger.handlers, logger.propagate = [_Handler(self._report)], False
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
@@ -299,11 +298,11 @@ class Hub:
             logger.handlers, logger.propagate = before, propagates
         for warning in caught:
             if issubclass(warning.category, UserWarning):
-                self._say(str(warning.message))
+                self._report(str(warning.message))
 
 
 def _bounded_client() -> httpx2.Client:
-    """The library's client, but one that gives up: its own waits for ever for a server that does not answer."""
+    """The library's HTTP client with timeouts: its own waits for ever for a server that does not answer."""
     import httpx2
     from huggingface_hub.utils._http import default_client_factory
 
@@ -322,7 +321,7 @@ class _Handler(logging.Handler):
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What an upload's own `RuntimeError: Error while uploading ...` hides, or the error itself."""
+    """The cause behind the library's `RuntimeError: Error while uploading ...`, or the error itself."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -336,7 +335,7 @@ def _status(error: BaseException) -> int | None:
 def _is_network(error: BaseException) -> bool:
     import httpx2
 
-    # An answer that is no JSON is the error page of something between here and the Hub.
+    # An answer that is no JSON is the error page of a proxy.
     return isinstance(
         error, httpx2.TransportError | httpx2.StreamError | ConnectionError | TimeoutError | json.JSONDecodeError
     )
@@ -355,6 +354,6 @@ def _reason(error: BaseException) -> str:
 
 
 def _words(error: BaseException) -> str:
-    """The Hub's own words where it said any, else the exception's, in one line."""
+    """The Hub's own message if it sent one, else the exception's, in one line."""
     words = getattr(error, "server_message", None) or str(error) or type(error).__name__
     return " ".join(str(words).split())[:500]

@@ -1,8 +1,4 @@
-"""The base model as others may know it: its name on the Hub, its licence and languages.
-
-Knows where a licence is written down; leaves loading the base to `base`, and keeps what only this machine or the holder
-of a signature should see (folders, queries of addresses) out of every name.
-"""
+"""The base model's public name, licence and languages, for the card of weights that derive from it."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from cogpress.weights import embedded
 EMBEDDED_HUB_NAME = f"HuggingFaceTB/{embedded.MODEL}"
 
 CardData = Callable[[str, str | None], dict[str, Any]]
-"""Asks the Hub for the metadata of a repository's card, given its name and revision."""
+"""Reads the metadata of a repository's model card from the Hub, given name and revision."""
 
 _IDENTIFIER = r"[a-z0-9][a-z0-9.+-]{0,60}"
 _HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
@@ -27,12 +23,12 @@ _LICENCE_TEXTS = {
     "apache-2.0": r"Apache License\s+Version 2\.0",
     "mit": r"Permission is hereby granted, free of charge, to any person obtaining a copy",
 }
-"""What the beginning of a licence's own text holds, by the Hub's identifier."""
+"""A pattern of a licence's text by the Hub's identifier."""
 
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence by the Hub's identifier; `other` has a name and a link of its own."""
+    """A licence by the Hub's identifier; `other` has a name and a link."""
 
     identifier: str
     name: str | None = None
@@ -41,7 +37,7 @@ class Licence:
 
 @dataclass(frozen=True)
 class Origin:
-    """A base model: `shown` to people, and `hub_name` where it is on the Hub."""
+    """A base model: the name `shown` to people, and `hub_name` if it is on the Hub."""
 
     shown: str
     hub_name: str | None = None
@@ -50,7 +46,7 @@ class Origin:
 
 
 def public_name(source: str) -> str:
-    """A `base.source` as it may be shown: a folder by its last name alone, an address without user and query."""
+    """A `base.source` for the public: a folder's last name only, a URL without user and query."""
     if source == "embedded" or source.startswith("hf://"):
         return source
     if source.startswith("https://"):
@@ -63,11 +59,11 @@ def find_origin(source: str, card_data: CardData) -> Origin:
     """Name, licence and languages of a base.
 
     Args:
-        source: `base.source` of the configuration that it was trained with.
-        card_data: asked for a base from the Hub.
+        source: `base.source` of the training's configuration.
+        card_data: called for a base from the Hub.
 
     Raises:
-        CogpressError: the Hub can not be asked.
+        CogpressError: the Hub cannot be reached.
     """
     if source == "embedded":
         return Origin(embedded.MODEL, EMBEDDED_HUB_NAME, Licence("apache-2.0"), ("en",))
@@ -84,14 +80,14 @@ def find_origin(source: str, card_data: CardData) -> Origin:
 
 
 def named_licence(given: str) -> Licence:
-    """A licence that a user names.
+    """The licence that a user names.
 
     Raises:
-        CogpressError: it is not written like one of the Hub's identifiers.
+        CogpressError: it does not look like one of the Hub's identifiers.
     """
     if not re.fullmatch(_IDENTIFIER, given):
         raise CogpressError(
-            f"--license {given!r} is none of the Hub's identifiers, which look like apache-2.0, llama3.1 or other."
+            f"--license {given!r} is not one of the Hub's identifiers, such as apache-2.0, llama3.1 or other."
         )
     return Licence(given)
 
@@ -111,7 +107,7 @@ def _licence(data: dict[str, Any]) -> Licence | None:
     if not isinstance(identifier, str) or not re.fullmatch(_IDENTIFIER, identifier):
         return None
     name, link = (data.get(key) if isinstance(data.get(key), str) else None for key in ("license_name", "license_link"))
-    # A link that is no address names a file of the base's repository, which this one does not have.
+    # A link that is no URL names a file of the base's repository, which is not in ours.
     return Licence(identifier, name, link if link and re.match(r"https?://\S+$", link) else None)
 
 

@@ -1,7 +1,4 @@
-"""Verified weights on the Hugging Face Hub: one commit, private unless asked otherwise, compared after it arrived.
-
-Knows what a repository must be like and what changes in it; leaves what goes up to `bundle` and every request to `hub`.
-"""
+"""Publish verified weights on the Hugging Face Hub: in one commit, private by default, compared after the upload."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Published:
-    """What is on the Hub now. `sent` names the files that were not there before, `removed` those of an earlier one."""
+    """A finished publication; `sent` names the uploaded files, `removed` those of an earlier version."""
 
     url: str
     source: str
@@ -41,16 +38,16 @@ class Published:
 
 
 def publish(request: Publication, console: Console, *, endpoint: str | None = None) -> Published:
-    """Check everything, upload in one commit, and compare what is there with the manifest.
+    """Check everything, upload in one commit, and compare the repository with the manifest.
 
     Args:
         request: what to publish and where.
         console: where progress is shown.
-        endpoint: the Hub's address, where it is not the library's own.
+        endpoint: the Hub's address, where it is not the library's default.
 
     Raises:
-        CogpressError: the weights may not be published, or the Hub refuses or can not be reached. A branch then holds
-            what it held before; files that have arrived are not sent again by the next try.
+        CogpressError: the weights may not be published, or the Hub refuses or cannot be reached. The branch is then
+            unchanged, and the next try does not send again what has arrived.
     """
     check_names(request.repo, request.branch)
     facts = bundle.read_manifest(request.folder)
@@ -65,7 +62,7 @@ def publish(request: Publication, console: Console, *, endpoint: str | None = No
     hub.check_card(request.repo, files.card)
     if there is None:
         hub.create(request.repo, private=not request.public)
-        # The organisation's own rules may have decided otherwise.
+        # An organisation's rules may make it public all the same.
         _check_repository(request, hub.info(request.repo))
     if request.branch != "main":
         hub.branch(request.repo, request.branch)
@@ -78,9 +75,9 @@ def publish(request: Publication, console: Console, *, endpoint: str | None = No
 
 
 def rehearse(request: Publication, console: Console, *, endpoint: str | None = None) -> Bundle:
-    """Check the weights and print what `publish` would upload and the card's text; nothing is sent.
+    """Check the weights and print the files and the card that `publish` would upload, without uploading.
 
-    The Hub is asked for the licence of a base that comes from it, and for nothing else.
+    The Hub is asked only for the licence of a base that comes from it.
 
     Raises:
         CogpressError: the weights may not be published.
@@ -100,14 +97,14 @@ def rehearse(request: Publication, console: Console, *, endpoint: str | None = N
 def _prepare(request: Publication, facts: dict[str, Any], unverified: str | None, hub: Hub, console: Console) -> Bundle:
     with step("Weights", console) as say:
         files = bundle.prepare(request, facts, unverified, hub.card_data)
-        say("every file is as the manifest says")
+        say("all files match the manifest")
     for note in files.notes:
         console.print(Text(f"  {note}", style="yellow"), soft_wrap=True)
     return files
 
 
 def check_names(repo: str, branch: str) -> None:
-    """Refuse what the Hub would refuse.
+    """Refuse names that the Hub would refuse.
 
     Raises:
         CogpressError: with an example.
@@ -122,35 +119,35 @@ def check_names(repo: str, branch: str) -> None:
         good = False
     if not good:
         raise CogpressError(
-            f"{repo!r} is no name on the Hub. Write organisation/name with letters, digits, -, _ and . (at most 96), "
-            "such as my-team/queries-135m."
+            f"{repo!r} is not a repository name. Write organisation/name with letters, digits, -, _ and . (at most "
+            "96), such as my-team/queries-135m."
         )
     strange = r"\.\.|//|/$|\.$|\.lock$|^refs/|^[0-9a-f]{40}$"
     if not re.fullmatch(r"[A-Za-z0-9][\w./-]{0,100}", branch, re.ASCII) or re.search(strange, branch):
-        raise CogpressError(f"{branch!r} is no name of a branch. Write one such as main or v2.")
+        raise CogpressError(f"{branch!r} is not a branch name. Write one such as main or v2.")
 
 
 def _check_repository(request: Publication, there: ModelInfo | None) -> None:
-    """Refuse a repository that would show what was meant to be private, or hide what was meant to be public."""
+    """Refuse a repository whose visibility is not the one asked for."""
     if there is None:
         return
     if not request.public and there.private is not True:
         raise CogpressError(
-            f"{request.repo} is public on the Hub, and these weights are private unless --public is given. Nothing was "
+            f"{request.repo} is public on the Hub, and weights are private unless --public is given. Nothing was "
             "uploaded; give --public, make the repository private, or choose another name."
         )
     if request.public and there.private is True:
         raise CogpressError(
             f"{request.repo} is private on the Hub, and --public does not change that. Make it public in its settings, "
-            "or leave --public out."
+            "or omit --public."
         )
 
 
 def _earlier(request: Publication, hub: Hub, there: ModelInfo) -> list[str]:
-    """Files that an earlier publication left on the branch.
+    """Files of an earlier publication on the branch.
 
     Raises:
-        CogpressError: the branch holds somebody's other model, or weights that would be loaded with these.
+        CogpressError: the branch holds another model, or files that would be loaded with this one.
     """
     names = [sibling.rfilename for sibling in there.siblings or []]
     listed = hub.read_json(request.repo, manifest.NAME, str(there.sha)).get("files") if manifest.NAME in names else {}
@@ -158,8 +155,8 @@ def _earlier(request: Publication, hub: Hub, there: ModelInfo) -> list[str]:
     strange = [name for name in names if is_loaded(name) and name not in ours]
     if strange:
         raise CogpressError(
-            f"{request.repo} holds {strange[0]}, which cogpress did not publish and which is loaded with a model. "
-            "Nothing was uploaded; choose another name, or delete it there."
+            f"{request.repo} holds {strange[0]}, which cogpress did not publish and which would be loaded with the "
+            "model. Nothing was uploaded; choose another name, or delete the file there."
         )
     return [name for name in names if name in ours]
 
@@ -174,7 +171,7 @@ def _upload(request: Publication, files: Bundle, hub: Hub) -> Published:
     siblings = {sibling.rfilename: sibling for sibling in there.siblings or []}
     new = [file for file in files.files if not _same(file, siblings.get(file.name))]
     names = {file.name for file in files.files}
-    # A shard or a chat template of an earlier version would be loaded with this one.
+    # A shard or chat template of an earlier version would be loaded with this one.
     stale = [name for name in _earlier(request, hub, there) if name not in names]
     revision = str(there.sha)
     if new or stale:
@@ -203,7 +200,7 @@ def _upload(request: Publication, files: Bundle, hub: Hub) -> Published:
 
 
 def _same(file: BundleFile, sibling: RepoSibling | None) -> bool:
-    """Whether the Hub's file is this one: by sha256 where it is stored as a large file, else by git's sha1."""
+    """Whether the Hub holds this very file: by sha256 for a large file, else by git's sha1."""
     if sibling is None or sibling.size != file.size:
         return False
     if sibling.lfs is not None:
@@ -214,7 +211,7 @@ def _same(file: BundleFile, sibling: RepoSibling | None) -> bool:
 
 
 def _wrong(files: Bundle, there: ModelInfo | None) -> list[str]:
-    """Files of which the Hub holds another content, none, or one too many."""
+    """Files that the Hub lacks, holds with other content, or should not hold."""
     siblings = {sibling.rfilename: sibling for sibling in (there.siblings if there else None) or []}
     names = {file.name for file in files.files}
     return [file.name for file in files.files if not _same(file, siblings.get(file.name))] + [

@@ -131,8 +131,8 @@ def check(folder: Path, manifest: dict[str, Any]) -> None:
         for name, good in zip(recorded, pool.map(agrees, recorded), strict=True):
             if not good:
                 raise CogpressError(
-                    f"{folder / name} is not the file that was written: its sha256 differs from the manifest's. Fetch or "
-                    "merge the weights again."
+                    f"{folder / name} is not the file that was written: its sha256 differs from the manifest's. "
+                    "Fetch or merge the weights again."
                 )
     extra = [path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in recorded]
     if extra:

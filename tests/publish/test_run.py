@@ -174,7 +174,7 @@ def test_a_cut_upload_leaves_the_branch_as_it_was_and_is_continued(
     second = sha256(weights / SHARDS[1])
     hub.fail("PUT", second, "cut", 6)  # once, and each of the library's five further tries
     said = refused(ask(weights), hub)
-    assert re.search(r"send files to my-team/queries.*broke off.*Run the same command again", said)
+    assert re.search(r"upload to my-team/queries.*broke off.*Run the same command again", said)
     assert client == [1, 2, 4, 8, 8]
     assert set(hub.files(REPO)) == {".gitattributes"}
     assert second not in hub.stored
@@ -222,7 +222,7 @@ def test_a_bad_moment_of_the_hub_is_waited_for(
 def test_a_hub_that_stays_bad_is_said(weights: Path, hub: StandIn, client: list[float]) -> None:
     hub.fail("POST", "/commit/", 502, 99)
     assert re.search(
-        r"commit to my-team/queries: the Hub answered 502, after several tries", refused(ask(weights), hub)
+        r"commit to my-team/queries: the Hub still answered 502 after several tries", refused(ask(weights), hub)
     )
     assert client == [1, 2, 4, 8]
     assert set(hub.files(REPO)) == {".gitattributes"}
@@ -271,9 +271,9 @@ def test_what_arrived_otherwise_is_noticed(weights: Path, hub: StandIn, monkeypa
     ("token", "said"),
     [
         (None, "There is no token.*HF_TOKEN.*hf auth login"),
-        ("hf_unknown", r"does not know the token \(401\)"),
-        (stand_in.READ, "token of reader may only read"),
-        (STRANGER, r"may not make my-team/queries \(403: You don't have the rights.*write access"),
+        ("hf_unknown", r"rejects the token \(401\)"),
+        (stand_in.READ, "token of reader is read-only"),
+        (STRANGER, r"may not create my-team/queries \(403: You don't have the rights.*write access"),
     ],
 )
 def test_tokens_that_can_not_work(
@@ -305,20 +305,20 @@ def test_a_token_that_may_not_write_to_what_exists(
     run(ask(weights, public=True), hub)
     write_weights(weights, seed=1)
     monkeypatch.setenv("HF_TOKEN", STRANGER)
-    assert re.search(r"may not send files to my-team/queries \(403", refused(ask(weights, public=True), hub))
+    assert re.search(r"may not upload to my-team/queries \(403", refused(ask(weights, public=True), hub))
 
 
 @pytest.mark.parametrize(
     "repo", ["queries", "a/b/c", "my team/queries", "my-team/..", "hf://my-team/queries", "a--b/c"]
 )
 def test_names_that_the_hub_would_refuse(repo: str, weights: Path, hub: StandIn) -> None:
-    assert "is no name on the Hub. Write organisation/name" in refused(ask(weights, repo=repo), hub)
+    assert "is not a repository name. Write organisation/name" in refused(ask(weights, repo=repo), hub)
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("branch", ["", "-x", "a..b", "a b", "refs/pr/1", "a/", "0" * 40])
 def test_branches_that_are_none(branch: str, weights: Path, hub: StandIn) -> None:
-    assert "is no name of a branch" in refused(ask(weights, branch=branch), hub)
+    assert "is not a branch name" in refused(ask(weights, branch=branch), hub)
 
 
 def test_private_weights_never_go_where_everybody_looks(weights: Path, hub: StandIn) -> None:
@@ -326,7 +326,7 @@ def test_private_weights_never_go_where_everybody_looks(weights: Path, hub: Stan
     assert not hub.repositories[REPO].private
     write_weights(weights, seed=1)
     before = hub.repositories[REPO].branches["main"]
-    assert "is public on the Hub, and these weights are private unless --public" in refused(ask(weights), hub)
+    assert "is public on the Hub, and weights are private unless --public" in refused(ask(weights), hub)
     hub.always_public = True
     assert "my-team/new is public" in refused(ask(weights, repo="my-team/new"), hub)
     hub.repositories[REPO].private = True
@@ -345,7 +345,7 @@ def test_somebody_elses_model_is_left_alone(weights: Path, hub: StandIn) -> None
 
 def test_no_network_and_no_permission_to_use_it(weights: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.url = "http://127.0.0.1:9"  # the discard port, where nothing listens
-    assert re.search(r"http://127\.0\.0\.1:9 can not be reached or broke off.*Run the same", refused(ask(weights), hub))
+    assert re.search(r"http://127\.0\.0\.1:9 could not be reached.*Run the same", refused(ask(weights), hub))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set. Unset it." in refused(ask(weights), hub)
 
@@ -355,7 +355,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr("cogpress.publish.hub.READ_SECONDS", 0.05)
     hub.fail("GET", "whoami", "mute", 99)
-    assert re.search("can not be reached or broke off.*timed out", refused(ask(weights), hub))
+    assert re.search("could not be reached or broke off.*timed out", refused(ask(weights), hub))
 
 
 def test_damaged_weights_are_not_published(weights: Path, hub: StandIn) -> None:
@@ -364,7 +364,7 @@ def test_damaged_weights_are_not_published(weights: Path, hub: StandIn) -> None:
     (weights / "config.json").unlink()
     assert "lacks config.json" in refused(ask(weights), hub)
     (weights / "manifest.json").unlink()
-    assert "holds no weights that cogpress made: its manifest.json is missing" in refused(ask(weights), hub)
+    assert "holds no weights made by cogpress: its manifest.json is missing" in refused(ask(weights), hub)
     assert hub.repositories == {}
 
 
@@ -401,10 +401,10 @@ def test_secrets_in_a_prompt_are_not_published(system: str, said: str, tmp_path:
 
 def test_unverified_weights_need_a_word(weights: Path, hub: StandIn) -> None:
     verify(weights, passed=False)
-    assert "is not verified: verification failed: mean KL. Verify the weights" in refused(ask(weights), hub)
+    assert "is not verified: verification failed: mean KL. Run scripts/verify" in refused(ask(weights), hub)
     write_report = json.loads((weights / "verification.json").read_text())
     write_json(weights / "verification.json", {**write_report, "passed": True, "checks": [], "files": {}})
-    assert "the verification report is of other files" in refused(ask(weights), hub)
+    assert "the verification report is about other files" in refused(ask(weights), hub)
     (weights / "verification.json").write_text("[]")
     assert "is no verification report" in refused(ask(weights), hub)
     (weights / "verification.json").unlink()
@@ -452,18 +452,18 @@ def test_the_licence_of_the_base_is_found_or_asked_for(tmp_path: Path, hub: Stan
         run(ask(weights), hub)
         return next(line for line in hub.files(REPO)["README.md"].data.decode().splitlines() if "license:" in line)
 
-    assert "licence of the base model base is not known here" in refused(ask(weights), hub)
+    assert "licence of the base model base is unknown" in refused(ask(weights), hub)
     (folder / "LICENSE").write_text((ROOT / "LICENSE").read_text())
     assert licence() == "license: apache-2.0"
     (folder / "README.md").write_text("---\nlicense: llama3.1\n---\n")
     assert licence() == "license: llama3.1"
     write_weights(tmp_path / "weights", base={"source": "hf://other/base@v1"})
-    assert "licence of the base model other/base is not known here" in refused(ask(weights), hub)
+    assert "licence of the base model other/base is unknown" in refused(ask(weights), hub)
     hub.repositories["other/base"] = stand_in.Repository(private=False)
     hub.repositories["other/base"].add("v1", {"README.md": stand_in.Blob(b"---\nlicense: mit\n---\n", False)})
     assert licence() == "license: mit"
     assert "base_model: other/base" in hub.files(REPO)["README.md"].data.decode()
-    assert "none of the Hub's identifiers" in refused(ask(weights, licence="My Licence\n"), hub)
+    assert "not one of the Hub's identifiers" in refused(ask(weights, licence="My Licence\n"), hub)
     said = refused(ask(weights, licence="no-such-licence"), hub)
     assert re.search('check the model card.*"license" must be one of', said)
 
