@@ -1,8 +1,6 @@
-"""A LoRA adapter as a run leaves it: what it changes in which tensor of its base, one tensor at a time.
+"""A LoRA adapter in peft's layout: which tensors of its base it changes, and how, one tensor at a time.
 
-Knows peft's file layout and the arithmetic of its variants; leaves the base's own weights, and how training held
-them, to `merge`. A variant that it does not know is refused by name: merged as plain LoRA it would be wrong without
-a sign of it.
+An unknown variant is refused by name: merged as plain LoRA it would be silently wrong.
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 Merger = Callable[["torch.Tensor", slice], "torch.Tensor"]
-"""Takes some rows of a tensor as training computed with it, float32, and which they are of its first dimension; returns
-them merged, in the same memory."""
+"""Takes rows of a tensor as training computed with it, in float32, and their slice of its first dimension; merges them
+in place."""
 
 _PREFIX = "base_model.model."
 
@@ -33,21 +31,21 @@ _HARMLESS = {
     "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core",
     "qalora_group_size", "runtime_config",
 }  # fmt: skip
-"""Options of an adapter that do not change how it is merged, whatever their value."""
+"""Options of an adapter that do not affect the merge, whatever their value."""
 
 _HANDLED = {
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "bias",
     "lora_bias", "init_lora_weights",
 }  # fmt: skip
-"""Options that the merge takes into account."""
+"""Options that the merge honours."""
 
 _FRESH_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Values of `init_lora_weights` that leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ train on a changed one."""
+"""Values of `init_lora_weights` that leave the base unchanged; PiSSA, OLoRA, CorDA and LoftQ change it."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted layer: names of its matrices in the adapter's file, and the scale of their product."""
+    """One adapted layer: the names of its matrices in the adapter's file, and the scale of their product."""
 
     down: str
     up: str
@@ -59,7 +57,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter whose matrices are read when they are needed, and what it was trained on."""
+    """An adapter whose matrices are loaded when needed, and what it was trained on."""
 
     folder: Path
     layers: dict[str, Layer]
@@ -71,24 +69,24 @@ class LoraAdapter:
 
     @property
     def fingerprint(self) -> str:
-        """Of the base that it was trained on, as `manifest.fingerprint` makes it."""
+        """The `manifest.fingerprint` of the base that it was trained on."""
         return str(self.facts["base"]["fingerprint"])
 
     @property
     def base_key(self) -> str:
-        """What adapters must have in common to share a base: its weights, and how training held each layer."""
+        """Equal for adapters that can share a base: the same weights, stored the same way in training."""
         facts = [self.fingerprint, self.quantization, self.facts["compute_dtype"], sorted(self.quantized)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
     def touched(self) -> set[str]:
-        """The names of all tensors of the base that it changes."""
+        """The names of the base's tensors that it changes."""
         weights = {f"{module}.weight" for module in self.layers}
         biases = {f"{module}.bias" for module, layer in self.layers.items() if layer.bias}
         return weights | biases | self.replaced.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that the base's tensor must have for this adapter."""
+        """The shape that the adapter expects of the base's tensor."""
         if name in self.replaced:
             return self._stored[self.replaced[name]].shape
         module, _, part = name.rpartition(".")
@@ -99,18 +97,18 @@ class LoraAdapter:
         return (down[1], up[0]) if layer.embedding else (up[0], down[1])
 
     def replacement(self, name: str) -> torch.Tensor | None:
-        """The tensor that takes the place of the base's: of a module saved whole, or a trained bias."""
+        """The tensor that replaces the base's: of a module saved whole, or a trained bias."""
         return self._load(self.replaced[name]) if name in self.replaced else None
 
     def merger(self, name: str, device: torch.device) -> Merger:
-        """What turns rows of a base's tensor into rows of the merged one.
+        """The function that merges rows of one of the base's tensors.
 
         LoRA: W + s B A, with s = alpha / r (Hu et al. 2021) or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
         DoRA: m (W + s B A) / |W + s B A|, the norm over each row (Liu et al. 2024).
 
         Args:
-            name: the tensor's name in the base; one that this adapter changes.
-            device: where it is computed.
+            name: the name of a tensor of the base that this adapter changes.
+            device: where to compute.
         """
         module, _, part = name.rpartition(".")
         layer = self.layers.get(module)
@@ -135,14 +133,14 @@ class LoraAdapter:
 
 
 def read(folder: Path) -> LoraAdapter:
-    """Read what an adapter that `training` wrote changes.
+    """Read an adapter that training wrote.
 
     Raises:
-        CogpressError: files are missing or changed, or it uses something that can not be merged exactly.
+        CogpressError: files are missing or changed, or it uses something that cannot be merged exactly.
     """
     facts = manifest.read(folder) if folder.is_dir() else None
     if facts is None or facts.get("kind") != "adapter":
-        raise CogpressError(f"{folder} holds no adapter of cogpress. Name a run's adapter folder, or train one.")
+        raise CogpressError(f"{folder} holds no adapter trained by cogpress. Name a run's adapter.")
     manifest.check(folder, facts)
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
     _refuse_unknown(config, folder)
@@ -166,15 +164,13 @@ def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         unknown.append(f"peft_type {config.get('peft_type')}")
     if unknown:
-        raise CogpressError(
-            f"{folder} can not be merged exactly: it uses {', '.join(unknown)}. Train the adapter without."
-        )
+        raise CogpressError(f"Cannot merge {folder} exactly: it uses {', '.join(unknown)}. Train the adapter without.")
 
 
 def _sorted_out(
     stored: dict[str, tensors.Stored], config: dict[str, Any], folder: Path
 ) -> tuple[dict[str, Layer], dict[str, str]]:
-    """An adapter's tensors by what they do."""
+    """Sort an adapter's tensors into adapted layers and replaced tensors."""
     layers: dict[str, Layer] = {}
     replaced: dict[str, str] = {}
     used = set()
@@ -190,7 +186,7 @@ def _sorted_out(
             used.add(name)
     left = sorted(stored.keys() - used)
     if left:
-        raise CogpressError(f"{folder} holds {left[0]}, which the merge does not know. Train the adapter without it.")
+        raise CogpressError(f"{folder} holds {left[0]}, which the merge does not support. Train without it.")
     return layers, replaced
 
 
@@ -209,13 +205,13 @@ def _layer(
     alpha = alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"])
     if (stored[down].shape[0], stored[up].shape[1]) != (rank, rank):
         raise CogpressError(
-            f"{folder}: {module} has the rank {stored[down].shape[0]} and its configuration says {rank}, so its scale "
-            "is not known. Train the adapter again."
+            f"{folder}: {module} has rank {stored[down].shape[0]} and its configuration says {rank}, so its scale is "
+            "unknown. Train the adapter again."
         )
     found = [stem + name for name in ("lora_magnitude_vector", "lora_magnitude_vector.weight")]
     magnitude = next((name for name in found if name in stored), None)
     if embedding and magnitude is not None:
-        raise CogpressError(f"{folder} can not be merged exactly: it uses DoRA on {module}, an embedding.")
+        raise CogpressError(f"Cannot merge {folder} exactly: it uses DoRA on {module}, an embedding. Train without.")
     bias = f"{stem}lora_B.bias"
     return Layer(
         down=down,

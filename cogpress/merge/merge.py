@@ -1,11 +1,8 @@
-"""The faithful merge: an adapter folded into the weights that training saw.
+"""The faithful merge: an adapter folded into the weights that training saw, one tensor at a time.
 
-A QLoRA adapter is trained against the quantized base and corrects its rounding errors too. Added to the original
-weights instead, it corrects errors that are not there. So each quantized layer is quantized and dequantized again
-exactly as training did it, and the update is added to that, in float32.
-
-Works tensor by tensor on the files, so that memory does not grow with the model; leaves what an adapter is to
-`adapter`, loading models to `base` and judging the result to `verify`.
+A QLoRA adapter is trained on the quantized base and corrects its rounding errors too. Added to the original weights, it
+would correct errors that are not there. So each quantized layer is quantized and dequantized again exactly as in
+training, and the update is added to that, in float32.
 """
 
 from __future__ import annotations
@@ -38,15 +35,15 @@ Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 _NF4_BLOCK = 64
 _STATISTICS_BLOCK = 256
 _CHUNK = 1 << 18
-"""Elements that are computed at once on a CPU: their temporaries stay in its cache."""
+"""Elements computed at once on a CPU, so that their temporaries fit its cache."""
 
 _WORKERS = 4
-"""The most tensors that are computed at once on a CPU, and so are in memory."""
+"""The most tensors computed, and so in memory, at once on a CPU."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to write, from one of the base: usually of the same name."""
+    """One tensor to write, made from the base's tensor `source`, usually of the same name."""
 
     name: str
     source: str
@@ -57,7 +54,7 @@ class Output:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything that a merge will do, checked before anything is written."""
+    """All that a merge will do, checked before anything is written."""
 
     adapter: LoraAdapter
     stored: dict[str, tensors.Stored]
@@ -76,7 +73,7 @@ class MergePlan:
         tensor = tensors.load(self.stored[output.source], output.source)
         if not tensor.is_floating_point():
             return tensor
-        # Training loads the checkpoint in its compute dtype first, and quantizes from that.
+        # Training casts the checkpoint to its compute dtype first, and quantizes that.
         tensor = tensor.to(self.compute)
         module = output.name.removesuffix(".weight")
         quantized = module in self.adapter.quantized and self.onto == "dequantized"
@@ -107,22 +104,22 @@ class MergePlan:
 
 
 class TrainedWeight:
-    """A tensor as training computed with it, some rows at a time: quantized once, dequantized when asked for.
+    """A tensor as training computed with it: quantized once, dequantized a chunk of rows at a time.
 
-    On a CPU a chunk of rows stays in its cache, which is several times as fast as passes over a whole layer; on a GPU
-    all rows are one chunk.
+    On a CPU a chunk fits the cache, which is several times as fast as passes over a whole layer; on a GPU all rows are
+    one chunk.
     """
 
     def __init__(self, weight: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> None:
         """
         Args:
             weight: in the dtype that training loaded it in; shape (out, in) where it is quantized.
-            quantization: how training held it.
+            quantization: how training stored it.
             dtype: what training computed in.
         """
         self.shape, self.device = tuple(weight.shape), weight.device
         columns = max(1, math.prod(self.shape[1:]))
-        # A chunk ends with a row and with a block.
+        # A chunk ends at the end of a row and of a block.
         unit = _NF4_BLOCK // math.gcd(columns, _NF4_BLOCK)
         self.step = unit * max(1, _CHUNK // (columns * unit)) if self.device.type == "cpu" else len(weight)
         self.step = max(1, min(self.step, len(weight)))
@@ -131,11 +128,11 @@ class TrainedWeight:
         self._rows = self._held(weight, quantization)
 
     def rows(self, index: slice) -> torch.Tensor:
-        """One of the slices, in the compute dtype."""
+        """The rows of one slice, in the compute dtype."""
         return self._rows(index).to(self._dtype)
 
     def whole(self) -> torch.Tensor:
-        """All of it, in the compute dtype."""
+        """The whole tensor, in the compute dtype."""
         import torch
 
         return torch.cat([self.rows(index) for index in self.slices])
@@ -149,7 +146,7 @@ class TrainedWeight:
             packed, state = bnb.quantize_4bit(weight.contiguous(), compress_statistics=True, quant_type="nf4")
             return bnb.dequantize_4bit(packed, state).__getitem__
         if quantization == "int8":
-            # bitsandbytes quantizes from float16, whatever the checkpoint's dtype is.
+            # bitsandbytes quantizes from float16, whatever the checkpoint's dtype.
             rows, absmax, _ = bnb.int8_vectorwise_quant(weight.half())
             return lambda index: bnb.int8_vectorwise_dequant(rows[index], absmax[index])
         return weight.__getitem__
@@ -157,8 +154,8 @@ class TrainedWeight:
     def _nf4_rows(self, weight: torch.Tensor) -> Callable[[slice], torch.Tensor]:
         """`dequantize_4bit(*quantize_4bit(weight))` of bitsandbytes on a CPU, bit for bit, by rows.
 
-        Blocks of 64 values are quantized independently of each other. Only their scales are quantized together, by
-        double quantization: so all blocks come first, then the scales, then the values.
+        Blocks of 64 values are quantized independently; only their scales are quantized together (double
+        quantization). So the order is: all blocks, then the scales, then the values.
         """
         import bitsandbytes.functional as bnb
         import torch
@@ -169,8 +166,8 @@ class TrainedWeight:
         offset = absmax.mean()
         absmax = bnb.dequantize_blockwise(*bnb.quantize_blockwise(absmax - offset, blocksize=_STATISTICS_BLOCK))
         absmax += offset
-        parts = dict(zip((index.start for index in self.slices), zip(packed, absmax.split([len(s) for s in scales]),
-                     strict=True), strict=True))  # fmt: skip
+        split = absmax.split([len(scale) for scale in scales])
+        parts = {index.start: part for index, *part in zip(self.slices, packed, split, strict=True)}
         dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
 
         def rows(index: slice) -> torch.Tensor:
@@ -186,20 +183,20 @@ def as_trained(weight: torch.Tensor, quantization: Quantization, dtype: torch.dt
 
 
 def _nf4(weight: torch.Tensor, work: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """bitsandbytes' `quantize_4bit` for whole rows: two values a byte, and the scale of each block of 64.
+    """bitsandbytes' `quantize_4bit` of whole rows: two values a byte, and the scale of each block of 64.
 
-    Its own operator searches the 15 bounds between NF4's values for each weight by itself; counting the bounds below
-    all weights at once, in memory that is used again and again, gives the same index several times as fast.
+    The library's operator searches the 15 bounds between NF4's values weight by weight; counting the bounds below all
+    weights at once, in reused memory, gives the same index several times as fast.
 
     Args:
-        weight: some rows of a layer.
-        work: float32, shape (3, at least as many as there are weights); overwritten.
+        weight: rows of a layer.
+        work: float32, shape (3, at least the number of weights); overwritten.
     """
     import torch
     from bitsandbytes.backends.default.ops import _get_4bit_quantize_bounds
 
     count = weight.numel()
-    if count % _NF4_BLOCK:  # a last block that is not whole is rounded in another way
+    if count % _NF4_BLOCK:  # a last, partial block is rounded differently
         return torch.ops.bitsandbytes.quantize_4bit.default(weight.contiguous(), _NF4_BLOCK, "nf4", torch.uint8)
     scaled, above, index = (part[:count] for part in work)
     scaled.copy_(weight.reshape(-1))
@@ -218,12 +215,12 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
     Args:
         base_folder: the base.
         adapter_folder: an adapter that was trained on it.
-        onto: what it is merged into.
-        alone: leave the adapter out; what is left is the base as its training saw it.
+        onto: what to merge into.
+        alone: leave the adapter out, and write the base as its training saw it.
 
     Raises:
-        CogpressError: the adapter was trained on another base or does not fit it; or either uses something that can
-            not be merged exactly.
+        CogpressError: the adapter was trained on another base or does not fit it, or something cannot be merged
+            exactly.
     """
     found = adapter.read(adapter_folder)
     if alone:
@@ -235,7 +232,7 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
         )
     config = json.loads((base_folder / "config.json").read_text())
     if "quantization_config" in config:
-        raise CogpressError(f"{base_folder} is quantized already, so nothing can be merged into it exactly.")
+        raise CogpressError(f"{base_folder} is quantized already; no merge into it is exact. Name its original.")
     stored = tensors.stored(base_folder)
     sources = {name: name for name in stored}
     untied = bool(config.get("tie_word_embeddings")) and _untie(found, sources, base_folder)
@@ -243,7 +240,7 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
     compute = base.trained_dtype(found.facts)
     dtype = base.stored_dtype(compute)
     place = {name: at for at, name in enumerate(stored)}
-    order = sorted(sources, key=lambda name: place[sources[name]])  # the files are read and written front to back
+    order = sorted(sources, key=lambda name: place[sources[name]])  # read and write the files front to back
     outputs = [_output(name, stored[sources[name]], sources[name], dtype) for name in order]
     return MergePlan(found, stored, outputs, onto, compute, dtype, untied)
 
@@ -258,17 +255,17 @@ def _output(name: str, place: tensors.Stored, source: str, dtype: torch.dtype) -
 
 
 def _untie(found: LoraAdapter, sources: dict[str, str], base_folder: Path) -> bool:
-    """Give the output layer a tensor of its own where it shares the embedding's and training changed one of the two.
+    """Give the output layer its own tensor if it shares the embedding's and training changed one of the two.
 
-    A checkpoint with tied embeddings holds one of them; in training peft changes each by itself.
+    A checkpoint with tied embeddings holds one tensor; peft trains each layer separately.
     """
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if not found.touched & {head, embedding} or head in sources:
         return False
     if embedding not in sources:
         raise CogpressError(
-            f"{found.folder} changes embeddings that {base_folder} ties together under names that the merge does not "
-            "know, so it can not be merged exactly. Train without the embedding and the output layer."
+            f"Cannot merge {found.folder} exactly: it changes embeddings that {base_folder} ties under unknown names. "
+            "Train without the embedding and the output layer."
         )
     sources[head] = embedding
     return True
@@ -286,14 +283,14 @@ def merge(
 ) -> dict[str, Any]:
     """Merge an adapter into its base and write a folder of weights with a manifest, all or nothing.
 
-    One tensor is in memory at a time, and another is written meanwhile. Computes on a GPU where there is one.
+    Few tensors are in memory at once, and one is written while others are computed. Uses a GPU where there is one.
 
     Args:
         base_folder: the base that the adapter was trained on, as safetensors.
         adapter_folder: a run's adapter.
         target: the folder to write; replaced when the merge is complete.
         onto: `dequantized` for the base as training saw it, `original` for the weights before quantization.
-        alone: write the base alone, for adapters to be served on.
+        alone: write the base alone, to serve adapters on.
         progress: wraps the tensors, given how many there are.
         facts: more for the manifest.
 
@@ -301,7 +298,7 @@ def merge(
         the manifest.
 
     Raises:
-        CogpressError: the adapter was trained on another base, does not fit it, or can not be merged exactly, or the
+        CogpressError: the adapter was trained on another base, does not fit it, or cannot be merged exactly, or the
             disk has no room; nothing is written.
     """
     planned = plan(base_folder, adapter_folder, onto, alone=alone)
@@ -309,7 +306,7 @@ def merge(
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < 1.01 * size:
-        raise CogpressError(f"{target} needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Make room there.")
+        raise CogpressError(f"{target} needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Free some there.")
     with new_folder(target) as part:
         written = _write(planned, part, progress)
         _copy_settings(base_folder, part, planned)
@@ -339,7 +336,7 @@ def write_base(
     target: Path,
     progress: Progress = lambda items, _total: items,
 ) -> dict[str, Any]:
-    """Write the base as an adapter was trained on it, quantized and dequantized, for adapters to be served on.
+    """Write the base as an adapter was trained on it, quantized and dequantized, to serve adapters on.
 
     Args:
         base_folder: the base, as safetensors.
@@ -358,15 +355,15 @@ def write_base(
 
 
 def _check_fit(found: LoraAdapter, places: dict[str, tensors.Stored]) -> None:
-    """Every adapted and every quantized layer must be a tensor of the checkpoint, of the adapter's shape."""
+    """Refuse adapted or quantized layers that are no tensors of the checkpoint, or of another shape."""
     for name in sorted(found.touched | {f"{module}.weight" for module in found.quantized}):
         if name not in places:
             raise CogpressError(
-                f"{found.folder} changes {name}, which the base's files do not hold under that name, so it can not be "
-                "merged exactly. Name the base that it was trained on."
+                f"Cannot merge {found.folder} exactly: it changes {name}, and the base's files hold no tensor of that "
+                "name. Name the base that it was trained on."
             )
         if name in found.replaced and name.removesuffix(".weight") in found.quantized:
-            raise CogpressError(f"{found.folder} can not be merged exactly: it saved {name} whole, in quantized form.")
+            raise CogpressError(f"Cannot merge {found.folder} exactly: it saved all of {name}, quantized.")
         if name in found.touched and places[name].shape != found.shape(name):
             raise CogpressError(
                 f"{name} is {list(places[name].shape)} in the base and {list(found.shape(name))} in the adapter. "
@@ -375,7 +372,7 @@ def _check_fit(found: LoraAdapter, places: dict[str, tensors.Stored]) -> None:
 
 
 def _write(planned: MergePlan, part: Path, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Write the merged shards under the base's own file names. Returns the sha256 and bytes of each."""
+    """Write the merged shards under the base's file names, and return the sha256 and bytes of each."""
     written: dict[str, dict[str, Any]] = {}
     shards: dict[str, list[Output]] = {}
     for output in planned.outputs:
@@ -387,7 +384,7 @@ def _write(planned: MergePlan, part: Path, progress: Progress) -> dict[str, dict
             for output in outputs:
                 writer.write(output.name, next(computed))
             written[shard] = writer.close()
-    next(computed, None)  # lets a progress bar end
+    next(computed, None)  # lets a progress bar finish
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(output.bytes for output in planned.outputs)},
@@ -398,9 +395,9 @@ def _write(planned: MergePlan, part: Path, progress: Progress) -> dict[str, dict
 
 
 def _ahead(function: Callable[[Output], torch.Tensor], items: Sequence[Output]) -> Iterator[torch.Tensor]:
-    """`map`, some items ahead: computing, and writing and hashing what was computed, run at the same time.
+    """`map`, some items ahead, so that tensors are computed while others are hashed and written.
 
-    On a CPU each tensor is computed by one thread, several at a time: its steps are too short to share one.
+    On a CPU one thread computes each tensor, several at a time: its steps are too short to parallelize.
     """
     import torch
 

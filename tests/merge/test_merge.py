@@ -1,4 +1,4 @@
-"""The merge gives what training saw, tensor by tensor, and refuses what it can not merge exactly."""
+"""The merge gives what training saw, tensor by tensor, and refuses what it cannot merge exactly."""
 
 from __future__ import annotations
 
@@ -340,10 +340,10 @@ def edit_settings(adapter: Path, change: dict[str, Any]) -> None:
         ({"target_parameters": ["experts"]}, "target_parameters"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"a_variant_of_next_year": True}, "a_variant_of_next_year"),
-        ({"r": 5}, "has the rank 4 and its configuration says 5"),
+        ({"r": 5}, "has rank 4 and its configuration says 5"),
     ],
 )
-def test_what_can_not_be_merged_exactly_is_refused_by_name(
+def test_what_cannot_be_merged_exactly_is_refused_by_name(
     tiny_base: Path, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     adapter = an_adapter(tiny_base, tmp_path / "adapter", "nf4")
@@ -378,7 +378,7 @@ def test_a_base_of_other_shapes_is_refused(tmp_path: Path) -> None:
     facts = manifest.read(adapter) or {}
     facts["base"]["fingerprint"] = manifest.fingerprint(folder)
     write_json(adapter / manifest.NAME, facts)
-    with pytest.raises(CogpressError, match=r"k_proj\.bias, which the base's files do not hold"):
+    with pytest.raises(CogpressError, match=r"k_proj\.bias, and the base's files hold no tensor of that"):
         merge.merge(folder, adapter, tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
 

@@ -1,4 +1,4 @@
-"""Where a base comes from, and what is said when it can not."""
+"""Where a base comes from, and what is said when it cannot."""
 
 from __future__ import annotations
 
