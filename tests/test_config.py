@@ -209,7 +209,7 @@ def test_a_section_without_options_has_its_defaults(tmp_path: Path) -> None:
 
 def test_sources_are_checked_when_they_are_read_and_no_signature_is_shown() -> None:
     for given in ({"base": {"source": "http://host/a.tar?secret"}}, {"serve": {"weights": "ftp://u:secret@host/a"}}):
-        with pytest.raises(CogpressError, match="https only") as error:
+        with pytest.raises(CogpressError, match="must be https") as error:
             parse(given)
         assert "secret" not in str(error.value)
     signed = parse({"base": {"source": "https://host/a.tar?secret"}, "serve": {"weights": "https://u:secret@h/b.tar"}})
