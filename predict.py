@@ -77,7 +77,7 @@ class Runner(BaseRunner):
             le=1.0,
         ),
         stop: str = Input(
-            description='Text that ends the answer and is not part of it; several as a JSON list, such as ["END", "##"].',
+            description='Text that ends the answer and is left out; several as a JSON list, such as ["END", "##"].',
             default="",
         ),
         seed: Optional[int] = Input(

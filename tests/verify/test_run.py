@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from cogpress import config
+from cogpress import config, pipeline
 from cogpress.engines.vllm import Engine
 from cogpress.errors import CogpressError
 from cogpress.files import write_json
@@ -24,22 +25,39 @@ from cogpress.weights import base, fetch, manifest
 from cogpress.weights.filenames import VERIFICATION, VERIFICATION_PAGE, VERIFICATION_PLOT
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = ROOT / "runs" / "demo"
 ROWS = 8
 
 
 @pytest.fixture(scope="module")
-def settings() -> config.Config:
-    loaded = config.load(ROOT / "model.yaml")
-    return loaded.model_copy(update={"verify": loaded.verify.model_copy(update={"rows": ROWS})})
+def few(settings_verified: config.Config) -> config.Config:
+    """The worked example's configuration, to verify with few rows."""
+    rows = settings_verified.verify.model_copy(update={"rows": ROWS})
+    return settings_verified.model_copy(update={"verify": rows})
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a tiny model as training and merge leave it."""
+    folder = tmp_path_factory.mktemp("tiny-run")
+    rows = [
+        {"prompt": f"Say the number after {one}.", "completion": f"It is {one + 1}, of course."} for one in range(40)
+    ]
+    (folder / "examples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train = {"max_steps": 6, "batch_size": 4, "rank": 4, "learning_rate": 0.01, "evaluations": 0}
+    given = {"base": {"source": str(tiny_base)}, "train": train, "data": {"validation_share": 0.2}}
+    settings = config.parse(given, "the test")
+    built = pipeline.build(settings, folder / "examples.jsonl", folder / "run", folder, Console(quiet=True))
+    return built.weights.parent
 
 
 @pytest.fixture
-def copy(trained_weights: Path, tmp_path: Path) -> Path:
-    """The trained weights, to be damaged."""
-    folder = tmp_path / "weights"
-    shutil.copytree(trained_weights, folder, ignore=shutil.ignore_patterns("verification.*"))
-    return folder
+def copy(tiny_run: Path, tmp_path: Path) -> Path:
+    """The tiny run's weights, to be damaged."""
+    return Path(shutil.copytree(tiny_run / "weights", tmp_path / "weights"))
+
+
+def verify_tiny(folder: Path, run: Path) -> verdict.Verdict:
+    return verify.verify(config.Config(), ROOT, folder, Console(), run=run)
 
 
 def sign_again(folder: Path) -> None:
@@ -69,6 +87,16 @@ def test_the_merge_of_a_run_passes(verified: tuple[Path, verdict.Verdict]) -> No
     assert found.metrics["served_perplexity"] == pytest.approx(found.metrics["perplexity"], rel=0.02)
     assert found.metrics["concurrent_tokens_per_second"] > found.metrics["stream_tokens_per_second"] > 0
     assert manifest.state(folder) == "verified"
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_the_reference_answers_as_if_every_token_were_generated(
+    verified: tuple[Path, verdict.Verdict], trained_run: Path, answered: list[dict[str, Any]]
+) -> None:
+    """Most of its answers are read off the expected ones; the committed ones were all generated."""
+    known = json.loads((trained_run / verify.REFERENCE).read_text())["answers"]
+    assert known == [row["answer"] for row in answered]
 
 
 @pytest.mark.slow
@@ -105,16 +133,19 @@ def test_weights_that_change_afterwards_count_as_unverified(
 
 
 @pytest.mark.slow
-def test_the_usual_merge_is_caught(copy: Path, settings: config.Config) -> None:
+def test_the_usual_merge_is_caught(trained_run: Path, few: config.Config, tmp_path: Path) -> None:
     """peft's own merge onto the original weights, saved by transformers' own code."""
     from peft import PeftModel
 
-    adapter = RUN / "adapter"
+    copy = Path(shutil.copytree(trained_run / "weights", tmp_path / "weights"))
+    adapter = trained_run / "adapter"
     source = fetch.base((manifest.read(adapter) or {})["base"]["source"], ROOT / ".cache")
-    merged: Any = PeftModel.from_pretrained(base.load(source, "none"), str(adapter)).merge_and_unload()
+    merged: Any = PeftModel.from_pretrained(
+        base.load(source, "none", dtype=torch.bfloat16), str(adapter)
+    ).merge_and_unload()
     merged.save_pretrained(copy)
     sign_again(copy)
-    found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
+    found = verify.verify(few, ROOT, copy, Console(), run=trained_run)
     assert not found.passed
     assert {"merge", "mean KL"} <= failures(found).keys()
     assert found.causes == [
@@ -130,60 +161,60 @@ def flip(folder: Path, name: str) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.slow
+@pytest.mark.train
 @pytest.mark.parametrize("signed", [False, True], ids=["old manifest", "new manifest"])
-def test_one_flipped_tensor_is_caught(copy: Path, settings: config.Config, signed: bool) -> None:
-    name = "model.layers.17.mlp.down_proj.weight"
+def test_one_flipped_tensor_is_caught(copy: Path, tiny_run: Path, signed: bool) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
     flip(copy, name)
     if signed:
         sign_again(copy)
-    found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
+    found = verify_tiny(copy, tiny_run)
     assert not found.passed
     if signed:
         assert failures(found)["merge"].cause.startswith(f"{name} is not what the merge gives")
-        assert failures(found)["mean KL"].value > 0.01  # type: ignore[operator]
+        assert "99th percentile KL" in failures(found)
     else:
         assert "model.safetensors is not the file that was written" in failures(found)["files"].cause
 
 
-@pytest.mark.slow
-def test_a_swapped_tokenizer_is_caught(copy: Path, settings: config.Config) -> None:
+@pytest.mark.train
+def test_a_swapped_tokenizer_is_caught(copy: Path, tiny_run: Path) -> None:
     content = json.loads((copy / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
-    one, other = "Ġby", "Ġthe"
+    one, other = "Ġis", "Ġthe"
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     (copy / "tokenizer.json").write_text(json.dumps(content))
     sign_again(copy)
-    found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
+    found = verify_tiny(copy, tiny_run)
     assert list(failures(found)) == ["tokenizer"]
     assert "The tokenizer is not the base's" in found.causes[0]
     assert manifest.state(copy) == "failed"
 
 
-@pytest.mark.slow
-def test_another_end_of_answers_is_caught(copy: Path, settings: config.Config) -> None:
+@pytest.mark.train
+def test_another_end_of_answers_is_caught(copy: Path, tiny_run: Path) -> None:
     content = json.loads((copy / "generation_config.json").read_text())
     (copy / "generation_config.json").write_text(json.dumps({**content, "eos_token_id": 0}))
     sign_again(copy)
-    found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
+    found = verify_tiny(copy, tiny_run)
     assert "tokens on which an answer ends" in failures(found)["tokenizer"].cause
 
 
-@pytest.mark.slow
-def test_a_changed_chat_template_is_caught(copy: Path, settings: config.Config) -> None:
+@pytest.mark.train
+def test_a_changed_chat_template_is_caught(copy: Path, tiny_run: Path) -> None:
     template = (copy / "chat_template.jinja").read_text()
     (copy / "chat_template.jinja").write_text(template.replace("<|im_start|>assistant", "<|im_start|>Assistant"))
     sign_again(copy)
-    found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
+    found = verify_tiny(copy, tiny_run)
     assert list(failures(found)) == ["chat template"]
     assert "chat template differs" in found.causes[0]
 
 
-@pytest.mark.slow
-def test_another_prompt_is_caught(copy: Path, settings: config.Config) -> None:
+@pytest.mark.train
+def test_another_prompt_is_caught(copy: Path, tiny_run: Path) -> None:
     facts = manifest.read(copy) or {}
     write_json(copy / manifest.NAME, {**facts, "prompt": {"system": "", "template": "{question}"}})
-    found = verify.verify(settings, ROOT, copy, Console(), run=RUN)
+    found = verify_tiny(copy, tiny_run)
     assert list(failures(found)) == ["prompt"]
 
 
@@ -195,12 +226,12 @@ def wrong_engine(instead: Path, _folder: Path, serve: config.Serve, concurrency:
 @pytest.mark.slow
 @pytest.mark.server
 def test_an_engine_that_answers_wrongly_is_caught(
-    verified: tuple[Path, verdict.Verdict], settings: config.Config, tiny_base: Path, tmp_path: Path
+    verified: tuple[Path, verdict.Verdict], few: config.Config, trained_run: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "weights"
     shutil.copytree(verified[0], folder)
     make = functools.partial(wrong_engine, tiny_base)
-    found = verify.verify(settings, ROOT, folder, Console(), run=RUN, make=make)
+    found = verify.verify(few, ROOT, folder, Console(), run=trained_run, make=make)
     assert {"served tokens agree", "served log-probability difference"} <= failures(found).keys()
     assert "mean KL" not in failures(found)
     assert found.causes[0].startswith("The engine (vllm) answers otherwise than transformers with the same weights")
