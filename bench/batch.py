@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import alternate_aloud, in_fresh_process, medians
+from bench.measure import alternate_aloud, in_fresh_process, medians
 from bench.report import write_report
 from cogpress import config
 from cogpress import prompts as chat

@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import in_fresh_process
 from bench import merge as checkpoint
+from bench.measure import in_fresh_process
 from cogpress import config
 from cogpress.errors import CogpressError
 from cogpress.files import write_json

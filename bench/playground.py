@@ -25,8 +25,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from bench import Measured, alternate, asking, load, medians
-from bench.asking import Question
+from bench import clients, load
+from bench.clients import Question
+from bench.measure import Measured, alternate, medians
 from bench.report import Check, judged, require_weights, versions, write_report
 from cogpress.cog.process import Server, end_family, free_port
 from cogpress.errors import CogpressError
@@ -83,9 +84,9 @@ def run(
         cog = stack.enter_context(Server(root, weights=str(weights), log=out.parent / "playground-server.log"))
         cog.wait_ready()
         local, process = stack.enter_context(_playground(root, cog.url, out.parent / "playground-local.log"))
-        model = asking.Replicate(asking.connect(local, runner, stack), local, "local/bench", "none-is-required")
+        model = clients.Replicate(clients.connect(local, runner, stack), local, "local/bench", "none-is-required")
         runner.run(model.open())
-        asks = {DIRECT: asking.cog(asking.connect(cog.url, runner, stack), cog.url), THROUGH: model.ask}
+        asks = {DIRECT: clients.cog(clients.connect(cog.url, runner, stack), cog.url), THROUGH: model.ask}
         ways = {name: _Way(runner, ask, process) for name, ask in asks.items()}
         questions = questions_of(requests, rounds, examples)
         for way in ways.values():

@@ -1,7 +1,7 @@
 """Serving speed: the same load on cogpress's server, on vLLM's own with the same weights, and on one more by its URL.
 
 Knows how the sides are measured in turn; leaves protocols to `asking`, the servers on this machine to `sides`, asking
-many questions at once to `load`, what is asked to `serve_loads`, and judging and showing it to `serve_report`.
+many questions at once to `load`, what is asked to `workloads`, and judging and showing it to `serve_report`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from bench import Measured, alternate, asking, load, medians, sides
-from bench.asking import Question, Side
+from bench import clients, load, servers
+from bench.clients import Question, Side
 from bench.load import Taken
+from bench.measure import Measured, alternate, medians
 from bench.report import hardware, require_weights, versions, write_report
-from bench.serve_loads import LOADS, STREAMS, Load, long_question, planned, questions_of, short_questions
 from bench.serve_report import milliseconds, show, verdict
-from bench.sides import OURS, THEIRS
+from bench.servers import OURS, THEIRS
+from bench.workloads import LOADS, STREAMS, Load, long_question, planned, questions_of, short_questions
 from cogpress import config, source
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
@@ -68,7 +69,7 @@ def run(
         streams: at once, with the worked example's questions.
         rounds: how often each side is measured under each load.
         scale: multiplies the requests of each load; None takes 1, with a GPU 8.
-        url: one more side, as `asking.remote` takes it.
+        url: one more side, as `clients.remote` takes it.
         warm_disk: start a server once before the starts that are measured, which otherwise do not compare: the first
             reads from disk, and on a GPU compiles, for the second.
 
@@ -86,23 +87,23 @@ def run(
     prompt.render(dict(examples(1)[0]))  # before servers start: weights may ask for other fields than the example has
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
-        third = asking.remote(url, runner, stack) if url else None
+        third = clients.remote(url, runner, stack) if url else None
         columns = (*Progress.get_default_columns(), TextColumn("left, after"), TimeElapsedColumn())
         # Drawn twice a second, because it is this process that also notes the times.
         bar = Progress(*columns, console=console, refresh_per_second=2, speed_estimate_period=120)
         stack.enter_context(bar)
         progress = _Progress(bar, bar.add_task("looking at the machine", total=None))
-        machine = sides.machine(root, weights, settings.serve)
+        machine = servers.machine(root, weights, settings.serve)
         loads = planned(kinds, streams, scale or (8 if machine.gpus else 1))
         asked = questions_of(loads, rounds, examples)
-        servers = sides.start(root, weights, machine, out.parent, stack, progress.tell, warm_disk=warm_disk)
-        ours, theirs = (servers[name].url for name in (OURS, THEIRS))
+        started = servers.start(root, weights, machine, out.parent, stack, progress.tell, warm_disk=warm_disk)
+        ours, theirs = (started[name].url for name in (OURS, THEIRS))
         compared = [
-            Side(OURS, "cogpress", asking.cog(asking.connect(ours, runner, stack), ours)),
+            Side(OURS, "cogpress", clients.cog(clients.connect(ours, runner, stack), ours)),
             Side(
                 THEIRS,
                 "vLLM's server",
-                asking.openai(asking.connect(theirs, runner, stack), theirs, str(weights), prompt),
+                clients.openai(clients.connect(theirs, runner, stack), theirs, str(weights), prompt),
             ),
             *([third] if third else []),
         ]
@@ -112,7 +113,7 @@ def run(
             _warm_up(side, runner)
         measuring = _Measuring(runner, {side.name: side for side in compared}, rounds, progress)
         measured = {one.name: measuring.load(one, asked[one.name]) for one in loads}
-        memory = {name: server.memory_gb() for name, server in servers.items()}
+        memory = {name: server.memory_gb() for name, server in started.items()}
     report: dict[str, Any] = {
         "settings": {
             "weights": str(weights),
@@ -125,9 +126,9 @@ def run(
         "sides": {side.name: side.title for side in compared},
         "versions": versions(),
         "machine": {**hardware(), "gpus": machine.gpus},
-        "starts": {name: {"seconds": server.seconds, "parts": server.parts()} for name, server in servers.items()},
+        "starts": {name: {"seconds": server.seconds, "parts": server.parts()} for name, server in started.items()},
         "memory_gb": memory,
-        "gpu_memory_gb": {name: server.gpu_gb for name, server in servers.items()} if machine.gpus else None,
+        "gpu_memory_gb": {name: server.gpu_gb for name, server in started.items()} if machine.gpus else None,
         "medians": {name: medians(found) for name, found in measured.items()},
         "rounds": measured,
         "lost": measuring.lost,

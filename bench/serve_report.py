@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import Measured, load
+from bench import load
+from bench.measure import Measured
 from bench.report import Check, judged
-from bench.serve_loads import Load
-from bench.sides import OURS, THEIRS
+from bench.servers import OURS, THEIRS
+from bench.workloads import Load
 
 LEAST_THROUGHPUT, MOST_TTFT_SECONDS = 0.97, 0.015
 """What the kit promises against vLLM's own server: total throughput, and how much later the first token may come."""

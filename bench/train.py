@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import alternate_aloud, in_fresh_process, medians
+from bench.measure import alternate_aloud, in_fresh_process, medians
 from bench.report import write_report
 from cogpress.config import Config
 from cogpress.data.prepare import Prepared

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import batch, serve, serve_loads, serve_report, sides, speculative
+from bench import batch, serve, serve_report, servers, speculative, workloads
 from cogpress import config, plots
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
@@ -34,9 +34,9 @@ def examples(count: int) -> list[dict[str, Any]]:
 
 
 def test_nothing_is_asked_twice_and_every_run_asks_the_same() -> None:
-    loads = serve_loads.planned(scale=2)
-    asked = serve_loads.questions_of(loads, 3, examples)
-    assert asked == serve_loads.questions_of(loads, 3, examples)
+    loads = workloads.planned(scale=2)
+    asked = workloads.questions_of(loads, 3, examples)
+    assert asked == workloads.questions_of(loads, 3, examples)
     assert [one.name for one in loads] == [
         "example-1", "example-4", "example-16", "example-32", "example-64", "long-1", "long-8", "open",
     ]  # fmt: skip
@@ -48,8 +48,8 @@ def test_nothing_is_asked_twice_and_every_run_asks_the_same() -> None:
 
 
 def test_a_long_prompt_begins_otherwise_each_time_and_forces_its_answers_length() -> None:
-    one, other = serve_loads.long_question("a"), serve_loads.long_question("b")
-    assert one == serve_loads.long_question("a")
+    one, other = workloads.long_question("a"), workloads.long_question("b")
+    assert one == workloads.long_question("a")
     assert one.text[:60] != other.text[:60]
     assert one.inputs == {"prompt": one.text, "max_tokens": 256, "temperature": 0, "min_tokens": 256}
     several = Prompt(system="S", template="{question} {columns}")
@@ -68,7 +68,7 @@ def test_a_long_prompt_begins_otherwise_each_time_and_forces_its_answers_length(
 )
 def test_loads_that_there_are_not(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(CogpressError, match=message):
-        serve_loads.planned(**arguments)
+        workloads.planned(**arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_loads_that_there_are_not(arguments: dict[str, Any], message: str) -> No
 
 
 def test_vllms_flags() -> None:
-    assert sides.flags(
+    assert servers.flags(
         {"model": "w", "enforce_eager": True, "trust_remote_code": False, "disable_log_stats": False,
          "max_model_len": None, "speculative_config": {"method": "ngram"}, "gpu_memory_utilization": 0.45}
     ) == [
@@ -89,9 +89,9 @@ def test_vllms_flags() -> None:
 def test_the_parts_of_a_start_are_read_from_the_servers_log() -> None:
     seconds = {"fetch": 1.5, "imports": 10.25, "saved": 1.5, "tokenizer": 0.5, "engine": 20.0, "total": 31.0}
     line = serving.cold_start_line(seconds)
-    found = sides.cold_start(f"a line\n2026 INFO coglet::setup: {line} source=Stdout\n")
+    found = servers.cold_start(f"a line\n2026 INFO coglet::setup: {line} source=Stdout\n")
     assert found == pytest.approx(seconds, abs=0.06)
-    assert sides.cold_start("nothing") == {}
+    assert servers.cold_start("nothing") == {}
 
 
 def test_a_server_that_ends_before_it_is_ready_says_why(tmp_path: Path) -> None:
@@ -101,13 +101,13 @@ def test_a_server_that_ends_before_it_is_ready_says_why(tmp_path: Path) -> None:
     with pytest.raises(
         CogpressError, match=r"ended with exit status 3 before it was ready, and said last: no room\. All"
     ):
-        sides._wait_healthy(process, "http://127.0.0.1:9", log)
+        servers._wait_healthy(process, "http://127.0.0.1:9", log)
 
 
 def test_a_project_for_half_the_gpu_is_the_project_but_for_that(tmp_path: Path) -> None:
     from cogpress import config
 
-    made = sides._project(ROOT, tmp_path, 0.45)
+    made = servers._project(ROOT, tmp_path, 0.45)
     ours, theirs = config.load(made / "model.yaml"), config.load(ROOT / "model.yaml")
     assert ours.serve.gpu_memory_share == 0.45
     assert ours == theirs.model_copy(update={"serve": theirs.serve.model_copy(update={"gpu_memory_share": 0.45})})
@@ -186,11 +186,11 @@ class Comparison:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, cog: StandIn, vllm: StandIn) -> None:
         self.folder, self.running, self.fails = folder, 0, False
         self.text = io.StringIO()
-        machine = sides.Machine({"max_num_seqs": 64}, {}, [], 0.9)
-        monkeypatch.setattr(sides, "in_fresh_process", lambda *_: machine)
+        machine = servers.Machine({"max_num_seqs": 64}, {}, [], 0.9)
+        monkeypatch.setattr(servers, "in_fresh_process", lambda *_: machine)
         monkeypatch.setattr(serve, "QUIET_SECONDS", 0.0)
-        monkeypatch.setattr(sides, "_cogpress", lambda *_: self.server(cog.url))
-        monkeypatch.setattr(sides, "_vllm", lambda *_: self.server("" if self.fails else vllm.url))
+        monkeypatch.setattr(servers, "_cogpress", lambda *_: self.server(cog.url))
+        monkeypatch.setattr(servers, "_vllm", lambda *_: self.server("" if self.fails else vllm.url))
         (folder / "config.json").write_text("{}")
 
     @contextmanager

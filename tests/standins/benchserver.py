@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from bench import asking, load
+from bench import clients, load
 
 TOKEN = "r8_not-a-real-token"
 
@@ -120,15 +120,15 @@ def cog_answer(*gaps: float) -> Callable[[Request], Awaitable[Reply]]:
     return answer
 
 
-def ask_all(url: str, side: Callable[[Any], load.Ask], questions: list[asking.Question], streams: int) -> load.Taken:
+def ask_all(url: str, side: Callable[[Any], load.Ask], questions: list[clients.Question], streams: int) -> load.Taken:
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
-        http = asking.connect(url, runner, stack)
+        http = clients.connect(url, runner, stack)
         return runner.run(load.closed_loop(side(http), questions, streams))
 
 
-def cog_questions(count: int) -> list[asking.Question]:
-    return [asking.Question({"question": f"which {at}?", "columns": ["a"]}) for at in range(count)]
+def cog_questions(count: int) -> list[clients.Question]:
+    return [clients.Question({"question": f"which {at}?", "columns": ["a"]}) for at in range(count)]
 
 
 class FakeReplicate:

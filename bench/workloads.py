@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.asking import Question
+from bench.clients import Question
 from cogpress.errors import CogpressError
 
 LOADS = ("example", "long", "open")

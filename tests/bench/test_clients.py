@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import asking, load
+from bench import clients, load
 from bench.load import Usage
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
@@ -33,7 +33,7 @@ from tests.standins.benchserver import (
 
 def test_figures_are_those_of_known_delays() -> None:
     with standing_in(cog_answer(0.1, 0.05, 0.05, 0.05)) as server:
-        taken = ask_all(server.url, lambda http: asking.cog(http, server.url), cog_questions(12), 4)
+        taken = ask_all(server.url, lambda http: clients.cog(http, server.url), cog_questions(12), 4)
     found = load.summary(taken)
     assert server.most == 4, "no more and no fewer at once than there are streams"
     assert server.connections <= 4, "connections are used again"
@@ -52,7 +52,7 @@ def test_figures_are_those_of_known_delays() -> None:
 
 def test_every_question_is_asked_once_whoever_is_free() -> None:
     with standing_in(cog_answer(0.01)) as server:
-        ask_all(server.url, lambda http: asking.cog(http, server.url), cog_questions(9), 4)
+        ask_all(server.url, lambda http: clients.cog(http, server.url), cog_questions(9), 4)
     sent = [request.body["input"] for request in server.requests]
     assert sorted(json.loads(one["fields"])["question"] for one in sent) == [f"which {at}?" for at in range(9)]
     assert {(one["max_tokens"], one["temperature"]) for one in sent} == {(160, 0)}
@@ -77,7 +77,7 @@ def test_what_is_lost_is_counted_and_told_apart() -> None:
         return status, "text/event-stream", body(*pieces)
 
     with standing_in(answer) as server:
-        taken = ask_all(server.url, lambda http: asking.cog(http, server.url), cog_questions(8), 1)
+        taken = ask_all(server.url, lambda http: clients.cog(http, server.url), cog_questions(8), 1)
     found = load.summary(taken)
     assert {key: found[key] for key in ("requests", "failed", "refused", "empty", "lost")} == {
         "requests": 8, "failed": 5, "refused": 1, "empty": 2, "lost": 7,
@@ -108,9 +108,9 @@ def test_nothing_is_asked_again(reply: tuple[int, bytes]) -> None:
     for answers in (answer, dropped):
         with standing_in(answers) as server:
             for side in (
-                lambda http: asking.cog(http, server.url),
-                lambda http: asking.openai(http, server.url, "m", prompt),
-                lambda http: asking.Replicate(http, server.url, "me/mine", TOKEN).ask,
+                lambda http: clients.cog(http, server.url),
+                lambda http: clients.openai(http, server.url, "m", prompt),
+                lambda http: clients.Replicate(http, server.url, "me/mine", TOKEN).ask,
             ):
                 server.requests.clear()
                 taken = ask_all(server.url, side, cog_questions(3), 1)
@@ -121,7 +121,7 @@ def test_nothing_is_asked_again(reply: tuple[int, bytes]) -> None:
 def test_a_load_of_which_nothing_is_answered_is_an_error() -> None:
     with pytest.raises(CogpressError, match=r"None of 2 requests was answered: The connection failed: "):
         load.summary(
-            ask_all("http://127.0.0.1:9", lambda http: asking.cog(http, "http://127.0.0.1:9"), cog_questions(2), 2)
+            ask_all("http://127.0.0.1:9", lambda http: clients.cog(http, "http://127.0.0.1:9"), cog_questions(2), 2)
         )
 
 
@@ -134,7 +134,7 @@ def test_text_that_looks_like_an_empty_chunk_is_text() -> None:
         return 200, "text/event-stream", body(*(whole[at : at + 7] for at in range(0, len(whole), 7)))
 
     with standing_in(answer) as server:
-        taken = ask_all(server.url, lambda http: asking.cog(http, server.url), cog_questions(1), 1)
+        taken = ask_all(server.url, lambda http: clients.cog(http, server.url), cog_questions(1), 1)
     assert len(taken.answers[0].texts) == 3
 
 
@@ -155,7 +155,7 @@ def test_an_openai_server_is_asked_for_the_same_and_its_chunks_are_read() -> Non
 
     prompt = Prompt(system="Write the query.", template="{question}\n{columns}")
     with standing_in(answer) as server:
-        taken = ask_all(server.url, lambda http: asking.openai(http, server.url, "m", prompt), cog_questions(1), 1)
+        taken = ask_all(server.url, lambda http: clients.openai(http, server.url, "m", prompt), cog_questions(1), 1)
     [found] = taken.answers
     assert (found.error, len(found.texts), found.usage) == ("", 2, Usage(90, 3))
     assert found.texts[0] - found.started >= 0.048, "the first chunk has a role and no text"
@@ -176,8 +176,8 @@ def test_arrivals_of_an_open_loop_are_kept_however_slow_answers_are() -> None:
     times = load.arrivals(20, 100.0, 3)
     with standing_in(cog_answer(0.5)) as server, ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
-        http = asking.connect(server.url, runner, stack)
-        taken = runner.run(load.open_loop(asking.cog(http, server.url), cog_questions(20), times))
+        http = clients.connect(server.url, runner, stack)
+        taken = runner.run(load.open_loop(clients.cog(http, server.url), cog_questions(20), times))
     began = server.requests[0].at - times[0]
     late = [request.at - began - due for request, due in zip(server.requests, times, strict=True)]
     assert max(map(abs, late)) < 0.1
@@ -254,7 +254,7 @@ def on_replicate(
         fake.url = server.url
         runner = stack.enter_context(asyncio.Runner())
         environ = {"REPLICATE_API_TOKEN": token, "REPLICATE_BASE_URL": server.url}
-        side = asking.remote(url, runner, stack, environ)
+        side = clients.remote(url, runner, stack, environ)
         assert side.title == "me/mine"
         return runner.run(load.closed_loop(side.ask, cog_questions(count), 1)), server.requests
 
@@ -319,7 +319,7 @@ def test_replicates_refusals_are_told_without_the_token(status: int, refused: bo
 )
 def test_a_url_that_can_not_be_asked_is_one_sentence(url: str, environ: dict[str, str], message: str) -> None:
     with ExitStack() as stack, pytest.raises(CogpressError, match=message) as error:
-        asking.remote(url, stack.enter_context(asyncio.Runner()), stack, environ)
+        clients.remote(url, stack.enter_context(asyncio.Runner()), stack, environ)
     assert TOKEN not in str(error.value)
     assert "\n" not in str(error.value)
 

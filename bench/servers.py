@@ -24,7 +24,7 @@ import httpx
 import psutil
 import yaml
 
-from bench import in_fresh_process
+from bench.measure import in_fresh_process
 from cogpress.cog import client, schema
 from cogpress.cog.process import Server, end_family, free_port, read_cog_yaml
 from cogpress.config import Serve
