@@ -22,7 +22,7 @@ from cogpress import config, pipeline
 from cogpress.cli import step
 from cogpress.cog import client
 from cogpress.cog.process import Server
-from cogpress.files import write_json
+from cogpress.files import read_json, write_json
 from cogpress.train import answers
 from cogpress.weights import manifest
 
@@ -162,7 +162,7 @@ def _served_once(
     key = {"weights": manifest.fingerprint(weights), "questions": list(held_out)}
     with step(f"Cog server with the {name} model", console) as say:
         try:
-            saved = json.loads(path.read_text())
+            saved = read_json(path)
             if saved["key"] == key:
                 say(f"reused: {saved['served']['exact_match']:.1%} of {len(held_out)} answers are right")
                 return Served(**saved["served"])

@@ -5,7 +5,6 @@ A finished step is recognised by what went into it and not done again.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from cogpress.config import Config, Merge, Prompt, load
 from cogpress.data import prepare as data
 from cogpress.data.prepare import Prepared
 from cogpress.errors import CogpressError
-from cogpress.files import new_folder, sha256, write_json
+from cogpress.files import new_folder, read_json, sha256, write_json
 from cogpress.merge import adapter as adapters
 from cogpress.merge import merge
 from cogpress.train import run as training
@@ -340,7 +339,7 @@ def compare_once(
     }
     path = run / "divergence.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = read_json(path)
         if saved["key"] == key:
             return Divergence(**saved["merged"]), Divergence(**saved["naive"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -10,14 +10,13 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cogpress.errors import CogpressError
-from cogpress.files import write_json
+from cogpress.files import read_json, write_json
 
 PLACE = Path(".cog") / "openapi_schema.json"
 """Where the runtime looks, from its working directory, once: at the end of the runner's setup."""
@@ -87,7 +86,7 @@ def write(root: Path, predict: str | None, train: str | None = None) -> Path:
     path = root / PLACE
     document = openapi(root, predict, train)
     try:
-        if json.loads(path.read_text(encoding="utf-8")) == document:
+        if read_json(path) == document:
             return path  # the folder may be one that can not be written to, such as an image's
     except (FileNotFoundError, ValueError):
         pass

@@ -18,6 +18,7 @@ from cogpress.config import Serve
 from cogpress.engines.base import CALLED, DEAD, MAX_LOGPROBS, Adapter, Delta, Sampling
 from cogpress.engines.grammar import MAX_WHITESPACE, NICENESS, Guard
 from cogpress.errors import CogpressError
+from cogpress.files import read_json
 
 BFLOAT16_CAPABILITY = (8, 0)
 """The first compute capability with bfloat16 in hardware: Ampere's. NVIDIA, CUDA C++ programming guide, table of
@@ -365,7 +366,7 @@ def parallel(folder: Path, serve: Serve, gpus: int) -> tuple[int, int]:
 
 
 def _heads(folder: Path) -> int:
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "config.json")
     return int(settings.get("text_config", settings).get("num_attention_heads") or 1)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogpress.config import Quantization
 from cogpress.errors import CogpressError
+from cogpress.files import read_json
 from cogpress.weights import manifest, tensors
 from cogpress.weights.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -142,7 +143,7 @@ def read(folder: Path) -> LoraAdapter:
     if facts is None or facts.get("kind") != "adapter":
         raise CogpressError(f"{folder} holds no adapter trained by cogpress. Name a run's adapter.")
     manifest.check(folder, facts)
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config = read_json(folder / ADAPTER_CONFIG)
     _refuse_unknown(config, folder)
     stored = {name: place for name, place in tensors.stored(folder).items() if place.file.name == ADAPTER_WEIGHTS}
     layers, replaced = _sorted_out(stored, config, folder)

@@ -7,7 +7,6 @@ training, and the update is added to that, in float32.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogpress.config import Merge, Quantization
 from cogpress.errors import CogpressError
-from cogpress.files import new_folder, write_json
+from cogpress.files import new_folder, read_json, write_json
 from cogpress.merge import adapter
 from cogpress.merge.adapter import LoraAdapter
 from cogpress.weights import base, manifest, tensors
@@ -230,7 +229,7 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
             f"{adapter_folder} was trained on another base than {base_folder}: the weights' hashes differ. "
             f"Name the base that it was trained on ({found.facts['base']['source']})."
         )
-    config = json.loads((base_folder / "config.json").read_text())
+    config = read_json(base_folder / "config.json")
     if "quantization_config" in config:
         raise CogpressError(f"{base_folder} is quantized already; no merge into it is exact. Name its original.")
     stored = tensors.stored(base_folder)
@@ -425,7 +424,7 @@ def _copy_settings(base_folder: Path, part: Path, planned: MergePlan) -> None:
     for name in SERVING_FILES:
         if (base_folder / name).is_file():
             shutil.copyfile(base_folder / name, part / name)
-    config = json.loads((part / "config.json").read_text())
+    config = read_json(part / "config.json")
     config.pop("torch_dtype", None)
     config["dtype"] = str(planned.dtype).removeprefix("torch.")
     if planned.untied:

@@ -6,7 +6,6 @@ Knows which question goes to which part and how machines are ranked; leaves coun
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, get_args
 from cogpress import source
 from cogpress.config import Config
 from cogpress.errors import CogpressError
+from cogpress.files import read_json
 from cogpress.plan import cost, memory
 from cogpress.plan.architecture import Architecture
 from cogpress.plan.cost import Load, Running, Speed
@@ -296,7 +296,7 @@ def training_tokens(settings: Config, report: Mapping[str, Any]) -> tuple[int, s
 def data_report(run: Path) -> dict[str, Any]:
     """What a run counted of its data; empty where it has not."""
     try:
-        found = json.loads((run / "data.json").read_text(encoding="utf-8"))
+        found = read_json(run / "data.json")
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -7,7 +7,6 @@ predictions to `backend`.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ import psutil
 from cogpress.cog import process as server
 from cogpress.cog import schema
 from cogpress.errors import CogpressError
-from cogpress.files import write_json
+from cogpress.files import read_json, write_json
 from cogpress.playground.backend import Cog, Rewrite, as_they_are
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class Servers:
 
     def _end_leftovers(self) -> None:
         try:
-            noted = json.loads(self._processes.read_text())
+            noted = read_json(self._processes)
         except (OSError, ValueError):
             return
         for one in noted:

@@ -5,7 +5,6 @@ Knows where each fact is; judges nothing. What can not be had is a fact too: `pr
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import yaml
 from cogpress import config, source
 from cogpress.cog.program import REGISTRY
 from cogpress.errors import CogpressError
+from cogpress.files import read_json
 from cogpress.plan import architecture, estimate, hardware
 from cogpress.plan.hardware import Machine as Hardware
 from cogpress.preflight import machine
@@ -221,7 +221,7 @@ def _weights(root: Path) -> Weights:
         return Weights(folder, problem="holds no *.safetensors", left=left)
     try:
         facts = manifest.read(folder)
-        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = read_json(folder / "config.json")
     except (OSError, ValueError, CogpressError) as error:
         problem = str(error) if isinstance(error, CogpressError) else "has no config.json that can be read"
         return Weights(folder, size, problem=problem, left=left)

@@ -5,7 +5,6 @@ Knows how each is asked, in seconds and without changing anything; leaves to the
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogpress.cog.program import REGISTRY
+from cogpress.files import read_json
 
 SECONDS = 15
 """The longest that a program may take to say its version."""
@@ -86,7 +86,7 @@ def logged_in() -> bool | None:
     """Whether Docker's configuration knows the registry, which is where `cog login` writes."""
     folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "config.json")
     except (OSError, ValueError):
         return False
     if not isinstance(content, dict):

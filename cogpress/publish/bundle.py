@@ -12,7 +12,7 @@ from typing import Any
 
 from cogpress import config
 from cogpress.errors import CogpressError
-from cogpress.files import sha256
+from cogpress.files import read_json, sha256
 from cogpress.publish import card
 from cogpress.publish.licence import CardData, find_origin, named_licence, public_name
 from cogpress.train import run as training
@@ -291,7 +291,7 @@ def _run_facts(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 def _json(path: Path, default: Any) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         return default
     except ValueError:

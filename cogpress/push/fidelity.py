@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogpress.config import Config, Prompt
 from cogpress.errors import CogpressError
+from cogpress.files import read_json
 from cogpress.prompts import encode_prompt
 from cogpress.push import cases
 from cogpress.replicate.api import Replicate, text_of
@@ -84,7 +85,7 @@ def reference(settings: Config, root: Path) -> Reference:
         raise CogpressError(f"{error} Or set push.parity to false in model.yaml, and nothing is compared.") from None
     answers = None
     try:
-        found = json.loads(((run or root) / verify.REFERENCE).read_text(encoding="utf-8"))["answers"]
+        found = read_json((run or root) / verify.REFERENCE)["answers"]
         answers = [str(one) for one in found[: len(examples)]] if len(found) >= len(examples) else None
     except (OSError, ValueError, KeyError, TypeError):
         answers = None

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cogpress.files import write_json
+from cogpress.files import read_json, write_json
 
 FORMAT = 1
 
@@ -53,7 +53,7 @@ class Journal:
         if fresh:
             return
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if content["format"] == FORMAT:
                 self._steps = {name: Entry(**entry) for name, entry in content["steps"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -5,14 +5,13 @@ Knows names, bodies and hashes; runs and asks nothing, except that the hardware'
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cogpress.config import Case, Config, Deployment
 from cogpress.errors import CogpressError
-from cogpress.files import sha256
+from cogpress.files import read_json, sha256
 from cogpress.plan import architecture, estimate, hardware
 from cogpress.plan import report as plan_report
 from cogpress.preflight import ignore, place
@@ -79,7 +78,7 @@ def machine(order: Order, settings: Config, *, ask: bool = True) -> str:
     own = order.root / "weights" / "config.json"
     try:
         if own.is_file():
-            model = architecture.read(json.loads(own.read_text(encoding="utf-8")), str(own))
+            model = architecture.read(read_json(own), str(own))
         else:
             model = architecture.of(settings.serve.weights or settings.base.source, order.root / ".cache")
         if ask:

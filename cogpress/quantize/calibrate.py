@@ -6,7 +6,6 @@ Knows how to find and check a run's weights and examples; leaves tokenizing to `
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from cogpress import config
 from cogpress.data import prepare as data
 from cogpress.errors import CogpressError
+from cogpress.files import read_json
 from cogpress.train import run as training
 from cogpress.weights import base, manifest
 
@@ -51,7 +51,7 @@ def read_source(folder: Path, run: Path | None) -> Source:
             f"{folder} holds no weights of cogpress. Name a run's weights, or make some: scripts/train."
         )
     compression = facts.get("compression")
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "config.json")
     if compression or settings.get("quantization_config"):
         scheme = compression["scheme"] if compression else settings["quantization_config"].get("quant_method", "such")
         raise CogpressError(
@@ -74,7 +74,7 @@ def read_source(folder: Path, run: Path | None) -> Source:
         raise CogpressError(
             f"{folder} was not made from {adapter}: the adapter's hash differs. Name its run with --run."
         )
-    saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    saved = read_json(run / "config.json")
     return Source(folder, facts, run, config.parse(saved, str(run / "config.json")))
 
 
@@ -107,7 +107,7 @@ def prepare(source: Source, root: Path, examples: Path | None) -> data.Prepared:
         skip_bad=True,  # as far as training did, which the hash below tells
         stop_ids=base.stop_ids(source.folder),
     )
-    trained = json.loads((source.run / "key.json").read_text(encoding="utf-8"))["rows"]
+    trained = read_json(source.run / "key.json")["rows"]
     if training.run_key(settings, prepared, "")["rows"] != trained:
         raise CogpressError(
             f"{path} does not give the rows that {source.run} was trained on: it was changed since. "

@@ -25,7 +25,7 @@ from rich.console import Console
 from cogpress.cli import step
 from cogpress.data import prepare
 from cogpress.errors import CogpressError
-from cogpress.files import new_folder, sha256, write_json
+from cogpress.files import new_folder, read_json, sha256, write_json
 from cogpress.quantize import worker as compress
 from cogpress.quantize.calibrate import Source, choose_rows
 from cogpress.quantize.schemes import (
@@ -333,8 +333,8 @@ def refuse_failed(folder: Path) -> None:
 
 def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:
     """Put the worker's tensors and the source's own settings into a folder of weights, all or nothing."""
-    result = json.loads((raw / compress.RESULT).read_text(encoding="utf-8"))
-    written = json.loads((raw / "config.json").read_text(encoding="utf-8"))
+    result = read_json(raw / compress.RESULT)
+    written = read_json(raw / "config.json")
     if "quantization_config" not in written or not list(raw.glob("*.safetensors")):
         raise CogpressError(f"llmcompressor wrote no quantized weights for {plan.scheme.name}. Nothing is kept.")
     with new_folder(plan.target) as part:
@@ -344,7 +344,7 @@ def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:
         for name in SERVING_FILES:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, part / name)
-        settings = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        settings = read_json(source.folder / "config.json")
         write_json(part / "config.json", {**settings, "quantization_config": written["quantization_config"]})
         compression = {
             **plan.facts,

@@ -5,12 +5,12 @@ Knows layers' widths and GPUs' generations; leaves the work to `quantize`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cogpress.errors import CogpressError
+from cogpress.files import read_json
 from cogpress.weights import base
 
 GROUP_SIZES = (128, 64, 32)
@@ -101,7 +101,7 @@ def group_size(widths: dict[str, int]) -> int:
 
 def smoothing(scheme: Scheme, folder: Path) -> float | None:
     """SmoothQuant's strength for a scheme on this model; None where smoothing would not be exact, or not help."""
-    architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    architectures = read_json(folder / "config.json").get("architectures") or []
     return SMOOTHING if scheme.smoothed and set(architectures) & set(SMOOTHED) else None
 
 

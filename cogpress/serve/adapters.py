@@ -8,7 +8,6 @@ and evicting to the engine.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from cogpress import config, source
 from cogpress.engines.base import Adapter
 from cogpress.errors import CogpressError
+from cogpress.files import read_json
 from cogpress.merge import adapter, merge
 from cogpress.merge.adapter import LoraAdapter
 from cogpress.weights import fetch, manifest
@@ -53,7 +53,7 @@ def read(name: str, folder: Path) -> LoraAdapter:
 
 def rank(found: LoraAdapter) -> int:
     """The largest rank of an adapter's matrices."""
-    settings = json.loads((found.folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_json(found.folder / "adapter_config.json")
     return max([int(settings["r"]), *map(int, (settings.get("rank_pattern") or {}).values())])
 
 
@@ -98,7 +98,7 @@ class Adapters:
         for place in self._sources.values():
             settings = Path(place) / "adapter_config.json"
             if settings.is_file():
-                ranks.append(int(json.loads(settings.read_text(encoding="utf-8")).get("r", 0)))
+                ranks.append(int(read_json(settings).get("r", 0)))
         self.rank = max(ranks)
         if wanted is not None:
             return os.fspath(wanted)

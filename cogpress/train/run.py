@@ -17,7 +17,7 @@ from cogpress.config import Config
 from cogpress.data import prepare
 from cogpress.data.prepare import Prepared
 from cogpress.errors import CogpressError
-from cogpress.files import new_folder, write_json
+from cogpress.files import new_folder, read_json, write_json
 from cogpress.train import answers
 from cogpress.train.arguments import arguments, lora
 from cogpress.weights import base, manifest
@@ -116,7 +116,7 @@ def train(
 
 def _finished(run: Path, key: dict[str, Any]) -> Result | None:
     try:
-        saved = json.loads((run / "result.json").read_text())
+        saved = read_json(run / "result.json")
     except (FileNotFoundError, ValueError):
         return None
     if _differences(saved["key"], key) or (facts := manifest.read(run / ADAPTER)) is None:
@@ -129,7 +129,7 @@ def _open_run(run: Path, key: dict[str, Any], config: Config, resume: bool) -> P
     """Make the run's folder, or find the checkpoint to go on from."""
     checkpoints = sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     complete = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
-    saved = json.loads((run / "key.json").read_text()) if (run / "key.json").is_file() else None
+    saved = read_json(run / "key.json") if (run / "key.json").is_file() else None
     if resume:
         if saved is None:
             raise CogpressError(f"{run} holds no interrupted run. Start one without --resume.")
@@ -180,7 +180,7 @@ def _train(
     torch.manual_seed(settings.seed)
     longest = max(len(row.input_ids) for row in prepared.train + prepared.validation)
     tokenizer = base.tokenizer(base_folder)
-    compute = base.trained_dtype(json.loads((run / "key.json").read_text()))
+    compute = base.trained_dtype(read_json(run / "key.json"))
     model = adapted(config, base_folder, attention=attention(longest), dtype=compute)
     quantized = base.quantized_modules(model.get_base_model())
     recorder = Recorder(run / "metrics.jsonl", console)
@@ -229,7 +229,7 @@ def _train(
     )
     plots.losses(read_metrics(run / "metrics.jsonl"), run / "loss.png")
     saved = {name: value for name, value in vars(result).items() if name not in ("adapter", "reused")}
-    write_json(run / "result.json", {"key": json.loads((run / "key.json").read_text()), "result": saved})
+    write_json(run / "result.json", {"key": read_json(run / "key.json"), "result": saved})
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return result
 
@@ -274,7 +274,7 @@ def quiet(trainer: Any) -> None:
 
 def _name_base(folder: Path, name: str) -> None:
     """Name the base as the user does; peft writes the path of this machine's cache."""
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_json(folder / "adapter_config.json")
     config["base_model_name_or_path"] = name
     write_json(folder / "adapter_config.json", config)
     (folder / "README.md").unlink(missing_ok=True)

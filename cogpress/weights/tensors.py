@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cogpress.errors import CogpressError
+from cogpress.files import read_json
 from cogpress.weights.filenames import INDEX, safe_name
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def shards(folder: Path) -> list[str]:
         CogpressError: it is no index, or names a file outside the folder.
     """
     try:
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        names = read_json(folder / INDEX)["weight_map"].values()
         return [str(safe_name(str(name), str(folder))) for name in sorted(set(names))]
     except FileNotFoundError:
         return []
