@@ -17,6 +17,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import write_json
 from cogpress.merge import adapter as adapters
 from cogpress.merge import merge
+from cogpress.merge.dequantize import as_trained
 from cogpress.train import run as training
 from cogpress.verify import distributions
 from cogpress.weights import base, manifest, tensors
@@ -392,7 +393,7 @@ def test_nf4_in_chunks_is_nf4_bit_for_bit(shape: tuple[int, int], dtype: torch.d
     weight = torch.randn(shape).to(dtype) * 0.02
     weight[0] = 0  # a block of zeros has no scale
     packed, state = bnb.quantize_4bit(weight.contiguous(), compress_statistics=True, quant_type="nf4")
-    assert torch.equal(merge.as_trained(weight, "nf4", dtype), bnb.dequantize_4bit(packed, state))
+    assert torch.equal(as_trained(weight, "nf4", dtype), bnb.dequantize_4bit(packed, state))
 
 
 def test_another_base_is_refused_and_nothing_written(tiny_base: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_the_base_that_they_share_is_the_one_that_they_were_trained_on(project: 
     """Quantized and dequantized again, tensor by tensor, and nothing added."""
     import torch
 
-    from cogpress.merge import merge
+    from cogpress.merge.dequantize import as_trained
     from cogpress.weights import tensors
 
     folder = Path(made(project).weights(None))
@@ -93,7 +93,7 @@ def test_the_base_that_they_share_is_the_one_that_they_were_trained_on(project: 
     name = "model.layers.3.mlp.down_proj.weight"
     original, shared = (tensors.load(tensors.stored(one)[name], name) for one in (base_folder, folder))
     assert not torch.equal(original, shared)
-    assert torch.equal(merge.as_trained(original, "nf4", torch.bfloat16), shared)
+    assert torch.equal(as_trained(original, "nf4", torch.bfloat16), shared)
 
 
 @pytest.mark.slow
