@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all, whenever its writer is killed."""
+"""A folder appears complete or not at all, whenever its writer is killed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def writer(target: Path, dies: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(("dies", "kept"), [("while writing", "old"), ("old", "old"), ("weights", "new")])
-def test_what_a_killed_writer_leaves_goes_and_nothing_is_lost(tmp_path: Path, dies: str, kept: str) -> None:
+def test_a_killed_writers_part_is_removed_and_nothing_is_lost(tmp_path: Path, dies: str, kept: str) -> None:
     target = tmp_path / "weights"
     with new_folder(target) as part:
         (part / "old").write_text("old")
@@ -79,7 +79,7 @@ def test_what_a_killed_writer_leaves_goes_and_nothing_is_lost(tmp_path: Path, di
 
 
 def test_concurrent_writers_and_readers(tmp_path: Path) -> None:
-    """Whoever looks, after `recover`, finds one whole version, however many write."""
+    """After `recover`, readers find one complete version, however many processes write."""
     target = tmp_path / "weights"
     with new_folder(target) as part:
         (part / "a").write_text("first")

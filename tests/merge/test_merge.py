@@ -26,7 +26,7 @@ pytestmark = pytest.mark.train
 
 
 def an_adapter(base_folder: Path, out: Path, quantization: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A random adapter as a training run leaves it; random, so that no part of it is zero."""
+    """A random adapter as a training run leaves it; no part of it is zero."""
     chosen = config.Config().override({"rank": 4, "quantization": quantization})
     torch.manual_seed(1)
     model = training.adapted(chosen, base_folder)
@@ -111,7 +111,7 @@ def test_merged_weights_answer_as_training_scored(
         assert found["naive"].mean_kl > 5 * found["merged"].mean_kl
 
 
-def test_manifest_tells_all_and_every_change_is_noticed(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_manifest_records_the_merge_and_every_change_is_noticed(made: tuple[Path, Path], tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     shutil.copytree(made[1], weights)
     facts = manifest.read(weights)
@@ -167,7 +167,7 @@ def test_onto_original_is_possible(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def a_model(folder: Path, kind: str, *, tied: bool, biased: bool = False) -> Path:
-    """A random model of one of the architectures that people tune, small and with widths that fit no block evenly."""
+    """A small random model of a common architecture, with widths that are no multiple of a block."""
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
@@ -194,14 +194,14 @@ def a_model(folder: Path, kind: str, *, tied: bool, biased: bool = False) -> Pat
     }[kind]()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # transformers starts biases at zero, which would hide what a merge does to them
+            if name.endswith("bias"):  # transformers initializes biases to zero, which would hide errors
                 parameter.normal_(std=0.1)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
 def a_variant(base_folder: Path, out: Path, quantization: str = "nf4", **options: Any) -> Path:
-    """A random adapter of any variant, as peft writes it and with the manifest of a training run."""
+    """A random adapter of any variant, as peft writes it, with the manifest of a training run."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
@@ -229,7 +229,7 @@ def a_variant(base_folder: Path, out: Path, quantization: str = "nf4", **options
 
 
 def by_peft(base_folder: Path, adapter: Path, quantization: str) -> dict[str, torch.Tensor]:
-    """`dequantize()` and `merge_and_unload()`: the whole model in memory, by the libraries' own code."""
+    """The reference: `dequantize()` and `merge_and_unload()`, the whole model in memory."""
     from peft import PeftModel
 
     model: Any = base.load(base_folder, quantization)  # type: ignore[arg-type]
@@ -244,7 +244,7 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_to_rounding(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """To bfloat16's rounding: peft adds the update to a sum that is rounded already."""
+    """Equal up to bfloat16's rounding: peft adds the update to a rounded sum."""
     for name, tensor in expected.items():
         if name == "lm_head.weight" and name not in got:
             continue  # tied: the checkpoint holds it once
@@ -255,7 +255,7 @@ def assert_equal_to_rounding(got: dict[str, torch.Tensor], expected: dict[str, t
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_every_tensor_is_what_the_libraries_merge(tmp_path: Path, kind: str, tied: bool, quantization: str) -> None:
+def test_every_tensor_equals_the_libraries_merge(tmp_path: Path, kind: str, tied: bool, quantization: str) -> None:
     folder = a_model(tmp_path / "base", kind, tied=tied)
     adapter = a_variant(folder, tmp_path / "adapter", quantization)
     merge.merge(folder, adapter, tmp_path / "weights")
@@ -283,13 +283,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_is_what_the_libraries_merge(tmp_path: Path, variant: str) -> None:
+def test_every_variant_equals_the_libraries_merge(tmp_path: Path, variant: str) -> None:
     folder = a_model(tmp_path / "base", "llama", tied=False, biased=True)
     adapter = a_variant(folder, tmp_path / "adapter", "nf4", **VARIANTS[variant])
     merge.merge(folder, adapter, tmp_path / "weights")
     expected = by_peft(folder, adapter, "nf4")
     assert_equal_to_rounding(all_tensors(tmp_path / "weights"), expected)
-    # Random adapters are large: leaving the variant out would show.
+    # Random adapters are large, so that ignoring the variant would show
     plain = all_tensors(folder)
     changed = [name for name, value in expected.items() if not torch.equal(value, plain[name])]
     assert changed
@@ -306,8 +306,8 @@ def test_every_variant_is_what_the_libraries_merge(tmp_path: Path, variant: str)
     ],
     ids=str,
 )
-def test_tied_embeddings_that_training_parted_are_parted_in_the_weights(tmp_path: Path, options: Any) -> None:
-    """Against the model's own answers: peft's merge writes the update of one into both."""
+def test_tied_embeddings_are_untied_where_training_changed_one(tmp_path: Path, options: Any) -> None:
+    """Compared with the model's own answers: peft's merge would write one update into both."""
     from peft import PeftModel
 
     folder = a_model(tmp_path / "base", "llama", tied=True)
@@ -372,7 +372,7 @@ def test_a_quantized_base_is_refused(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def test_a_base_of_other_shapes_is_refused(tmp_path: Path) -> None:
-    """Even where a hash does not give it away."""
+    """Even where the hashes agree."""
     folder = a_model(tmp_path / "base", "llama", tied=False)
     other = a_model(tmp_path / "other", "qwen2", tied=False)
     adapter = a_variant(other, tmp_path / "adapter", "none", target_modules=["q_proj"], bias="all")

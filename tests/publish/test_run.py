@@ -1,4 +1,4 @@
-"""Publishing, by the Hub's own client library against a stand-in for the Hub on this machine."""
+"""Publishing with the Hub's own client library to a stand-in for the Hub."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def hub() -> Iterator[StandIn]:
 
 @pytest.fixture(autouse=True)
 def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
-    """The library as a user has it, but for Xet (see tests/standins/hub.py); returns the waits, not waited."""
+    """The library as users have it, without Xet (see tests/standins/hub.py); returns the waits, which are skipped."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
@@ -54,7 +54,7 @@ def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
 
 
 def write_weights(folder: Path, *, seed: int = 0, shards: tuple[str, ...] = SHARDS, **facts: Any) -> Path:
-    """A folder as merging writes it, two small shards large."""
+    """A folder as the merge writes it, with two small shards."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
@@ -76,7 +76,7 @@ def write_weights(folder: Path, *, seed: int = 0, shards: tuple[str, ...] = SHAR
 
 
 def verify(folder: Path, *, passed: bool = True) -> None:
-    """What verification leaves."""
+    """Write what verification writes."""
     files = (manifest.read(folder) or {})["files"]
     report = {
         "passed": passed,
@@ -104,7 +104,7 @@ def run(request: Publication, hub: StandIn, console: Console | None = None) -> p
 
 
 def refused(request: Publication, hub: StandIn) -> str:
-    """What is said, with what must always hold: no token in it, one message without line breaks."""
+    """The error message, which is one line and holds no token."""
     console = Console(record=True, file=open(os.devnull, "w"), width=500)  # noqa: SIM115
     with pytest.raises(CogpressError) as error:
         run(request, hub, console)
@@ -134,7 +134,7 @@ def test_weights_are_published_in_one_private_commit(weights: Path, hub: StandIn
     assert set(done.sent) == NAMES
 
 
-def test_what_is_there_is_not_sent_again_and_what_is_old_goes(tmp_path: Path, hub: StandIn) -> None:
+def test_only_new_files_are_sent_and_old_ones_are_removed(tmp_path: Path, hub: StandIn) -> None:
     first = write_weights(tmp_path / "first")
     before = run(ask(first), hub)
     assert run(ask(first), hub).revision == before.revision
@@ -151,7 +151,7 @@ def test_what_is_there_is_not_sent_again_and_what_is_old_goes(tmp_path: Path, hu
     assert len(hub.asked("POST .*/commit/")) == 1
 
 
-def test_a_branch_is_made_and_main_stays(weights: Path, hub: StandIn) -> None:
+def test_a_branch_is_created_and_main_stays(weights: Path, hub: StandIn) -> None:
     done = run(ask(weights, branch="v2"), hub)
     assert set(hub.files(REPO)) == {".gitattributes"}
     assert set(hub.files(REPO, "v2")) == NAMES | {".gitattributes"}
@@ -161,18 +161,18 @@ def test_a_branch_is_made_and_main_stays(weights: Path, hub: StandIn) -> None:
     assert done.revision == hub.repositories[REPO].branches["v2"]
 
 
-def test_large_files_go_in_parts(weights: Path, hub: StandIn) -> None:
+def test_large_files_are_sent_in_parts(weights: Path, hub: StandIn) -> None:
     hub.part_bytes = 30_000
     run(ask(weights), hub)
     assert len(hub.asked(r"PUT /storage/\w+/\d+")) == 6
     assert hub.files(REPO)[SHARDS[0]].data == (weights / SHARDS[0]).read_bytes()
 
 
-def test_a_cut_upload_leaves_the_branch_as_it_was_and_is_continued(
+def test_a_cut_upload_leaves_the_branch_unchanged_and_is_resumed(
     weights: Path, hub: StandIn, client: list[float]
 ) -> None:
     second = sha256(weights / SHARDS[1])
-    hub.fail("PUT", second, "cut", 6)  # once, and each of the library's five further tries
+    hub.fail("PUT", second, "cut", 6)  # the first try and the library's five retries
     said = refused(ask(weights), hub)
     assert re.search(r"upload to my-team/queries.*broke off.*Run the same command again", said)
     assert client == [1, 2, 4, 8, 8]
@@ -186,7 +186,7 @@ def test_a_cut_upload_leaves_the_branch_as_it_was_and_is_continued(
     assert set(hub.files(REPO)) == NAMES | {".gitattributes"}
 
 
-def test_one_cut_is_mended_by_itself(weights: Path, hub: StandIn) -> None:
+def test_one_cut_is_retried(weights: Path, hub: StandIn) -> None:
     hub.fail("PUT", "/storage", "cut")
     run(ask(weights), hub)
     assert set(hub.files(REPO)) == NAMES | {".gitattributes"}
@@ -206,9 +206,7 @@ def test_one_cut_is_mended_by_itself(weights: Path, hub: StandIn) -> None:
         ("POST", "/commit/"),
     ],
 )
-def test_a_bad_moment_of_the_hub_is_waited_for(
-    method: str, path: str, weights: Path, hub: StandIn, client: list[float]
-) -> None:
+def test_a_busy_hub_is_retried(method: str, path: str, weights: Path, hub: StandIn, client: list[float]) -> None:
     hub.fail(method, path, 503, 2)
     console = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
     done = run(ask(weights), hub, console)
@@ -219,7 +217,7 @@ def test_a_bad_moment_of_the_hub_is_waited_for(
     assert "signature" not in shown
 
 
-def test_a_hub_that_stays_bad_is_said(weights: Path, hub: StandIn, client: list[float]) -> None:
+def test_a_hub_that_stays_down_is_reported(weights: Path, hub: StandIn, client: list[float]) -> None:
     hub.fail("POST", "/commit/", 502, 99)
     assert re.search(
         r"commit to my-team/queries: the Hub still answered 502 after several tries", refused(ask(weights), hub)
@@ -252,8 +250,8 @@ def test_a_change_by_somebody_else_is_not_overwritten(
     assert "other.txt" in hub.files(REPO)
 
 
-def test_what_arrived_otherwise_is_noticed(weights: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Hub's list decides: a file that it holds with another content, or not at all."""
+def test_a_repository_that_differs_is_noticed(weights: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the Hub's own list: a file with other content, and a missing one."""
     sound = stand_in.Repository.add
 
     def damaged(self: stand_in.Repository, branch: str, files: dict[str, stand_in.Blob]) -> str:
@@ -276,7 +274,7 @@ def test_what_arrived_otherwise_is_noticed(weights: Path, hub: StandIn, monkeypa
         (STRANGER, r"may not create my-team/queries \(403: You don't have the rights.*write access"),
     ],
 )
-def test_tokens_that_can_not_work(
+def test_unusable_tokens(
     token: str | None, said: str, weights: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
@@ -286,7 +284,7 @@ def test_tokens_that_can_not_work(
     assert hub.repositories == {}
 
 
-def test_a_token_in_the_hubs_own_words_is_not_repeated(weights: Path, hub: StandIn) -> None:
+def test_a_token_in_the_hubs_message_is_redacted(weights: Path, hub: StandIn) -> None:
     hub.fail("POST", "/repos/create", 400)
     sound = stand_in._Refused.__init__
     try:
@@ -299,9 +297,7 @@ def test_a_token_in_the_hubs_own_words_is_not_repeated(weights: Path, hub: Stand
     assert "Bearer *** at" in message
 
 
-def test_a_token_that_may_not_write_to_what_exists(
-    weights: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_without_write_access(weights: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     run(ask(weights, public=True), hub)
     write_weights(weights, seed=1)
     monkeypatch.setenv("HF_TOKEN", STRANGER)
@@ -317,11 +313,11 @@ def test_names_that_the_hub_would_refuse(repo: str, weights: Path, hub: StandIn)
 
 
 @pytest.mark.parametrize("branch", ["", "-x", "a..b", "a b", "refs/pr/1", "a/", "0" * 40])
-def test_branches_that_are_none(branch: str, weights: Path, hub: StandIn) -> None:
+def test_branches_that_the_hub_would_refuse(branch: str, weights: Path, hub: StandIn) -> None:
     assert "is not a branch name" in refused(ask(weights, branch=branch), hub)
 
 
-def test_private_weights_never_go_where_everybody_looks(weights: Path, hub: StandIn) -> None:
+def test_private_weights_are_never_published_publicly(weights: Path, hub: StandIn) -> None:
     run(ask(weights, public=True), hub)
     assert not hub.repositories[REPO].private
     write_weights(weights, seed=1)
@@ -335,7 +331,7 @@ def test_private_weights_never_go_where_everybody_looks(weights: Path, hub: Stan
     assert set(hub.files("my-team/new")) == {".gitattributes"}
 
 
-def test_somebody_elses_model_is_left_alone(weights: Path, hub: StandIn) -> None:
+def test_another_model_is_left_alone(weights: Path, hub: StandIn) -> None:
     for name in ("config.json", "pytorch_model.bin", "adapter_config.json"):
         hub.repositories[REPO] = stand_in.Repository(private=True)
         hub.repositories[REPO].add("main", {name: stand_in.Blob(b"{}", False)})
@@ -343,16 +339,14 @@ def test_somebody_elses_model_is_left_alone(weights: Path, hub: StandIn) -> None
         assert set(hub.files(REPO)) == {name}
 
 
-def test_no_network_and_no_permission_to_use_it(weights: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.url = "http://127.0.0.1:9"  # the discard port, where nothing listens
+def test_no_network_and_offline_mode(weights: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.url = "http://127.0.0.1:9"  # nothing listens on the discard port
     assert re.search(r"http://127\.0\.0\.1:9 could not be reached.*Run the same", refused(ask(weights), hub))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set. Unset it." in refused(ask(weights), hub)
 
 
-def test_a_hub_that_never_answers_is_not_waited_for(
-    weights: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_never_answers_times_out(weights: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cogpress.publish.hub.READ_SECONDS", 0.05)
     hub.fail("GET", "whoami", "mute", 99)
     assert re.search("could not be reached or broke off.*timed out", refused(ask(weights), hub))
@@ -377,7 +371,7 @@ def test_damaged_weights_are_not_published(weights: Path, hub: StandIn) -> None:
         ("modeling.py", "no part of a model"),
     ],
 )
-def test_a_manifest_that_lists_what_is_no_model(name: str, said: str, weights: Path, hub: StandIn) -> None:
+def test_a_manifest_may_list_only_files_of_a_model(name: str, said: str, weights: Path, hub: StandIn) -> None:
     facts = manifest.read(weights) or {}
     facts["files"][name] = {"sha256": "0" * 64, "bytes": 1}
     write_json(weights / "manifest.json", facts)
@@ -399,7 +393,7 @@ def test_secrets_in_a_prompt_are_not_published(system: str, said: str, tmp_path:
     assert hub.repositories == {}
 
 
-def test_unverified_weights_need_a_word(weights: Path, hub: StandIn) -> None:
+def test_unverified_weights_need_an_option(weights: Path, hub: StandIn) -> None:
     verify(weights, passed=False)
     assert "is not verified: verification failed: mean KL. Run scripts/verify" in refused(ask(weights), hub)
     write_report = json.loads((weights / "verification.json").read_text())
@@ -416,7 +410,7 @@ def test_unverified_weights_need_a_word(weights: Path, hub: StandIn) -> None:
     assert not set(there) & set(VERIFICATION_FILES)
 
 
-def test_a_report_that_no_longer_holds_goes_from_the_hub(weights: Path, hub: StandIn) -> None:
+def test_an_outdated_report_is_removed_from_the_hub(weights: Path, hub: StandIn) -> None:
     run(ask(weights), hub)
     report = (weights / "verification.json").read_text()
     write_weights(weights, seed=5)
@@ -425,7 +419,7 @@ def test_a_report_that_no_longer_holds_goes_from_the_hub(weights: Path, hub: Sta
     assert set(done.removed) == set(VERIFICATION_FILES)
 
 
-def test_nothing_of_this_machine_goes_up(tmp_path: Path, hub: StandIn) -> None:
+def test_nothing_of_this_machine_is_published(tmp_path: Path, hub: StandIn) -> None:
     secret = tmp_path / "home" / "lovelace" / "llama-8b"
     secret.mkdir(parents=True)
     (secret / "README.md").write_text("---\nlicense: mit\nlanguage: [en, de]\n---\n")
@@ -469,7 +463,7 @@ def test_the_licence_of_the_base_is_found_or_asked_for(tmp_path: Path, hub: Stan
 
 
 def write_run(folder: Path, weights: Path, *, made: bool = True) -> Path:
-    """A run's folder that made the weights, or others."""
+    """The folder of a run that made these weights, or others."""
     (folder / "adapter").mkdir(parents=True)
     safetensors.numpy.save_file({"a": np.full(3, float(made), np.float32)}, folder / "adapter" / "a.safetensors")
     manifest.write(folder / "adapter", "adapter", {})
@@ -525,7 +519,7 @@ def test_from_the_command_line_to_the_hub_and_back(weights: Path, hub: StandIn, 
     revision = hub.repositories[REPO].branches["main"]
     assert f"source: hf://{REPO}@{revision}" in done.stdout
     assert re.search(r"sent, checked", done.stdout)
-    # What another machine then does: fetch a base, and compare it with its manifest.
+    # What another machine does then: fetch the base and check it
     fetched = command(
         hub,
         tmp_path / "elsewhere",
@@ -540,7 +534,7 @@ def test_from_the_command_line_to_the_hub_and_back(weights: Path, hub: StandIn, 
     folder = Path(path)
     assert state == "verified"
     assert manifest.fingerprint(folder) == manifest.fingerprint(weights)
-    # What the manifest lists comes down, and the report that makes it count as verified.
+    # The manifest's files are fetched, and the report that makes them count as verified
     assert {path.name for path in folder.iterdir()} == NAMES - {"README.md"}
     for shown in (dry, done, fetched):
         assert WRITE not in shown.stdout + shown.stderr
@@ -548,7 +542,7 @@ def test_from_the_command_line_to_the_hub_and_back(weights: Path, hub: StandIn, 
 
 
 def test_by_the_librarys_default_transfer(weights: Path, hub: StandIn, tmp_path: Path) -> None:
-    """Xet, see tests/standins/hub.py: that our calls go through it, and that a refusal is one sentence."""
+    """With Xet (see tests/standins/hub.py): uploads work, and a refusal is one sentence."""
     arguments = (str(ROOT / "scripts" / "publish"), REPO, "--weights", str(weights))
     hub.fail("GET", "xet-write-token", 403)
     failed = command(hub, tmp_path, *arguments, xet=True)

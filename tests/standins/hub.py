@@ -1,9 +1,9 @@
-"""A stand-in for the Hugging Face Hub on this machine, for its own client library.
+"""A stand-in for the Hugging Face Hub, for the Hub's own client library.
 
-It keeps repositories, branches, commits and large files in memory, checks tokens and sha256, and fails where it is
-told to. It speaks the LFS transfer in full, to which HF_HUB_DISABLE_XET=1 switches the library. Of the library's
-default, Xet, it takes the requests without unpacking what they hold: chunks are packed in a form that is the Hub's own
-affair. It then knows a file's sha256 by the list that the client sends, and its content from `local`.
+It keeps repositories, branches, commits and large files in memory, checks tokens and sha256, and fails on demand. It
+implements the LFS transfer, which HF_HUB_DISABLE_XET=1 selects. Of the default transfer, Xet, it accepts the requests
+without unpacking their chunks, whose format is private to the Hub; it then takes a file's sha256 from the list that the
+client sends, and its content from `local`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Blob:
 
 @dataclass
 class Repository:
-    """Branches name commits, commits hold files."""
+    """Branches point to commits, and commits hold files."""
 
     private: bool
     branches: dict[str, str] = field(default_factory=dict)
@@ -70,8 +70,8 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What goes wrong: an HTTP status; `cut` in the middle of a body; `lost`: done, and the answer never sent; `mute`:
-    no answer, and the connection stays.
+    """A fault: an HTTP status, `cut` (in a body), `lost` (done, but the answer is never sent) or `mute` (no answer on an
+    open connection).
     """
 
     method: str
@@ -81,7 +81,7 @@ class Fault:
 
 
 class StandIn:
-    """The Hub: `url`, what it holds, and what was asked of it."""
+    """The Hub: its `url`, its content, and a log of requests."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -96,7 +96,7 @@ class StandIn:
         self.url = ""
 
     def fail(self, method: str, path: str, kind: int | str, times: int = 1) -> None:
-        """Let the next requests whose path matches go wrong."""
+        """Make the next requests with a matching path fail."""
         self.faults.append(Fault(method, path, kind, times))
 
     def fault(self, method: str, path: str) -> int | str | None:
@@ -116,7 +116,7 @@ class StandIn:
 
 @contextmanager
 def running() -> Iterator[StandIn]:
-    """A stand-in on a free port of the loopback interface."""
+    """Run a stand-in on a free port of the loopback interface."""
     hub = StandIn()
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -209,7 +209,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    # Who asks
+    # Authentication
 
     def _user(self) -> str | None:
         given = self.headers.get("Authorization", "")
@@ -236,7 +236,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             raise _Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return sha
 
-    # What is asked
+    # Routes
 
     def _route(self, path: str, body: bytes) -> Any:
         for method, pattern, answer in _ROUTES:
@@ -327,7 +327,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return {**item, "actions": {"upload": upload, "verify": verify}}
 
     def _store(self, body: bytes, oid: str, part: str | None = None) -> Any:
-        # As the real storage: a signed address, and no other way to sign in beside it.
+        # Like the real storage, accept a signed URL and no other credentials beside it.
         if self.query.get("signature") != ["secret"] or "Authorization" in self.headers:
             raise _Refused(400, "Only one way to sign in is allowed")
         if part is not None:
@@ -412,7 +412,7 @@ def _listed(item: tuple[str, Blob]) -> dict[str, Any]:
 
 
 def _in_shard(oid: str, shard: bytes) -> bool:
-    """Whether the list of files that Xet sends names this sha256, in words of eight bytes, the low byte first."""
+    """Whether Xet's list of files names this sha256, in little-endian words of eight bytes."""
     digest = bytes.fromhex(oid)
     return digest in shard or b"".join(digest[at : at + 8][::-1] for at in range(0, 32, 8)) in shard
 

@@ -1,4 +1,4 @@
-"""A tar is unpacked whole and only inside its folder, or not at all."""
+"""A tar is unpacked completely and only inside its folder, or not at all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
     return info
 
 
-def test_a_folder_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_folder_survives_packing_and_unpacking(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "sub").mkdir(parents=True)
     (source / "config.json").write_text("{}")
@@ -72,7 +72,7 @@ def test_a_folder_comes_back_as_it_was(tmp_path: Path) -> None:
     ],
     ids=lambda info: f"{info.name[:20]!r}-{info.type.decode()}",
 )
-def test_what_does_not_belong_is_refused_and_nothing_left(tmp_path: Path, bad: tarfile.TarInfo) -> None:
+def test_unsafe_members_are_refused_and_nothing_is_left(tmp_path: Path, bad: tarfile.TarInfo) -> None:
     tar = tar_of(tmp_path / "bad.tar", (member("config.json"), b"{}"), (bad, b""))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").write_text("good")
@@ -87,14 +87,14 @@ HUGE = 1 << 40
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A member's header alone, whatever follows it."""
+    """A member's header alone."""
     info = member(name, kind)
     info.size = size
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
 def pax(**values: str) -> bytes:
-    """An extended header, whose values the member that follows takes."""
+    """An extended header, whose values apply to the next member."""
     records = b""
     for name, value in values.items():
         record = f" {name.replace('_', '.')}={value}\n".encode()
@@ -104,7 +104,7 @@ def pax(**values: str) -> bytes:
 
 
 def negative(name: str) -> bytes:
-    """A header whose size is below zero, in the form that tars use above 8 GB."""
+    """A header with a negative size, in the format for sizes above 8 GB."""
     data = bytearray(header(name, 0))
     data[124:136] = b"\xff" * 11 + b"\0"
     data[148:156] = b" " * 8
@@ -166,12 +166,12 @@ def write_zeros(first: bytes) -> Callable[[Path], None]:
         (write_raw(b"no tar at all"), "Could not unpack"),
         (write_raw(b""), "Could not unpack"),
         (write_raw(header("a", 3) + b"abc"), "Could not unpack"),
-        # Whole members, cut off between two of them, or followed by damage.
+        # Complete members, but truncated between two of them or followed by garbage.
         (write_raw(header("a", 0) * 1), "before its end mark"),
         (write_raw(header("a", 0) + b"x" * BLOCK), "before its end mark"),
     ],
 )
-def test_bombs_and_damage_are_refused_quickly_and_nothing_left(
+def test_bombs_and_damage_are_refused_quickly_and_nothing_is_left(
     tmp_path: Path, write: Callable[[Path], None], said: str, little_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archive, "MAX_MEMBERS", 100)
@@ -186,7 +186,7 @@ def test_bombs_and_damage_are_refused_quickly_and_nothing_left(
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """Half a gigabyte more than there is now: a header that has its claimed size allocated fails for real."""
+    """Half a gigabyte of memory left, so that allocating a header's claimed size fails."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29), before[1]))
@@ -205,7 +205,7 @@ def test_a_damaged_gzip_file_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_what_usual_programs_write_is_read(tmp_path: Path) -> None:
+def test_tars_of_common_programs_are_read(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "a" / "b").mkdir(parents=True)
     (source / "._config.json").write_text("Finder's")
@@ -218,7 +218,7 @@ def test_what_usual_programs_write_is_read(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    """For real: the kernel refuses to write, in a process of its own."""
+    """The kernel really refuses to write, in a process of its own."""
     tar = tar_of(tmp_path / "a.tar", (member("config.json"), b"{}"), (member("a.safetensors"), b"x" * 3_000_000))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").write_text("good")
@@ -235,7 +235,7 @@ archive.unpack(Path({str(tar)!r}), Path({str(tmp_path / "out")!r}))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
 
 
-def test_a_tar_of_a_killed_packer_goes_too(tmp_path: Path) -> None:
+def test_a_killed_packers_part_is_removed(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Where a base comes from, and what is said when it cannot."""
+"""The embedded base, and the errors for bases that cannot be had."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cogpress.errors import CogpressError
 from cogpress.weights import base, fetch, manifest
 
 
-def test_embedded_base_is_a_normal_checkpoint_and_made_once(base_folder: Path, cache: Path) -> None:
+def test_the_embedded_base_is_a_normal_checkpoint_converted_once(base_folder: Path, cache: Path) -> None:
     config = json.loads((base_folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["_name_or_path"] == "SmolLM2-135M-Instruct"
@@ -44,7 +44,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, files: dict[str, s
         fetch.base(str(tmp_path), tmp_path / "cache")
 
 
-def test_a_name_that_is_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_source_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CogpressError, match="is not a folder"):
         fetch.base("no/such/folder", tmp_path)
     with pytest.raises(CogpressError, match="hf://organisation/name"):

@@ -53,7 +53,7 @@ def test_a_file_comes_in_one_stream(tmp_path: Path, site: FileServer) -> None:
 
 
 @pytest.mark.parametrize("missing", ["ranges", "etags"])
-def test_without_ranges_or_validators_it_comes_whole(tmp_path: Path, site: FileServer, missing: str) -> None:
+def test_without_ranges_or_validators_every_try_starts_over(tmp_path: Path, site: FileServer, missing: str) -> None:
     content = served(site)
     setattr(site, missing, False)
     site.cuts, site.cut_after = 2, 3 * MB
@@ -61,7 +61,7 @@ def test_without_ranges_or_validators_it_comes_whole(tmp_path: Path, site: FileS
     assert site.asked("/a.bin") == [None] * 3
 
 
-def test_a_cut_is_gone_on_from_where_it_was(tmp_path: Path, site: FileServer) -> None:
+def test_a_cut_is_resumed_where_it_was(tmp_path: Path, site: FileServer) -> None:
     content = served(site, size=8 * MB)
     site.cuts, site.cut_after = 3, MB // 2
     assert get(site, tmp_path / "out").read_bytes() == content
@@ -71,21 +71,21 @@ def test_a_cut_is_gone_on_from_where_it_was(tmp_path: Path, site: FileServer) ->
     assert starts[-1] >= 3 * MB // 2 - 3 * 65536, "what had arrived was not asked for again"
 
 
-def test_another_process_resumes_and_another_version_is_not_continued(tmp_path: Path, site: FileServer) -> None:
+def test_another_process_resumes_but_never_another_version(tmp_path: Path, site: FileServer) -> None:
     content = served(site)
     site.cuts, site.cut_after = 1000, 0
     for _ in range(2):
         with pytest.raises(CogpressError, match=r"a\.bin can not be downloaded: .* times in a row"):
             get(site, tmp_path / "out")
     [remote] = web.look([f"{site.url}/a.bin"])
-    # What a killed process leaves.
+    # What a killed process leaves
     part = tmp_path / "out" / "parts" / f"{remote.key}.part"
     part.write_bytes(content[: 4 * MB])
     site.cuts = 0
     site.log.clear()
     assert get(site, tmp_path / "out").read_bytes() == content
     assert site.asked("/a.bin") == ["bytes=4194304-7340044"]
-    # Another version is not continued with, nor a part that is longer than the file.
+    # Neither a part of another version nor one longer than the file is resumed
     place = tmp_path / "out" / "places" / "a.bin"
     part.write_bytes(b"x" * 4 * MB)
     content = served(site, size=7 * MB)
@@ -95,7 +95,7 @@ def test_another_process_resumes_and_another_version_is_not_continued(tmp_path: 
     (tmp_path / "out" / "parts" / f"{remote.key}.part").write_bytes(b"x" * 8 * MB)
     place.unlink()
     assert get(site, tmp_path / "out").read_bytes() == content
-    # One that is complete needs no request.
+    # A complete part needs no request
     (tmp_path / "out" / "parts" / f"{remote.key}.part").write_bytes(content)
     place.unlink()
     site.log.clear()
@@ -112,7 +112,7 @@ def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path, site: FileServ
     assert left(tmp_path / "out") == []
 
 
-def test_a_busy_server_is_asked_again_and_a_refusal_is_not(tmp_path: Path, site: FileServer) -> None:
+def test_a_busy_server_is_retried_and_a_refusal_is_not(tmp_path: Path, site: FileServer) -> None:
     content = served(site)
     site.busy = 4
     assert get(site, tmp_path / "out").read_bytes() == content
@@ -146,7 +146,7 @@ def test_redirects_are_followed_but_never_away_from_https(tmp_path: Path, site: 
     assert "secret" not in str(error.value)
 
 
-def test_no_secret_is_said_or_logged(
+def test_no_secret_is_shown_or_logged(
     tmp_path: Path, site: FileServer, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -197,7 +197,7 @@ sys.exit(1 if mode == "fails" else 0)
 
 
 def install_pget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, banner: str = "") -> Path:
-    """A program that takes what Replicate's pget 0.8 takes, and really fetches."""
+    """A program that reads its input as Replicate's pget 0.8 does, and really downloads."""
     program = tmp_path / "bin" / "pget"
     program.parent.mkdir()
     (tmp_path / "mode").write_text(mode)
@@ -215,7 +215,7 @@ def install_pget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, ban
     return tmp_path / "pget.log"
 
 
-def test_pget_fetches_where_there_is_one(
+def test_pget_is_used_where_it_is_installed(
     tmp_path: Path, site: FileServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     log = install_pget(tmp_path, monkeypatch, "works")
@@ -230,7 +230,7 @@ def test_pget_fetches_where_there_is_one(
 
 
 @pytest.mark.parametrize("mode", ["fails", "short"])
-def test_without_pgets_help_when_it_fails(
+def test_a_failed_pget_is_replaced(
     tmp_path: Path, site: FileServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], mode: str
 ) -> None:
     install_pget(tmp_path, monkeypatch, mode)

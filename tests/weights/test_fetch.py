@@ -1,4 +1,4 @@
-"""Every source of a model gives a checked folder, or an error and what was there before."""
+"""Every source of a model gives a checked folder, or an error and the copy from before."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_tensor(path: Path, size: int) -> None:
-    """A safetensors file of one tensor of so many random bytes."""
+    """Write a safetensors file of one tensor of random bytes."""
     head = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     path.write_bytes(len(head).to_bytes(8, "little") + head + random.Random(0).randbytes(size))
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is a whole model to everybody who does not compute with it."""
+    """A folder that passes for a model as long as nobody computes with it."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "config.json").write_text("{}")
     (folder / "tokenizer.json").write_text("{}" * 1000)
@@ -51,7 +51,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def published(site: FileServer, small: Path) -> str:
-    """The small model on the web, as a folder and as a tar; the URL of the folder."""
+    """The small model on a web server, as a folder and as a tar; the URL of the folder."""
     shutil.copytree(small, site.folder / "model")
     archive.pack(small, site.folder / "model.tar")
     return f"{site.url}/model"
@@ -84,7 +84,7 @@ def test_a_local_tar_is_unpacked_once(small: Path, tmp_path: Path, inside: str) 
 
 
 @pytest.mark.parametrize("place", [".tar", "/manifest.json"])
-def test_the_web(small: Path, tmp_path: Path, site: FileServer, published: str, place: str) -> None:
+def test_urls_are_fetched_once(small: Path, tmp_path: Path, site: FileServer, published: str, place: str) -> None:
     url = published + place + "?signature=secret"
     found = fetch.model(url, tmp_path / "cache")
     assert same(found.folder, small)
@@ -93,12 +93,12 @@ def test_the_web(small: Path, tmp_path: Path, site: FileServer, published: str, 
     site.log.clear()
     again = fetch.model(url, tmp_path / "cache")
     assert (again.folder, (again.folder / "config.json").stat().st_mtime_ns) == (found.folder, before)
-    # The second is the verification report, which can be newer than the weights.
+    # The second request is for the verification report, which can be newer than the weights
     asked = 1 if place == ".tar" else 2
     assert len(site.log) == asked, "only whether it is still the same was asked"
 
 
-def test_a_verification_report_comes_along_with_a_published_folder(
+def test_a_published_folders_verification_report_is_fetched(
     small: Path, tmp_path: Path, site: FileServer, published: str
 ) -> None:
     def state() -> str:
@@ -116,7 +116,7 @@ def test_a_verification_report_comes_along_with_a_published_folder(
 
 
 @pytest.mark.parametrize("place", [".tar", "/manifest.json"])
-def test_a_new_version_is_fetched_and_the_old_one_is_used_without_a_network(
+def test_a_new_version_is_fetched_and_the_old_one_used_offline(
     small: Path, tmp_path: Path, site: FileServer, published: str, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = fetch.model(published + place, tmp_path / "cache").folder
@@ -186,7 +186,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "listed", "said"), DAMAGES)
 @pytest.mark.parametrize("kind", ["folder", "tar", "web tar"])
-def test_what_is_not_whole_is_refused_and_the_last_good_weights_stay(
+def test_incomplete_models_are_refused_and_the_last_good_one_stays(
     small: Path,
     tmp_path: Path,
     site: FileServer,
@@ -257,7 +257,7 @@ def test_a_published_manifest_is_not_trusted(
         ("pytorch_model.bin", "pickle file"),
     ],
 )
-def test_what_is_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, said: str) -> None:
+def test_invalid_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, said: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CogpressError, match=said):
@@ -307,9 +307,7 @@ def test_concurrent_starts_download_once(
 
 
 @pytest.mark.parametrize("place", [".tar", "/manifest.json"])
-def test_a_killed_start_is_gone_on_with(
-    small: Path, tmp_path: Path, site: FileServer, published: str, place: str
-) -> None:
+def test_a_killed_start_is_resumed(small: Path, tmp_path: Path, site: FileServer, published: str, place: str) -> None:
     model = site.folder / "model"
     write_tensor(model / "model.safetensors", 24 << 20)
     manifest.write(model, "base", {})
@@ -326,7 +324,7 @@ def test_a_killed_start_is_gone_on_with(
     largest = max((tmp_path / "cache").rglob("*.part"), key=lambda path: path.stat().st_size)
     here = largest.stat().st_size
     site.delay = 0
-    time.sleep(0.3)  # what the first had asked for
+    time.sleep(0.3)  # the server still answers the first process
     site.log.clear()
     found = fetch.model(published + place, tmp_path / "cache").folder
     assert same(found, model)
@@ -339,7 +337,7 @@ def test_a_killed_start_is_gone_on_with(
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
-    """A file system of a few megabytes, where this machine lets us make one."""
+    """A file system of a few megabytes, where this machine allows one."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
@@ -352,10 +350,10 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
 
 @pytest.mark.parametrize("place", [".tar", "/manifest.json"])
 @pytest.mark.parametrize("known", [True, False])
-def test_a_full_disk_is_told_and_nothing_half_written_left(
+def test_a_full_disk_is_reported_and_nothing_is_left(
     tmp_path: Path, site: FileServer, published: str, place: str, known: bool
 ) -> None:
-    """Of known size, it is refused before; of unknown size, the kernel refuses to write."""
+    """A known size is refused beforehand; for an unknown one the kernel refuses to write."""
     megabytes = 1
     site.chunked = not known
     site.ranges = known
@@ -374,7 +372,7 @@ def test_a_full_disk_is_told_and_nothing_half_written_left(
 
 
 class Hub:
-    """What the Hub's client asks for, as plain files of a web server."""
+    """What the Hub's client requests, as plain files of a web server."""
 
     commit = "0123456789abcdef0123456789abcdef01234567"
 
@@ -401,7 +399,7 @@ class Hub:
             place.write_text(json.dumps(content))
 
     def fetch(self, wanted: str = "hf://org/name", **variables: str) -> tuple[str, str]:
-        """In a process of its own, as the client reads its environment once."""
+        """Fetch in a process of its own: the client reads its environment once."""
         done = subprocess.run(
             [sys.executable, "-c", FETCH, wanted, self.home / "cache"],
             cwd=ROOT,
@@ -425,7 +423,7 @@ def hub(tmp_path: Path, site: FileServer) -> Hub:
     return Hub(site, tmp_path / "home")
 
 
-def test_of_the_hub_only_what_is_needed_is_fetched(tmp_path: Path, small: Path, hub: Hub) -> None:
+def test_from_the_hub_only_needed_files_are_fetched(tmp_path: Path, small: Path, hub: Hub) -> None:
     repository = tmp_path / "repository"
     shutil.copytree(small, repository)
     (repository / manifest.NAME).write_text("{}")  # another program's
@@ -437,7 +435,7 @@ def test_of_the_hub_only_what_is_needed_is_fetched(tmp_path: Path, small: Path, 
     names = {path.name for path in small.iterdir()} - {manifest.NAME}
     assert {path.name for path in Path(out).iterdir()} - {manifest.NAME} == names, err
     assert all((Path(out) / name).read_bytes() == (small / name).read_bytes() for name in names)
-    # Without a network, what is there is used.
+    # Offline, the copy from before is used
     assert hub.fetch("hf://org/name@main", HF_HUB_OFFLINE="1")[0] == out
     hub.site.busy = 10**6
     found, err = hub.fetch("hf://org/name@main", HF_ENDPOINT="http://127.0.0.1:1")
@@ -445,7 +443,7 @@ def test_of_the_hub_only_what_is_needed_is_fetched(tmp_path: Path, small: Path, 
     assert "Using the copy fetched before" in err
 
 
-def test_of_the_hub_a_manifest_decides(tmp_path: Path, small: Path, hub: Hub) -> None:
+def test_from_the_hub_the_manifests_files_are_fetched(tmp_path: Path, small: Path, hub: Hub) -> None:
     repository = tmp_path / "repository"
     shutil.copytree(small, repository)
     (repository / "README.md").write_text("a card")
@@ -467,7 +465,7 @@ def test_of_the_hub_a_manifest_decides(tmp_path: Path, small: Path, hub: Hub) ->
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no .safetensors"),
     ],
 )
-def test_of_the_hub_what_can_not_be_used_is_refused_before_it_is_fetched(
+def test_from_the_hub_unusable_models_are_refused_before_download(
     tmp_path: Path, small: Path, hub: Hub, change: Callable[[Path], None], said: str
 ) -> None:
     repository = tmp_path / "repository"
@@ -481,7 +479,7 @@ def test_of_the_hub_what_can_not_be_used_is_refused_before_it_is_fetched(
     assert not any(path.endswith((".bin", ".safetensors")) for _, path, _ in hub.site.log)
 
 
-def test_of_the_hub_what_is_not_there_is_told(hub: Hub) -> None:
+def test_from_the_hub_a_missing_model_is_one_sentence(hub: Hub) -> None:
     out, err = hub.fetch()
     assert out == ""
     assert "Error: Could not download hf://org/name from the Hub" in err
