@@ -238,13 +238,13 @@ def build(
         say(_trained(result))
     with step("Merge", console) as say:
         content, reused = merge_once(config, base_folder, result.adapter, run / "weights", console)
+        if not reused:
+            (run / TAR).unlink(missing_ok=True)  # it holds earlier weights
         say("reused" if reused else f"{content['merge']['layers']} layers, onto the {config.merge} base")
     with step("Comparison with what training scored", console) as say:
         merged, naive = compare_once(base_folder, result.adapter, prepared, run, console)
         say(f"mean KL {merged.mean_kl:.5f} per token")
         console.print(divergence_table(merged, naive, config))
-    if not reused:
-        (run / TAR).unlink(missing_ok=True)  # it holds earlier weights
     return Built(base_folder, run / "weights", content, result, merged, naive)
 
 
