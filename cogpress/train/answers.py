@@ -53,7 +53,6 @@ def compare(
     console: Console,
     *,
     count: int = 4,
-    max_tokens: int = 96,
 ) -> list[dict[str, str]]:
     """Greedy answers of the base and of the tuned model to validation prompts.
 
@@ -66,12 +65,13 @@ def compare(
         run: the run's folder.
         console: where the table goes.
         count: how many examples are shown.
-        max_tokens: the most to generate for one prompt.
     """
     shown = [example for example in examples if example.messages is not None][:count]
     if not shown:
         return []
     prompts = [encode_prompt(tokenizer, example.asked) for example in shown]
+    # A base that does not know the task rarely ends by itself.
+    max_tokens = max(len(tokenizer.encode(example.answer)) for example in shown) + 8
     with model.disable_adapter():
         before = generate(model, tokenizer, prompts, max_tokens)
     after = generate(model, tokenizer, prompts, max_tokens)

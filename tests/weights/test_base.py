@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from cogpress.errors import CogpressError
 from cogpress.weights import base, fetch, manifest
@@ -51,3 +53,19 @@ def test_a_source_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         fetch.base("hf://alone", tmp_path)
     with pytest.raises(CogpressError, match="Could not download hf://organisation/name from the Hub"):
         fetch.base("hf://organisation/name", tmp_path)  # the tests are offline
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's compute dtype is not measured")
+@pytest.mark.parametrize(
+    ("single", "half", "chosen"), [(1.0, 6.0, "float32"), (1.0, 1.1, "bfloat16"), (2.0, 1.0, "bfloat16")]
+)
+def test_a_cpu_computes_in_what_is_faster_by_far(
+    single: float, half: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {torch.float32: single, torch.bfloat16: half}
+    monkeypatch.setattr(base, "_product_seconds", seconds.__getitem__)
+    assert base.compute_dtype.__wrapped__() == getattr(torch, chosen)
+    monkeypatch.undo()
+    started = time.perf_counter()
+    assert base.compute_dtype.__wrapped__() in seconds
+    assert time.perf_counter() - started < 2

@@ -1,0 +1,39 @@
+"""Options that cannot be trained with are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogpress import config
+from cogpress.errors import CogpressError
+from cogpress.train import run as training
+from cogpress.train.arguments import OPTIMIZERS, SCHEDULES, arguments
+
+pytestmark = pytest.mark.train
+
+
+def test_a_layer_that_does_not_exist_is_named(tiny_base: Path) -> None:
+    with pytest.raises(CogpressError, match="target_modules 'nonsense'"):
+        training.adapted(config.Config().override({"target_modules": "nonsense"}), tiny_base)
+
+
+def test_every_optimizer_and_schedule_has_transformers_name() -> None:
+    for option, names in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        allowed = config.Train.model_json_schema()["properties"][option]["enum"]
+        assert set(allowed) - {"auto"} == set(names)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what only a GPU has")
+def test_an_optimizer_of_gpus_is_refused_without_one(tmp_path: Path) -> None:
+    settings = config.Train(optimizer="paged_adamw_8bit")
+    with pytest.raises(CogpressError, match="needs a GPU"):
+        arguments(settings, tmp_path, 8, False, torch.float32)
+
+
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float32])
+def test_mixed_precision_is_that_of_the_compute_dtype(compute: torch.dtype, tmp_path: Path) -> None:
+    found = arguments(config.Train(optimizer="adamw"), tmp_path, 8, False, compute)
+    assert (found.bf16, found.fp16) == (compute == torch.bfloat16, False)
