@@ -102,7 +102,7 @@ def install(weights: Path, place: Path) -> None:
 
 
 def lay_out(fetched: Path, run: Path) -> bool:
-    """Make a run's folder from its fetched tar: `weights`, and beside it the adapter that they were made with.
+    """Make a run's folder from its fetched tar: `weights`, and the adapter that they were made with beside it.
 
     Args:
         fetched: the unpacked tar.
@@ -176,7 +176,7 @@ def prepare(
     """Check and tokenize the examples; write `data.json`, `lengths.png` and `held-out.jsonl`; print the report.
 
     Raises:
-        CogpressError: the examples can not be trained on; the report is printed all the same.
+        CogpressError: the examples cannot be trained on; the report is printed anyway.
     """
     run.mkdir(parents=True, exist_ok=True)
     try:
@@ -305,7 +305,7 @@ def merge_anew(
         alone: write the base as the adapter was trained on it, without the adapter, for several to be served on.
 
     Raises:
-        CogpressError: they do not belong together, or can not be merged exactly; nothing is written.
+        CogpressError: they do not belong together, or cannot be merged exactly; nothing is written.
     """
     base.quiet_libraries()
     facts = adapters.read(adapter).facts
@@ -360,7 +360,7 @@ def compare_once(
 
 
 def divergence_table(merged: Divergence, naive: Divergence, config: Config) -> Table:
-    """What the merge costs against what training scored, beside what the usual merge would cost."""
+    """Divergence of the merge, and of the usual merge, from what training scored."""
     table = Table("merged into", "mean KL per token", "99th percentile", "same top token", title_justify="left")
     names = {"dequantized": "the base as training saw it", "original": "the original weights, as configured"}
     for name, value in ((names[config.merge], merged), ("the original weights (the usual merge)", naive)):

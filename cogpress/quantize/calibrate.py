@@ -1,8 +1,4 @@
-"""What quantization is calibrated with: the very rows that a run trained its weights on.
-
-Knows how to find and check a run's weights and examples; leaves tokenizing to `data` and the use of the rows to
-`quantize`.
-"""
+"""Calibration data: the rows that a run trained its weights on."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from cogpress.weights import base, manifest
 
 @dataclass(frozen=True)
 class Source:
-    """Unquantized weights whose files agree with their manifest, and the run that they come from."""
+    """Unquantized weights, checked against their manifest, and the run that made them."""
 
     folder: Path
     facts: dict[str, Any]
@@ -30,20 +26,22 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """What the weights are in, such as `bfloat16`; the name that they go by beside quantized ones."""
-        return str(self.facts.get("compute_dtype", "unquantized"))
+        """What the weights are stored in, such as `bfloat16`: their name in comparisons with quantized ones."""
+        if "compute_dtype" not in self.facts:
+            return "unquantized"
+        return str(base.stored_dtype(base.trained_dtype(self.facts))).removeprefix("torch.")
 
 
 def read_source(folder: Path, run: Path | None) -> Source:
-    """Check weights that are to be quantized, and find the run that made them.
+    """Check the weights to quantize, and find the run that made them.
 
     Args:
         folder: unquantized weights with a manifest.
         run: the run's folder; the one that `folder` lies in where not given.
 
     Raises:
-        CogpressError: no weights of cogpress, changed since they were written, or quantized already; no run, or
-            another run than the one that made them.
+        CogpressError: the weights are not cogpress's, were changed since they were written, or are quantized already;
+            the run is missing, or is not the one that made them.
     """
     facts = manifest.read(folder) if folder.is_dir() else None
     if facts is None or facts.get("kind") != "weights":
@@ -55,7 +53,7 @@ def read_source(folder: Path, run: Path | None) -> Source:
     if compression or settings.get("quantization_config"):
         scheme = compression["scheme"] if compression else settings["quantization_config"].get("quant_method", "such")
         raise CogpressError(
-            f"{folder} holds {scheme} weights already; quantized twice they would only be worse. "
+            f"{folder} holds {scheme} weights already; quantizing them again would only make them worse. "
             "Name the weights that they were made from."
         )
     manifest.check(folder, facts)
@@ -66,7 +64,8 @@ def read_source(folder: Path, run: Path | None) -> Source:
     )
     if not (run / "key.json").is_file() or not (run / "config.json").is_file():
         raise CogpressError(
-            f"{run} is no run's folder, and what was trained on is needed to calibrate. Name it with --run runs/NAME."
+            f"{run} is not a run's folder, and calibration needs the examples of the training. "
+            "Name the run with --run runs/NAME."
         )
     adapter = run / "adapter"
     made_by = facts.get("merge", {}).get("adapter")
@@ -87,13 +86,13 @@ def prepare(source: Source, root: Path, examples: Path | None) -> data.Prepared:
         examples: the file that was trained on, where it is not where the run's configuration says.
 
     Raises:
-        CogpressError: the examples are gone, or give other training rows than the run's.
+        CogpressError: the examples are gone, or do not give the run's training rows.
     """
     settings = source.settings
     path = examples or (root / settings.data.train if settings.data.train else None)
     if path is None or not path.exists():
         raise CogpressError(
-            f"The examples that {source.run} was trained on are not at {path}; they are needed to calibrate. "
+            f"The examples that {source.run} was trained on are not at {path}; calibration needs them. "
             "Name them with --data FILE."
         )
     prepared = data.prepare(
@@ -104,19 +103,19 @@ def prepare(source: Source, root: Path, examples: Path | None) -> data.Prepared:
         max_length=settings.train.max_length,
         seed=settings.train.seed,
         validation_path=training.validation_file(settings, root),
-        skip_bad=True,  # as far as training did, which the hash below tells
+        skip_bad=True,  # the hash below tells whether training did
         stop_ids=base.stop_ids(source.folder),
     )
     trained = read_json(source.run / "key.json")["rows"]
     if training.run_key(settings, prepared, "")["rows"] != trained:
         raise CogpressError(
-            f"{path} does not give the rows that {source.run} was trained on: it was changed since. "
-            "Name the examples as they were with --data FILE, or train again."
+            f"{path} does not give the rows that {source.run} was trained on: it has changed since. "
+            "Name the original examples with --data FILE, or train again."
         )
     return prepared
 
 
 def choose_rows(prepared: data.Prepared, samples: int, seed: int) -> list[list[int]]:
-    """Token ids of so many training rows, chosen by the seed, never held-out ones; all where there are fewer."""
+    """Token ids of `samples` training rows chosen by the seed, never held-out ones; all if there are fewer."""
     rows = [row.input_ids for row in prepared.train]
     return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), min(samples, len(rows))))]

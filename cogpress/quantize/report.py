@@ -1,7 +1,4 @@
-"""Size, quality and speed of quantized weights beside the unquantized ones, so that one can be picked by looking.
-
-Knows which figures matter and how to show them; leaves measuring to whoever it is given.
-"""
+"""Size, quality and speed of quantized and unquantized weights, as a table and a picture."""
 
 from __future__ import annotations
 
@@ -18,12 +15,12 @@ from cogpress.verify import parity
 from cogpress.weights import manifest
 
 Measure = Callable[[str, Path], Mapping[str, Any]]
-"""From a scheme's name and its folder to metrics by the names of `Candidate`'s fields; those missing are not known."""
+"""From a scheme's name and folder to metrics, by the names of `Candidate`'s fields; missing ones are unknown."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One folder of weights as a choice. None: not measured. KL is in nats per token, the score a share of answers."""
+    """A folder of weights to choose from. None: not measured. KL is in nats per token, the score a share of answers."""
 
     name: str
     folder: str
@@ -42,7 +39,7 @@ METRICS = tuple(name for name in Candidate.__dataclass_fields__ if name not in (
 
 
 def candidate(name: str, folder: Path, metrics: Mapping[str, Any] | None) -> Candidate:
-    """What is known of one folder; metrics of other names are left out, None stands for not measured."""
+    """What is known of one folder; `metrics` is None if it was not measured."""
     known = {key: float(metrics[key]) for key in METRICS if metrics.get(key) is not None} if metrics else {}
     group = (manifest.read(folder) or {}).get("compression", {}).get("group_size")
     notes = [f"groups of {group}"] if group else []
@@ -87,7 +84,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def table(candidates: Sequence[Candidate]) -> Table:
-    """One row for each folder; columns that nobody measured are left out."""
+    """One row for each folder; columns without a measurement are left out."""
     made = Table(title="What each scheme costs and gives", title_justify="left")
     made.add_column("weights", no_wrap=True)
     made.add_column("size", justify="right", no_wrap=True)

@@ -1,8 +1,4 @@
-"""From weights to smaller weights: a folder for each scheme, made by llmcompressor in an environment of its own.
-
-Knows the worker (`compress`), how to watch it, and what quantized weights must keep of their source; leaves the choice
-of a scheme to `schemes`, the rows to `calibration` and what the result is worth to `comparison`.
-"""
+"""Quantize weights: one folder for each scheme, made by llmcompressor in an environment of its own."""
 
 from __future__ import annotations
 
@@ -46,7 +42,7 @@ from cogpress.weights import manifest
 from cogpress.weights.filenames import SERVING_FILES, VERIFICATION_PAGE
 
 SAMPLES = {"cpu": 128, "gpu": 256}
-"""Examples to calibrate with. On two cores each takes half a second, on a GPU nothing that is noticed."""
+"""Examples to calibrate with. Each takes half a second on two cores, and next to nothing on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ def quantize(
     seed: int = 0,
     fresh: bool = False,
 ) -> dict[str, Quantized]:
-    """Make a folder of weights for each scheme, `weights-SCHEME`; finished ones of the same making are reused.
+    """Make a folder of weights for each scheme, `weights-SCHEME`; a finished one made in the same way is reused.
 
     Args:
         root: the project's folder, in which llmcompressor's environment is made at first use.
@@ -85,7 +81,7 @@ def quantize(
         fresh: make again what is there.
 
     Raises:
-        CogpressError: this machine can not, the model does not fit, or llmcompressor failed.
+        CogpressError: this machine or this model does not support a scheme, or llmcompressor failed.
     """
     capability = compute_capability()
     refuse_here(schemes, capability)
@@ -116,7 +112,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is made where, in words and as the manifest will say; its `key` is a hash of everything that decides it."""
+    """What is made where, in words and as manifest facts; their `key` hashes everything that decides the result."""
 
     scheme: Scheme
     target: Path
@@ -158,7 +154,7 @@ def _plan(
 
 
 def _carried(facts: dict[str, Any]) -> dict[str, Any]:
-    """What a source's manifest says that is as true of the quantized weights."""
+    """The facts of a source's manifest that hold for the quantized weights, too."""
     own = ("format", "kind", "cogpress", "created_at", "files")
     return {name: value for name, value in facts.items() if name not in own}
 
@@ -182,7 +178,7 @@ def _make(
     out: Path,
     console: Console,
 ) -> dict[str, Quantized]:
-    """Run the worker over all plans and put each result in its place as soon as it is complete."""
+    """Run the worker over all plans and move each result into place as soon as it is complete."""
     made: dict[str, Quantized] = {}
     out.mkdir(parents=True, exist_ok=True)
     # Beside the results, so that files move into place without being copied.
@@ -226,11 +222,11 @@ def _worker(environment: Environment, job: Path, log: Path) -> Iterator[subproce
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_MININTERVAL": "1",
-        # Threads that wait without spinning: beside other work on the same cores that is several times as fast.
+        # Threads wait without spinning: several times as fast while other work shares the cores.
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     with log.open("wb") as output:
-        # -I, so that this package's modules do not stand in for others of their name.
+        # -I, so that this package's modules do not shadow others of the same name.
         process = subprocess.Popen(
             [environment.python, "-I", compress.__file__, job],
             env=variables,
@@ -251,17 +247,17 @@ def _worker(environment: Environment, job: Path, log: Path) -> Iterator[subproce
 
 
 def _wait(process: subprocess.Popen[bytes], out: Path, log: Path, plan: _Plan) -> None:
-    """Wait for one scheme's result, showing how far it is.
+    """Wait for one scheme's result, showing progress.
 
     Raises:
-        CogpressError: the worker ended without it; quotes the end of its log.
+        CogpressError: the worker ended without a result; quotes the end of its log.
     """
     label = plan.scheme.name
     progress = Progress(label, tells_end=False)
     pace = Pace(passes=2 if plan.facts["smoothing"] else 1)
     offset = log.stat().st_size
     try:
-        # The file first: a worker that ends after writing it has done its work.
+        # The file first: a worker that ends after writing it has succeeded.
         while not (out / compress.RESULT).is_file():
             if process.poll() is not None and not (out / compress.RESULT).is_file():
                 raise CogpressError(explain(label, process.returncode, log))
@@ -272,7 +268,7 @@ def _wait(process: subprocess.Popen[bytes], out: Path, log: Path, plan: _Plan) -
 
 
 class Pace:
-    """How far llmcompressor is, by its own counting of layers, which starts again with each pass over the model."""
+    """llmcompressor's progress, by its own count of layers, which restarts with each pass over the model."""
 
     def __init__(self, passes: int) -> None:
         self.passes = passes
@@ -281,7 +277,7 @@ class Pace:
         self.began = 0.0
 
     def told(self, log: str, now: float) -> str:
-        """The newest count in the log in words, with the time left once the last pass shows how long a layer takes."""
+        """The newest count in the log, with the time left once the last pass shows how long a layer takes."""
         counted = re.findall(r"\((\d+)/(\d+)\): ", log)
         if not counted:
             return ""
@@ -304,7 +300,7 @@ def _tail(log: Path, offset: int = 0, size: int = 16384) -> str:
 
 
 def explain(scheme: str, status: int, log: Path) -> str:
-    """Why the worker ended, with the end of its log and where the rest is."""
+    """Why the worker failed, with the end of its log and the place of the rest."""
     lines = [line.rstrip() for line in re.split(r"[\r\n]", _tail(log))]
     lines = [line for line in lines if line and "it/s" not in line and "?it" not in line]
     end = "\n".join(f"  {line[:300]}" for line in lines[-8:])
@@ -319,7 +315,7 @@ def explain(scheme: str, status: int, log: Path) -> str:
 
 
 def refuse_failed(folder: Path) -> None:
-    """Refuse to install weights that verification found wanting.
+    """Refuse to install weights that failed verification.
 
     Raises:
         CogpressError: they failed; names the report.
@@ -332,7 +328,7 @@ def refuse_failed(folder: Path) -> None:
 
 
 def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:
-    """Put the worker's tensors and the source's own settings into a folder of weights, all or nothing."""
+    """Make a folder of weights from the worker's tensors and the source's own settings, all or nothing."""
     result = read_json(raw / compress.RESULT)
     written = read_json(raw / "config.json")
     if "quantization_config" not in written or not list(raw.glob("*.safetensors")):

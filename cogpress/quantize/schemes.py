@@ -1,7 +1,4 @@
-"""Ways to quantize weights: what each one is, which models it fits and which machines make and serve it.
-
-Knows layers' widths and GPUs' generations; leaves the work to `quantize`.
-"""
+"""Quantization schemes: which models each fits, and which machines make and serve it."""
 
 from __future__ import annotations
 
@@ -14,25 +11,25 @@ from cogpress.files import read_json
 from cogpress.weights import base
 
 GROUP_SIZES = (128, 64, 32)
-"""Weights that share one scale in 4-bit schemes, the smallest result first: engines have kernels for these."""
+"""Weights that share one scale in 4-bit schemes, smallest result first: the sizes that engines have kernels for."""
 
 FP8_CAPABILITY = (8, 9)
-"""NVIDIA's compute capability from which on a GPU computes in FP8: Ada, Hopper and later."""
+"""The first NVIDIA compute capability that computes in FP8: Ada, Hopper and later."""
 
 SMOOTHING = 0.5
 """How much of the activations' range SmoothQuant (Xiao et al. 2022) moves into the weights; the paper's own default."""
 
 SMOOTHED = ("LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Architectures whose norms feed the layers that smoothing makes up for, and nothing else.
+"""Architectures whose norms feed only the layers that compensate for smoothing.
 
-llmcompressor smooths others too, Gemma's for one, whose post-attention norm feeds the residual stream: that changes
-what the model computes.
+llmcompressor smooths others, too, such as Gemma, whose post-attention norm feeds the residual stream: that changes what
+the model computes.
 """
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to quantize: by which algorithm, to which of compressed-tensors' presets, with groups, smoothed first."""
+    """A way to quantize: the algorithm, compressed-tensors' preset, and whether weights are grouped and smoothed."""
 
     name: str
     algorithm: str
@@ -67,7 +64,7 @@ def linear_widths(folder: Path) -> dict[str, int]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except (OSError, ValueError) as error:
-        raise CogpressError(f"{folder} is no model that can be quantized: {str(error).splitlines()[0]}") from None
+        raise CogpressError(f"{folder} cannot be quantized: {str(error).splitlines()[0]}") from None
     head = model.get_output_embeddings()
     widths = {
         name: module.in_features
@@ -79,7 +76,7 @@ def linear_widths(folder: Path) -> dict[str, int]:
         if parameter.ndim == 3:
             widths |= {f"{name} ({width})": width for width in parameter.shape[1:]}
     if not widths:
-        raise CogpressError(f"{folder} has no linear layers beside the output layer, so there is nothing to quantize.")
+        raise CogpressError(f"{folder} has no linear layers besides the output layer, so there is nothing to quantize.")
     return widths
 
 
@@ -100,7 +97,7 @@ def group_size(widths: dict[str, int]) -> int:
 
 
 def smoothing(scheme: Scheme, folder: Path) -> float | None:
-    """SmoothQuant's strength for a scheme on this model; None where smoothing would not be exact, or not help."""
+    """SmoothQuant's strength for a scheme on this model; None where smoothing would not be exact or not help."""
     architectures = read_json(folder / "config.json").get("architectures") or []
     return SMOOTHING if scheme.smoothed and set(architectures) & set(SMOOTHED) else None
 
@@ -122,7 +119,7 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def refuse_here(schemes: Sequence[str], capability: tuple[int, int] | None) -> None:
-    """Raise for what this machine can not make.
+    """Refuse schemes that this machine cannot make.
 
     Raises:
         CogpressError: AWQ without an accelerator.
@@ -135,13 +132,13 @@ def refuse_here(schemes: Sequence[str], capability: tuple[int, int] | None) -> N
 
 
 def caution(scheme: str, capability: tuple[int, int] | None) -> str | None:
-    """What a user should know before a scheme is made on this machine; None where there is nothing."""
+    """What a user should know before a scheme is made on this machine, if anything."""
     if scheme != "fp8" or (capability is not None and capability >= FP8_CAPABILITY):
         return None
     if capability is None:
         return (
-            "fp8 is for GPUs of the Ada or Hopper generation and later. It is made here, but this machine's engine "
-            "only imitates it, at about one token per second, so that it is not measured."
+            "fp8 is for GPUs of the Ada or Hopper generation and later. It is made here but not measured: this "
+            "machine's engine only emulates it, at about one token per second."
         )
     return (
         "fp8 is for GPUs of the Ada or Hopper generation and later. This one computes with its weights in 16 bits: "
@@ -150,5 +147,5 @@ def caution(scheme: str, capability: tuple[int, int] | None) -> str | None:
 
 
 def served_here(scheme: str, capability: tuple[int, int] | None) -> bool:
-    """Whether this machine's engine serves a scheme at a speed that means anything."""
+    """Whether this machine's engine serves a scheme at a meaningful speed."""
     return scheme != "fp8" or capability is not None

@@ -1,7 +1,6 @@
-"""The worker that quantizes weights: a program of its own, run by llmcompressor's environment and not by ours.
+"""The worker that quantizes weights: a program for llmcompressor's environment, told what to do by a job file.
 
-Knows llmcompressor's modifiers, and nothing of runs, examples or manifests: a job file says what to read, what to
-calibrate with and where to write. Imports nothing of this package, which may need what that environment lacks.
+It imports nothing of this package, which may need what that environment lacks.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RESULT = "result.json"
-"""Written into a scheme's folder last, so that it tells that the folder is complete."""
+"""Written into a scheme's folder last: it marks the folder as complete."""
 
 
 def main(job_path: Path) -> None:
@@ -78,13 +77,13 @@ def recipe(scheme: dict[str, Any], ignore: list[str]) -> list[Any]:
 
 
 def output_layers(model: Any) -> list[str]:
-    """The name of the layer that makes logits: it is used once a token and decides it, so it stays as it is."""
+    """The layer that makes logits, by name. It decides every token and is used once for each, so it stays as it is."""
     head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if module is head] or ["lm_head"]
 
 
 def loader(rows: list[list[int]]) -> Any:
-    """One row a batch: what GPTQ and AWQ learn of a layer's inputs must not come from padding."""
+    """One row a batch: GPTQ and AWQ must not learn a layer's inputs from padding."""
     import torch
 
     batches = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row)).long()} for row in rows]

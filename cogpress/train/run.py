@@ -88,9 +88,9 @@ def validation_file(config: Config, root: Path) -> Path | None:
 def train(
     config: Config, prepared: Prepared, base_folder: Path, run: Path, *, console: Console, resume: bool = False
 ) -> Result:
-    """Train an adapter into `run/adapter`, with everything measured on the way beside it.
+    """Train an adapter into `run/adapter`, with all measurements beside it.
 
-    A finished run with the same key is reused. An interrupted one goes on with `resume=True`.
+    A finished run with the same key is reused. An interrupted one resumes with `resume=True`.
 
     Args:
         config: the validated configuration; `config.train` and `config.base` are used.
@@ -98,7 +98,7 @@ def train(
         base_folder: the base model.
         run: the run's folder, made when missing.
         console: where progress is shown.
-        resume: go on from the newest checkpoint of an interrupted run.
+        resume: resume an interrupted run from its newest checkpoint.
 
     Raises:
         CogpressError: nothing to train on; the folder holds another run; nothing to resume.
@@ -126,7 +126,7 @@ def _finished(run: Path, key: dict[str, Any]) -> Result | None:
 
 
 def _open_run(run: Path, key: dict[str, Any], config: Config, resume: bool) -> Path | None:
-    """Make the run's folder, or find the checkpoint to go on from."""
+    """Make the run's folder, or find the checkpoint to resume from."""
     checkpoints = sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     complete = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
     saved = read_json(run / "key.json") if (run / "key.json").is_file() else None

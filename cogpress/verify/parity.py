@@ -94,7 +94,7 @@ def serve(
         make: makes the engine; the configured one by default.
 
     Raises:
-        CogpressError: the engine can not load the weights, or dies.
+        CogpressError: the engine cannot load the weights, or dies.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:

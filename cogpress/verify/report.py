@@ -1,8 +1,4 @@
-"""What a verification found, kept in the weights' folder and signed to them: JSON, Markdown and a picture.
-
-Knows how a verdict is written and read, and whether it still is about the weights beside it; leaves to `verify` how it
-is reached.
-"""
+"""The verification report: JSON, Markdown and a picture in the weights' folder, with the files' hashes."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ from cogpress.weights.filenames import VERIFICATION, VERIFICATION_PAGE, VERIFICA
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: what was found, what passes, and what a failure most likely comes from."""
+    """One comparison: the value found, the limit, and the most likely cause of a failure."""
 
     name: str
     value: float | str
@@ -40,7 +36,7 @@ class Check:
         return self.value if isinstance(self.value, str) else _short(self.value), limit
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON has no infinity: what has no distance is None."""
+        """As JSON, which has no infinity: an infinite value is None."""
         value = None if isinstance(self.value, float) and not math.isfinite(self.value) else self.value
         found = {"name": self.name, "value": value, "limit": self.limit, "passed": self.passed}
         return found if self.passed else {**found, "cause": self.cause}
@@ -65,12 +61,12 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed, and all were made: the engine's are the last."""
+        """Whether every check was made and passed; the engine's are the last."""
         return all(check.passed for check in self.checks) and "score" in self.metrics
 
     @property
     def causes(self) -> list[str]:
-        """Why it failed, each reason once."""
+        """Why it failed, each cause once."""
         return list(dict.fromkeys(check.cause for check in self.checks if not check.passed))
 
     def table(self) -> Table:
@@ -83,7 +79,7 @@ class Verdict:
 
 
 def write(verdict: Verdict, pictures: dict[str, Any]) -> None:
-    """Write the report into the weights' folder, with the hashes of the files that it is about.
+    """Write the report into the weights' folder, with the hashes of the files it covers.
 
     Args:
         verdict: what was found.
@@ -136,6 +132,6 @@ def _markdown(content: dict[str, Any]) -> str:
     lines += ["| measured | |", "|---|---|"]
     lines += [f"| {name} | {_short(v) if isinstance(v, float) else v} |" for name, v in content["metrics"].items()]
     lines += ["", f"![verification]({VERIFICATION_PLOT})", ""]
-    lines += ["It holds for these files and no others:", ""]
+    lines += ["It covers these files only:", ""]
     lines += [f"- `{name}` sha256 `{digest}`" for name, digest in content["files"].items()]
     return "\n".join(lines) + "\n"

@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from cogpress.merge.adapter import LoraAdapter
 
 Score = Callable[[str, str], bool]
-"""Takes the expected and the given answer; True where the given one is right."""
+"""From the expected and the given answer to whether the given one is right."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What passes. KL in nats per token; shares from 0 to 1; log-probabilities in nats."""
+    """The limits. KL in nats per token; shares from 0 to 1; log-probabilities in nats."""
 
     mean_kl: float
     p99_kl: float
@@ -65,7 +65,7 @@ LIMITS = {
     "awq": Limits(mean_kl=0.08, p99_kl=1.5, top1_agreement=0.95, perplexity_ratio=1.15, score_loss=0.05),
 }
 """By scheme of quantization. The faithful merge of the worked example measures 0.00005, the usual one 0.006 and more
-(docs/measurements.md); a quantized model is allowed what its scheme can not avoid."""
+(docs/measurements.md); a quantized model is allowed what its scheme cannot avoid."""
 
 _ROUNDING = 2.0**-8
 """Relative distance of two tensors, as vectors, that bfloat16 rounding alone can make: half a unit in the last of its
@@ -103,7 +103,7 @@ class _Case:
 
     @property
     def max_tokens(self) -> int:
-        """Twice the longest expected answer, so that a right one is never cut and a wrong one ends."""
+        """Twice the longest expected answer: a right answer is never cut, and a wrong one ends."""
         return 2 * max(row.learnt for row in self.rows) + 16
 
 
@@ -116,10 +116,10 @@ def verify(
     run: Path | None = None,
     make: parity.MakeEngine | None = None,
 ) -> Verdict:
-    """Compare weights with what training scored, write the report into their folder and sign it to them.
+    """Compare weights with what training scored, and write the report into their folder.
 
-    Checks go from cheap to expensive; where the files, the tokenizer or the chat template differ already, the models
-    are not loaded, and where a tensor differs from the merge, the engine is not started.
+    Checks go from cheap to expensive: if the files, the tokenizer or the chat template differ, no model is loaded; if a
+    tensor differs from the merge, the engine is not started.
 
     Args:
         config: `verify` and `serve` are used.
@@ -172,10 +172,10 @@ def verify(
 def measures(
     config: Config, root: Path, folders: Sequence[Path], console: Console, *, run: Path, fresh: bool = False
 ) -> Callable[[str, Path], dict[str, Any]]:
-    """What gives the metrics of folders of weights by their verification.
+    """A function from a folder of weights to the metrics of its verification.
 
-    All are verified, or none where all were before: speeds of different hours on one machine tell more of the hours
-    than of the weights.
+    Either all folders are verified or, if all were before, none: speeds measured at different hours say more about the
+    hours than about the weights.
     """
     known = [manifest.read_verification(folder) for folder in folders]
     again = fresh or any(
@@ -224,20 +224,20 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
 
 
 def limits(settings: Verify, scheme: str) -> Limits:
-    """What passes for weights of a scheme: the scheme's limits, and over them those of `model.yaml`."""
+    """The limits for weights of a scheme; those in `model.yaml` take precedence."""
     own = {name: value for name, value in settings if name in Limits.__annotations__ and value is not None}
     return Limits(**{**vars(LIMITS.get(scheme, LIMITS["int4"])), **own})
 
 
 def default_weights(root: Path, config: Config, run: Path | None) -> Path:
-    """The weights to verify where none are named: the run's, or those in `weights/`, or the last run's of the model."""
+    """The weights to verify by default: the run's, those in `weights/`, or those of the run with the model's name."""
     if run is None and (root / "weights" / "config.json").is_file():
         return root / "weights"
     return (run or root / "runs" / config.name) / "weights"
 
 
 def find_run(root: Path, weights: Path, facts: dict[str, Any]) -> Path:
-    """The run whose adapter is in the weights: the folder that they are in, or the one that their manifest names.
+    """The run whose adapter is in the weights: the folder they are in, or the one in `runs/` by their manifest.
 
     Raises:
         CogpressError: there is none.
@@ -253,7 +253,7 @@ def find_run(root: Path, weights: Path, facts: dict[str, Any]) -> Path:
 
 
 def held_out(settings: Verify, root: Path, run: Path, prompt: Prompt) -> list[Example]:
-    """The examples to verify with: those of `verify.examples`, else those that the run did not train on.
+    """The examples to verify with: those of `verify.examples`, or those that the run held out.
 
     Raises:
         CogpressError: there are none, or lines are bad.
@@ -286,7 +286,7 @@ def scorer(name: str) -> Score:
     try:
         found: Score = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise CogpressError(f"verify.score names {name}, which can not be imported: {error}.") from None
+        raise CogpressError(f"verify.score names {name}, which cannot be imported: {error}.") from None
     return found
 
 
@@ -298,7 +298,7 @@ def _same_json(expected: str, answer: str) -> bool:
 
 
 def _outside(case: _Case) -> list[Check]:
-    """What can differ without any weight being different, in seconds."""
+    """What can differ though every weight is right. Takes seconds."""
     checks = []
     try:
         if case.facts:
@@ -312,9 +312,7 @@ def _outside(case: _Case) -> list[Check]:
     different = sum(
         _or_none(candidate, example) != encode_prompt(case.tokenizer, example.asked) for example in case.examples
     )
-    cause = (
-        "The chat template differs from the base's, so the model would be asked in a way that it was not trained on."
-    )
+    cause = "The chat template differs from the base's, so prompts would not be those of the training."
     if checks[-1].passed:
         checks.append(_counted("chat template", different, case, cause))
     prompt = case.facts.get("prompt")
@@ -351,7 +349,7 @@ def _counted(name: str, different: int, case: _Case, cause: str) -> Check:
 
 
 def _merged(case: _Case) -> Check:
-    """Every tensor against the merge of the adapter into the base as training saw it, made again one by one."""
+    """Every tensor against the merge of the adapter into the base as training saw it, recomputed one by one."""
     planned = merge.plan(case.base, case.adapter, "dequantized")
     stored = tensors.stored(case.weights)
     worst, far = 0.0, {}
@@ -381,7 +379,7 @@ def _distance(place: tensors.Stored | None, output: merge.Output, planned: merge
 
 
 def _merge_cause(case: _Case, far: dict[str, float], found: LoraAdapter) -> str:
-    """What is most likely wrong with the tensors that are not as merged."""
+    """The most likely cause of tensors that are not as merged."""
     quantized = {f"{module}.weight" for module in found.quantized}
     if far.keys() == quantized:
         naive = merge.plan(case.base, case.adapter, "original")
@@ -410,7 +408,7 @@ def _divergence(case: _Case, candidate: torch.nn.Module) -> Divergence:
 def _distribution_cause(case: _Case) -> str:
     if case.scheme == "none":
         return (
-            "The weights answer otherwise than what training scored, though their tensors agree: another config.json?"
+            "The weights answer differently from what training scored, though their tensors agree: another config.json?"
         )
     return (
         f"Quantization to {case.scheme} changes this model too much. Try int8, a smaller group size or more "
@@ -505,8 +503,8 @@ def _served(
     )
     pictures["parity"] = found.points
     cause = (
-        f"The engine ({case.config.serve.engine}) answers otherwise than transformers with the same weights. Try other "
-        "engine options (compiled or eager, dtype, attention) or another version of it."
+        f"The engine ({case.config.serve.engine}) answers differently from transformers with the same weights. Try "
+        "other engine options (compiled or eager, dtype, attention) or another version of it."
     )
     agrees = found.agreement >= limits.served_agreement
     near = found.mean_difference <= limits.served_difference

@@ -122,7 +122,7 @@ def test_weights_are_checked_before_anything_else(run: Path, tiny_base: Path, tm
         calibrate.read_source(tmp_path, None)
     with pytest.raises(CogpressError, match="holds no weights of cogpress"):
         calibrate.read_source(tiny_base, run)
-    with pytest.raises(CogpressError, match=r"no run's folder.*--run"):
+    with pytest.raises(CogpressError, match=r"not a run's folder.*--run"):
         calibrate.read_source(run / "weights", tmp_path)
     with (run / "weights" / "model.safetensors").open("ab") as file:
         file.write(b"\0")
@@ -177,7 +177,7 @@ def test_examples_that_changed_since_or_are_gone_are_refused(run: Path, examples
     with pytest.raises(CogpressError, match=r"does not give the rows that .* was trained on"):
         calibrate.prepare(source, tmp_path, None)
     examples_file.unlink()
-    with pytest.raises(CogpressError, match=r"examples\.jsonl; they are needed to calibrate.*--data FILE"):
+    with pytest.raises(CogpressError, match=r"examples\.jsonl; calibration needs them.*--data FILE"):
         calibrate.prepare(source, tmp_path, None)
 
 

@@ -234,7 +234,7 @@ def test_an_engine_that_answers_wrongly_is_caught(
     found = verify.verify(few, ROOT, folder, Console(), run=trained_run, make=make)
     assert {"served tokens agree", "served log-probability difference"} <= failures(found).keys()
     assert "mean KL" not in failures(found)
-    assert found.causes[0].startswith("The engine (vllm) answers otherwise than transformers with the same weights")
+    assert found.causes[0].startswith("The engine (vllm) answers differently from transformers with the same weights")
     assert manifest.state(folder) == "failed"
 
 
