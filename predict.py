@@ -22,7 +22,7 @@ class Runner(BaseRunner):
         self.server = serving.Server(
             weights, config.load(ROOT / "model.yaml"), ROOT, concurrency=type(self).run.__cog_concurrent_max__
         )
-        self.server.engine.settle()
+        self.server.engine.yield_cores()
 
     def healthcheck(self) -> bool:
         """Whether the engine can answer."""

@@ -240,8 +240,8 @@ def test_answers_keep_to_a_form(server: Server, rows: list[questions.Row], form:
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [
-        ({"json_schema": '{"type": "nothing"}'}, "json_schema can not be used: .*nothing"),
-        ({"regex": "(a"}, "regex can not be used"),
+        ({"json_schema": '{"type": "nothing"}'}, "json_schema cannot be used: .*nothing"),
+        ({"regex": "(a"}, "regex cannot be used"),
         ({"choices": "yes"}, "choices is not JSON"),
         ({"regex": "a", "grammar": 'root ::= "a"'}, "Only one form"),
         ({"tools": '[{"function": {"name": "f"}}]'}, "chat template knows no tools"),

@@ -1,7 +1,4 @@
-"""What an engine is: token ids in, text as it is generated out. Each engine is one file in `engines/`.
-
-Knows what can be asked of every engine and how to find one by name; imports none of them, nor a library that computes.
-"""
+"""The interface that every engine implements, and the lookup of an engine by name."""
 
 from __future__ import annotations
 
@@ -19,25 +16,24 @@ from cogpress.errors import CogpressError
 if TYPE_CHECKING:
     from cogpress.config import Serve
 
-DEAD = "The engine has stopped; this server can not answer any more. Restart it and read its log for the cause."
-"""What a prediction fails with when the engine can not answer any more."""
+DEAD = "The engine has stopped and this server cannot answer any more. Restart it, and see its log for the cause."
+"""The error of every prediction once the engine has died."""
 
 MAX_LOGPROBS = 20
-"""The most alternatives whose log-probabilities are given for each token."""
-
+"""The most alternatives per token for which log-probabilities are given."""
 
 Kind = Literal["json", "regex", "choice", "grammar"]
 
-CALLED: dict[Kind, str] = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar": "grammar"}
-"""The inputs that ask for each kind of structure."""
+INPUT_NAMES: dict[Kind, str] = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar": "grammar"}
+"""The prediction input that sets each kind of structure."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What an answer must look like: JSON of a schema, a match of a regular expression, one of some texts, or a
-    sentence of a grammar (EBNF as of GBNF, or Lark).
+    """A constraint on the answer: JSON of a schema, a match of a regular expression, one of several texts, or a
+    sentence of a grammar (EBNF in GBNF notation, or Lark).
 
-    `value` is the schema's JSON, the expression, the texts, or the grammar.
+    `value` is the schema as JSON, the expression, the texts, or the grammar.
     """
 
     kind: Kind
@@ -46,9 +42,9 @@ class Structure:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter to answer with, on the base that the engine has loaded.
+    """A LoRA adapter over the base that the engine has loaded.
 
-    `number` is positive and one adapter's own as long as the engine lives; `rank` the largest of its matrices.
+    `number` is positive and identifies the adapter for the engine's lifetime; `rank` is the largest of its matrices.
     """
 
     name: str
@@ -59,11 +55,11 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. The defaults change nothing; temperature 0 is greedy.
+    """Sampling parameters. The defaults are greedy decoding without penalties.
 
-    `logprobs`: None for no log-probabilities, else of how many of the most likely tokens beside the chosen one.
-    `logit_bias`: by token id, added to its logit. `stream`: give text as it is generated; otherwise an engine may give
-    all of it at the end.
+    `logprobs`: how many of the most likely tokens to report beside the chosen one; None for no log-probabilities.
+    `logit_bias`: added to the logits, by token id. `stream`: yield text as it is generated; otherwise an engine may
+    yield all of it at the end.
     """
 
     max_tokens: int = 512
@@ -85,10 +81,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one engine step added to an answer: whole characters, how many tokens, and why it ended, if so.
+    """What one engine step adds to an answer: whole characters, a number of tokens, and the reason if it ended.
 
-    Where log-probabilities were asked for, the step's token ids and theirs come along, and for each the most likely
-    tokens, the chosen one among them: `{token id: log-probability}`.
+    Where log-probabilities were requested, `token_ids` and `logprobs` hold the step's tokens and `alternatives` maps,
+    for each, the most likely token ids and the chosen one to their log-probabilities.
     """
 
     text: str
@@ -100,42 +96,42 @@ class Delta:
 
 
 class Engine(Protocol):
-    """A loaded model. Constructed as `Engine(folder, serve, concurrency, adapters)`, which blocks until it can answer.
+    """A loaded model. `Engine(folder, serve, concurrency, adapters)` blocks until it is ready.
 
     Args:
         folder: the weights.
-        serve: the engine's options; those that an engine does not have are refused by it.
-        concurrency: requests at once.
-        adapters: the largest rank of the adapters that requests may name; 0 where there are none.
+        serve: the engine's options; an engine refuses those that it does not support.
+        concurrency: number of requests at once.
+        adapters: the largest rank of the adapters that requests may name; 0 for none.
 
     Raises:
-        CogpressError: the weights can not be loaded, or an option is not the engine's.
+        CogpressError: the weights cannot be loaded, or the engine does not support an option.
     """
 
     max_context: int
-    """The most tokens of a prompt with its answer."""
+    """Maximum number of tokens in prompt and answer together."""
 
     async def check(self, sampling: Sampling) -> None:
         """Refuse what `generate` could not do, before anything is generated.
 
         Raises:
-            CogpressError: the structure is not valid, or too costly.
+            CogpressError: the structure is invalid or too expensive to compile.
         """
 
     def generate(self, prompt: list[int], sampling: Sampling, adapter: Adapter | None = None) -> AsyncIterator[Delta]:
-        """Answer a prompt. Closing the iterator, or cancelling the task that reads it, ends the work on it.
+        """Answer a prompt. Closing the iterator, or canceling the task that reads it, aborts the request.
 
         Args:
             prompt: token ids.
-            sampling: how tokens are chosen.
-            adapter: answer with this one; None for the weights as they are.
+            sampling: sampling parameters.
+            adapter: the adapter to apply; None for the weights as they are.
 
         Raises:
             CogpressError: the engine is dead.
         """
 
     async def score(self, ids: list[int]) -> list[float]:
-        """The log-probability of each token after those before it, in nats; 0 for the first.
+        """The log-probability of each token given those before it, in nats; 0 for the first.
 
         Raises:
             CogpressError: the engine is dead.
@@ -143,37 +139,37 @@ class Engine(Protocol):
 
     @property
     def dead(self) -> bool:
-        """Whether nothing can be answered any more."""
+        """Whether the engine can no longer answer."""
 
     @property
     def unfinished(self) -> int:
-        """Requests that are still worked on."""
+        """Number of requests in progress."""
 
-    def settle(self) -> None:
-        """Schedule the processes for a server, where this one does nothing but carry tokens. Nobody else calls it."""
+    def yield_cores(self) -> None:
+        """CPU only: lower the engine's priority and pin the API threads to one core. For servers, not for scripts."""
 
     def shutdown(self) -> None:
-        """End all work, and every process that was started."""
+        """Abort all requests and end every process that the engine started."""
 
 
 def names() -> list[str]:
-    """The engines that there are."""
+    """The engines, sorted by name."""
     found = {module.name for module in pkgutil.iter_modules(engines.__path__)}
     return sorted(found - {"base", "grammar"})
 
 
 def find(name: str) -> ModuleType:
-    """The module of an engine: its class is `Engine`, and its function `prepare(serve)` imports what that needs.
+    """The module of an engine: it has a class `Engine` and a function `prepare(serve)` that does its slow imports.
 
     Raises:
-        CogpressError: there is none of this name.
+        CogpressError: there is no engine of this name.
     """
     if name not in names():
-        raise CogpressError(f"serve.engine is {name!r}, and the engines are {', '.join(names())}. Name one of these.")
+        raise CogpressError(f"serve.engine is {name!r}. Set it to one of {', '.join(names())}.")
     return importlib.import_module(f"cogpress.engines.{name}")
 
 
 def load(folder: Path, serve: Serve, concurrency: int, adapters: int = 0) -> Engine:
-    """The configured engine over one folder of weights; see `Engine`."""
+    """Load a folder of weights into the configured engine; see `Engine`."""
     made: Engine = find(serve.engine).Engine(folder, serve, concurrency, adapters)
     return made

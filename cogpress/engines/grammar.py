@@ -1,10 +1,10 @@
-"""Try out, in a process that can be ended, whether the form that users want of an answer compiles in reasonable time.
-
-A regular expression of a few characters can need hours and gigabytes to compile, and in the engine nothing would stop
-it. So each form is compiled here first, with bounds on both. Whether it is valid is for the engine to say.
+"""Compile user-supplied grammars in a sandboxed process with time and memory limits.
 
 This file is also the program of that process, which imports nothing of this package.
 """
+
+# A regular expression of a few characters can take hours and gigabytes to compile, and inside the engine nothing would
+# stop it. Whether a grammar is valid is for the engine to say: invalid ones pass here.
 
 from __future__ import annotations
 
@@ -20,33 +20,31 @@ if TYPE_CHECKING:
     from cogpress.engines.base import Structure
 
 SECONDS = 5.0
-"""How long a form may take to compile. Schemas that applications use take milliseconds."""
+"""Time limit for compiling one structure. Schemas that applications use take milliseconds."""
 
-MAX_BYTES = 1 << 16
-"""Of a form, in characters."""
+MAX_CHARACTERS = 1 << 16
 
 MAX_DEPTH = 64
-"""Objects and lists inside each other in a JSON schema."""
+"""Maximum nesting of objects and lists in a JSON schema."""
 
 MAX_WHITESPACE = 1
-"""Characters of whitespace between two tokens of JSON that has a schema."""
+"""Maximum whitespace between two JSON tokens of an answer that follows a schema."""
 
 MEMORY = 2 << 30
-"""Bytes of memory that the process may take beyond what it has when it is ready."""
-
-_REMEMBERED = 256
-_STARTING = 120.0
-
+"""Memory limit in bytes, beyond what the process uses once it is ready."""
 
 NICENESS = 10
-"""How far what computes stands back, on a CPU, for what carries tokens: the engine, and so this process beside it."""
+"""On a CPU, the priority of computing processes (the engine and this one) below those that stream tokens."""
+
+_CACHE_SIZE = 256
+_START_SECONDS = 120.0
 
 
 class Guard:
-    """One process that compiles forms for one tokenizer. It starts at the first use, or by `start`."""
+    """A process that compiles structures for one tokenizer. It starts on first use, or by `start`."""
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
-        """Describe it.
+        """Does not start the process.
 
         Args:
             folder: the model whose tokenizer is used.
@@ -61,29 +59,29 @@ class Guard:
         self._known: OrderedDict[Structure, str] = OrderedDict()
 
     def check(self, structure: Structure) -> None:
-        """Compile a form, unless that was done before.
+        """Compile a structure, or recall the result of an earlier check.
 
         Raises:
             CogpressError: it is too large, or takes too long or too much memory.
         """
-        from cogpress.engines.base import CALLED
+        from cogpress.engines.base import INPUT_NAMES
         from cogpress.errors import CogpressError
 
         value = structure.value if isinstance(structure.value, str) else "".join(structure.value)
-        called = CALLED[structure.kind]
-        if len(value) > MAX_BYTES:
-            raise CogpressError(f"{called} has {len(value):,} characters, and {MAX_BYTES:,} are the most. Shorten it.")
+        name = INPUT_NAMES[structure.kind]
+        if len(value) > MAX_CHARACTERS:
+            raise CogpressError(f"{name} has {len(value):,} characters; the limit is {MAX_CHARACTERS:,}. Shorten it.")
         if structure.kind == "json" and _depth(json.loads(value)) > MAX_DEPTH:
-            raise CogpressError(f"{called} has objects inside each other more than {MAX_DEPTH} deep. Make it flatter.")
+            raise CogpressError(f"{name} is nested more than {MAX_DEPTH} levels deep. Make it flatter.")
         with self._lock:
             if structure not in self._known:
                 self._known[structure] = self._ask(structure)
-                while len(self._known) > _REMEMBERED:
+                while len(self._known) > _CACHE_SIZE:
                     self._known.popitem(last=False)
             self._known.move_to_end(structure)
             fault = self._known[structure]
         if fault:
-            raise CogpressError(f"{called} {fault}. Make it simpler: fewer nested repetitions, smaller counts.")
+            raise CogpressError(f"{name} {fault}. Simplify it: fewer nested repetitions, smaller counts.")
 
     def _ask(self, structure: Structure) -> str:
         self.start()
@@ -103,7 +101,7 @@ class Guard:
         return f"takes longer than {SECONDS:.0f} s to compile" if timed_out else "takes too much memory to compile"
 
     def _read(self, seconds: float) -> str:
-        """A line of the process; nothing when it ended or time is up."""
+        """A line of the process; empty if it ended or time is up."""
         import select
 
         assert self._process is not None
@@ -112,7 +110,7 @@ class Guard:
         return self._process.stdout.readline() if ready else ""
 
     def start(self) -> None:
-        """Start the process if it does not run; returns when it is ready."""
+        """Start the process unless it runs already; returns when it is ready."""
         import subprocess
 
         from cogpress.errors import CogpressError
@@ -134,9 +132,9 @@ class Guard:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(info.serialize_json()) + "\n")
         self._process.stdin.flush()
-        if not self._read(_STARTING):
+        if not self._read(_START_SECONDS):
             self.close()
-            raise CogpressError("The process that checks schemas and grammars did not start. Is there memory left?")
+            raise CogpressError("The process that checks schemas and grammars did not start. Is there enough memory?")
 
     def close(self) -> None:
         """End the process."""
@@ -150,7 +148,7 @@ class Guard:
 
 
 def _depth(value: Any) -> int:
-    """How deep objects and lists are inside each other."""
+    """The nesting of objects and lists, counted up to one above `MAX_DEPTH`."""
     deepest, level = 0, [value]
     while level:
         level = [one for outer in level for one in _inside(outer)]
@@ -166,7 +164,7 @@ def _inside(value: Any) -> list[Any]:
 
 
 def _work() -> None:
-    """The process: a tokenizer's description, then forms, a line each; answers each with a line when it is compiled."""
+    """Read a tokenizer's description, then one structure per line; answer each with a line once it is compiled."""
     import os
     import resource
 
@@ -191,7 +189,7 @@ def _work() -> None:
             compile_[kind](value)
         except MemoryError:
             return
-        except Exception as error:  # noqa: BLE001 - not valid, which the engine says better
+        except Exception as error:  # noqa: BLE001 - invalid; the engine reports that
             if "bad_alloc" in str(error):
                 return
         print("done", flush=True)

@@ -1,21 +1,20 @@
-"""transformers itself, token by token: the reference, for any machine and any model that it knows.
+"""The reference engine: transformers, token by token, for any machine and any model that transformers supports.
 
-Requests take turns, one forward pass each, so that many stream at once, but none is faster for it: for measuring and
-trying out, and for models that no faster engine knows.
+Requests take turns, one forward pass each: many stream at once, and throughput does not grow with their number.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cogpress.config import Serve
-from cogpress.engines.base import CALLED, DEAD, Adapter, Delta, Sampling, Structure
+from cogpress.engines.base import DEAD, INPUT_NAMES, Adapter, Delta, Sampling, Structure
 from cogpress.engines.grammar import MAX_WHITESPACE, Guard
 from cogpress.errors import CogpressError
 from cogpress.weights import base
@@ -36,11 +35,11 @@ _UNSUPPORTED = {
     "kv_offload_gb": 0.0,
     "speculative": None,
 }
-"""Options that this engine does not have, with the only value that it takes."""
+"""Options that this engine does not support, with the only value that it accepts."""
 
 
 def prepare(serve: Serve) -> None:
-    """Import what the engine computes with."""
+    """Import the libraries that the engine computes with."""
     refuse(serve)
     import peft  # noqa: F401
     import torch  # noqa: F401
@@ -48,35 +47,35 @@ def prepare(serve: Serve) -> None:
 
 
 def refuse(serve: Serve) -> None:
-    """Refuse options that this engine does not have.
+    """Refuse options that this engine does not support.
 
     Raises:
-        CogpressError: naming the option.
+        CogpressError: names the option.
     """
     for name, only in _UNSUPPORTED.items():
         if getattr(serve, name) != only:
-            raise CogpressError(f"serve.{name} is not for the engine transformers. Leave it out, or use vllm.")
+            raise CogpressError(f"The engine transformers does not support serve.{name}. Leave it out, or use vllm.")
 
 
 class Engine:
     """See `cogpress.engines.base.Engine`."""
 
     def __init__(self, folder: Path, serve: Serve, concurrency: int, adapters: int = 0) -> None:
-        """See `cogpress.engines.base.Engine`. Requests beyond `concurrency` take turns too."""
+        """See `cogpress.engines.base.Engine`. `concurrency` is not a limit: all requests take turns."""
         prepare(serve)
         import torch
 
         try:
             self._model: Any = base.load(folder, "none").eval()
         except (ValueError, RuntimeError, OSError, KeyError) as error:
-            raise CogpressError(f"transformers can not load {folder}: {str(error).strip()}") from error
+            raise CogpressError(f"transformers cannot load {folder}: {str(error).strip()}") from error
         if serve.dtype != "auto":
             self._model.to(getattr(torch, serve.dtype))
         self._tokenizer = base.tokenizer(folder)
         config = self._model.config.get_text_config()
         longest = int(getattr(config, "max_position_embeddings", 0) or 2048)
         if serve.max_context is not None and serve.max_context > longest:
-            raise CogpressError(f"serve.max_context is {serve.max_context}, and the model's is {longest}. Lower it.")
+            raise CogpressError(f"serve.max_context is {serve.max_context}, above the model's {longest}. Lower it.")
         self.max_context: int = serve.max_context or longest
         self._vocabulary = int(config.vocab_size)
         ends = self._model.generation_config.eos_token_id
@@ -86,9 +85,9 @@ class Engine:
         self._compiler: Any = None
         self._compiling = threading.Lock()
         self._adapters: dict[str, None] = {}
-        self._active: str | None = None  # the adapter that the model computes with
+        self._active: str | None = None  # the adapter that is switched on
         self._kept = serve.adapters_kept
-        # One thread computes, a step of one request at a time; the event loop is free meanwhile.
+        # One thread computes one step of one request at a time, while the event loop stays free.
         self._thread = ThreadPoolExecutor(1, "transformers")
         self._unfinished = 0
         self._dead = False
@@ -100,7 +99,7 @@ class Engine:
             await asyncio.to_thread(self._grammar, sampling.structure)
 
     def _grammar(self, structure: Structure) -> Any:
-        """Compiled; kept, because many requests ask for the same."""
+        """A compiled grammar; cached, because many requests ask for the same."""
         import xgrammar
 
         with self._compiling:
@@ -123,7 +122,7 @@ class Engine:
                 else:
                     made = self._compiler.compile_grammar(structure.value)
             except (RuntimeError, ValueError) as error:
-                raise CogpressError(f"{CALLED[structure.kind]} can not be used: {error}") from None
+                raise CogpressError(f"{INPUT_NAMES[structure.kind]} cannot be used: {error}") from None
             if len(self._grammars) >= 64:
                 self._grammars.pop(next(iter(self._grammars)))
             self._grammars[structure] = made
@@ -136,7 +135,8 @@ class Engine:
         self._unfinished += 1
         try:
             matcher = await self._matcher(sampling)
-            state = _State(prompt, sampling, matcher, self._new_cache(), _generator(sampling))
+            processors = _processors(prompt, sampling, matcher, sorted(self._ends))
+            state = _Request(prompt, sampling, matcher, processors, self._new_cache(), _generator(sampling))
             text = _Text(self._tokenizer, prompt, sampling.stop)
             while True:
                 token, chosen, others = await self._run(lambda: self._step(state, adapter))
@@ -146,8 +146,6 @@ class Engine:
                 finish = "stop" if ended or stopped else None
                 if finish is None and len(state.tokens) >= sampling.max_tokens:
                     finish = "length"
-                if matcher is not None and matcher.is_terminated():
-                    finish = "stop"
                 if finish is not None and not stopped:
                     new += text.rest()
                 wanted = sampling.logprobs is not None
@@ -185,8 +183,8 @@ class Engine:
             self._dead = True
             raise CogpressError(DEAD) from None
 
-    def _step(self, state: _State, adapter: Adapter | None) -> tuple[int, float, dict[int, float]]:
-        """One forward pass: the next token, its log-probability, and the most likely ones with theirs."""
+    def _step(self, state: _Request, adapter: Adapter | None) -> tuple[int, float, dict[int, float]]:
+        """One forward pass: the next token, its log-probability, and the most likely tokens with theirs."""
         import torch
 
         new = state.tokens[-1:] or state.prompt
@@ -196,16 +194,16 @@ class Engine:
             logits = model(input_ids=ids, past_key_values=state.cache, use_cache=True).logits[0, -1].float()
         logits = logits[: self._vocabulary]
         found = logits.log_softmax(-1)
-        token = _choose(logits.cpu(), state, self._ends)
+        token = _choose(logits.cpu(), state)
         most = found.topk(min(state.sampling.logprobs or 0, len(found)))
         others = dict(zip(most.indices.tolist(), most.values.tolist(), strict=True))
         chosen = float(found[token])
         return token, chosen, {**others, token: chosen}
 
     def _with(self, adapter: Adapter | None) -> Any:
-        """The model with an adapter, or as it is. Runs in the one thread that computes.
+        """The model with an adapter, or without one. Runs in the computing thread.
 
-        What the last step had is left as it is: to change it, peft goes through every module, half a step's time.
+        Nothing changes where the last step had the same adapter: peft would visit every module, half a step's time.
         """
         from peft import PeftModel
 
@@ -216,7 +214,7 @@ class Engine:
             return self._model
         name = f"a{adapter.number}"
         if name not in self._adapters:
-            self._with(None)  # so that what is active is known, should it not load
+            self._with(None)  # so that no adapter is active if this one fails to load
             if len(self._adapters) >= self._kept:
                 oldest = next(iter(self._adapters))
                 del self._adapters[oldest]
@@ -226,7 +224,7 @@ class Engine:
             else:
                 self._model = PeftModel.from_pretrained(self._model, str(adapter.folder), name).eval()
         self._adapters.pop(name, None)
-        self._adapters[name] = None  # the last used is the last of them
+        self._adapters[name] = None  # most recently used last
         if self._active is None:
             self._model.base_model.enable_adapter_layers()
         if self._active != name:
@@ -257,8 +255,8 @@ class Engine:
         """See `cogpress.engines.base.Engine`."""
         return self._unfinished
 
-    def settle(self) -> None:
-        """See `cogpress.engines.base.Engine`; this one computes where it is carried from."""
+    def yield_cores(self) -> None:
+        """See `cogpress.engines.base.Engine`; nothing to do, as this engine computes in the API process."""
 
     def shutdown(self) -> None:
         """See `cogpress.engines.base.Engine`."""
@@ -268,22 +266,23 @@ class Engine:
 
 
 def choice_grammar(texts: tuple[str, ...]) -> str:
-    """A grammar of which each of some texts is a sentence."""
+    """A grammar whose sentences are the given texts."""
     import json
 
     return "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
 
 
-class _State:
-    """What one request has come to."""
+@dataclass
+class _Request:
+    """A request in progress."""
 
-    def __init__(
-        self, prompt: list[int], sampling: Sampling, matcher: Any, cache: Any, generator: torch.Generator
-    ) -> None:
-        self.prompt, self.sampling, self.matcher, self.cache, self.generator = (
-            prompt, sampling, matcher, cache, generator
-        )  # fmt: skip
-        self.tokens: list[int] = []
+    prompt: list[int]
+    sampling: Sampling
+    matcher: Any
+    processors: Any
+    cache: Any
+    generator: torch.Generator
+    tokens: list[int] = field(default_factory=list)
 
 
 def _generator(sampling: Sampling) -> torch.Generator:
@@ -297,55 +296,72 @@ def _generator(sampling: Sampling) -> torch.Generator:
     return generator
 
 
-def _choose(logits: torch.Tensor, state: _State, ends: set[int]) -> int:
-    """The next token, in the order in which vLLM applies what users ask for: bias, penalties, then the rest."""
-    import torch
-    from transformers import (
-        MinPLogitsWarper,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+def _processors(prompt: list[int], sampling: Sampling, matcher: Any, ends: list[int]) -> Any:
+    """What users ask for, as transformers' logits processors in vLLM's order: bias and penalties, grammar, sampling."""
+    import transformers as library
 
-    sampling = state.sampling
-    scores = logits[None].clone()
-    for token, bias in sampling.logit_bias.items():
-        scores[0, token] += bias
-    if len(state.tokens) < sampling.min_tokens:
-        scores[0, list(ends)] = -torch.inf
+    found = library.LogitsProcessorList()
+    if sampling.logit_bias:
+        bias = {(token,): float(value) for token, value in sampling.logit_bias.items()}
+        found.append(library.SequenceBiasLogitsProcessor(bias))
+    if sampling.min_tokens:
+        found.append(library.MinNewTokensLengthLogitsProcessor(len(prompt), sampling.min_tokens, ends))
     if sampling.repetition_penalty != 1:
-        seen = torch.tensor([state.prompt + state.tokens])
-        scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen, scores)
-    counts = Counter(state.tokens)
-    if counts and (sampling.presence_penalty or sampling.frequency_penalty):
-        places, numbers = torch.tensor(list(counts)), torch.tensor(list(counts.values()), dtype=scores.dtype)
-        scores[0, places] -= sampling.presence_penalty + sampling.frequency_penalty * numbers
-    if state.matcher is not None:
-        import xgrammar
-
-        mask = xgrammar.allocate_token_bitmask(1, scores.shape[-1])
-        state.matcher.fill_next_token_bitmask(mask)
-        xgrammar.apply_token_bitmask_inplace(scores, mask)
-    if sampling.temperature == 0:
-        token = int(scores[0].argmax())
-    else:
-        seen = torch.tensor([state.prompt + state.tokens])
-        scores = TemperatureLogitsWarper(sampling.temperature)(seen, scores)
+        found.append(library.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        found.append(_count_penalties(len(prompt), sampling))
+    if matcher is not None:
+        found.append(_grammar_mask(matcher))
+    if sampling.temperature > 0:
+        found.append(library.TemperatureLogitsWarper(sampling.temperature))
         if sampling.min_p > 0:
-            scores = MinPLogitsWarper(sampling.min_p)(seen, scores)
+            found.append(library.MinPLogitsWarper(sampling.min_p))
         if sampling.top_k > 0:
-            scores = TopKLogitsWarper(sampling.top_k)(seen, scores)
+            found.append(library.TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
-            scores = TopPLogitsWarper(sampling.top_p)(seen, scores)
-        token = int(torch.multinomial(scores[0].softmax(-1), 1, generator=state.generator))
+            found.append(library.TopPLogitsWarper(sampling.top_p))
+    return found
+
+
+def _count_penalties(start: int, sampling: Sampling) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """OpenAI's presence and frequency penalties, which transformers lacks, over the tokens from `start` on."""
+
+    def apply(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = ids[0, start:].bincount(minlength=scores.shape[-1])
+        return scores - sampling.presence_penalty * (counts > 0) - sampling.frequency_penalty * counts
+
+    return apply
+
+
+def _grammar_mask(matcher: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Rule out the tokens that a grammar does not allow next."""
+    import xgrammar
+
+    def apply(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        mask = xgrammar.allocate_token_bitmask(1, scores.shape[-1])
+        matcher.fill_next_token_bitmask(mask)
+        xgrammar.apply_token_bitmask_inplace(scores, mask)
+        return scores
+
+    return apply
+
+
+def _choose(logits: torch.Tensor, state: _Request) -> int:
+    import torch
+
+    # Cloned, because processors may write in place.
+    scores = state.processors(torch.tensor([state.prompt + state.tokens]), logits[None].clone())[0]
+    if state.sampling.temperature == 0:
+        token = int(scores.argmax())
+    else:
+        token = int(torch.multinomial(scores.softmax(-1), 1, generator=state.generator))
     if state.matcher is not None:
         state.matcher.accept_token(token)
     return token
 
 
 class _Text:
-    """Whole characters from token ids, held back where they may begin a stop sequence."""
+    """Detokenizes into whole characters, and holds back text that may begin a stop sequence."""
 
     def __init__(self, tokenizer: Any, prompt: list[int], stop: list[str]) -> None:
         from tokenizers.decoders import DecodeStream
@@ -356,7 +372,7 @@ class _Text:
         self._held = ""
 
     def add(self, token: int) -> tuple[str, bool]:
-        """The text that is sure to belong to the answer now, and whether a stop sequence ended it."""
+        """The text that certainly belongs to the answer, and whether a stop sequence ended it."""
         self._held += self._stream.step(self._tokenizer, token) or ""
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         if found:
@@ -369,6 +385,6 @@ class _Text:
         return new, False
 
     def rest(self) -> str:
-        """What was held back, at the end."""
+        """The text that was held back, for the end of the answer."""
         new, self._held = self._held, ""
         return new

@@ -1,4 +1,4 @@
-"""vLLM's asynchronous engine, in a process of its own. The only module that imports vLLM."""
+"""vLLM's asynchronous engine, which runs in its own process. The only module that imports vLLM."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from typing import Any
 import psutil
 
 from cogpress.config import Serve
-from cogpress.engines.base import CALLED, DEAD, MAX_LOGPROBS, Adapter, Delta, Sampling
+from cogpress.engines.base import DEAD, INPUT_NAMES, MAX_LOGPROBS, Adapter, Delta, Sampling
 from cogpress.engines.grammar import MAX_WHITESPACE, NICENESS, Guard
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
 
 BFLOAT16_CAPABILITY = (8, 0)
-"""The first compute capability with bfloat16 in hardware: Ampere's. NVIDIA, CUDA C++ programming guide, table of
-arithmetic instructions."""
+"""Ampere's: the first compute capability with bfloat16 in hardware. Source: NVIDIA, CUDA C++ programming guide, table
+of arithmetic instructions."""
 
 COMPILED = "compiled"
-"""The folder, among the weights, of what was compiled for a GPU."""
+"""The folder beside the weights for what was compiled for a GPU."""
 
 EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""What computes on a CPU: the engine's own process. vLLM by itself starts another one there, and until its answer comes
-the first looks for it again and again, on a core that computing needs (docs/measurements.md)."""
+"""On a CPU, compute in the engine's own process. By default vLLM starts another process there and polls it for its
+answer, on a core that computing needs (docs/measurements.md)."""
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The adapter ranks that vLLM makes room for."""
+"""The values that vLLM accepts as the largest rank of an adapter."""
 
 
 def prepare(serve: Serve) -> None:
-    """Import vLLM, configured; takes many seconds once, and may run in a thread while the weights are fetched."""
+    """Configure and import vLLM, which takes seconds; may run in a thread while the weights are fetched."""
     import torch
 
-    # vLLM reads these when it is imported and when its engine process starts.
+    # vLLM reads these on import and when its engine process starts.
     os.environ.update(environment(serve, torch.cuda.is_available()))
     import vllm.inputs.engine
     import vllm.sampling_params
-    import vllm.v1.engine.async_llm  # noqa: F401 - what an engine uses, so that the first request imports nothing
+    import vllm.v1.engine.async_llm  # noqa: F401 - all that requests use, so that the first one imports nothing
 
 
 class Engine:
@@ -65,13 +65,13 @@ class Engine:
         if not gpus:
             wanted["distributed_executor_backend"] = EXECUTOR
         try:
-            # vLLM chooses some defaults by what it believes to be part of.
+            # vLLM derives some of its defaults from the usage context.
             with contextlib.nullcontext() if gpus else computing_on(cpu_cores(serve.cpu_threads)):
                 self._llm = AsyncLLM.from_engine_args(
                     AsyncEngineArgs(**wanted), usage_context=UsageContext.OPENAI_API_SERVER
                 )
         except (ValueError, RuntimeError, OSError, NotImplementedError, TypeError) as error:
-            raise CogpressError(f"vLLM can not load {folder}: {str(error).strip()}") from error
+            raise CogpressError(f"vLLM cannot load {folder}: {str(error).strip()}") from error
         self.max_context: int = self._llm.model_config.max_model_len
         self._guard = Guard(folder, self._llm.model_config.get_vocab_size())
 
@@ -83,9 +83,9 @@ class Engine:
         if sampling.structure is not None:
             await asyncio.to_thread(self._guard.check, sampling.structure)
         elif config.speculative_config is None:
-            return  # nothing that bounds of single inputs do not hold already
+            return  # the bounds of single inputs are checked already
         try:
-            # In a thread, because it parses what users typed and the event loop carries everybody's tokens.
+            # In a thread, because it parses user input while the event loop streams everyone's tokens.
             await asyncio.to_thread(
                 _params(sampling).verify,
                 config.model_config,
@@ -94,8 +94,8 @@ class Engine:
                 self._llm.get_tokenizer(),
             )
         except (VLLMClientError, ValueError) as error:
-            called = "This" if sampling.structure is None else CALLED[sampling.structure.kind]
-            raise CogpressError(f"{called} can not be used: {error}") from None
+            name = "This" if sampling.structure is None else INPUT_NAMES[sampling.structure.kind]
+            raise CogpressError(f"{name} cannot be used: {error}") from None
 
     async def generate(
         self, prompt: list[int], sampling: Sampling, adapter: Adapter | None = None
@@ -155,11 +155,11 @@ class Engine:
         """See `cogpress.engines.base.Engine`."""
         return int(self._llm.get_num_unfinished_requests())
 
-    def settle(self) -> None:
+    def yield_cores(self) -> None:
         """See `cogpress.engines.base.Engine`."""
         if self._shares_cores:
-            stand_back()
-            gather()
+            lower_priority()
+            pin_threads()
 
     def shutdown(self) -> None:
         """See `cogpress.engines.base.Engine`."""
@@ -199,10 +199,10 @@ def _params(sampling: Sampling) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _compact(schema: str) -> str | None:
-    """A JSON schema as a grammar that allows one whitespace between two tokens.
+    """A JSON schema as a grammar that allows one whitespace character between two tokens.
 
-    vLLM itself allows any number, and a model that is not sure of what comes next writes spaces until it may not go on.
-    None for schemas that only vLLM's other backend can enforce, and for those that are none.
+    vLLM allows any number, and a model that is unsure of what comes next writes spaces until its answer is full.
+    None for invalid schemas and for those that only vLLM's other backend can enforce.
     """
     import xgrammar
     from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
@@ -212,7 +212,7 @@ def _compact(schema: str) -> str | None:
     try:
         return str(xgrammar.Grammar.from_json_schema(schema, any_whitespace=True, max_whitespace_cnt=MAX_WHITESPACE))
     except (RuntimeError, ValueError):
-        return None  # vLLM says what is wrong with it
+        return None  # vLLM reports what is wrong with it
 
 
 def options(
@@ -223,15 +223,15 @@ def options(
     gpus: int,
     capability: tuple[int, int] | None,
 ) -> dict[str, Any]:
-    """What vLLM is started with.
+    """The engine arguments for vLLM.
 
     Args:
-        folder: the weights; how they are quantized vLLM reads there.
+        folder: the weights; vLLM reads there how they are quantized.
         serve: the options.
-        concurrency: requests at once.
+        concurrency: number of requests at once.
         adapters: the largest adapter's rank; 0 for none.
-        gpus: that this machine has.
-        capability: their compute capability; None without one.
+        gpus: number of GPUs of this machine.
+        capability: their compute capability; None without GPUs.
 
     Raises:
         CogpressError: an option does not fit this machine or these weights.
@@ -267,7 +267,7 @@ def options(
             chosen["cpu_offload_gb"] = serve.cpu_offload_gb
     if adapters:
         if adapters > RANKS[-1]:
-            raise CogpressError(f"An adapter's rank is {adapters}, and vLLM serves {RANKS[-1]} at most. Merge it.")
+            raise CogpressError(f"An adapter has rank {adapters}; vLLM serves at most {RANKS[-1]}. Merge it.")
         chosen |= {
             "enable_lora": True,
             "max_lora_rank": next(rank for rank in RANKS if rank >= adapters),
@@ -277,25 +277,25 @@ def options(
     return chosen
 
 
-def stand_back() -> None:
-    """Lower the priority of this process's children, each thread of them, to `NICENESS`.
+def lower_priority() -> None:
+    """Lower the priority of every thread of this process's children to `NICENESS`.
 
-    The engine computes on every core, and its threads look for each other's results rather than sleep, while programs
-    that carry a token need a core for a moment. With equal priority they waited for it: with 16 streams a tenth of the
-    first tokens came 0.3 s later, and more (docs/measurements.md).
+    The engine computes on every core, and its threads spin rather than sleep, while the processes that stream a token
+    need a core for a moment. At equal priority they waited for one: with 16 streams a tenth of the first tokens came at
+    least 0.3 s later (docs/measurements.md).
     """
     for child in psutil.Process().children(recursive=True):
-        # Linux keeps a priority for each thread; one that ends meanwhile needs none.
+        # Linux has a priority per thread; a thread may end meanwhile.
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             for thread in child.threads():
                 os.setpriority(os.PRIO_PROCESS, thread.id, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread.id)))
 
 
-def gather() -> None:
-    """Hold this process's threads to one core, those that they start too.
+def pin_threads() -> None:
+    """Pin this process's threads, and those that they start, to one core.
 
-    A step brings a chunk for each stream, each with a thread of its own. On all cores they took turns at the
-    interpreter and disturbed every computing thread in turn, and those wait for each other.
+    Each step brings a chunk for every stream, and each stream has its own thread. Spread over all cores, they took
+    turns at the interpreter and disturbed every computing thread, and computing threads wait for each other.
     """
     core = max(os.sched_getaffinity(0))
     for thread in psutil.Process().threads():
@@ -304,11 +304,10 @@ def gather() -> None:
 
 
 def compile_cache(folder: Path, chosen: Mapping[str, Any]) -> dict[str, str]:
-    """The variable by which vLLM keeps what it compiles beside the weights; nothing where it does not compile, the
-    folder can not be written, or the variable is set already.
+    """The variable that makes vLLM keep compiled code beside the weights; nothing in eager mode, in a read-only folder,
+    or where the variable is set already.
 
-    A later start finds it where the paths of the weights and of the packages are the same, which vLLM's keys hold: what
-    is to be found in the image must have been compiled in the image.
+    vLLM's keys hold the paths of the weights and packages, so only code compiled inside the image is found there again.
     """
     if chosen["enforce_eager"] or "VLLM_CACHE_ROOT" in os.environ or not os.access(folder, os.W_OK):
         return {}
@@ -316,18 +315,18 @@ def compile_cache(folder: Path, chosen: Mapping[str, Any]) -> dict[str, str]:
 
 
 def dtype(serve: Serve, capability: tuple[int, int] | None) -> str:
-    """What to compute in: the weights' own type, but float16 on GPUs before Ampere, which have no bfloat16."""
+    """The compute dtype: the weights' own, but float16 on GPUs before Ampere, which lack bfloat16."""
     if serve.dtype == "auto" and capability is not None and capability < BFLOAT16_CAPABILITY:
         return "float16"
     return serve.dtype
 
 
 def compiled(serve: Serve, gpus: int) -> bool:
-    """Whether to run compiled: on GPUs, unless told otherwise.
+    """Whether to run compiled: on GPUs, unless `serve.mode` says otherwise.
 
     Raises:
-        CogpressError: it was asked for on a CPU, where compiled mode answers nonsense (torch 2.13, vLLM 0.32), while
-            eager mode matches transformers.
+        CogpressError: it was requested on a CPU, where compiled mode answered wrongly (torch 2.13, vLLM 0.32) and eager
+            mode matched transformers.
     """
     if serve.mode == "compiled" and not gpus:
         raise CogpressError(
@@ -338,15 +337,15 @@ def compiled(serve: Serve, gpus: int) -> bool:
 
 def parallel(folder: Path, serve: Serve, gpus: int) -> tuple[int, int]:
     """Tensor and pipeline parallel sizes. `auto` uses all GPUs: as many as divide the attention heads for tensor
-    parallelism, which is faster, and pipeline stages for what is left.
+    parallelism, which is faster, and the rest for pipeline stages.
 
     Raises:
-        CogpressError: more GPUs are asked for than there are.
+        CogpressError: the machine has fewer GPUs, or the tensor parallel size does not divide the attention heads.
     """
     if not gpus:
         if serve.tensor_parallel not in ("auto", 1) or serve.pipeline_parallel not in ("auto", 1):
             raise CogpressError(
-                "serve.tensor_parallel and pipeline_parallel are for GPUs, and there is none. Set them to auto."
+                "serve.tensor_parallel and pipeline_parallel need GPUs, and this machine has none. Set them to auto."
             )
         return 1, 1
     heads = _heads(folder)
@@ -358,7 +357,7 @@ def parallel(folder: Path, serve: Serve, gpus: int) -> tuple[int, int]:
     pipeline = gpus // tensor if serve.pipeline_parallel == "auto" and serve.tensor_parallel == "auto" else stages
     if tensor * pipeline > gpus:
         raise CogpressError(
-            f"serve.tensor_parallel x pipeline_parallel asks for {tensor * pipeline} GPUs, and there are {gpus}."
+            f"serve.tensor_parallel x pipeline_parallel needs {tensor * pipeline} GPUs; this machine has {gpus}."
         )
     if heads % tensor:
         raise CogpressError(f"serve.tensor_parallel is {tensor}, which does not divide the {heads} attention heads.")
@@ -371,34 +370,34 @@ def _heads(folder: Path) -> int:
 
 
 def environment(serve: Serve, cuda: bool) -> dict[str, str]:
-    """The environment variables by which vLLM is configured."""
-    # On a CPU its warnings say that it is one, a dozen times in each of its processes.
+    """The environment variables that configure vLLM."""
+    # On a CPU, each of its processes warns a dozen times that this is a CPU.
     level = "WARNING" if cuda else "ERROR"
     values = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": level}
     if not cuda:
-        # What its processes say at each start, whatever the user does.
+        # Warnings that its processes print at every start, whatever the user does.
         values |= {
             "PYTHONWARNINGS": "ignore::FutureWarning:vllm.triton_utils.dispatcher",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
         values["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(serve.cpu_kv_cache_gb)))
-        # For vLLM's own server and offline engine, which the benchmarks measure beside ours: the same cores.
+        # For vLLM's own server and offline engine, which the benchmarks compare with ours on the same cores.
         values["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cpu_cores(serve.cpu_threads)))
     return {name: value for name, value in values.items() if name not in os.environ or name.startswith("VLLM_CPU")}
 
 
 @contextlib.contextmanager
 def computing_on(cores: Sequence[int]) -> Iterator[None]:
-    """Have the OpenMP of processes that are started meanwhile compute on these cores, as vLLM has it for those that it
-    starts to compute. It is told by environment variables, which are read once, when a process starts.
+    """Bind OpenMP in processes started within the block to these cores, as vLLM does for its own workers. OpenMP reads
+    these environment variables once, when a process starts.
     """
-    told = {
+    variables = {
         "OMP_NUM_THREADS": str(len(cores)),
         "OMP_PLACES": f"{{{','.join(map(str, cores))}}}",
         "OMP_PROC_BIND": "true",
     }
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -410,10 +409,10 @@ def computing_on(cores: Sequence[int]) -> Iterator[None]:
 
 
 def cpu_cores(threads: str | int) -> list[int]:
-    """The cores that the engine computes on: all that this process may use, or the first so many of them.
+    """The cores that the engine computes on: the first `threads` of those this process may use, or all of them.
 
-    vLLM by itself leaves one core to its server. On both of two cores one stream had 1.15 times the tokens per second
-    and 16 streams 1.4 times (docs/measurements.md), so all of them is the default.
+    By default vLLM leaves one core to its server. With both of two cores, one stream gave 1.15 times the tokens per
+    second and 16 streams 1.4 times (docs/measurements.md), so the default is all of them.
     """
     available = sorted(os.sched_getaffinity(0))
     return available if threads == "auto" else available[: int(threads)]

@@ -212,8 +212,8 @@ def test_answers_have_the_form_that_was_asked_for(asked: Asked, text: str) -> No
         (Structure("regex", "(a"), "regex"),
         (Structure("grammar", "root ::= missing"), "grammar"),
         (Structure("json", json.dumps({"type": "object", "properties": MANY})), "json_schema takes"),
-        (Structure("json", '{"properties":{"a":' * 100 + "{}" + "}}" * 100), "more than 64 deep"),
-        (Structure("json", json.dumps({"enum": ["x" * 100_000]})), "the most"),
+        (Structure("json", '{"properties":{"a":' * 100 + "{}" + "}}" * 100), "nested more than 64 levels deep"),
+        (Structure("json", json.dumps({"enum": ["x" * 100_000]})), "the limit is 65,536"),
     ],
 )
 def test_a_form_that_can_not_be_is_refused_before_anything_is_generated(

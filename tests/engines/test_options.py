@@ -43,7 +43,7 @@ def test_on_a_cpu(folder: Path) -> None:
     assert not {"gpu_memory_utilization", "enable_lora", "speculative_config", "quantization"} & found.keys()
 
 
-def test_every_thread_of_a_child_stands_back() -> None:
+def test_every_thread_of_a_child_gets_lower_priority() -> None:
     program = "import threading, sys; [threading.Thread(target=sys.stdin.read).start() for _ in range(3)]; print('on')"
     with subprocess.Popen(
         [sys.executable, "-uc", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -52,8 +52,8 @@ def test_every_thread_of_a_child_stands_back() -> None:
         assert child.stdin is not None
         assert child.stdout.readline() == "on\n"
         before = os.getpriority(os.PRIO_PROCESS, 0)
-        vllm.stand_back()
-        vllm.stand_back()
+        vllm.lower_priority()
+        vllm.lower_priority()
         threads = [thread.id for thread in psutil.Process(child.pid).threads()]
         assert len(threads) == 4
         assert {os.getpriority(os.PRIO_PROCESS, one) for one in threads} == {max(before, grammar.NICENESS)}
@@ -61,11 +61,11 @@ def test_every_thread_of_a_child_stands_back() -> None:
         child.stdin.close()
 
 
-def test_a_process_gathers_on_one_core() -> None:
+def test_threads_are_pinned_to_one_core() -> None:
     program = (
         "import os, threading, time, psutil; from cogpress.engines import vllm; wait = threading.Event()\n"
         "start = lambda: threading.Thread(target=wait.wait).start()\n"
-        "start(); vllm.gather(); start()\n"
+        "start(); vllm.pin_threads(); start()\n"
         "cores = [os.sched_getaffinity(thread.id) for thread in psutil.Process().threads()]; wait.set()\n"
         "print(len(cores), {len(one) for one in cores}, max(cores[0]))"
     )
@@ -123,11 +123,11 @@ def test_gpus_are_shared_out(folder: Path, gpus: int, tensor: Any, pipeline: Any
 @pytest.mark.parametrize(
     ("gpus", "serve", "said"),
     [
-        (0, {"tensor_parallel": 2}, "are for GPUs, and there is none"),
-        (2, {"tensor_parallel": 4}, "asks for 4 GPUs, and there are 2"),
+        (0, {"tensor_parallel": 2}, "need GPUs, and this machine has none"),
+        (2, {"tensor_parallel": 4}, "needs 4 GPUs; this machine has 2"),
         (8, {"tensor_parallel": 5}, "does not divide the 24 attention heads"),
         (0, {"mode": "compiled"}, "gives wrong answers on a CPU"),
-        (0, {"adapters": 513}, "rank is 513, and vLLM serves 512 at most"),
+        (0, {"adapters": 513}, "has rank 513; vLLM serves at most 512"),
     ],
 )
 def test_what_can_not_be_is_refused(folder: Path, gpus: int, serve: dict[str, Any], said: str) -> None:
@@ -210,12 +210,12 @@ def test_vllm_knows_every_option(folder: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("speculative", {"method": "ngram"}), ("tensor_parallel", 2)])
 def test_transformers_refuses_what_it_does_not_have(name: str, value: Any) -> None:
-    with pytest.raises(CogpressError, match=rf"serve\.{name} is not for the engine transformers"):
+    with pytest.raises(CogpressError, match=rf"does not support serve\.{name}"):
         transformers.refuse(config.Serve(engine="transformers", **{name: value}))
 
 
 def test_engines_are_found_by_name() -> None:
     assert {"transformers", "vllm"} <= set(engine.names())
     assert engine.find("vllm") is vllm
-    with pytest.raises(CogpressError, match=r"serve\.engine is 'tgi', and the engines are .*transformers.*vllm"):
+    with pytest.raises(CogpressError, match=r"serve\.engine is 'tgi'. Set it to one of .*transformers.*vllm"):
         engine.find("tgi")

@@ -45,4 +45,4 @@ def test_greedy_answers_are_those_without_it(trained_weights: Path) -> None:
 
     texts, refused = asyncio.run(ask())
     assert texts == answered
-    assert refused.startswith("This can not be used: ")
+    assert refused.startswith("This cannot be used: ")
