@@ -17,9 +17,9 @@ from rich.table import Table
 from bench.measure import alternate_aloud, in_fresh_process, medians
 from bench.report import write_report
 from cogpress import config
-from cogpress import prompts as chat
 from cogpress.cog import schema
 from cogpress.engines import vllm
+from cogpress.prompts import Question, encode
 from cogpress.serve import batch
 from cogpress.serve import model as serving
 from cogpress.weights import base, manifest
@@ -112,10 +112,7 @@ def _theirs(root: Path, weights: Path, questions: Sequence[dict[str, Any]]) -> d
     tokenizer = base.tokenizer(weights)
     # Rendering and tokenizing are part of the work, as they are of the other side's.
     started = time.perf_counter()
-    prompts = [
-        {"prompt_token_ids": chat.encode_prompt(tokenizer, chat.chat(form.render(row["prompt"]), form.system))}
-        for row in questions
-    ]
+    prompts = [{"prompt_token_ids": encode(tokenizer, Question(fields=row["prompt"]), form)} for row in questions]
     outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False)
     seconds = time.perf_counter() - started
     engine.llm_engine.engine_core.shutdown()  # this process would wait at its end for the engine's

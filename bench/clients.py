@@ -48,10 +48,9 @@ class Question:
         least = {"min_tokens": self.min_tokens} if self.min_tokens else {}
         return {**asked, "max_tokens": self.max_tokens, "temperature": 0, **least}
 
-    def messages(self, prompt: Prompt) -> list[dict[str, str]]:
+    def messages(self, prompt: Prompt) -> list[prompts.Message]:
         """As the conversation that cogpress makes of it, for a server that does not know the prompt template."""
-        text = prompt.render(dict(self.fields)) if self.fields else prompt.fill(self.text)
-        return prompts.chat(text, prompt.system)
+        return prompts.conversation(prompts.Question(self.text, self.fields or None), prompt)
 
 
 @dataclass(frozen=True)

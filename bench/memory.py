@@ -135,7 +135,7 @@ def measure_training(folder: Path, how: Training) -> dict[str, Any]:
     import peft  # noqa: F401
     import torch
 
-    from cogpress.data.tokenize import NO_LOSS, Row
+    from cogpress.prompts import NO_LOSS, Row
     from cogpress.train import run as training
     from cogpress.train.arguments import arguments as training_arguments
     from cogpress.train.loop import ObjectiveTrainer, Rows

@@ -84,7 +84,8 @@ def run(
     settings = config.load(root / "model.yaml")
     facts = (manifest.read(weights) or {}).get("prompt")
     prompt = Prompt.model_validate(facts) if facts else settings.prompt
-    prompt.render(dict(examples(1)[0]))  # before servers start: weights may ask for other fields than the example has
+    # Before servers start: the weights may ask for other fields than the example has.
+    Question(fields=examples(1)[0]).messages(prompt)
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         third = clients.remote(url, runner, stack) if url else None

@@ -16,6 +16,7 @@ from rich.table import Table
 from bench.measure import alternate_aloud, in_fresh_process, medians
 from bench.report import write_report
 from cogpress import config
+from cogpress.prompts import Question, conversation
 from cogpress.serve import model as serving
 
 NGRAM: dict[str, Any] = {
@@ -95,9 +96,9 @@ async def _ask_all(
     async def ask(row: dict[str, Any]) -> tuple[str, int]:
         metrics: dict[str, Any] = {}
         shown = [
-            {"role": "user", "content": server.prompt.render(rows[0]["prompt"])},
+            *conversation(Question(fields=rows[0]["prompt"], system=""), server.prompt),
             {"role": "assistant", "content": rows[0]["completion"]},
-            {"role": "user", "content": server.prompt.render(row["prompt"])},
+            *conversation(Question(fields=row["prompt"], system=""), server.prompt),
         ]
         inputs = {"messages": json.dumps(shown), "max_tokens": MAX_TOKENS}
         text = "".join([chunk async for chunk in await server.answer(inputs, metrics.__setitem__)])

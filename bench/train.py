@@ -122,7 +122,7 @@ def _trl(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, flo
     tokenizer = base.tokenizer(base_folder)
     rows = [
         {
-            "prompt": [turn._asdict() for turn in (example.messages or ())[:-1]],
+            "prompt": example.asked,
             "completion": [{"role": "assistant", "content": example.answer}],
         }
         for example in prepared.train_examples

@@ -66,39 +66,6 @@ class Prompt(Section):
             raise ValueError("needs at least one {field}, named like a Python identifier; write {{ for a brace")
         return template
 
-    @property
-    def fields(self) -> list[str]:
-        """The names in the template, in order of first use."""
-        return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.template) if name))
-
-    def fill(self, text: str) -> str:
-        """A prompt that is one text: put into a template of one field; with several it is taken as filled already."""
-        return self.render({self.fields[0]: text}) if len(self.fields) == 1 else text
-
-    def render(self, fields: dict[str, Any]) -> str:
-        """Fill the template; a list is written with one item a line.
-
-        Raises:
-            CogpressError: a field is missing, unknown, or neither text, number, boolean nor a list of these.
-        """
-        missing = [name for name in self.fields if name not in fields]
-        unknown = [name for name in fields if name not in self.fields]
-        if missing or unknown:
-            wrong = f"lacks {', '.join(missing)}" if missing else f"has the unknown {', '.join(map(str, unknown))}"
-            raise CogpressError(
-                f"The prompt template's fields are {', '.join(self.fields)}; the input {wrong}. "
-                "Give exactly those, as a JSON object."
-            )
-        return self.template.format(**{name: _as_text(name, value) for name, value in fields.items()})
-
-
-def _as_text(name: str, value: Any) -> str:
-    if isinstance(value, list):
-        return "\n".join(_as_text(name, item) for item in value)
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise CogpressError(f"Field {name} must be text, a number or a list of these, not {type(value).__name__}.")
-
 
 class Data(Section):
     """The examples."""

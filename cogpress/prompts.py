@@ -1,9 +1,4 @@
-"""Messages to token ids, in one place, so that training and serving feed the model the same ids.
-
-Knows the tokenizer's chat template, which of its tokens are control tokens, and how to keep text that merely looks
-like one from becoming one. Knows nothing of files, examples or losses, and imports nothing that a server does not
-have, so that serving does not need what training needs.
-"""
+"""The one prompt composer: a question or an example and the settings to token ids, the same in training and serving."""
 
 from __future__ import annotations
 
@@ -11,7 +6,8 @@ import contextlib
 import functools
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+import string
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +19,148 @@ from cogpress.errors import CogpressError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from cogpress.config import Prompt
+
 Message = Mapping[str, Any]
-"""`{"role": ..., "content": ...}`; where the template has tools, `tool_calls`, `tool_call_id` and `name`, too."""
+"""`{"role": ..., "content": ...}`; with tools also `tool_calls`, `tool_call_id` and `name`."""
+
+NO_LOSS = -100
+"""Label of a token without loss; PyTorch's cross entropy ignores it."""
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Names of the switch for reasoning in chat templates: Qwen's and SmolLM3's, DeepSeek's and Granite's."""
 
 _TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What rendering raises: a template is a program, and not only what it raises on purpose."""
+"""What rendering raises: a template is a program, so not only what it raises on purpose."""
 
 _CUT = secrets.token_hex(16)
-"""Stands in a rendering where the text must be tokenized in two pieces; random, so that no input can hold it."""
+"""Marks where a rendering must be tokenized in two pieces; random, so that no input can contain it."""
 
 
-def chat(prompt: str, system: str = "") -> list[dict[str, str]]:
-    """The messages that ask one question: `[system?, user]`; an empty system text adds no system message."""
-    messages = [{"role": "system", "content": system}] if system else []
-    return [*messages, {"role": "user", "content": prompt}]
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, before the settings apply: `messages`, or else `fields`, or else `text`.
+
+    Attributes:
+        text: the value of a template with one field, or the whole user's message where it has several.
+        fields: the template's values by name.
+        messages: a conversation to continue; no template applies to it.
+        system: replaces the settings' system text; messages that begin with a system message keep theirs.
+        tools: functions that the model may call, as its chat template takes them.
+        thinking: whether to reason first; None leaves it to the chat template.
+    """
+
+    text: str = ""
+    fields: Mapping[str, Any] | None = None
+    messages: Sequence[Message] = ()
+    system: str | None = None
+    tools: Sequence[Any] = ()
+    thinking: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """An example with the settings applied: messages, the last one the assistant's, or plain text."""
+
+    messages: tuple[Message, ...] = ()
+    given: int = 0
+    """Leading messages that are never trained on, not even an assistant's."""
+    text: str = ""
+
+    @property
+    def asked(self) -> list[Message]:
+        """The messages before the last answer."""
+        return list(self.messages[:-1])
+
+    @property
+    def prompt(self) -> str:
+        """The text before the last answer, without the system message."""
+        return "\n\n".join(message["content"] for message in self.asked if message["role"] != "system")
+
+    @property
+    def answer(self) -> str:
+        """The last answer; all of a plain text."""
+        return str(self.messages[-1]["content"]) if self.messages else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training sequence: `labels[i]` is `input_ids[i]` where it has loss, else `NO_LOSS`; neither is shifted."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def learnt(self) -> int:
+        """Number of tokens with loss."""
+        return sum(label != NO_LOSS for label in self.labels)
+
+
+# --- settings applied -------------------------------------------------------------------------------------------------
+
+
+def field_names(settings: Prompt) -> list[str]:
+    """The template's fields, in order of first use."""
+    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(settings.template) if name))
+
+
+def conversation(question: Question, settings: Prompt) -> list[Message]:
+    """The messages that ask a question: system text and template applied.
+
+    Raises:
+        CogpressError: nothing is asked; or a field is missing, unknown, or neither text, number, boolean nor a list of
+            these.
+    """
+    system = settings.system if question.system is None else question.system
+    messages = list(question.messages)
+    if not messages:
+        text = _filled(question, settings)
+        if not text.strip():
+            raise CogpressError("There is nothing to answer: prompt, messages and fields are all empty. Give one.")
+        messages = [{"role": "user", "content": text}]
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def _filled(question: Question, settings: Prompt) -> str:
+    names = field_names(settings)
+    if question.fields is None:
+        if len(names) != 1 or not question.text.strip():
+            return question.text
+        return settings.template.format(**{names[0]: question.text})
+    missing = [name for name in names if name not in question.fields]
+    unknown = [name for name in question.fields if name not in names]
+    if missing or unknown:
+        wrong = f"lacks {', '.join(missing)}" if missing else f"has the unknown {', '.join(map(str, unknown))}"
+        raise CogpressError(
+            f"The prompt template's fields are {', '.join(names)}; the input {wrong}. "
+            "Give exactly those, as a JSON object."
+        )
+    return settings.template.format(**{name: _as_text(name, value) for name, value in question.fields.items()})
+
+
+def _as_text(name: str, value: Any) -> str:
+    """A field's value in a template; a list is written one item a line."""
+    if isinstance(value, list):
+        return "\n".join(_as_text(name, item) for item in value)
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise CogpressError(f"Field {name} must be text, a number or a list of these, not {type(value).__name__}.")
+
+
+def with_answer(question: Question, settings: Prompt, answer: Sequence[Message]) -> Conversation:
+    """A question with its answer as it is trained on; raises as `conversation` does."""
+    asked = conversation(question, settings)
+    return Conversation((*asked, *answer), len(asked))
+
+
+# --- to token ids -----------------------------------------------------------------------------------------------------
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, question: Question, settings: Prompt) -> list[int]:
+    """Token ids of a question up to where the answer begins; raises as `conversation` and `encode_prompt` do."""
+    return encode_prompt(tokenizer, conversation(question, settings), tools=question.tools, thinking=question.thinking)
 
 
 def encode_prompt(
@@ -48,19 +172,13 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a conversation up to where the model's next answer begins.
 
-    The ids are those of `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`, except where a message
-    holds the text of a control token: that text is tokenized as ordinary text. Without a chat template the messages
-    must be `[system?, user]`, and their plain text is the prompt.
-
-    Args:
-        tokenizer: the model's.
-        messages: the conversation.
-        tools: descriptions of the functions that the model may call, as its template takes them.
-        thinking: whether to reason first; None leaves it to the template.
+    The ids are those of `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`, except that the text of
+    a control token in a message is tokenized as ordinary text. Without a chat template, the messages must be
+    `[system?, user]` and their plain text is the prompt. `tools` and `thinking` are as in `Question`.
 
     Raises:
-        CogpressError: the template refuses the messages, or has no tools or switch for reasoning, or there is no
-            template and they are a conversation.
+        CogpressError: the template refuses the messages, knows no tools or has no switch for reasoning; or there is no
+            template and the messages are a conversation.
     """
     knows = variables(tokenizer)
     if tools and "tools" not in knows:
@@ -73,32 +191,28 @@ def encode_prompt(
     more: dict[str, Any] = {"tools": list(tools)} if tools else {}
     if thinking is not None and switch is not None:
         more[switch] = thinking
-    return encode_rendered(tokenizer, render(tokenizer, messages, ask=True, **more))
-
-
-SWITCHES = ("enable_thinking", "thinking")
-"""By what names chat templates know the switch for reasoning: Qwen's and SmolLM3's, and DeepSeek's and Granite's."""
+    return _encode_rendered(tokenizer, _render(tokenizer, messages, ask=True, **more))
 
 
 def variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """What the chat template asks for beside messages: `tools`, a switch for reasoning, and the like."""
+    """What the chat template reads besides messages, such as `tools` or a switch for reasoning."""
     return _variables(str(tokenizer.chat_template or ""))
 
 
 @functools.lru_cache(maxsize=8)
 def _variables(template: str) -> frozenset[str]:
-    # A block of transformers' own, which marks answers in training and which plain Jinja does not know.
+    # transformers' own block, which marks answers in training; plain Jinja does not know it.
     plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
-    # autoescape is for HTML: nothing is rendered here, only parsed.
+    # The template is only parsed; autoescape, which is for HTML, has no effect.
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)
     try:
         return frozenset(meta.find_undeclared_variables(environment.parse(plain)))
     except TemplateError:
-        return frozenset()  # rendering will say what is wrong with it
+        return frozenset()  # rendering reports it
 
 
 def plain_prompt(messages: Sequence[Message]) -> str:
-    """What a model without a chat template is asked: the system text, a blank line and the user's text.
+    """The prompt of a model without a chat template: the system text, a blank line and the user's text.
 
     Raises:
         CogpressError: the messages are not `[system?, user]`.
@@ -113,7 +227,7 @@ def plain_prompt(messages: Sequence[Message]) -> str:
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, *, begin: bool = True) -> list[int]:
-    """Token ids of text that no template wraps, without an end token; control-token text in it stays ordinary text.
+    """Token ids of text without a template and without an end token; control-token text stays ordinary text.
 
     Args:
         begin: put the tokenizer's begin token first, if it has one.
@@ -121,21 +235,18 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, *, begin: bool =
     first, *others = _harmless(tokenizer, text).split(_CUT)
     ids = _encode(tokenizer, first, special=begin)
     if ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()  # some tokenizers end every text; the model is to go on from here
+        ids.pop()  # some tokenizers end every text, but the model must continue this one
     for piece in others:
         ids += _encode(tokenizer, piece)
     return ids
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, ask: bool, **more: Any) -> str:
-    """The chat template's text for messages, to be tokenized by `encode_rendered` and by nothing else.
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, ask: bool, **more: Any) -> str:
+    """The chat template's text for messages, which only `_encode_rendered` may tokenize.
 
     Args:
         ask: end where the assistant's answer begins, instead of after the last message.
-        more: what else the template takes.
-
-    Raises:
-        CogpressError: the template refuses these messages (it has no system role, wants other turns, ...).
+        more: other variables of the template.
     """
     safe = _all_harmless(tokenizer, list(messages))
     more = _all_harmless(tokenizer, more)
@@ -149,8 +260,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
     return str(text)
 
 
-def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
-    """Token ids of what `render` returned, or of a part of it. The template itself writes the begin token."""
+def _encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+    """Token ids of what `_render` returned, or of part of it. The template itself writes the begin token."""
     ids: list[int] = []
     for piece in rendered.split(_CUT):
         ids += _encode(tokenizer, piece)
@@ -160,14 +271,13 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[i
 def control_texts(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """The texts that steer a chat: what the template writes around messages, and the named special tokens.
 
-    Other special tokens (`<filename>` in a code model, say) may well be written by people and are not among them;
-    `encode_prompt` makes ordinary text of those as well.
+    Not among them are other special tokens, such as a code model's `<filename>`, which people may well write.
     """
     return _controls(tokenizer, str(tokenizer.chat_template or "")).steering
 
 
 def is_control(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
-    """Whether this id is one that text in a message never becomes."""
+    """Whether text in a message can never become this id."""
     return token in _controls(tokenizer, str(tokenizer.chat_template or "")).ids
 
 
@@ -177,9 +287,9 @@ class _Controls:
     ids: frozenset[int]
     texts: tuple[str, ...]
     inside: re.Pattern[str]
-    """Matches one character wherever the text of a control token begins."""
+    """Matches one character wherever a control token's text begins."""
     folds: bool
-    """Whether texts other than its own can become a control token, because it is matched after normalization."""
+    """Whether a control token is matched after normalization, so that other texts can become it."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -203,20 +313,21 @@ def _controls(tokenizer: PreTrainedTokenizerBase, template: str) -> _Controls:
 def _written_by_template(tokenizer: PreTrainedTokenizerBase, added: Iterable[str]) -> set[str]:
     """Added tokens that the template writes around a question.
 
-    Some models do not mark their turn tokens as special, so the mark alone does not find them. A question is used and
-    not an answer because templates put `<think>` and the like around answers, which answers may hold themselves.
+    Some models do not mark their turn tokens as special. Only a question is rendered, because templates put `<think>`
+    and the like around answers, which answers may contain themselves.
     """
     if not tokenizer.chat_template:
         return set()
     text = ""
-    for messages in (chat("x"), chat("x", "x")):
-        with contextlib.suppress(*_TEMPLATE_FAULTS):  # no system role, say: what is wrong with a template, render tells
+    user, system = {"role": "user", "content": "x"}, {"role": "system", "content": "x"}
+    for messages in ([user], [system, user]):
+        with contextlib.suppress(*_TEMPLATE_FAULTS):  # such as no system role; `_render` reports a broken template
             text += str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
     return {token for token in added if token.strip() and token in text}
 
 
 def _all_harmless(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
-    """JSON with every text in it made harmless; names of fields, too, which a template may write."""
+    """JSON with every text made harmless, names of fields included: a template may write them."""
     if isinstance(value, str):
         return _harmless(tokenizer, value)
     if isinstance(value, Mapping):
@@ -227,11 +338,10 @@ def _all_harmless(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
 
 
 def _harmless(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Text cut inside everything that would become a control token.
+    """Text with `_CUT` inside everything that would become a control token.
 
-    The cut is after the first character, so a template still sees nearly the text it was given and may trim it or
-    branch on it, and no piece between two cuts holds the whole text of a control token. Tokenizers have a switch for
-    this (`split_special_tokens`), but it is state of the tokenizer that a concurrent request could flip, and it does
+    The cut comes after the first character, so that a template sees nearly the original text and may trim it or branch
+    on it. The tokenizers' own switch, `split_special_tokens`, is state that a concurrent request could flip, and does
     not cover turn tokens that are not marked special.
     """
     controls = _controls(tokenizer, str(tokenizer.chat_template or ""))
@@ -244,6 +354,144 @@ def _harmless(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    # verbose off: a text longer than the model's context is judged by the caller, not by a warning
+    # verbose off: the caller checks the length, so no warning
     encoded: Any = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
     return list(encoded["input_ids"])
+
+
+# --- training rows ----------------------------------------------------------------------------------------------------
+
+
+def stops(tokenizer: PreTrainedTokenizerBase, others: Collection[int] = ()) -> frozenset[int]:
+    """The ids that end an answer: the tokenizer's end token, and others on which generation stops.
+
+    Raises:
+        CogpressError: the tokenizer has no end token.
+    """
+    return frozenset({_end(tokenizer), *others})
+
+
+def rows(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], stop_ids: Collection[int] = ()
+) -> list[Row]:
+    """`row` of each conversation."""
+    ends = stops(tokenizer, stop_ids)
+    return [row(tokenizer, one, ends) for one in conversations]
+
+
+def row(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ends: frozenset[int]) -> Row:
+    """The training row of a conversation, of any length: answers with their end token have loss; of plain text, all.
+
+    Args:
+        tokenizer: the model's.
+        conversation: the example.
+        ends: `stops` of the model.
+
+    Raises:
+        CogpressError: it contains the text of a control token, the chat template refuses it, or the template renders
+            its beginning differently once it continues, so that training and serving would differ.
+    """
+    controls = sorted(control_texts(tokenizer))
+    for content in [message["content"] for message in conversation.messages] or [conversation.text]:
+        for control in controls:
+            if control in content:
+                raise CogpressError(
+                    f"The example contains the control text {control}. Give text without it, and chats as messages."
+                )
+    if not conversation.messages:
+        ids = [*encode_plain(tokenizer, conversation.text), _end(tokenizer)]
+        return Row(ids, ids.copy())
+    return (_chat_row if tokenizer.chat_template else _plain_row)(tokenizer, conversation, ends)
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> int:
+    end: Any = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise CogpressError("The base model's tokenizer has no end-of-sequence token, so a model cannot learn to stop.")
+    return end
+
+
+def _plain_row(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, _ends: frozenset[int]) -> Row:
+    asked = encode_prompt(tokenizer, conversation.asked)
+    whole = encode_plain(tokenizer, plain_prompt(conversation.asked) + conversation.answer)
+    answer = whole[len(asked) :]
+    if whole[: len(asked)] != asked:  # a token would span both, but a server is given the prompt alone
+        answer = encode_plain(tokenizer, conversation.answer, begin=False)
+    answer = [*answer, _end(tokenizer)]
+    return Row([*asked, *answer], [*[NO_LOSS] * len(asked), *answer])
+
+
+def _chat_row(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ends: frozenset[int]) -> Row:
+    messages = conversation.messages
+    ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index < conversation.given:
+            continue
+        asked = _render(tokenizer, messages[:index], ask=True)
+        answered = _render(tokenizer, messages[: index + 1], ask=False)
+        if not asked.startswith(done) or not answered.startswith(asked):
+            raise _unfit_template(conversation)
+        ids = _longer(tokenizer, ids, asked, asked[len(done) :], conversation)
+        labels += [NO_LOSS] * (len(ids) - len(labels))
+        whole = _longer(tokenizer, ids, answered, answered[len(asked) :], conversation)
+        last = index == len(messages) - 1
+        answer, rest = _answer_and_rest(tokenizer, whole[len(ids) :], ends, last)
+        ids = [*ids, *answer, *rest]
+        labels += [*answer, *[NO_LOSS] * len(rest)]
+        done = answered
+    return Row(ids, labels)
+
+
+def _longer(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, added: str, conversation: Conversation
+) -> list[int]:
+    """Ids of `text` that begin with `ids`, those of `text` without `added` at its end.
+
+    The whole is tokenized, as in serving. Only where a token would span the border (an answer that begins with a line
+    break after a template that ends in one) are the parts tokenized apart, because the model is asked up to the border.
+    """
+    whole = _encode_rendered(tokenizer, text)
+    if whole[: len(ids)] == ids:
+        return whole
+    apart = [*ids, *_encode_rendered(tokenizer, added)]
+    if _decode(tokenizer, apart) != _decode(tokenizer, whole):
+        raise _unfit_template(conversation)
+    return apart
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _unfit_template(conversation: Conversation) -> CogpressError:
+    several = sum(message["role"] == "assistant" for message in conversation.messages) > 1
+    remedy = (
+        "Give every answer its own example, with the turns before it as `prompt`"
+        if several
+        else "Correct the chat template beside the tokenizer, or choose another base"
+    )
+    return CogpressError(
+        "The base model's chat template writes a conversation differently once it continues, so training and serving "
+        f"would differ. {remedy}."
+    )
+
+
+def _answer_and_rest(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: frozenset[int], last: bool
+) -> tuple[list[int], list[int]]:
+    """The part of an assistant's turn that has loss, and what the template puts after it.
+
+    Loss ends with the first token on which generation stops. Without one, the last answer gets the tokenizer's end
+    token, after the template's own end-of-turn token if it has one.
+    """
+    for position, token in enumerate(ids):
+        if token in ends:
+            return list(ids[: position + 1]), list(ids[position + 1 :])
+    end = len(ids)
+    while end and not is_control(tokenizer, ids[end - 1]) and not _decode(tokenizer, [ids[end - 1]]).strip():
+        end -= 1
+    if last:
+        return [*ids[:end], _end(tokenizer)], []
+    return list(ids[:end]), list(ids[end:])

@@ -47,7 +47,7 @@ def test_what_is_given_is_read(load: Callable[[str], config.Config]) -> None:
     )
     assert read.name == "tea-1.0"
     assert (read.base.source, read.base.quantization) == ("hf://org/name@main", "int8")
-    assert read.prompt.fields == ["topic", "style"]
+    assert read.prompt == config.Prompt(system="Be brief.", template="About {topic} in {style}")
     assert (read.data.validation_share, read.data.task) == (0, "reversed")
     assert read.train.learning_rate == pytest.approx(1e-4), "YAML 1.1 reads 1e-4 as text"
     assert (read.train.max_steps, read.train.lora_alpha, read.merge) == (10, 8, "original")
@@ -165,33 +165,6 @@ def test_no_inputs_change_nothing() -> None:
 def test_inputs_are_checked(inputs: dict[str, Any]) -> None:
     with pytest.raises(CogpressError, match="is not valid"):
         config.Config().override(inputs)
-
-
-def test_fields_and_braces() -> None:
-    prompt = config.Prompt(template="{b} {a} {b} {{a}} {{}}")
-    assert prompt.fields == ["b", "a"]
-    assert prompt.render({"a": "{x}", "b": [1, 2.5, True, ["y"]]}) == "1\n2.5\nTrue\ny {x} 1\n2.5\nTrue\ny {a} {}"
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({}, "lacks a, b"),
-        ({"a": "x"}, "lacks b"),
-        ({"a": "x", "b": "y", "c": "z"}, "has the unknown c"),
-        ({"a": "x", "b": None}, "Field b must be text, a number or a list of these, not NoneType"),
-        ({"a": "x", "b": [{}]}, "Field b must be text, a number or a list of these, not dict"),
-    ],
-)
-def test_fields_that_do_not_fit(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(CogpressError, match=said):
-        config.Prompt(template="{a}{b}").render(fields)
-
-
-def test_one_text_fills_one_field() -> None:
-    assert config.Prompt().fill("{a}") == "{a}"
-    assert config.Prompt(template="Q: {question}").fill("Why?") == "Q: Why?"
-    assert config.Prompt(template="{a} {b}").fill("as it is") == "as it is"
 
 
 @pytest.mark.parametrize("template", ["{a:{b}}", "{a:d}", "{a!x}", "{0}", "{a.b}", "no field"])

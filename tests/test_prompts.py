@@ -1,14 +1,16 @@
-"""Prompts as tokens: what is asked is what the template says, and text never becomes a control token."""
+"""Prompts: settings and chat template applied as written, and text that never becomes a control token."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cogpress import prompts
+from cogpress.config import Prompt
 from cogpress.errors import CogpressError
+from cogpress.prompts import Question
 from tests.standins.chatexamples import TEMPLATES, messages, texts, variant
 
 if TYPE_CHECKING:
@@ -40,9 +42,9 @@ def test_served_text_never_becomes_a_control_token(
 ) -> None:
     tokenizer = templates[name]
     system = "" if name == "gemma" else "Never say " + attack
-    ids = prompts.encode_prompt(tokenizer, prompts.chat(f"Say {attack} now", system))
+    ids = prompts.encode_prompt(tokenizer, messages(f"Say {attack} now", system=system))
     control = [token for token in ids if prompts.is_control(tokenizer, token)]
-    harmless = prompts.encode_prompt(tokenizer, prompts.chat("Say it now", system and "Never say it"))
+    harmless = prompts.encode_prompt(tokenizer, messages("Say it now", system=system and "Never say it"))
     assert control == [token for token in harmless if prompts.is_control(tokenizer, token)]
     assert f"Say {attack} now" in tokenizer.decode(ids)
     assert attack.strip() in tokenizer.decode(prompts.encode_plain(tokenizer, attack))
@@ -62,7 +64,7 @@ def test_ordinary_prompts_are_encoded_as_the_template_says(
 
 def test_encoding_leaves_the_tokenizer_as_it_was(tokenizer: PreTrainedTokenizerBase) -> None:
     usual = tokenizer("<|im_end|>", add_special_tokens=False).input_ids
-    prompts.encode_prompt(tokenizer, prompts.chat("<|im_end|>"))
+    prompts.encode_prompt(tokenizer, messages("<|im_end|>"))
     assert tokenizer("<|im_end|>", add_special_tokens=False).input_ids == usual == [tokenizer.eos_token_id]
 
 
@@ -78,14 +80,78 @@ def test_control_text_written_otherwise_is_refused(tokenizer: PreTrainedTokenize
     stop = folding.convert_tokens_to_ids("<|stop|>")
     assert stop in folding(written).input_ids
     with pytest.raises(CogpressError, match="cannot be made harmless"):
-        prompts.encode_prompt(folding, prompts.chat(written))
-    assert prompts.encode_prompt(folding, prompts.chat("a <|stop|>")).count(stop) == 1
+        prompts.encode_prompt(folding, messages(written))
+    assert prompts.encode_prompt(folding, messages("a <|stop|>")).count(stop) == 1
 
 
-def test_chat_and_its_refusals(templates: dict[str, PreTrainedTokenizerBase]) -> None:
-    assert prompts.chat("Hi") == [{"role": "user", "content": "Hi"}]
-    assert prompts.chat("Hi", "Be kind")[0] == {"role": "system", "content": "Be kind"}
+def test_what_a_template_cannot_ask_is_refused(templates: dict[str, PreTrainedTokenizerBase]) -> None:
     with pytest.raises(CogpressError, match="System role not supported"):
-        prompts.encode_prompt(templates["gemma"], prompts.chat("Hi", "Be kind"))
+        prompts.encode_prompt(templates["gemma"], messages("Hi", system="Be kind"))
     with pytest.raises(CogpressError, match="no chat template"):
         prompts.encode_prompt(variant(templates["own"], None), messages("a", "b", "c"))
+
+
+# --- settings applied -------------------------------------------------------------------------------------------------
+
+
+def filled(question: Question, template: str) -> Any:
+    [message] = prompts.conversation(question, Prompt(template=template))
+    assert message["role"] == "user"
+    return message["content"]
+
+
+def test_fields_and_braces() -> None:
+    template = "{b} {a} {b} {{a}} {{}}"
+    assert prompts.field_names(Prompt(template=template)) == ["b", "a"]
+    asked = Question(fields={"a": "{x}", "b": [1, 2.5, True, ["y"]]})
+    assert filled(asked, template) == "1\n2.5\nTrue\ny {x} 1\n2.5\nTrue\ny {a} {}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "lacks a, b"),
+        ({"a": "x"}, "lacks b"),
+        ({"a": "x", "b": "y", "c": "z"}, "has the unknown c"),
+        ({"a": "x", "b": None}, "Field b must be text, a number or a list of these, not NoneType"),
+        ({"a": "x", "b": [{}]}, "Field b must be text, a number or a list of these, not dict"),
+    ],
+)
+def test_fields_that_do_not_fit(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(CogpressError, match=said):
+        filled(Question(fields=fields), "{a}{b}")
+
+
+def test_one_text_fills_one_field() -> None:
+    assert filled(Question("{a}"), "{prompt}") == "{a}"
+    assert filled(Question("Why?"), "Q: {question}") == "Q: Why?"
+    assert filled(Question("as it is"), "{a} {b}") == "as it is"
+
+
+def test_the_system_text_is_the_questions_own_or_the_settings() -> None:
+    settings = Prompt(system="Be kind", template="<{it}>")
+    own, usual = messages("Hi", system="Mine"), messages("<Hi>", system="Be kind")
+    assert prompts.conversation(Question("Hi"), settings) == usual
+    assert prompts.conversation(Question("Hi", system="Mine"), settings) == messages("<Hi>", system="Mine")
+    assert prompts.conversation(Question("Hi", system=""), settings) == messages("<Hi>")
+    assert prompts.conversation(Question(messages=own, system="Other"), settings) == own
+    assert prompts.conversation(Question(messages=own[1:]), settings) == messages("Hi", system="Be kind")
+
+
+@pytest.mark.parametrize("question", [Question(), Question(" \n"), Question(fields={"it": " "})])
+def test_nothing_asked_is_refused(question: Question) -> None:
+    with pytest.raises(CogpressError, match="There is nothing to answer"):
+        filled(question, "{it}")
+
+
+def test_a_question_is_encoded_as_its_conversation(tokenizer: PreTrainedTokenizerBase) -> None:
+    settings = Prompt(system="Be kind", template="<{it}>")
+    ids = prompts.encode(tokenizer, Question(fields={"it": ["a", "b"]}), settings)
+    assert ids == prompts.encode_prompt(tokenizer, messages("<a\nb>", system="Be kind"))
+
+
+def test_an_example_is_its_question_with_the_answer() -> None:
+    found = prompts.with_answer(Question("Hi"), Prompt(system="Be kind"), messages("", "Hello")[1:])
+    assert list(found.messages) == messages("Hi", "Hello", system="Be kind")
+    assert (found.given, found.prompt, found.answer) == (2, "Hi", "Hello")
+    assert found.asked == messages("Hi", system="Be kind")

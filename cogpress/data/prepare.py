@@ -1,8 +1,4 @@
-"""A file of examples, turned into checked, tokenized training rows before any model loads.
-
-Knows what is left out and why, the split into training and validation, and the report on both. Reading a file is
-`cogpress.data.read`'s, which tokens are learnt `cogpress.data.tokenize`'s.
-"""
+"""A file of examples as checked, split and tokenized training rows, with a report, before any model loads."""
 
 from __future__ import annotations
 
@@ -10,18 +6,18 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from cogpress import config
-from cogpress.data.example import BadExample, Example, Turn, check_task
-from cogpress.data.read import Problem, read
-from cogpress.data.tokenize import NO_LOSS, Row, all_stops, tokenize
+from cogpress import config, prompts
+from cogpress.data.example import KEYS, EmptyAnswer, Example, example_of
+from cogpress.data.read import BadRow, rows
 from cogpress.errors import CogpressError
+from cogpress.prompts import NO_LOSS, Conversation, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,9 +27,33 @@ SMALLEST_SPLIT = 20
 """From this many examples on, a validation share above zero gives at least one validation example."""
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a row cannot be used. `line` counts from 1: lines of JSONL, items of a JSON list, rows of Parquet."""
+
+    line: int
+    reason: str
+    file: str
+
+    def __str__(self) -> str:
+        return f"{self.file} line {self.line}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one file holds. `lines` counts its rows, good and bad, and not its blank lines."""
+
+    examples: list[Example]
+    conversations: list[Conversation]
+    """The examples with the prompt settings applied, in the same order."""
+    problems: list[Problem]
+    lines: int
+    empty_answers: int
+
+
 @dataclass(slots=True)
 class Report:
-    """What was found in the data and what was done about it; lengths are in tokens, before anything was cut."""
+    """What was found in the data and what was done about it; lengths are in tokens, before any cut."""
 
     lines: int = 0
     problems: list[Problem] = field(default_factory=list)
@@ -43,10 +63,10 @@ class Report:
     cut: int = 0
     too_long: int = 0
     no_room: int = 0
-    """Of the too long ones, those whose prompt alone fills the sequence, so that no answer token would be left."""
+    """Of the too long ones, those whose prompt alone fills the sequence, so that no answer token fits."""
     leaked: int = 0
     near_leaked: int = 0
-    """Of the leaked ones, those whose prompt is the same only but for case and white space."""
+    """Of the leaked ones, those whose prompt differs in case or white space."""
     train: int = 0
     validation: int = 0
     tokens: int = 0
@@ -58,10 +78,10 @@ class Report:
     """The `max_length` that would keep every example whole."""
     notes: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list, repr=False)
-    """Every distinct example's length, for a histogram."""
+    """Length of every distinct example, for a histogram."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that fits a log, as JSON types: the first problems and their count, and no `lengths`."""
+        """The report as JSON types: the number of problems and the first of them, without `lengths`."""
         return {
             "lines": self.lines,
             "bad_lines": len(self.problems),
@@ -89,14 +109,14 @@ class Report:
         }
 
     def table(self) -> Table:
-        """The report for a terminal: what was counted, how often, and what was done about it."""
+        """The report for a terminal."""
         table = Table(title="Examples", title_justify="left")
         table.add_column("what", no_wrap=True)
         table.add_column("count", justify="right", no_wrap=True)
         table.add_column("", overflow="fold")
         formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
         keeps = f"; max_length {self.length_max:,} would keep all" if self.too_long or self.cut else ""
-        near = f"{self.near_leaked:,} of them but for case and white space; " if self.near_leaked else ""
+        near = f"{self.near_leaked:,} of them with other case or white space; " if self.near_leaked else ""
         share = self.learnt_tokens / self.tokens if self.tokens else 0.0
         rows = [
             ("lines", self.lines, formats),
@@ -130,27 +150,67 @@ class Prepared:
 
     train: list[Row]
     validation: list[Row]
-    train_examples: list[Example]
-    validation_examples: list[Example]
+    train_examples: list[Conversation]
+    validation_examples: list[Conversation]
     report: Report
 
 
 def held_out(prepared: Prepared) -> str:
-    """The examples that are not trained on, as JSONL of conversations; those of plain text are none."""
-    rows = [
-        {"messages": [turn._asdict() for turn in example.messages]}
-        for example in prepared.validation_examples
-        if example.messages
-    ]
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """The validation conversations as JSONL, without plain texts."""
+    held = [{"messages": example.messages} for example in prepared.validation_examples if example.messages]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held)
 
 
 class BadDataError(CogpressError):
-    """The examples cannot be trained on as they are; `report` tells what was found up to there."""
+    """The examples cannot be trained on; `report` has what was found so far."""
 
     def __init__(self, text: str, report: Report) -> None:
         super().__init__(text)
         self.report = report
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_examples(path: Path, *, prompt: config.Prompt | None = None, task: config.Task = "answer") -> Reading:
+    """Read and check a file of examples and apply the prompt settings; problems are collected, not raised.
+
+    Raises:
+        CogpressError: the file cannot be read, is of no known kind or has no rows; or the template has several fields,
+            and the task is `reversed`, which asks with one text.
+    """
+    prompt = prompt or config.Prompt()
+    fields = prompts.field_names(prompt)
+    if task == "reversed" and len(fields) != 1:
+        raise CogpressError(
+            f"data.task: reversed asks with one text, but prompt.template has the fields {', '.join(fields)}. "
+            "Give it a template with one field."
+        )
+    reading = Reading([], [], [], lines=0, empty_answers=0)
+    lines = empty = 0
+    for line, item in rows(path, KEYS):
+        lines += 1
+        try:
+            if isinstance(item, BadRow):
+                raise item
+            example = example_of(item, line, task)
+            conversation = _conversation(example, prompt)
+        except EmptyAnswer:
+            empty += 1
+        except (BadRow, CogpressError) as error:
+            reading.problems.append(Problem(line, str(error).rstrip("."), path.name))
+        else:
+            reading.examples.append(example)
+            reading.conversations.append(conversation)
+    if not lines:
+        raise CogpressError(f"{path} holds no examples. Give one JSON object per line, or one Parquet row each.")
+    return replace(reading, lines=lines, empty_answers=empty)
+
+
+def _conversation(example: Example, prompt: config.Prompt) -> Conversation:
+    if example.text:
+        return Conversation(text=example.text)
+    return prompts.with_answer(example.question, prompt, example.answer)
 
 
 # --- preparing --------------------------------------------------------------------------------------------------------
@@ -171,30 +231,32 @@ def prepare(
     """Read, check, split and tokenize examples.
 
     Empty answers are left out, duplicates kept once, and chats longer than `max_length` left out: a cut answer would
-    teach the model to stop anywhere. A longer `text` is cut. Validation is `validation_path`, less the examples whose
-    prompt is also trained on, else `data.validation_share` of the examples.
+    teach the model to stop anywhere. A longer plain text is cut. Validation is `validation_path` without the prompts
+    that are also trained on, else `data.validation_share` of the examples.
 
     Args:
-        tokenizer: the base model's, whose chat template wraps the examples.
-        data: only `task` and `validation_share` are used; the files are `path` and `validation_path`.
-        max_length: the longest row, in tokens.
-        seed: chooses which examples validate.
+        path: the examples.
+        tokenizer: the base model's, with its chat template.
+        prompt: the system text and the template.
+        data: only `task` and `validation_share` are used.
+        max_length: of a row, in tokens.
+        seed: chooses the validation examples.
+        validation_path: examples to validate with.
         skip_bad: leave bad lines out instead of refusing the file.
-        stop_ids: the ids besides the tokenizer's end token on which generation stops, where the model says so.
+        stop_ids: ids on which the model stops generating, besides the tokenizer's end token.
 
     Raises:
         BadDataError: there are bad lines, or nothing is left to train on or to validate with.
         CogpressError: a file cannot be read, or the chat template cannot be trained with.
     """
-    check_task(prompt, data.task)
     report = Report(max_length=max_length)
-    stops = all_stops(tokenizer, stop_ids)
-    train = _load(path, tokenizer, prompt, data.task, stops, report)
-    validation = _load(validation_path, tokenizer, prompt, data.task, stops, report) if validation_path else []
+    ends = prompts.stops(tokenizer, stop_ids)
+    train = _load(path, tokenizer, prompt, data.task, ends, report)
+    validation = _load(validation_path, tokenizer, prompt, data.task, ends, report) if validation_path else []
     if report.problems and not skip_bad:
         raise BadDataError(_refusal(report), report)
     if not tokenizer.chat_template:
-        report.notes.append("the tokenizer has no chat template: prompt, completion and end token are simply joined")
+        report.notes.append("the tokenizer has no chat template: prompt, completion and end token are joined")
 
     train, validation = (_distinct(part, report) for part in (train, validation))
     report.lengths = [len(row.input_ids) for _, row in [*train, *validation]]
@@ -222,26 +284,31 @@ def prepare(
     )
 
 
-_Pair = tuple[Example, Row]
+_Pair = tuple[Conversation, Row]
 
 
 def _load(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
     prompt: config.Prompt,
-    task: str,
-    stops: frozenset[int],
+    task: config.Task,
+    ends: frozenset[int],
     report: Report,
 ) -> list[_Pair]:
-    """A file's usable examples with their rows, uncut; what was wrong goes into the report."""
-    reading = read(path, prompt=prompt, task=task)
+    """A file's usable examples with their rows, uncut; problems and counts go into the report."""
+    reading = read_examples(path, prompt=prompt, task=task)
+    if not tokenizer.chat_template and any(example.format == "messages" for example in reading.examples):
+        raise CogpressError(
+            "The base model's tokenizer has no chat template, so `messages` cannot be trained on. Use the "
+            "instruction-tuned variant of the model, or give examples as `prompt` and `completion`."
+        )
     pairs: list[_Pair] = []
     problems = list(reading.problems)
-    for example in reading.examples:
+    for example, conversation in zip(reading.examples, reading.conversations, strict=True):
         try:
-            pairs.append((example, tokenize(tokenizer, example, stops)))
-        except BadExample as bad:
-            problems.append(Problem(example.line, str(bad), path.name))
+            pairs.append((conversation, prompts.row(tokenizer, conversation, ends)))
+        except CogpressError as error:
+            problems.append(Problem(example.line, str(error).rstrip("."), path.name))
     report.lines += reading.lines
     report.empty_answers += reading.empty_answers
     report.problems += sorted(problems, key=lambda problem: problem.line)
@@ -270,10 +337,10 @@ def _losses(report: Report) -> str:
 
 
 def _distinct(pairs: Sequence[_Pair], report: Report) -> list[_Pair]:
-    seen: set[tuple[tuple[Turn, ...] | None, str | None]] = set()
+    seen: set[str] = set()
     kept: list[_Pair] = []
     for example, row in pairs:
-        content = (example.messages, example.text)
+        content = json.dumps([example.messages, example.text])
         if content in seen:
             report.duplicates += 1
         else:
@@ -287,7 +354,7 @@ def _fitting(pairs: Sequence[_Pair], max_length: int, report: Report) -> list[_P
     for example, row in pairs:
         if len(row.input_ids) <= max_length:
             kept.append((example, row))
-        elif example.text is not None:
+        elif not example.messages:
             report.cut += 1
             kept.append((example, Row(row.input_ids[:max_length], row.labels[:max_length])))
         else:
@@ -329,11 +396,11 @@ def _percentile(ordered: Sequence[int], share: float) -> int:
 # --- splitting --------------------------------------------------------------------------------------------------------
 
 
-def split(examples: Sequence[Example], share: float, seed: int) -> set[int]:
-    """Indices of the examples that validate: `share` of them, and never a prompt that is also trained on.
+def split(examples: Sequence[Conversation], share: float, seed: int) -> set[int]:
+    """Indices of the validation examples: `share` of them, and never a prompt that is also trained on.
 
-    Prompts that differ only in case or white space count as one. The choice depends on seed and prompts, not on the
-    order of the file. Where examples share prompts the share is met as nearly as whole groups allow.
+    Prompts that differ only in case or white space count as one. The choice depends on the seed and the prompts, not on
+    the order of the file. Examples with the same prompt stay together, so the share is met approximately.
     """
     wanted = int(share * len(examples) + 0.5)
     if share and len(examples) >= SMALLEST_SPLIT:
@@ -347,13 +414,13 @@ def split(examples: Sequence[Example], share: float, seed: int) -> set[int]:
             chosen.update(groups[prompt])
     if wanted and not chosen and len(groups) > 1:
         smallest = min(groups.values(), key=len)
-        chosen.update(smallest)  # more than asked for, at most half, and better than none
+        chosen.update(smallest)  # more than asked for, at most half, but better than none
     return chosen
 
 
-def _asked(example: Example) -> str:
-    """What makes two examples the same question."""
-    return example.text if example.text is not None else example.prompt
+def _asked(example: Conversation) -> str:
+    """The text that makes two examples the same question."""
+    return example.prompt if example.messages else example.text
 
 
 def _folded(text: str) -> str:

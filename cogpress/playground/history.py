@@ -19,6 +19,7 @@ from cogpress.errors import CogpressError
 from cogpress.playground.api.routes import GONE
 from cogpress.playground.store import parsed
 from cogpress.playground.web import Parts, Refused, answer, base_of, cursor, endpoint, place_of, read_json, stamp
+from cogpress.prompts import Question, conversation
 
 PAGE_SIZE = 50
 _PREVIEW = 200
@@ -196,24 +197,25 @@ def example(record: dict[str, Any], form: Prompt) -> dict[str, Any] | None:
     try:
         if inputs.get("messages"):
             messages = json.loads(inputs["messages"]) if isinstance(inputs["messages"], str) else inputs["messages"]
-            if system and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": system}, *messages]
+            if system:
+                messages = conversation(Question(messages=messages, system=system), form)
             # As a prompt, because the assistant's earlier answers in it are not what was rated, and must not be learnt.
             return {"prompt": messages, "completion": right}
         if inputs.get("fields"):
             fields = json.loads(inputs["fields"]) if isinstance(inputs["fields"], str) else inputs["fields"]
             if not isinstance(fields, dict):
                 return None
-            return _asked_by(system, form.render(fields), right) if system else {"prompt": fields, "completion": right}
+            return _row(Question(fields=fields, system=system), form, right)
     except (ValueError, TypeError, KeyError, IndexError, CogpressError):
         return None  # the model refused it too
     prompt = inputs.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         return None
-    return _asked_by(system, form.fill(prompt), right) if system else {"prompt": prompt, "completion": right}
+    return _row(Question(prompt, system=system), form, right)
 
 
-def _asked_by(system: str, prompt: str, right: str) -> dict[str, Any]:
-    """A row whose instructions are not the ones that training gives to all."""
-    roles = (("system", system), ("user", prompt), ("assistant", right))
-    return {"messages": [{"role": role, "content": content} for role, content in roles]}
+def _row(question: Question, form: Prompt, right: str) -> dict[str, Any]:
+    """A row of training data; a system text of its own is kept by writing the whole conversation."""
+    if not question.system:
+        return {"prompt": question.text if question.fields is None else question.fields, "completion": right}
+    return {"messages": [*conversation(question, form), {"role": "assistant", "content": right}]}

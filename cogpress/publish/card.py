@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cogpress import prompts
 from cogpress.config import Config, Prompt
 from cogpress.publish.licence import Licence, Origin
 
@@ -138,7 +139,7 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    fields = facts.prompt.fields
+    fields = prompts.field_names(facts.prompt)
     named = ", ".join(f"`{name}`" for name in fields)
     several = f" Its fields are {named}; write a list with one item a line." if len(fields) > 1 else ""
     return "\n\n".join(
@@ -168,17 +169,19 @@ def _literal(text: str) -> str:
 
 def _asking(facts: CardFacts) -> list[str]:
     """Python that fills the template and makes the messages or text for the model."""
-    system, template = facts.prompt.system, facts.prompt.template
-    values = ", ".join(f'{name}="..."' for name in facts.prompt.fields)
-    lines = [f"template = {_literal(template)}", f"prompt = template.format({values})"]
+    values = ", ".join(f'{name}="..."' for name in prompts.field_names(facts.prompt))
+    lines = [f"template = {_literal(facts.prompt.template)}", f"prompt = template.format({values})"]
+    mark = "\0"  # stands for the variable `prompt`
+    asked = prompts.conversation(prompts.Question(messages=[{"role": "user", "content": mark}]), facts.prompt)
     if not facts.has_chat_template:
-        before = _literal(system + "\n\n")
-        # Without a chat template the system text comes first, then a blank line.
-        return [*lines, f"prompt = {before} + prompt"] if system else lines
-    if system:
-        first = f'{{"role": "system", "content": {_literal(system)}}}'
-        return [*lines, f'messages = [{first}, {{"role": "user", "content": prompt}}]']
-    return [*lines, 'messages = [{"role": "user", "content": prompt}]']
+        before = prompts.plain_prompt(asked).removesuffix(mark)
+        return [*lines, f"prompt = {_literal(before)} + prompt"] if before else lines
+    contents = ["prompt" if message["content"] == mark else _literal(message["content"]) for message in asked]
+    messages = [
+        f'{{"role": {_literal(message["role"])}, "content": {content}}}'
+        for message, content in zip(asked, contents, strict=True)
+    ]
+    return [*lines, f"messages = [{', '.join(messages)}]"]
 
 
 def transformers_snippet(facts: CardFacts) -> str:

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cogpress.config import Config, Prompt
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
-from cogpress.prompts import encode_prompt
+from cogpress.prompts import Conversation, encode_prompt
 from cogpress.push import cases
 from cogpress.replicate.api import Replicate, text_of
 from cogpress.serve import model as serving
@@ -26,9 +26,6 @@ from cogpress.verify import distributions, parity
 from cogpress.verify import run as verify
 from cogpress.verify.report import Check
 from cogpress.weights import base, fetch, manifest
-
-if TYPE_CHECKING:
-    from cogpress.data.example import Example
 
 NEEDED = ("messages", "system_prompt", "temperature", "max_tokens", "logprobs")
 """Inputs without which the check can not be made."""
@@ -51,7 +48,7 @@ class Reference:
     """
 
     folder: Path
-    examples: list[Example]
+    examples: list[Conversation]
     scheme: str
     answers: list[str] | None
 

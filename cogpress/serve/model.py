@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogpress import config, source
-from cogpress import prompts as chat
+from cogpress import config, prompts, source
 from cogpress.engines import base as engine
 from cogpress.engines.base import DEAD, Adapter, Delta, Sampling
 from cogpress.errors import CogpressError
@@ -86,30 +85,7 @@ class Server:
         Raises:
             CogpressError: nothing was asked, the JSON of an input is not as described, or the chat template refuses.
         """
-        return chat.encode_prompt(
-            tokenizer or self.tokenizer,
-            self.chat(request, prompt or self.prompt),
-            tools=inputs.tools(request.tools),
-            thinking=request.thinking,
-        )
-
-    def chat(self, request: Request, form: config.Prompt) -> list[dict[str, Any]]:
-        """The conversation that a request asks to continue: `messages` win over `fields`, these over `prompt`."""
-        system = form.system if request.system_prompt is None else request.system_prompt
-        if request.messages:
-            messages = inputs.messages(request.messages)
-            if system and messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": system})
-            return messages
-        prompt = form.fill(request.prompt) if request.prompt.strip() else ""
-        if request.fields:
-            fields = inputs.read_json(request.fields, "fields")
-            if not isinstance(fields, dict):
-                raise CogpressError('fields must be a JSON object, such as {"question": "..."}.')
-            prompt = form.render(fields)
-        if not prompt.strip():
-            raise CogpressError("There is nothing to answer: prompt, messages and fields are all empty. Give one.")
-        return chat.chat(prompt, system)
+        return prompts.encode(tokenizer or self.tokenizer, inputs.question(request), prompt or self.prompt)
 
     async def answer(self, given: Mapping[str, Any], record: Record, *, stream: bool = True) -> AsyncIterator[str]:
         """Check a request and stream its answer.

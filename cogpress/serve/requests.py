@@ -1,7 +1,4 @@
-"""A prediction's inputs, which are texts and numbers, to what is meant by them; refused with a sentence where unclear.
-
-Knows what each input may hold; leaves bounds of single numbers to Cog, templates to `chat` and tokens to the engine.
-"""
+"""A prediction's inputs as a typed request; Cog checks the bounds of single numbers before."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogpress.engines.base import Sampling, Structure
 from cogpress.errors import CogpressError
+from cogpress.prompts import Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,12 +18,12 @@ if TYPE_CHECKING:
 ROLES = ("system", "user", "assistant", "tool")
 
 MAX_BIASES = 1024
-"""Entries of `logit_bias`."""
+"""Most entries of `logit_bias`."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the model is asked; exactly one of prompt, fields and messages is used. JSON as users typed it."""
+    """What the model is asked, as typed: JSON inputs are text. `question` parses them."""
 
     prompt: str = ""
     system_prompt: str | None = None
@@ -37,10 +35,10 @@ class Request:
 
 
 def read(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Request, Sampling]:
-    """What is asked and how tokens are chosen, from a prediction's inputs by name; those not given have no effect.
+    """The request and the sampling options in a prediction's inputs, by name; None counts as not given.
 
     Raises:
-        CogpressError: an input is not as described.
+        CogpressError: an input is malformed.
     """
     values = {name: value for name, value in given.items() if value is not None}
     asked = {name: values[name] for name in Request.__dataclass_fields__ if name in values}
@@ -58,14 +56,35 @@ _PLAIN = (
     *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "seed", "logprobs"),
 )
-"""The inputs that are `Sampling`'s as they are."""
+"""The inputs that `Sampling` takes unchanged."""
+
+
+def question(request: Request) -> Question:
+    """The question in a request: `messages` win over `fields`, `fields` over `prompt`.
+
+    Raises:
+        CogpressError: an input is malformed.
+    """
+    fields = None
+    if request.fields and not request.messages:
+        fields = read_json(request.fields, "fields")
+        if not isinstance(fields, dict):
+            raise CogpressError('fields must be a JSON object, such as {"question": "..."}.')
+    return Question(
+        request.prompt,
+        fields,
+        messages(request.messages) if request.messages else (),
+        request.system_prompt,
+        tools(request.tools),
+        request.thinking,
+    )
 
 
 def read_json(text: str, name: str) -> Any:
-    """JSON that a user typed.
+    """Parse JSON that a user typed.
 
     Raises:
-        CogpressError: it is none; says where it stops being JSON.
+        CogpressError: it is not JSON; says where.
     """
 
     def constant(word: str) -> Any:
@@ -78,17 +97,17 @@ def read_json(text: str, name: str) -> Any:
 
 
 def messages(text: str) -> list[dict[str, Any]]:
-    """A conversation to continue: checked turns with nothing else in them than the fields that chat templates know.
+    """A conversation to continue, reduced to the keys that chat templates know.
 
     Raises:
-        CogpressError: naming the message that is not as described.
+        CogpressError: a message is malformed; names it.
     """
     found = read_json(text, "messages")
     if not isinstance(found, list) or not found:
         raise CogpressError('messages must be a non-empty JSON list of {"role": ..., "content": ...}.')
     checked = [_message(at, message) for at, message in enumerate(found, 1)]
     if checked[-1]["role"] not in ("user", "tool"):
-        raise CogpressError("The last message must be the user's or a tool's, which is the one to answer.")
+        raise CogpressError("The last message must be the user's or a tool's: it is the one to answer.")
     return checked
 
 
@@ -118,7 +137,7 @@ def _call(at: int, call: Any) -> dict[str, Any]:
             f'Message {at}: each of its tool_calls must be {{"function": {{"name": ..., "arguments": ...}}}}.'
         )
     arguments = function.get("arguments", {})
-    # OpenAI's clients send arguments as a text of JSON, and templates write an object.
+    # OpenAI's clients send arguments as JSON text; templates write an object.
     arguments = read_json(arguments, f"arguments in message {at}") if isinstance(arguments, str) else arguments
     kept: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": call["id"], **kept} if isinstance(call.get("id"), str) else kept
@@ -128,7 +147,7 @@ def tools(text: str | None) -> list[dict[str, Any]]:
     """Functions that the model may call, as OpenAI's API describes them.
 
     Raises:
-        CogpressError: it is not a list of such descriptions.
+        CogpressError: the list or a description is malformed.
     """
     if not text or not text.strip():
         return []
@@ -146,7 +165,7 @@ def stops(text: str) -> list[str]:
     """Stop sequences: one text, or a JSON list of texts.
 
     Raises:
-        CogpressError: it starts like a list and is not one of non-empty texts.
+        CogpressError: a JSON list with something other than non-empty texts.
     """
     if not text.lstrip().startswith("["):
         return [text] if text else []
@@ -160,10 +179,10 @@ def stops(text: str) -> list[str]:
 
 
 def structure(json_schema: str | None, regex: str | None, choices: str | None, grammar: str | None) -> Structure | None:
-    """What the answer must look like; None where nothing was asked for.
+    """The form that the answer must have; None for any.
 
     Raises:
-        CogpressError: two were asked for, or one is not as described.
+        CogpressError: more than one is given, or one is malformed.
     """
     given = {
         name: text
@@ -173,7 +192,7 @@ def structure(json_schema: str | None, regex: str | None, choices: str | None, g
     if not given:
         return None
     if len(given) > 1:
-        raise CogpressError(f"Only one form can be asked for, and {' and '.join(given)} are given. Leave one.")
+        raise CogpressError(f"{' and '.join(given)} are given, but an answer can have only one form. Keep one.")
     [(name, text)] = given.items()
     if name == "json_schema":
         schema = read_json(text, name)
@@ -189,10 +208,10 @@ def structure(json_schema: str | None, regex: str | None, choices: str | None, g
 
 
 def logit_bias(text: str | None, tokenizer: PreTrainedTokenizerBase) -> dict[int, float]:
-    """What to add to the logits of some tokens, by token id. Users name a token by its id or by its text.
+    """What is added to the logits of tokens, by token id. Users name a token by its id or its text.
 
     Raises:
-        CogpressError: a text is not one token, an id is none of the model's, or a bias is no number of -100 to 100.
+        CogpressError: a text is not one token, an id is beyond the vocabulary, or a bias is outside -100 to 100.
     """
     if not text or not text.strip():
         return {}
@@ -211,7 +230,7 @@ def _token(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
     size = len(tokenizer)
     if name.isascii() and name.isdigit() and len(name) < 10:
         if int(name) >= size:
-            raise CogpressError(f"logit_bias names the token {name}, and the model has {size:,}.")
+            raise CogpressError(f"logit_bias names token {name}, but the model has {size:,}.")
         return int(name)
     ids: list[int] = tokenizer(name, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) != 1:

@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cogpress.data.example import Example
 from cogpress.files import write_json
-from cogpress.prompts import encode_prompt
+from cogpress.prompts import Conversation, encode_prompt
 from cogpress.weights import base
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def generate(
 def compare(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: Sequence[Conversation],
     run: Path,
     console: Console,
     *,
@@ -66,7 +65,7 @@ def compare(
         console: where the table goes.
         count: how many examples are shown.
     """
-    shown = [example for example in examples if example.messages is not None][:count]
+    shown = [example for example in examples if example.messages][:count]
     if not shown:
         return []
     prompts = [encode_prompt(tokenizer, example.asked) for example in shown]

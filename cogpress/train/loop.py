@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
-from cogpress.data.tokenize import Row
+from cogpress.prompts import Row
 
 _WINDOW = 32
 """Batches sorted by length together: enough to leave little padding, few enough to stay random."""

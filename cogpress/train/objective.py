@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cogpress.data.tokenize import NO_LOSS, Row
+from cogpress.prompts import NO_LOSS, Row
 
 
 class Collator:

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogpress.data.tokenize import NO_LOSS
+from cogpress.prompts import NO_LOSS
 from cogpress.weights import base, manifest
 
 if TYPE_CHECKING:
     import torch
 
-    from cogpress.data.tokenize import Row
+    from cogpress.prompts import Row
 
 BATCH_TOKENS = 2048
 """Tokens per forward pass, padding included."""

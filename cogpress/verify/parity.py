@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogpress.config import Serve
-from cogpress.data.tokenize import NO_LOSS, Row
 from cogpress.errors import CogpressError
+from cogpress.prompts import NO_LOSS, Row
 from cogpress.verify import distributions
 from cogpress.verify.distributions import Scored
 from cogpress.weights import base
 
 if TYPE_CHECKING:
     from cogpress.engines.base import Engine
+    from cogpress.prompts import Row
 
 STREAMS = 16
 """Answers at once when total throughput is measured."""

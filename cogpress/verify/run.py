@@ -17,12 +17,11 @@ from rich.console import Console
 
 from cogpress.cli import progress_bar, step
 from cogpress.config import Config, Prompt, Verify
-from cogpress.data import read as reading
-from cogpress.data import tokenize
+from cogpress.data.prepare import read_examples
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
 from cogpress.merge import merge
-from cogpress.prompts import encode_prompt
+from cogpress.prompts import Conversation, Row, encode_prompt, rows, stops
 from cogpress.serve import model as serving
 from cogpress.train import run as training
 from cogpress.train.answers import generate
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from cogpress.data.example import Example
-    from cogpress.data.tokenize import Row
     from cogpress.merge.adapter import LoraAdapter
 
 Score = Callable[[str, str], bool]
@@ -84,7 +81,7 @@ class _Case:
     facts: dict[str, Any]
     scheme: str
     limits: Limits
-    examples: list[Example]
+    examples: list[Conversation]
     rows: list[Row]
     tokenizer: PreTrainedTokenizerBase
     console: Console
@@ -206,7 +203,6 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
     scheme = (facts.get("compression") or {}).get("scheme", "none")
     tokenizer = base.tokenizer(base_folder)
     examples = held_out(config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]))
-    rows = tokenize.rows(tokenizer, examples, base.stop_ids(base_folder))
     return _Case(
         config=config,
         weights=weights,
@@ -217,7 +213,7 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
         scheme=scheme,
         limits=limits(config.verify, scheme),
         examples=examples,
-        rows=rows,
+        rows=rows(tokenizer, examples, base.stop_ids(base_folder)),
         tokenizer=tokenizer,
         console=console,
     )
@@ -252,21 +248,21 @@ def find_run(root: Path, weights: Path, facts: dict[str, Any]) -> Path:
     )
 
 
-def held_out(settings: Verify, root: Path, run: Path, prompt: Prompt) -> list[Example]:
+def held_out(settings: Verify, root: Path, run: Path, prompt: Prompt) -> list[Conversation]:
     """The examples to verify with: those of `verify.examples`, or those that the run held out.
 
     Raises:
         CogpressError: there are none, or lines are bad.
     """
     if settings.examples:
-        held = reading.read(root / settings.examples, prompt=prompt)
+        held = read_examples(root / settings.examples, prompt=prompt)
         if held.problems:
             raise CogpressError(f"verify.examples: {held.problems[0]}. Correct it.")
     elif (run / HELD_OUT).is_file():
-        held = reading.read(run / HELD_OUT, prompt=Prompt())
+        held = read_examples(run / HELD_OUT, prompt=Prompt())
     else:
         raise CogpressError(f"{run} has no {HELD_OUT}. Name held-out examples with verify.examples in model.yaml.")
-    found = [example for example in held.examples if example.messages][: settings.rows]
+    found = [example for example in held.conversations if example.messages][: settings.rows]
     if not found:
         raise CogpressError("There are no held-out examples. Name some with verify.examples in model.yaml.")
     return found
@@ -323,7 +319,7 @@ def _outside(case: _Case) -> list[Check]:
     return checks
 
 
-def _or_none(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int] | None:
+def _or_none(tokenizer: PreTrainedTokenizerBase, example: Conversation) -> list[int] | None:
     try:
         return encode_prompt(tokenizer, example.asked)
     except CogpressError:
@@ -448,12 +444,12 @@ def _reference_answers(case: _Case, run: Path, scored: Sequence[distributions.Sc
             return list(saved["answers"])
     except (FileNotFoundError, ValueError, KeyError):
         pass
-    stops = tokenize.all_stops(case.tokenizer, base.stop_ids(case.base))
+    ends = stops(case.tokenizer, base.stop_ids(case.base))
     answers = {
         at: str(case.tokenizer.decode(answer, skip_special_tokens=True)).strip()
         for at, (prompt, row, one) in enumerate(zip(prompts, case.rows, scored, strict=True))
         if (answer := parity.expected_answer(prompt, row))
-        and answer[-1] in stops
+        and answer[-1] in ends
         and all(one.most_likely[-len(answer) :])
     }
     others = [at for at in range(len(prompts)) if at not in answers]

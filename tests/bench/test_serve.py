@@ -21,6 +21,7 @@ from bench import batch, serve, serve_report, servers, speculative, workloads
 from cogpress import config, plots
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
+from cogpress.prompts import Question, conversation
 from cogpress.serve import model as serving
 from cogpress.setup import environment
 from examples import questions
@@ -237,7 +238,9 @@ def test_a_comparison_asks_all_sides_the_same_and_writes_what_it_found(
     assert inputs[20:] == [request.body["input"] for request in third][20:]
     prompt = config.load(ROOT / "model.yaml").prompt
     asked = [request.body["messages"][-1]["content"] for request in comparison.vllm.requests]
-    assert asked[20:] == [prompt.render(json.loads(one["fields"])) for one in inputs[20:]]
+    assert asked[20:] == [
+        conversation(Question(fields=json.loads(one["fields"])), prompt)[-1]["content"] for one in inputs[20:]
+    ]
     assert len(set(asked)) == len(asked) == 20 + 2 * 12, "after the warm-up, two rounds of different questions"
     out = comparison.folder / "out"
     assert json.loads((out / "serve.json").read_text()) == json.loads(json.dumps(report))

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cogpress import config, plots
 from cogpress.data import prepare as data
-from cogpress.data.read import read
+from cogpress.data.prepare import read_examples
 from cogpress.errors import CogpressError
 from tests.standins.chatexamples import Write, learnt, messages, numbered, pair
 
@@ -67,11 +67,7 @@ def test_what_is_counted_and_left_out(write: Write, prepare: Callable[..., data.
     assert (report.lines, report.empty_answers, report.duplicates) == (9, 2, 2)
     assert (report.too_long, report.no_room, report.cut) == (2, 1, 1)
     assert report.formats == {"prompt/completion": 5, "text": 1, "messages": 1}
-    assert (
-        [example.line for example in prepared.train_examples]
-        == [1, 4, 9]
-        == [example.line for example in prepared.train_examples[: len(prepared.train)]]
-    )
+    assert [example.answer for example in prepared.train_examples] == ["1", "I", "word " * 300]
     assert len(prepared.train[2].input_ids) == 256 == len(prepared.train[2].labels)
     assert report.train == 3
     assert report.validation == 0
@@ -124,26 +120,26 @@ def test_a_report_of_nothing_has_a_table() -> None:
 
 
 def test_the_split_depends_on_seed_and_prompts_alone(write: Write) -> None:
-    examples = read(write(*numbered(200))).examples
+    examples = read_examples(write(*numbered(200))).conversations
     chosen = data.split(examples, 0.1, 3)
     assert len(chosen) == 20
     assert chosen == data.split(examples, 0.1, 3) != data.split(examples, 0.1, 4)
     shuffled = random.Random(1).sample(examples, len(examples))
     prompts = {examples[index].prompt for index in chosen}
     assert {shuffled[index].prompt for index in data.split(shuffled, 0.1, 3)} == prompts
-    other_answers = read(write(*[row | {"completion": "?"} for row in numbered(200)])).examples
+    other_answers = read_examples(write(*[row | {"completion": "?"} for row in numbered(200)])).conversations
     assert data.split(other_answers, 0.1, 3) == chosen
 
 
 @pytest.mark.parametrize(("count", "share", "expected"), [(20, 0.01, 1), (19, 0.01, 0), (4, 0.5, 2), (100, 0.0, 0)])
 def test_how_many_validate(write: Write, count: int, share: float, expected: int) -> None:
-    assert len(data.split(read(write(*numbered(count))).examples, share, 0)) == expected
+    assert len(data.split(read_examples(write(*numbered(count))).conversations, share, 0)) == expected
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_equal_prompts_stay_together(write: Write, seed: int) -> None:
     rows = [pair(f"{'Question' if n % 2 else 'question '} {n // 3}", f"answer {n}") for n in range(90)]
-    examples = read(write(*rows)).examples
+    examples = read_examples(write(*rows)).conversations
     chosen = data.split(examples, 0.2, seed)
     sides = [{" ".join(e.prompt.casefold().split()) for i, e in enumerate(examples) if (i in chosen) is side}
              for side in (True, False)]  # fmt: skip

@@ -13,9 +13,9 @@ import pyarrow.parquet
 import pytest
 
 from cogpress import config
-from cogpress.data.example import Example
-from cogpress.data.read import Reading, read
+from cogpress.data.prepare import Reading, read_examples
 from cogpress.errors import CogpressError
+from cogpress.prompts import Conversation
 from tests.standins.chatexamples import Write, messages, pair
 
 if TYPE_CHECKING:
@@ -24,21 +24,26 @@ if TYPE_CHECKING:
 
 def problem(path: Path, **options: Any) -> str:
     """The one problem a file has."""
-    (found,) = read(path, **options).problems
+    (found,) = read_examples(path, **options).problems
     return found.reason
 
 
-def only(reading: Reading) -> Example:
+def only(reading: Reading) -> Conversation:
     assert not reading.problems
-    (example,) = reading.examples
-    return example
+    (conversation,) = reading.conversations
+    return conversation
+
+
+def system_of(conversation: Conversation) -> str:
+    assert conversation.messages[0]["role"] == "system"
+    return str(conversation.messages[0]["content"])
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_four_formats_in_one_file(write: Write) -> None:
-    reading = read(
+    reading = read_examples(
         write(
             {"messages": messages("Hi", "Hello", "Bye", "So long", system="Be kind"), "id": 7},
             pair(source="somewhere"),
@@ -54,22 +59,23 @@ def test_the_four_formats_in_one_file(write: Write) -> None:
     assert [example.format for example in reading.examples] == [
         "messages", "prompt/completion", "prompt/completion", "alpaca", "alpaca", "alpaca", "text"
     ]  # fmt: skip
-    conversation, simple, listed, alpaca, empty_input, no_input, text = reading.examples
-    assert (conversation.system, conversation.answer) == ("Be kind", "So long")
+    assert [example.line for example in reading.examples] == [1, 2, 3, 4, 5, 6, 7]
+    conversation, simple, listed, alpaca, empty_input, no_input, text = reading.conversations
+    assert (system_of(conversation), conversation.answer) == ("Be kind", "So long")
     assert conversation.prompt == "Hi\n\nHello\n\nBye"
     assert conversation.asked[-1] == {"role": "user", "content": "Bye"}
-    assert (simple.prompt, simple.answer, simple.line) == ("What is two and two?", "Four.", 2)
+    assert (simple.prompt, simple.answer) == ("What is two and two?", "Four.")
     assert (listed.prompt, listed.answer) == ("Hi", "Hello")
     assert (alpaca.prompt, alpaca.answer) == ("Add\n\n2, 2", "4")
     assert empty_input.messages == no_input.messages
-    assert text.messages is None
+    assert text.messages == ()
     assert text.answer == "Once upon a time"
     assert text.prompt == ""
     assert text.asked == []
 
 
 def test_a_null_is_no_key(write: Write) -> None:
-    example = only(read(write({"messages": None, "prompt": "Hi", "completion": "Hello", "text": None})))
+    [example] = read_examples(write({"messages": None, "prompt": "Hi", "completion": "Hello", "text": None})).examples
     assert example.format == "prompt/completion"
 
 
@@ -100,6 +106,9 @@ def test_a_null_is_no_key(write: Write) -> None:
         (pair(completion={"a": 1}), "completion is an object and not a string"),
         (pair("  \n"), "the prompt is empty"),
         (pair({"topic": "tea"}), "fields are prompt; the input lacks prompt"),
+        (pair({"prompt": " "}), "nothing to answer"),
+        (pair({"prompt": ["a\0b"]}), "prompt.prompt[0] contains a NUL"),
+        (pair({"prompt": "\ud800"}), "prompt.prompt contains half of a surrogate pair"),
         ({"instruction": "", "output": "Hello"}, "instruction is empty"),
         ({"instruction": "Hi", "input": 3, "output": "Hello"}, "input is a number and not a string"),
         ({"messages": "Hi"}, "messages is a string and not a list"),
@@ -119,7 +128,7 @@ def test_a_null_is_no_key(write: Write) -> None:
     ],
 )
 def test_a_bad_line_is_named_with_its_reason(write: Write, line: Any, reason: str) -> None:
-    reading = read(write(pair(), line, pair()))
+    reading = read_examples(write(pair(), line, pair()))
     (found,) = reading.problems
     assert reason in found.reason
     assert found.line == 2
@@ -135,12 +144,12 @@ def test_tools_may_answer_between(write: Write) -> None:
         {"role": "tool", "content": "sun"},
         {"role": "assistant", "content": "Sun."},
     ]
-    assert only(read(write({"messages": turns}))).answer == "Sun."
+    assert only(read_examples(write({"messages": turns}))).answer == "Sun."
 
 
 def test_a_line_of_many_megabytes_is_refused_and_the_next_read(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cogpress.data.read.MAX_LINE_BYTES", 2**20)
-    reading = read(write({"text": "a" * 3 * 2**20}, pair(), b"{" * 2**21, pair("Last")))
+    reading = read_examples(write({"text": "a" * 3 * 2**20}, pair(), b"{" * 2**21, pair("Last")))
     assert [(found.line, found.reason) for found in reading.problems] == [
         (1, "longer than 1 MiB"),
         (3, "longer than 1 MiB"),
@@ -154,8 +163,9 @@ def test_a_line_of_many_megabytes_is_refused_and_the_next_read(write: Write, mon
 def test_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "examples.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \r\n{"text": "b\xc3\xa9"}')
-    reading = read(path)
-    assert [(example.answer, example.line) for example in reading.examples] == [("a", 1), ("bé", 4)]
+    reading = read_examples(path)
+    assert [one.answer for one in reading.conversations] == ["a", "bé"]
+    assert [example.line for example in reading.examples] == [1, 4]
     assert reading.lines == 2
     assert not reading.problems
 
@@ -163,32 +173,32 @@ def test_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path: Path) -> No
 def test_line_separators_in_text_do_not_end_a_line(tmp_path: Path) -> None:
     path = tmp_path / "examples.jsonl"
     path.write_text('{"text": "a\u2028b\x85c"}\n', encoding="utf-8")
-    assert only(read(path)).answer == "a\u2028b\x85c"
+    assert only(read_examples(path)).answer == "a\u2028b\x85c"
 
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_json_list(tmp_path: Path, indent: int | None) -> None:
     path = tmp_path / "examples.json"
     path.write_text("\n " + json.dumps([pair(), 3, pair("Again")], indent=indent))
-    reading = read(path)
+    reading = read_examples(path)
     assert [example.line for example in reading.examples] == [1, 3]
     assert [(found.line, found.reason) for found in reading.problems] == [(2, "a number and not a JSON object")]
 
 
 def test_json_lines_named_json(write: Write) -> None:
-    assert len(read(write(pair(), pair(), name="examples.json")).examples) == 2
+    assert len(read_examples(write(pair(), pair(), name="examples.json")).examples) == 2
 
 
 def test_a_broken_json_list(write: Write) -> None:
     with pytest.raises(CogpressError, match=r"begins as a JSON list and is not JSON: .*line 2 column 1"):
-        read(write(b'[{"text": "a"},', name="examples.json"))
+        read_examples(write(b'[{"text": "a"},', name="examples.json"))
 
 
 @pytest.mark.parametrize("name", ["examples.jsonl.gz", "examples.json.gz", "examples.jsonl"])
 def test_gzip(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(gzip.compress(json.dumps(pair()).encode() + b"\n"))
-    assert only(read(path)).answer == "Four."
+    assert only(read_examples(path)).answer == "Four."
 
 
 @pytest.mark.parametrize("kept", [30, 60])
@@ -196,7 +206,7 @@ def test_broken_gzip(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "examples.jsonl.gz"
     path.write_bytes(gzip.compress(random.Random(0).randbytes(1000))[:kept])
     with pytest.raises(CogpressError, match=r"cannot be read"):
-        read(path)
+        read_examples(path)
 
 
 @pytest.mark.parametrize(
@@ -217,15 +227,15 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, sa
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(CogpressError, match=said) as raised:
-        read(path)
+        read_examples(path)
     assert name in str(raised.value)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(CogpressError, match="does not exist"):
-        read(tmp_path / "nothing.jsonl")
+        read_examples(tmp_path / "nothing.jsonl")
     with pytest.raises(CogpressError, match="is not a file"):
-        read(tmp_path)
+        read_examples(tmp_path)
 
 
 def test_parquet_with_mixed_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +248,7 @@ def test_parquet_with_mixed_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         {"prompt": None, "completion": None, "messages": None, "text": "Once", "id": 4},
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    reading = read(path)
+    reading = read_examples(path)
     assert [(example.format, example.line) for example in reading.examples] == [
         ("prompt/completion", 1), ("messages", 2), ("text", 4)
     ]  # fmt: skip
@@ -249,23 +259,23 @@ def test_parquet_text_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "examples.parquet"
     column = pyarrow.array([b"good", b"\xff\xfe", b"fine"], pyarrow.binary())
     pyarrow.parquet.write_table(pyarrow.table({"text": column.view(pyarrow.string())}), path)
-    reading = read(path)
+    reading = read_examples(path)
     assert [(found.line, found.reason) for found in reading.problems] == [(2, "not UTF-8")]
-    assert [example.answer for example in reading.examples] == ["good", "fine"]
+    assert [one.answer for one in reading.conversations] == ["good", "fine"]
 
 
 def test_parquet_without_a_known_column(tmp_path: Path) -> None:
     path = tmp_path / "examples.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"question": ["a"], "answer": ["b"]}), path)
     with pytest.raises(CogpressError, match=r"none of the columns .*; it has 'question', 'answer'"):
-        read(path)
+        read_examples(path)
 
 
 def test_parquet_without_rows(tmp_path: Path) -> None:
     path = tmp_path / "examples.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
     with pytest.raises(CogpressError, match="holds no examples"):
-        read(path)
+        read_examples(path)
 
 
 # --- prompt and task --------------------------------------------------------------------------------------------------
@@ -273,8 +283,8 @@ def test_parquet_without_rows(tmp_path: Path) -> None:
 
 def test_the_system_text_goes_before_messages_that_have_none(write: Write) -> None:
     path = write({"messages": messages("Hi", "Hello", system="Mine")}, pair(), {"messages": messages("Hi", "Hello")})
-    own, simple, conversation = read(path, prompt=config.Prompt(system="Be brief.")).examples
-    assert [example.system for example in (own, simple, conversation)] == ["Mine", "Be brief.", "Be brief."]
+    own, simple, conversation = read_examples(path, prompt=config.Prompt(system="Be brief.")).conversations
+    assert [system_of(one) for one in (own, simple, conversation)] == ["Mine", "Be brief.", "Be brief."]
 
 
 @pytest.mark.parametrize("content", ['{"text": "a"}\n{"text": "b"}\n', '[{"text": "a"}, {"text": "b"}]'])
@@ -282,18 +292,18 @@ def test_a_file_without_a_suffix_is_told_by_its_content(tmp_path: Path, content:
     """Cog downloads a training's file to such a name."""
     path = tmp_path / "tmpfile"
     path.write_text(content)
-    assert [example.text for example in read(path).examples] == ["a", "b"]
+    assert [one.text for one in read_examples(path).conversations] == ["a", "b"]
 
 
 def test_the_template_is_filled_as_the_server_fills_it(write: Write) -> None:
     one = config.Prompt(template="Q: {question}")
     several = config.Prompt(template="{a} of {b}")
     path = write(pair("Why?"), pair({"question": "Why?"}), {"instruction": "Why?", "output": "So."})
-    assert [example.prompt for example in read(path, prompt=one).examples] == ["Q: Why?"] * 3
+    assert [one.prompt for one in read_examples(path, prompt=one).conversations] == ["Q: Why?"] * 3
     path = write(pair({"a": "tea", "b": ["x", "y"]}), pair("as it is"))
-    assert [example.prompt for example in read(path, prompt=several).examples] == ["tea of x\ny", "as it is"]
+    assert [one.prompt for one in read_examples(path, prompt=several).conversations] == ["tea of x\ny", "as it is"]
     path = write({"messages": messages("Hi", "Hello")})
-    assert only(read(path, prompt=one)).prompt == "Hi", "a chat is taken as it is"
+    assert only(read_examples(path, prompt=one)).prompt == "Hi", "a chat is taken as it is"
 
 
 def test_reversed_swaps_question_and_answer(write: Write) -> None:
@@ -302,16 +312,18 @@ def test_reversed_swaps_question_and_answer(write: Write) -> None:
         {"messages": messages("Name a tea", "Assam", system="Be brief.")},
         {"instruction": "Name", "input": "tea", "output": "Assam"},
     )
-    simple, conversation, alpaca = read(path, prompt=config.Prompt(template="<{it}>"), task="reversed").examples
+    form = config.Prompt(template="<{it}>")
+    simple, conversation, alpaca = read_examples(path, prompt=form, task="reversed").conversations
     assert (simple.prompt, simple.answer) == ("<Assam>", "Name a tea")
-    assert (conversation.prompt, conversation.answer, conversation.system) == ("<Assam>", "Name a tea", "Be brief.")
+    assert (conversation.prompt, conversation.answer) == ("<Assam>", "Name a tea")
+    assert system_of(conversation) == "Be brief."
     assert (alpaca.prompt, alpaca.answer) == ("<Assam>", "Name\n\ntea")
 
 
 @pytest.mark.parametrize(
     ("item", "reason"),
     [
-        ({"messages": messages("a", "b", "c", "d")}, "several turns cannot be learnt reversed"),
+        ({"messages": messages("a", "b", "c", "d")}, "several turns cannot be learned reversed"),
         ({"text": "Once"}, "text has no prompt"),
         (pair({"prompt": "a"}), "object of fields"),
     ],
@@ -322,4 +334,4 @@ def test_what_cannot_be_reversed(write: Write, item: dict[str, Any], reason: str
 
 def test_reversed_needs_one_field(write: Write) -> None:
     with pytest.raises(CogpressError, match="fields a, b"):
-        read(write(pair()), prompt=config.Prompt(template="{a}{b}"), task="reversed")
+        read_examples(write(pair()), prompt=config.Prompt(template="{a}{b}"), task="reversed")

@@ -48,8 +48,7 @@ class Asked:
 
     def prompt(self, text: str, adapter: str | None = None, **fields: Any) -> list[int]:
         form = self.ready[adapter].prompt if adapter else config.Prompt()
-        filled = form.render(fields) if fields else form.fill(text)
-        return prompts.encode_prompt(self.tokenizer, prompts.chat(filled, form.system))
+        return prompts.encode(self.tokenizer, prompts.Question(text, fields or None), form)
 
     async def deltas(self, prompt: list[int], sampling: Sampling, adapter: str | None = None) -> list[Delta]:
         await self.engine.check(sampling)

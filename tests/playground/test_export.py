@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from cogpress import config
-from cogpress.data import read as reading
-from cogpress.data.example import Example
+from cogpress.data.prepare import read_examples
 from cogpress.playground.history import example
 from cogpress.playground.store import Store
+from cogpress.prompts import Conversation
 from tests.standins.localreplicate import Local
 
 FORM = config.Prompt(system="Answer in SQL.", template="Columns: {columns}\nQuestion: {question}")
@@ -48,11 +48,15 @@ def rated(inputs: dict[str, Any], rating: str = "good", **more: Any) -> dict[str
     return {"input": inputs, **known, **more}
 
 
-def read(path: Path, rows: list[dict[str, Any]]) -> list[Example]:
+def read(path: Path, rows: list[dict[str, Any]]) -> list[Conversation]:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    found = reading.read(path, prompt=FORM)
+    found = read_examples(path, prompt=FORM)
     assert found.problems == []
-    return found.examples
+    return found.conversations
+
+
+def turns(conversation: Conversation) -> tuple[tuple[str, str], ...]:
+    return tuple((one["role"], one["content"]) for one in conversation.messages)
 
 
 @pytest.mark.parametrize(("inputs", "asked"), CASES)
@@ -60,9 +64,9 @@ def test_a_row_is_learnt_as_it_was_asked(inputs: dict[str, Any], asked: Any, tmp
     row = example(rated(inputs), FORM)
     assert row is not None
     [found] = read(tmp_path / "rated.jsonl", [row])
-    assert found.messages == (*asked, ("assistant", "SELECT 1"))
+    assert turns(found) == (*asked, ("assistant", "SELECT 1"))
     if "messages" in inputs:
-        assert found.context == len(asked)  # the answers before the one that was rated are not learnt
+        assert found.given == len(asked)  # the answers before the one that was rated are not learnt
 
 
 def test_only_what_is_right_is_learnt(tmp_path: Path) -> None:
@@ -113,7 +117,7 @@ def test_the_export_is_a_file_that_training_reads(tmp_path: Path) -> None:
             answer = local.ask("GET", f"/playground/api/export?rating={rating}")
             assert answer.headers["x-left-out"] == str(left_out)
             (tmp_path / "rated.jsonl").write_bytes(answer.content)
-            found = reading.read(tmp_path / "rated.jsonl", prompt=FORM)
+            found = read_examples(tmp_path / "rated.jsonl", prompt=FORM)
             assert found.problems == []
             expected = []
             for number, (_, asked) in enumerate(CASES):
@@ -121,4 +125,4 @@ def test_the_export_is_a_file_that_training_reads(tmp_path: Path) -> None:
                     expected.append((*asked, ("assistant", "SELECT 1")))
                 if rating != "good":
                     expected.append((*asked, ("assistant", f"right {number}")))
-            assert [one.messages for one in found.examples] == expected
+            assert [turns(one) for one in found.conversations] == expected

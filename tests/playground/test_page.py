@@ -526,7 +526,7 @@ def test_two_versions_stream_side_by_side(visit: Opener) -> None:
 
 
 def test_rating_and_export_close_the_loop(visit: Opener, base: str, tmp_path: Path) -> None:
-    from cogpress.data.read import read
+    from cogpress.data.prepare import read_examples
 
     page = visit()
     run(page, prompt="a good one")
@@ -558,7 +558,7 @@ def test_rating_and_export_close_the_loop(visit: Opener, base: str, tmp_path: Pa
         {"prompt": "a good one", "completion": "a good one"},
         {"prompt": "a bad one", "completion": "a better one"},
     ]
-    reading = read(tmp_path / "rated.jsonl")
+    reading = read_examples(tmp_path / "rated.jsonl")
     assert (len(reading.examples), reading.problems) == (2, [])
 
 

@@ -21,6 +21,7 @@ from cogpress.engines import vllm
 from cogpress.publish import card
 from cogpress.publish.licence import Licence, Origin
 from cogpress.weights import base
+from tests.standins.chatexamples import variant
 
 NASTY = "`a` | **b** <script>x</script> [l](http://x) ---\n---\n# h\n```\nout\n````\n{{$1}} \\ \u2028é 'q' \"q\""
 
@@ -178,8 +179,8 @@ def test_the_transformers_program_asks_as_training_did(system: str, template: st
     names: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         exec(program.replace("max_new_tokens=256", "max_new_tokens=2"), names)  # noqa: S102
-    prompt = told.prompt.render(dict.fromkeys(told.prompt.fields, "..."))
-    expected = prompts.encode_prompt(base.tokenizer(tiny_base), prompts.chat(prompt, system))
+    asked = prompts.Question(fields=dict.fromkeys(prompts.field_names(told.prompt), "..."))
+    expected = prompts.encode(base.tokenizer(tiny_base), asked, told.prompt)
     assert names["inputs"]["input_ids"][0].tolist() == expected
 
 
@@ -189,9 +190,8 @@ def test_programs_without_a_chat_template(tiny_base: Path) -> None:
     names: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         exec(program.replace("max_new_tokens=256", "max_new_tokens=2"), names)  # noqa: S102
-    prompt = told.prompt.render({"question": "...", "columns": "..."})
-    tokenizer = base.tokenizer(tiny_base)
-    expected = prompts.encode_plain(tokenizer, prompts.plain_prompt(prompts.chat(prompt, told.prompt.system)))
+    asked = prompts.Question(fields={"question": "...", "columns": "..."})
+    expected = prompts.encode(variant(base.tokenizer(tiny_base), None), asked, told.prompt)
     assert names["inputs"]["input_ids"][0].tolist() == expected
     assert "llm.generate(prompt, sampling)" in card.vllm_snippet(replace(told, prompt=Prompt()))
 

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cogpress import config
-from cogpress import prompts as chat
+from cogpress import config, prompts
 from cogpress.cog import client
 from cogpress.cog.process import Server
 from cogpress.errors import CogpressError
@@ -69,7 +68,11 @@ def test_adapters_are_fetched_when_they_are_asked_for(project: Path) -> None:
     adapters.check(found)
     assert adapters.rank == 32
     first = get(adapters, "queries")
-    assert (first.adapter.number, first.adapter.rank, first.prompt.fields) == (1, 32, ["question", "columns"])
+    assert (first.adapter.number, first.adapter.rank, prompts.field_names(first.prompt)) == (
+        1,
+        32,
+        ["question", "columns"],
+    )
     assert get(adapters, "queries") is first
     assert get(adapters, "operations").prompt.system == "Name the operation."
     with pytest.raises(CogpressError, match=r"no adapter 'sql'. The adapters are queries, operations, again, missing"):
@@ -154,8 +157,9 @@ def test_mixed_traffic_is_answered_as_training_scored_it(
     assert right >= 15, "what the demonstration scored"
     # What training scored: the adapter on the quantized base, by transformers.
     reference = distributions.reference_model(base_folder, operations_adapter)
-    prompts = [chat.encode_prompt(tokenizer, chat.chat(row["question"], "Name the operation.")) for row in rows]
-    expected = generate(reference, tokenizer, prompts, 8)
+    form = config.Prompt(system="Name the operation.")
+    asked = [prompts.encode(tokenizer, prompts.Question(row["question"]), form) for row in rows]
+    expected = generate(reference, tokenizer, asked, 8)
     wanted = [operations_row(row)["completion"] for row in rows]
     trained = sum(one == want for one, want in zip(expected, wanted, strict=True))
     served = sum(one == want for one, want in zip(texts[16:], wanted, strict=True))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogpress.data.tokenize import NO_LOSS, Row
+from cogpress.prompts import NO_LOSS, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ import torch
 
 from cogpress import config
 from cogpress.data.prepare import Prepared
-from cogpress.data.tokenize import Row
+from cogpress.prompts import Row
 from cogpress.train import run as training
 from cogpress.train.objective import AnswerLoss, Collator
 

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from cogpress import config, pipeline
 from cogpress.data.prepare import Prepared
-from cogpress.data.tokenize import Row
 from cogpress.errors import CogpressError
 from cogpress.merge import merge
+from cogpress.prompts import Row
 from cogpress.train import run as training
 from cogpress.train.loop import Recorder
 from cogpress.train.objective import Collator

@@ -12,8 +12,8 @@ import pytest
 
 from cogpress import config, prompts
 from cogpress.data import prepare as data
-from cogpress.data.tokenize import NO_LOSS, Row
 from cogpress.errors import CogpressError
+from cogpress.prompts import NO_LOSS, Row
 from tests.standins.chatexamples import TEMPLATES, THINKING, Write, learnt, messages, pair, texts, variant
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def test_exactly_the_answer_and_its_end_are_learnt(
     row = row_of(tokenizer, pair(question, answer), tmp_path)
     assert learnt(tokenizer, row) == answer + ENDS[name]
     first = row.labels.index(next(label for label in row.labels if label != NO_LOSS))
-    served = prompts.encode_prompt(tokenizer, prompts.chat(question))
+    served = prompts.encode_prompt(tokenizer, messages(question))
     assert row.input_ids[:first] == served, "trained on what is served"
     assert all(label in (NO_LOSS, token) for label, token in zip(row.labels, row.input_ids, strict=True))
     whole = tokenizer.apply_chat_template(messages(question, answer), tokenize=True, return_dict=False)
@@ -85,7 +85,7 @@ def test_an_answer_that_would_merge_with_the_template(
     templates: dict[str, PreTrainedTokenizerBase], tmp_path: Path, name: str, answer: str
 ) -> None:
     row = row_of(templates[name], pair("Hi", answer), tmp_path)
-    asked = prompts.encode_prompt(templates[name], prompts.chat("Hi"))
+    asked = prompts.encode_prompt(templates[name], messages("Hi"))
     assert row.input_ids[: len(asked)] == asked
     assert learnt(templates[name], row) == answer + ENDS[name]
 
@@ -114,7 +114,7 @@ def test_without_a_template_prompt_and_answer_are_joined(
     assert learnt(bare, row) == " Hello<|im_end|>"
     row = row_of(bare, pair("Q:\n", "\n<filename>"), tmp_path, prompt=config.Prompt(system="Be brief."))
     assert bare.decode(row.input_ids) == "Be brief.\n\nQ:\n\n<filename><|im_end|>"
-    assert row.input_ids[: -row.learnt] == prompts.encode_prompt(bare, prompts.chat("Q:\n", "Be brief."))
+    assert row.input_ids[: -row.learnt] == prompts.encode_prompt(bare, messages("Q:\n", system="Be brief."))
     assert bare.convert_tokens_to_ids("<filename>") not in row.input_ids
     options: dict[str, Any] = {"prompt": config.Prompt(), "data": config.Data(), "max_length": 64, "seed": 0}
     prepared = data.prepare(write(pair()), tokenizer=bare, **options)
@@ -128,8 +128,13 @@ def test_a_template_that_rewrites_earlier_answers_is_refused(
 ) -> None:
     thinking = variant(tokenizer, THINKING)
     conversation = messages("a", "<think>b</think>c", "d", "<think>e</think>f")
-    with pytest.raises(CogpressError, match=r"writes a conversation differently .*one.jsonl line 1.*as `prompt`"):
+    with pytest.raises(CogpressError, match=r"one.jsonl line 1: .*writes a conversation differently .*as `prompt`"):
         row_of(thinking, {"messages": conversation}, tmp_path)
+    (tmp_path / "two.jsonl").write_text(f'{json.dumps({"messages": conversation})}\n{json.dumps(pair())}\n')
+    options: dict[str, Any] = {"prompt": config.Prompt(), "data": config.Data(), "max_length": 64, "seed": 0}
+    prepared = data.prepare(tmp_path / "two.jsonl", tokenizer=thinking, skip_bad=True, **options)
+    assert [problem.line for problem in prepared.report.problems] == [1]
+    assert len(prepared.train) == 1
     row = row_of(thinking, pair(conversation[:3], conversation[3:]), tmp_path)
     assert learnt(thinking, row) == "<think>e</think>f<|im_end|>"
 
@@ -173,7 +178,7 @@ def test_reversed_learns_the_instruction(tokenizer: PreTrainedTokenizerBase, tmp
 def test_examples_with_control_text_are_bad_lines(
     write: Write, prepare: Callable[..., data.Prepared], item: dict[str, Any]
 ) -> None:
-    with pytest.raises(data.BadDataError, match=r"line 2: contains the control text <\|"):
+    with pytest.raises(data.BadDataError, match=r"line 2: The example contains the control text <\|"):
         prepare(write(pair(), item))
 
 
