@@ -1,1 +1,1 @@
-"""Worked examples: what a user of cogpress would write for a task of their own."""
+"""Worked examples: what a user writes for a task of their own."""

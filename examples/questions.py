@@ -1,26 +1,21 @@
 """The worked example's task: a question and the columns at hand become an observability query in JSON.
 
-Knows how such questions are worded and which query each one means; writes seeded training and test files from that.
-What a query is and when two mean the same is `examples.queries`', the columns are `examples.columns`'. Leaves chat
-templates, training and serving to the package, and models to the user.
-
-Test rows are made to show what was learnt rather than remembered: all of their column names and about half of their
-combinations of clauses (`HELD_OUT`) appear in no training row. Values of filters differ as well; the words around
-them are the same, because a question in words never seen would test the base model.
+Test rows show what was learned rather than remembered: all of their column names, the values of their filters and about
+half of their combinations of clauses (`HELD_OUT`) are in no training row. The words around them are the same, because
+unfamiliar words would test the base model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from cogpress.files import new_file
 from examples.columns import COLUMNS, FITTING, Column
 from examples.queries import FILTER_OPS, OPS, PERCENTILES, PRESENCE
 
@@ -34,7 +29,7 @@ class Row(TypedDict):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Words. Each phrase means one thing wherever it stands; none that could be read in two ways is here.
+# Words. Each phrase has one meaning everywhere; none is ambiguous.
 # ---------------------------------------------------------------------------------------------------------------------
 
 _CALCULATION: dict[str, tuple[str, ...]] = {
@@ -81,7 +76,7 @@ _LIMITS = {"train": (3, 5, 10, 20, 25, 50), "test": (3, 4, 5, 7, 8, 10, 12, 15, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which clauses stand together
+# Combinations of clauses
 # ---------------------------------------------------------------------------------------------------------------------
 
 _HELD_OUT = {  # calculation: filter ops withheld from questions without an order, and from those with one
@@ -101,24 +96,24 @@ HELD_OUT: frozenset[tuple[str, str, bool]] = frozenset(
     for ordered, filter_ops in ((False, without), (True, with_order))
     for filter_op in filter_ops.split()
 )
-"""(calculation, filter op, has an order) that no training row holds and every fourth test row does."""
+"""(calculation, filter op, has an order) that no training row and every fourth test row contains."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """Which clauses a question has, before any column or word is chosen."""
+    """The clauses of a question, before columns and words are chosen."""
 
     op: str
     breakdowns: int
     filter_op: str
-    """Empty where nothing is filtered."""
+    """Empty without a filter."""
     ranked: bool
-    """Whether it asks for the top so many, which gives the query an order and a limit."""
+    """Whether it asks for the top N, which gives the query an order and a limit."""
     timed: bool
 
 
 def combinations(ops: Iterable[str], filter_ops: Iterable[str], ordered: bool) -> set[tuple[str, str, bool]]:
-    """What `HELD_OUT` holds, for one query: each of its calculations with each of its filter ops."""
+    """The combinations of one query, as in `HELD_OUT`: each calculation with each filter op."""
     filter_ops = tuple(filter_ops)
     return {(op, filter_op, ordered) for op in ops for filter_op in filter_ops}
 
@@ -135,7 +130,7 @@ def _shape(rng: random.Random, split: str) -> _Shape:
     ranked = breakdowns > 0 and rng.random() < 0.35
     timed = rng.random() < (0.3 if ranked else 0.5)
     weights = {"COUNT": 2.0, "COUNT_DISTINCT": 1.5, "HEATMAP": 0.0 if ranked else 1.0}  # a heatmap has no rank
-    while True:  # only the ops are drawn anew, or long questions would be rarer in train and commoner in test
+    while True:  # only the ops are redrawn: otherwise long questions would be rarer in train than in test
         op = OPS[_weighted(rng, [weights.get(op, 1.0) for op in OPS])]
         filter_op = rng.choice(FILTER_OPS) if filtered else ""
         if bool(combinations([op], [filter_op], ranked) & HELD_OUT) == held_out:
@@ -170,7 +165,7 @@ class _Filter:
 
 
 def literal(text: str) -> str | int | float | bool:
-    """The JSON value a question's word stands for: numbers and true or false are themselves, the rest is text."""
+    """The JSON value of a word in a question: a number, true or false, or else text."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -196,7 +191,7 @@ def generate(count: int, split: str, seed: int = 0) -> list[Row]:
         raise ValueError(f"split is {split!r}; it must be one of {', '.join(COLUMNS)}")
     if count < 0:
         raise ValueError(f"count is {count}; it must not be negative")
-    # a string seed is hashed with SHA-512, which no process randomizes
+    # A string seed is hashed with SHA-512, the same in every process.
     rng = random.Random(f"{split}:{seed}")
     rows: list[Row] = []
     seen: set[tuple[str, ...]] = set()
@@ -238,7 +233,7 @@ def _row(rng: random.Random, split: str) -> Row:
 
 
 def _take(rng: random.Random, free: list[Column], part: str) -> Column:
-    """Remove and return a column that fits a part of a query, so that each column has one role in a question."""
+    """Remove and return a column that fits a part of a query: each column has one role in a question."""
     column = rng.choice([column for column in free if column.kind in FITTING[part]])
     free.remove(column)
     return column
@@ -310,11 +305,13 @@ def write(folder: Path, train: int, test: int, seed: int) -> tuple[Path, Path]:
     Raises:
         ValueError: a count is negative.
     """
-    # both texts before either file, so that a wrong argument leaves no half of a data set
+    # Both texts before either file: a wrong argument leaves no half of a data set.
     texts = {split: _lines(generate(count, split, seed)) for split, count in (("train", train), ("test", test))}
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [_replace(folder / f"{split}.jsonl", text) for split, text in texts.items()]
-    return paths[0], paths[1]
+    for split, text in texts.items():
+        with new_file(folder / f"{split}.jsonl") as part:
+            part.write_text(text, encoding="utf-8", newline="\n")
+    return folder / "train.jsonl", folder / "test.jsonl"
 
 
 def _lines(rows: Iterable[Row]) -> str:
@@ -323,19 +320,6 @@ def _lines(rows: Iterable[Row]) -> str:
         + "\n"
         for row in rows
     )
-
-
-def _replace(path: Path, text: str) -> Path:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    part = Path(name)
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        part.chmod(0o644)  # temporary files are their owner's alone
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
