@@ -36,9 +36,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 @pytest.fixture(scope="module")
 def here(
-    remote: PushReplicate, verified: tuple[Path, verdict.Verdict], tmp_path_factory: pytest.TempPathFactory
+    remote: PushReplicate,
+    verified: tuple[Path, verdict.Verdict],
+    trained_run: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Machine]:
-    """This repository's files as another one, with the demonstration's run and its weights in weights/."""
+    """This repository's files as another one, with a run of the worked example and its weights in weights/."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, "IMAGE_BYTES", 1000)
         made = machine(tmp_path_factory.mktemp("ship"), remote.url, patch)
@@ -51,9 +54,9 @@ def here(
                 shutil.copy(ROOT / name, made.root / name)
         git(made.root, "init", "-q")
         made.commit()
-        for name in (".venv", ".cache", "runs/demo"):
-            (made.root / name).parent.mkdir(exist_ok=True)
-            (made.root / name).symlink_to(ROOT / name)
+        (made.root / "runs").mkdir()
+        for name, target in ((".venv", ROOT / ".venv"), (".cache", ROOT / ".cache"), ("runs/demo", trained_run)):
+            (made.root / name).symlink_to(target)
         pipeline.install(verified[0], made.root / "weights")
         yield made
         assert made.violations() == ""
