@@ -327,5 +327,3 @@ def test_facts_about_the_runtime_that_others_build_on(served: tuple[Path, str]) 
     unknown = httpx.post(f"{served[1]}/predictions", json={"input": {"prompt": "a", "promt": "b"}})
     # Unknown inputs are dropped silently; options.parse_inputs refuses them.
     assert unknown.json()["status"] == "succeeded"
-        "unknown inputs are dropped silently; options.parse_inputs refuses them"
-    )
