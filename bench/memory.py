@@ -204,7 +204,9 @@ def measure_serving(folder: Path, how: Serving) -> dict[str, Any]:
     """Serve as many sequences at once as are foretold, in passes as long as foretold, and compare the peak."""
     facts = architecture.of(str(folder), folder)
     need = memory.cache(facts, how)
-    serve = config.Serve(cpu_kv_cache_gb=max(1.0, -(-need // (1 << 30))), max_context=how.context, mode="eager")
+    serve = config.Serve(
+        cpu_kv_cache_gb=max(1.0, -(-need // (1 << 30))), max_context=how.context, mode="eager", dtype="bfloat16"
+    )
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from cogpress.engines import vllm
 

@@ -169,7 +169,7 @@ class Serve(Section):
     weights: Source | None = None
     """A [source](sources.md), used when none is given and `weights/` holds no model."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute type. `auto`: the weights' own, float16 on GPUs before Ampere."""
+    """Compute type. `auto`: the weights' own; float16 on GPUs before Ampere, float32 on CPUs that are faster at it."""
     mode: Literal["auto", "eager", "compiled"] = "auto"
     """`auto` compiles on GPUs. Compiled mode can answer wrongly on a CPU and is refused there."""
     max_context: Annotated[int, Field(ge=16)] | None = None

@@ -19,6 +19,7 @@ from cogpress.engines.base import DEAD, INPUT_NAMES, MAX_LOGPROBS, Adapter, Delt
 from cogpress.engines.grammar import MAX_WHITESPACE, NICENESS, Guard
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
+from cogpress.weights import base
 
 BFLOAT16_CAPABILITY = (8, 0)
 """Ampere's: the first compute capability with bfloat16 in hardware. Source: NVIDIA, CUDA C++ programming guide, table
@@ -239,7 +240,7 @@ def options(
     tensor, pipeline = parallel(folder, serve, gpus)
     chosen: dict[str, Any] = {
         "model": str(folder),
-        "dtype": dtype(serve, capability),
+        "dtype": dtype(folder, serve, capability),
         "max_model_len": serve.max_context,
         "max_num_seqs": concurrency,
         "enable_prefix_caching": serve.prefix_caching,
@@ -314,11 +315,17 @@ def compile_cache(folder: Path, chosen: Mapping[str, Any]) -> dict[str, str]:
     return {"VLLM_CACHE_ROOT": str(folder / COMPILED)}
 
 
-def dtype(serve: Serve, capability: tuple[int, int] | None) -> str:
-    """The compute dtype: the weights' own, but float16 on GPUs before Ampere, which lack bfloat16."""
-    if serve.dtype == "auto" and capability is not None and capability < BFLOAT16_CAPABILITY:
-        return "float16"
-    return serve.dtype
+def dtype(folder: Path, serve: Serve, capability: tuple[int, int] | None) -> str:
+    """The compute dtype. `auto` is the weights' own, but float16 on GPUs before Ampere, which lack bfloat16, and
+    float32 on CPUs that compute it faster. Quantized weights keep theirs, which their kernels require.
+    """
+    if serve.dtype != "auto":
+        return serve.dtype
+    if capability is not None:
+        return "float16" if capability < BFLOAT16_CAPABILITY else "auto"
+    if "quantization_config" in read_json(folder / "config.json"):
+        return "auto"
+    return "float32" if str(base.compute_dtype()) == "torch.float32" else "auto"
 
 
 def compiled(serve: Serve, gpus: int) -> bool:

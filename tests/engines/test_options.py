@@ -11,11 +11,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from cogpress import config
 from cogpress.engines import base as engine
 from cogpress.engines import grammar, transformers, vllm
 from cogpress.errors import CogpressError
+from cogpress.weights import base
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +37,7 @@ def options(folder: Path, gpus: int = 0, capability: Any = None, adapters: int =
 def test_on_a_cpu(folder: Path) -> None:
     found = options(folder)
     assert found["enforce_eager"] is True, "compiled mode answers nonsense there"
-    assert (found["dtype"], found["tensor_parallel_size"], found["pipeline_parallel_size"]) == ("auto", 1, 1)
+    assert (found["tensor_parallel_size"], found["pipeline_parallel_size"]) == (1, 1)
     assert (found["max_num_seqs"], found["max_model_len"], found["enable_prefix_caching"]) == (64, None, True)
     assert found["trust_remote_code"] is False
     assert found["load_format"] == "safetensors"
@@ -95,10 +97,20 @@ def test_on_gpus(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "capability", "got"),
-    [("auto", TURING, "float16"), ("auto", AMPERE, "auto"), ("bfloat16", TURING, "bfloat16"), ("auto", None, "auto")],
+    [("auto", TURING, "float16"), ("auto", AMPERE, "auto"), ("bfloat16", TURING, "bfloat16")],
 )
-def test_what_is_computed_in_follows_the_gpu(folder: Path, asked: str, capability: Any, got: str) -> None:
-    assert options(folder, 1 if capability else 0, capability, dtype=asked)["dtype"] == got
+def test_the_dtype_follows_the_gpu(folder: Path, asked: str, capability: Any, got: str) -> None:
+    assert options(folder, 1, capability, dtype=asked)["dtype"] == got
+
+
+def test_the_dtype_follows_what_the_cpu_computes_faster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fastest, got in ((torch.float32, "float32"), (torch.bfloat16, "auto")):
+        monkeypatch.setattr(base, "compute_dtype", lambda found=fastest: found)
+        assert options(folder)["dtype"] == got
+    monkeypatch.setattr(base, "compute_dtype", lambda: torch.float32)
+    assert options(folder, dtype="bfloat16")["dtype"] == "bfloat16"
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 24, "quantization_config": {}}))
+    assert options(folder)["dtype"] == "auto", "kernels for quantized weights require their dtype"
 
 
 @pytest.mark.parametrize(

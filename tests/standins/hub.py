@@ -70,8 +70,8 @@ class Repository:
 
 @dataclass
 class Fault:
-    """A fault: an HTTP status, `cut` (in a body), `lost` (done, but the answer is never sent) or `mute` (no answer on an
-    open connection).
+    """A fault: an HTTP status, `cut` (in a body), `lost` (done, but the answer is never sent) or `mute` (no answer on
+    an open connection).
     """
 
     method: str
