@@ -18,17 +18,22 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from httpx_sse import ServerSentEvent
 
 from bench.load import Ask, Later, LostError, Usage
-from cogpress import prompts, source
+from cogpress import http, prompts, source
 from cogpress.cog import client
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
+from cogpress.http import UnavailableError
+from cogpress.redact import redacted
+from cogpress.replicate import routes
+from cogpress.replicate.api import ADDRESS, ENDED, AsyncReplicate, NoStreamError, RefusedError, credentials
 
 MAX_TOKENS = 160
 """More than any expected answer of the worked example has."""
 
-_TIMEOUT = httpx.Timeout(10.0, read=600.0, pool=None)
+TIMEOUT = httpx.Timeout(10.0, read=600.0, pool=None)
 """A model on Replicate may have to be started first, which takes minutes."""
 
 
@@ -83,45 +88,30 @@ def connect(url: str, runner: asyncio.Runner, stack: ExitStack) -> httpx.AsyncCl
         CogpressError: it is neither.
     """
     if not source.allowed(url):
-        raise CogpressError(f"{source.shown(url)} can not be asked: write https://…, or http:// for this machine.")
-    secure = urlsplit(url).scheme == "https"
-    http = httpx.AsyncClient(
-        timeout=_TIMEOUT,
-        trust_env=secure,
-        verify=secure,
-        # The client keeps 20 connections by default, and 64 streams would connect anew for most of their questions.
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        headers={"Accept-Encoding": "identity"},
-    )
-    stack.callback(lambda: runner.run(http.aclose()))
-    return http
+        raise CogpressError(f"{source.shown(url)} cannot be asked: write https://…, or http:// for this machine.")
+    # The client keeps 20 connections by default, and 64 streams would connect anew for most of their questions.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    opened = http.connect_async(url, timeout=TIMEOUT, limits=limits, headers={"Accept-Encoding": "identity"})
+    stack.callback(lambda: runner.run(opened.aclose()))
+    return opened
 
 
 async def _events(
-    http: httpx.AsyncClient, method: str, url: str, **more: Any
-) -> AsyncGenerator[tuple[bytes, bytes], None]:
-    """Name and data of server-sent events, split by hand: parsing takes the time of the machine that is measured."""
+    opened: httpx.AsyncClient, method: str, url: str, **more: Any
+) -> AsyncGenerator[ServerSentEvent, None]:
+    """The server-sent events of an answer."""
     try:
-        async with http.stream(method, url, **more) as response:
+        async with opened.stream(method, url, **more) as response:
             if response.status_code >= 400:
                 raise _refused(response.status_code, await response.aread())
-            name, data, rest = b"", [], b""
-            async for block in response.aiter_raw():
-                *lines, rest = (rest + block).split(b"\n")
-                for line in lines:
-                    if line.startswith(b"data:"):
-                        data.append(line[5:].removeprefix(b" ").removesuffix(b"\r"))
-                    elif line.startswith(b"event:"):
-                        name = line[6:].strip()
-                    elif data and line in (b"", b"\r"):
-                        yield name, b"\n".join(data)
-                        name, data = b"", []
+            async for event in http.events_async(response):
+                yield event
     except httpx.HTTPError as error:
         raise _disconnected("The connection failed: {}.", error) from None
 
 
 def _refused(status: int, body: bytes) -> StatusError:
-    return StatusError(status, f"The server answers {status}: {_words(body)}")
+    return StatusError(status, f"The server answers {status}: {_words(body.decode(errors='replace'))}")
 
 
 def _disconnected(text: str, error: httpx.HTTPError) -> LostError:
@@ -129,42 +119,41 @@ def _disconnected(text: str, error: httpx.HTTPError) -> LostError:
     return LostError(text.format(error or kind), kind)
 
 
-def _broken(data: bytes) -> LostError:
+def _broken(data: str) -> LostError:
     return LostError(f"The stream is not whole: {_words(data)}", "stream not whole")
 
 
-def _words(data: bytes) -> str:
-    return " ".join(data[:300].decode(errors="replace").split())
+def _words(text: str) -> str:
+    return " ".join(text[:300].split())
 
 
-_COG_TEXT = re.compile(rb'"chunk":\s*"(?!")')
-_OPENAI_TEXT = re.compile(rb'"content":\s*"(?!")')
-_OPENAI_USAGE = re.compile(rb'"usage":\s*\{')
+_COG_TEXT = re.compile(r'"chunk":\s*"(?!")')
+_OPENAI_TEXT = re.compile(r'"content":\s*"(?!")')
+_OPENAI_USAGE = re.compile(r'"usage":\s*\{')
 
 
-def cog(http: httpx.AsyncClient, url: str) -> Ask:
+def cog(opened: httpx.AsyncClient, url: str) -> Ask:
     """Asks a Cog server whose runner streams.
 
     Args:
-        http: what to ask with.
+        opened: the client to ask with.
         url: the server's, without a path.
     """
-    headers = {"Accept": "text/event-stream"}
 
     async def ask(question: Question) -> AsyncIterator[Usage | Later | None]:
-        body = {"input": question.inputs}
-        async with aclosing(_events(http, "POST", f"{url}/predictions", json=body, headers=headers)) as events:
-            async for name, data in events:
-                if name == b"output":
-                    if _COG_TEXT.search(data):
+        more: dict[str, Any] = {"json": {"input": question.inputs}, "headers": http.EVENT_STREAM}
+        async with aclosing(_events(opened, "POST", f"{url}/predictions", **more)) as events:
+            async for event in events:
+                if event.event == "output":
+                    if _COG_TEXT.search(event.data):
                         yield None
-                elif name == b"completed":
-                    made = json.loads(data)
+                elif event.event == "completed":
+                    made = json.loads(event.data)
                     if (status := made.get("status")) != "succeeded":
                         raise LostError(f"The prediction {status}: {made.get('error')}", f"prediction {status}")
                     yield _usage(made)
-                elif name == b"error":
-                    raise _broken(data)
+                elif event.event == "error":
+                    raise _broken(event.data)
 
     return ask
 
@@ -174,11 +163,11 @@ def _usage(prediction: Mapping[str, Any]) -> Usage:
     return Usage(int(metrics.get("input_token_count") or 0), int(metrics.get("output_token_count") or 0))
 
 
-def openai(http: httpx.AsyncClient, url: str, model: str, prompt: Prompt) -> Ask:
+def openai(opened: httpx.AsyncClient, url: str, model: str, prompt: Prompt) -> Ask:
     """Asks an OpenAI server, such as vLLM's.
 
     Args:
-        http: what to ask with.
+        opened: the client to ask with.
         url: the server's, without a path.
         model: by the name that it is served under.
         prompt: what a question must look like.
@@ -194,14 +183,15 @@ def openai(http: httpx.AsyncClient, url: str, model: str, prompt: Prompt) -> Ask
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        async with aclosing(_events(http, "POST", f"{url}/v1/chat/completions", json=body)) as events:
-            async for _, data in events:
+        async with aclosing(_events(opened, "POST", f"{url}/v1/chat/completions", json=body)) as events:
+            async for event in events:
+                data = event.data
                 if _OPENAI_TEXT.search(data):
                     yield None
                 elif _OPENAI_USAGE.search(data):
                     usage = json.loads(data)["usage"]
                     yield Usage(usage["prompt_tokens"], usage["completion_tokens"])
-                elif data.startswith(b'{"error"'):
+                elif data.startswith('{"error"'):
                     raise _broken(data)
 
     return ask
@@ -211,24 +201,20 @@ def openai(http: httpx.AsyncClient, url: str, model: str, prompt: Prompt) -> Ask
 # A server by its URL
 # ---------------------------------------------------------------------------------------------------------------------
 
-REPLICATE = "https://api.replicate.com"
 _MODEL = re.compile(r"[\w.-]+/[\w.-]+")
-_ENDED = ("succeeded", "failed", "canceled", "aborted")
 
 
-class Replicate:
+class ReplicateModel:
     """One model on Replicate, asked as the official client asks for a stream."""
 
-    def __init__(self, http: httpx.AsyncClient, base: str, model: str, token: str) -> None:
+    def __init__(self, replicate: AsyncReplicate, model: str) -> None:
         """Nothing is asked yet.
 
         Args:
-            http: what to ask with.
-            base: the API's address, without a path.
+            replicate: a client that asks once.
             model: `owner/name`.
-            token: goes to the API alone, and into no message.
         """
-        self._http, self._base, self._model, self._token = http, base, model, token
+        self._replicate, self._model = replicate, model
         self._version = ""
         self._by_version = False
 
@@ -236,78 +222,60 @@ class Replicate:
         """Find the model.
 
         Raises:
-            CogpressError: there is none, the token is not accepted, or the API can not be reached.
+            CogpressError: there is none, the token is not accepted, or the API cannot be reached.
         """
-        found = await self._api("GET", f"/v1/models/{self._model}")
+        found = await self._replicate.ask(routes.model(self._model))
         self._version = str((found.get("latest_version") or {}).get("id") or "")
 
     async def ask(self, question: Question) -> AsyncIterator[Usage | Later | None]:
         """See `load.Ask`. The seconds begin before the prediction is created; usage is asked for after the load."""
-        made = await self._create({"input": question.inputs, "stream": True})
-        url = str((made.get("urls") or {}).get("stream") or "")
-        if not source.allowed(url) or urlsplit(url).scheme != urlsplit(self._base).scheme:
-            raise LostError(
-                f"Replicate gives no address for the stream of {self._model}, so it does not stream.", "no stream"
-            )
-        # Without the token: the address itself lets in, and it can be another machine's.
-        async with aclosing(_events(self._http, "GET", url, headers={"Accept": "text/event-stream"})) as events:
-            async for name, data in events:
-                if name == b"output":
-                    if data:
-                        yield None
-                elif name == b"error":
-                    raise LostError(self._hidden(f"The prediction failed: {_words(data)}"), "prediction failed")
-                elif name == b"done":
-                    if reason := json.loads(data or b"{}").get("reason"):
-                        text = self._hidden(f"The prediction ended with {reason}.")
-                        raise LostError(text, "prediction ended early")
-                    yield partial(self._counted, str(made.get("id")))
-                    return  # the server may keep the stream open
+        try:
+            made = await self._create(question.inputs)
+            async with aclosing(self._replicate.stream(made)) as events:
+                async for name, data in events:
+                    if name == "output":
+                        if data:
+                            yield None
+                    elif name == "error":
+                        raise LostError(self._hidden(f"The prediction failed: {_words(data)}"), "prediction failed")
+                    elif name == "done":
+                        if reason := json.loads(data or "{}").get("reason"):
+                            text = self._hidden(f"The prediction ended with {reason}.")
+                            raise LostError(text, "prediction ended early")
+                        yield partial(self._counted, str(made.get("id")))
+        except RefusedError as error:
+            raise StatusError(error.status, str(error)) from None
+        except UnavailableError as error:
+            if error.status is not None:
+                raise StatusError(error.status, str(error)) from None
+            raise LostError(str(error), "unreachable") from None
+        except httpx.HTTPError as error:
+            raise _disconnected("The connection failed: {}.", error) from None
+        except NoStreamError as error:
+            raise LostError(str(error), "no stream") from None
 
-    async def _create(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _create(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if not self._by_version:
             try:
-                return await self._api("POST", f"/v1/models/{self._model}/predictions", body)
-            except StatusError as error:
+                return dict(await self._replicate.ask(routes.predict_by_name("models", self._model, inputs)))
+            except RefusedError as error:
                 # Replicate runs only models of its own choice by name, all others by version.
                 if error.status != 404 or not self._version:
                     raise
                 self._by_version = True
-        return await self._api("POST", "/v1/predictions", {"version": self._version, **body})
+        return dict(await self._replicate.ask(routes.predict(self._version, inputs)))
 
     async def _counted(self, identifier: str) -> Usage:
         """The metrics appear a moment after the stream's end."""
         for _ in range(10):
-            made = await self._api("GET", f"/v1/predictions/{identifier}")
-            if made.get("status") in _ENDED:
+            made = await self._replicate.ask(routes.prediction(identifier))
+            if made.get("status") in ENDED:
                 return _usage(made)
             await asyncio.sleep(0.5)
         return Usage(0, 0)
 
-    async def _api(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        headers = {"Authorization": f"Bearer {self._token}"}
-        try:
-            response = await self._http.request(method, f"{self._base}{route}", json=body, headers=headers)
-            status = response.status_code
-            made = response.json() if status < 400 else {}
-        except httpx.HTTPError as error:
-            raise _disconnected(f"{self._base} does not answer ({{}}).", error) from None
-        except ValueError:
-            raise LostError(
-                f"{self._base}{route} does not answer with JSON. Is it Replicate's API?", "no JSON"
-            ) from None
-        if status in (401, 403):
-            raise StatusError(
-                status, "Replicate does not accept the token in REPLICATE_API_TOKEN. Set one that may use it."
-            )
-        if status == 404:
-            raise StatusError(status, f"Replicate has no {route}. Check the model's name.")
-        if status >= 400:
-            raise StatusError(status, self._hidden(str(_refused(status, response.content))))
-        return dict(made) if isinstance(made, dict) else {}
-
     def _hidden(self, text: str) -> str:
-        return text.replace(self._token, "[token]")
+        return redacted(text, self._replicate.token)
 
 
 def remote(url: str, runner: asyncio.Runner, stack: ExitStack, environ: Mapping[str, str] = os.environ) -> Side:
@@ -322,20 +290,19 @@ def remote(url: str, runner: asyncio.Runner, stack: ExitStack, environ: Mapping[
     Raises:
         CogpressError: it is none of these, it does not answer, or there is no token for Replicate.
     """
-    base = (environ.get("REPLICATE_BASE_URL") or REPLICATE).rstrip("/")
+    base = (environ.get("REPLICATE_BASE_URL") or ADDRESS).rstrip("/")
     model = _replicate_model(url, base)
     if model is None:
         address = url.rstrip("/")
-        http = connect(address, runner, stack)
+        opened = connect(address, runner, stack)
         health = client.health(address)
         if health is None or health["status"] not in ("READY", "BUSY"):
             state = "does not answer as a Cog server" if health is None else f"is not ready ({health['status']})"
             raise CogpressError(f"{source.shown(address)} {state}. Check the address, and that its server has started.")
-        return Side("url", urlsplit(address).netloc.rpartition("@")[2], cog(http, address))
-    token = environ.get("REPLICATE_API_TOKEN", "").strip()
-    if not token:
-        raise CogpressError(f"To ask {model} on Replicate, set REPLICATE_API_TOKEN to a token of yours.")
-    found = Replicate(connect(base, runner, stack), base, model, token)
+        return Side("url", urlsplit(address).netloc.rpartition("@")[2], cog(opened, address))
+    replicate = AsyncReplicate(*credentials(environ), tries=1, timeout=TIMEOUT)
+    stack.callback(lambda: runner.run(replicate.close()))
+    found = ReplicateModel(replicate, model)
     runner.run(found.open())
     return Side("url", model, found.ask)
 
@@ -349,7 +316,7 @@ def _replicate_model(url: str, base: str) -> str | None:
     origin, mark, model = url.rstrip("/").partition("/v1/models/")
     if not mark or not _MODEL.fullmatch(model):
         return None
-    if origin not in (REPLICATE, base):
+    if origin not in (ADDRESS, base):
         raise CogpressError(
             f"{source.shown(origin)} is not Replicate, so it does not get the token. To mean it, set "
             f"REPLICATE_BASE_URL to it and give {model} as the URL."

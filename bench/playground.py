@@ -1,6 +1,6 @@
 """What the local Replicate costs: the same Cog server asked directly, and through scripts/playground, in turn.
 
-Knows which loads there are, what is promised and how a report looks; leaves protocols to `asking`, and asking many
+Knows which loads there are, what is promised and how a report looks; leaves protocols to `clients`, and asking many
 questions at once to `load`. Through the local Replicate a question is two requests, as the official clients send it:
 the prediction is created, and the stream is read from the address that it was given.
 """
@@ -31,6 +31,7 @@ from bench.measure import Measured, alternate, medians
 from bench.report import Check, judged, require_weights, versions, write_report
 from cogpress.cog.process import Server, end_family, free_port
 from cogpress.errors import CogpressError
+from cogpress.replicate.api import AsyncReplicate
 
 DIRECT, THROUGH = "direct", "local"
 _TITLES = {DIRECT: "Cog server", THROUGH: "through the\nlocal Replicate"}
@@ -84,7 +85,9 @@ def run(
         cog = stack.enter_context(Server(root, weights=str(weights), log=out.parent / "playground-server.log"))
         cog.wait_ready()
         local, process = stack.enter_context(_playground(root, cog.url, out.parent / "playground-local.log"))
-        model = clients.Replicate(clients.connect(local, runner, stack), local, "local/bench", "none-is-required")
+        replicate = AsyncReplicate("none-is-required", local, tries=1, timeout=clients.TIMEOUT)
+        stack.callback(lambda: runner.run(replicate.close()))
+        model = clients.ReplicateModel(replicate, "local/bench")
         runner.run(model.open())
         asks = {DIRECT: clients.cog(clients.connect(cog.url, runner, stack), cog.url), THROUGH: model.ask}
         ways = {name: _Way(runner, ask, process) for name, ask in asks.items()}

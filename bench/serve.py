@@ -1,6 +1,6 @@
 """Serving speed: the same load on cogpress's server, on vLLM's own with the same weights, and on one more by its URL.
 
-Knows how the sides are measured in turn; leaves protocols to `asking`, the servers on this machine to `sides`, asking
+Knows how the sides are measured in turn; leaves protocols to `clients`, the servers on this machine to `sides`, asking
 many questions at once to `load`, what is asked to `workloads`, and judging and showing it to `serve_report`.
 """
 

@@ -1,7 +1,7 @@
 """The two servers on this machine: cogpress's and vLLM's own, started one after the other with equal options.
 
 Knows what both are started with, how long each took, the memory that it holds, and that none stays behind. Leaves
-questions to `asking`.
+questions to `clients`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import psutil
 import yaml
 
 from bench.measure import in_fresh_process
-from cogpress.cog import client, schema
+from cogpress import http
+from cogpress.cog import schema
 from cogpress.cog.process import Server, end_family, free_port, read_cog_yaml
 from cogpress.config import Serve
 from cogpress.errors import CogpressError
@@ -230,7 +231,7 @@ def _vllm(found: Machine, log: Path) -> Iterator[str]:
 
 def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + READY_SECONDS
-    with client.connect(url, httpx.Timeout(2.0)) as http:
+    with http.connect(url, timeout=2.0) as opened:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -240,7 +241,7 @@ def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None
                     f"output is in {log}."
                 )
             try:
-                if http.get(f"{url}/health").status_code == 200:
+                if opened.get(f"{url}/health").status_code == 200:
                     return
             except httpx.HTTPError:
                 pass

@@ -1,7 +1,4 @@
-"""Requests to web servers: what may be asked, tried again and said, and what a server tells of a file.
-
-Knows HTTP and that a URL can hold a secret; leaves files to `download`.
-"""
+"""HTTP with retries: connections, JSON APIs, event streams, and what a server says of a file."""
 
 from __future__ import annotations
 
@@ -9,41 +6,288 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
+from httpx_retries import Retry, RetryTransport
+from httpx_sse import EventSource, ServerSentEvent
 
 from cogpress import source
 from cogpress.errors import CogpressError
 
 CONNECTIONS = 8
-"""Requests at once."""
+"""Concurrent requests of a download."""
 
 TRIES = 6
-"""How often a request is made without getting on, before the download fails."""
+"""Tries of a download that makes no progress before it fails."""
 
 BACKOFF = 0.5
-"""Seconds before the second try; doubled for each later one."""
+"""Seconds before the second try; doubled for each later one, and up to half less at random."""
+
+LONGEST_BACKOFF = 30.0
+"""Seconds."""
 
 PROGRESS = 1 << 20
-"""Bytes that count as getting on."""
+"""Bytes that count as progress."""
 
-_BUSY = {408, 425, 429, 500, 502, 503, 504}
+BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Statuses that a later try may change."""
+
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _T = TypeVar("_T")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Connections
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def connect(url: str, *, retry: Retry | None = None, **settings: Any) -> httpx.Client:
+    """A client for one server.
+
+    Args:
+        url: of the server.
+        retry: how requests are repeated; not at all by default.
+        settings: for `httpx.Client`.
+    """
+    return _with_retries(httpx.Client(**_for(url), **settings), retry)
+
+
+def connect_async(url: str, *, retry: Retry | None = None, **settings: Any) -> httpx.AsyncClient:
+    """As `connect`, for an event loop."""
+    return _with_retries(httpx.AsyncClient(**_for(url), **settings), retry)
+
+
+def _for(url: str) -> dict[str, Any]:
+    _quiet()
+    parts = urlsplit(url)
+    # A proxy for the internet cannot reach this machine's own servers, and loading certificates takes longer than the
+    # rest of a request over plain HTTP.
+    return {"trust_env": not source.is_loopback(parts.hostname), "verify": parts.scheme == "https"}
+
+
+def _quiet() -> None:
+    # At their usual level these log each URL, with its signature.
+    for name in ("httpx", "httpcore", "httpx_retries"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+_Client = TypeVar("_Client", httpx.Client, httpx.AsyncClient)
+
+
+def _with_retries(client: _Client, retry: Retry | None) -> _Client:
+    """Wrap the client's transports. A `transport` given to the constructor would ignore the environment's proxies."""
+    if retry is not None:
+        client._transport = RetryTransport(client._transport, retry)
+        for pattern, transport in client._mounts.items():
+            client._mounts[pattern] = transport and RetryTransport(transport, retry)
+    return client
+
+
+def retries(tries: int, longest: float, *, idempotent: bool = True, read: Any = None) -> Retry:
+    """How a request is repeated: with exponential backoff and jitter, or after what `Retry-After` says.
+
+    Args:
+        tries: in all.
+        longest: seconds of the longest wait, whatever the server asks for.
+        idempotent: whether the request may reach the server twice. Otherwise it is repeated only where the server has
+            not begun with it: after a 429 or without a connection.
+        read: reads the response's body, so that a body that breaks off is a failed try.
+    """
+    return Retry(
+        total=tries - 1,
+        allowed_methods=_METHODS,
+        status_forcelist=BUSY if idempotent else {429},
+        retry_on_exceptions=None if idempotent else (httpx.ConnectError, httpx.ConnectTimeout),
+        backoff_factor=BACKOFF / 2,  # the library doubles it before the first wait
+        max_backoff_wait=longest,
+        backoff_jitter=0.5,
+        validate_response=read,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON APIs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An API's answer: the status, the JSON of a good one, and what a refusal says."""
+
+    status: int
+    content: Any
+    detail: str = ""
+
+
+class UnavailableError(CogpressError):
+    """A server cannot be asked now.
+
+    Attributes:
+        status: the last answer's; None where none came.
+        begun: whether the server may have begun with the request.
+    """
+
+    def __init__(self, text: str, status: int | None, begun: bool) -> None:
+        """Note what callers decide by."""
+        super().__init__(text)
+        self.status, self.begun = status, begun
+
+
+class _Requests:
+    """What the synchronous and the asynchronous client share."""
+
+    def __init__(self, base: str, token: str | None, name: str, tries: int, longest: float, read: Any) -> None:
+        self.base, self.name = base.rstrip("/"), name
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._retries = {safe: retries(tries, longest, idempotent=safe, read=read) for safe in (True, False)}
+
+    def _extensions(self, method: str, idempotent: bool | None) -> dict[str, Any]:
+        safe = method not in ("POST", "PATCH") if idempotent is None else idempotent
+        return {"retry": self._retries[safe]}
+
+    def _answer(self, response: httpx.Response, retry: Retry) -> Answer:
+        status = response.status_code
+        if retry.is_retryable_status_code(status):
+            tries = f"{retry.total + 1} times in a row" if retry.total else "once"
+            raise UnavailableError(f"{self.name} answered {status}, {tries}. Try again later.", status, begun=False)
+        try:
+            content = response.json()
+        except ValueError:
+            content = None
+        if response.is_success:
+            if content is None and status != 204:
+                raise CogpressError(f"{self.name} did not answer with JSON. Check its address.")
+            return Answer(status, content)
+        detail = content.get("detail") or content.get("error") if isinstance(content, dict) else None
+        return Answer(status, None, detail if isinstance(detail, str) else "")
+
+    def _unreachable(self, error: httpx.HTTPError, retry: Retry) -> UnavailableError:
+        begun = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+        problem = f"{self.name} cannot be reached ({type(error).__name__})"
+        if begun and not retry.is_retryable_exception(error):
+            problem = (
+                f"{self.name} broke off its answer ({type(error).__name__}), so it may have begun what it was asked"
+            )
+            return UnavailableError(f"{problem}. Check there before you run this again.", None, begun)
+        times = f", {retry.total + 1} times in a row" if retry.total else ""
+        return UnavailableError(f"{problem}{times}. Check the network.", None, begun)
+
+
+class Api(_Requests):
+    """A JSON API, asked with retries. Its token goes to this server alone."""
+
+    def __init__(self, base: str, token: str | None, name: str, *, tries: int, longest: float) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            base: the address before the routes.
+            token: sent as a bearer token, in no message.
+            name: the server's in messages.
+            tries: of each request.
+            longest: seconds of the longest wait between tries.
+        """
+        super().__init__(base, token, name, tries, longest, httpx.Response.read)
+        self._http = connect(base, retry=self._retries[True], headers=self._headers, timeout=10)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._http.close()
+
+    def send(self, method: str, route: str, body: Any = None, *, idempotent: bool | None = None, **more: Any) -> Answer:
+        """The answer to one request, good or refused.
+
+        Args:
+            method: of HTTP.
+            route: after the base.
+            body: sent as JSON; None sends none.
+            idempotent: see `retries`; by default whether the method is.
+            more: for httpx, such as `files`.
+
+        Raises:
+            UnavailableError: no answer came, or only that the server is busy.
+            CogpressError: the answer is not JSON.
+        """
+        extensions = self._extensions(method, idempotent)
+        try:
+            response = self._http.request(method, self.base + route, json=body, extensions=extensions, **more)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error, extensions["retry"]) from None
+        return self._answer(response, extensions["retry"])
+
+
+class AsyncApi(_Requests):
+    """As `Api`, for an event loop."""
+
+    def __init__(
+        self, base: str, token: str | None, name: str, *, tries: int, longest: float, timeout: httpx.Timeout
+    ) -> None:
+        """See `Api`; `timeout` is that of each try."""
+        super().__init__(base, token, name, tries, longest, httpx.Response.aread)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._http = connect_async(
+            base, retry=self._retries[True], headers=self._headers, timeout=timeout, limits=limits
+        )
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()
+
+    async def send(
+        self, method: str, route: str, body: Any = None, *, idempotent: bool | None = None, **more: Any
+    ) -> Answer:
+        """See `Api.send`."""
+        extensions = self._extensions(method, idempotent)
+        try:
+            response = await self._http.request(method, self.base + route, json=body, extensions=extensions, **more)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error, extensions["retry"]) from None
+        return self._answer(response, extensions["retry"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Event streams
+# ---------------------------------------------------------------------------------------------------------------------
+
+EVENT_STREAM = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+"""Headers that ask for one."""
+
+
+def events(response: httpx.Response) -> Iterator[ServerSentEvent]:
+    """The server-sent events of a response as they arrive, without the empty ones.
+
+    Raises:
+        httpx.TransportError: the response is no event stream, or breaks off.
+    """
+    return (event for event in EventSource(response).iter_sse() if event.event != "message" or event.data)
+
+
+async def events_async(response: httpx.Response) -> AsyncGenerator[ServerSentEvent, None]:
+    """As `events`, for an event loop."""
+    async with aclosing(EventSource(response).aiter_sse()) as found:
+        async for event in found:
+            if event.event != "message" or event.data:
+                yield event
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on a server, as the server described it.
+    """A file on a server, as the server describes it.
 
     Attributes:
-        url: where it is; can hold a signature.
+        url: may hold a signature.
         size: bytes; None where the server does not say.
-        validator: a strong ETag or the date of the last change, by which ranges of one version are told from another's.
+        validator: a strong ETag or the date of the last change, which tells versions of the file apart.
         ranges: whether the server sends parts of it.
     """
 
@@ -54,7 +298,7 @@ class Remote:
 
     @property
     def key(self) -> str:
-        """A name for this version of the file."""
+        """Names this version of the file."""
         return hashlib.sha256(f"{self.url}|{self.validator}|{self.size}".encode()).hexdigest()[:24]
 
     @property
@@ -64,10 +308,10 @@ class Remote:
 
 
 def look(urls: Sequence[str]) -> list[Remote]:
-    """Ask for each file's size and version, without fetching it.
+    """Each file's size and version, without downloading it.
 
     Raises:
-        CogpressError: a server can not be reached or refuses.
+        CogpressError: a server cannot be reached or refuses.
     """
     with client() as opened, ThreadPoolExecutor(CONNECTIONS) as pool:
         return list(pool.map(functools.partial(_look, opened), urls))
@@ -77,7 +321,7 @@ def read(url: str, most: int) -> bytes:
     """The content of a small file.
 
     Raises:
-        CogpressError: it can not be had, or is larger than `most` bytes.
+        CogpressError: it cannot be downloaded, or is larger than `most` bytes.
     """
 
     def get() -> bytes:
@@ -86,15 +330,11 @@ def read(url: str, most: int) -> bytes:
             for block in response.iter_raw():
                 content += block
                 if len(content) > most:
-                    raise CogpressError(f"{source.shown(url)} is larger than {most >> 20} MB, so it is not a list.")
+                    raise CogpressError(f"{source.shown(url)} is larger than {most >> 20} MB. Check the URL.")
         return bytes(content)
 
     with client() as opened:
         return retried(get, source.shown(url))
-
-
-class _Busy(Exception):
-    """The server can not answer now."""
 
 
 def retried(
@@ -103,46 +343,47 @@ def retried(
     progress: Callable[[], int] = lambda: 0,
     pause: Callable[[float], Any] = time.sleep,
 ) -> _T:
-    """Do it again after cuts and while the server is busy, for as long as it gets on.
+    """Repeat a request whose body breaks off, for as long as it makes progress.
 
     Args:
-        action: makes a request.
-        shown: what messages call it.
+        action: makes the request and reads its body.
+        shown: its name in messages.
         progress: bytes that arrived so far.
         pause: waits so many seconds.
 
     Raises:
-        CogpressError: it failed `TRIES` times without getting on.
+        CogpressError: it failed `TRIES` times without progress.
     """
     failures, before = 0, progress()
     while True:
         try:
             return action()
-        except (httpx.TransportError, _Busy) as error:
+        except httpx.TransportError as error:
             failures = 1 if progress() - before >= PROGRESS else failures + 1
             before = progress()
             if failures >= TRIES:
-                reason = str(error) if isinstance(error, _Busy) else type(error).__name__
-                raise CogpressError(
-                    f"{shown} can not be downloaded: {reason}, {failures} times in a row. Check the network and start "
-                    "again."
-                ) from None
-            pause(min(BACKOFF * 2 ** (failures - 1), 30.0))
+                raise _not_downloaded(shown, type(error).__name__) from None
+            pause(min(BACKOFF * 2 ** (failures - 1), LONGEST_BACKOFF))
+
+
+def _not_downloaded(shown: str, reason: str) -> CogpressError:
+    return CogpressError(
+        f"Could not download {shown}: {reason}, {TRIES} times in a row. Check the network and start again."
+    )
 
 
 @contextmanager
 def client() -> Iterator[httpx.Client]:
-    """Connections of one task."""
-    # At their usual level these write each URL, with its signature, to whatever log the program keeps.
-    for name in ("httpx", "httpcore"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with httpx.Client(
+    """A client for files from any server, which repeats requests until a response begins."""
+    _quiet()
+    opened = httpx.Client(
         follow_redirects=True,
         timeout=httpx.Timeout(30, pool=None),
         # What is counted, resumed and hashed are the file's own bytes.
         headers={"Accept-Encoding": "identity"},
         event_hooks={"request": [_check_allowed]},
-    ) as opened:
+    )
+    with _with_retries(opened, retries(TRIES, LONGEST_BACKOFF)):
         yield opened
 
 
@@ -154,23 +395,27 @@ def _check_allowed(asked: httpx.Request) -> None:
 
 @contextmanager
 def request(opened: httpx.Client, url: str, headers: dict[str, str] | None = None) -> Iterator[httpx.Response]:
-    """An answer whose body is not read yet: a good one, or 416 for a range that is not there.
+    """A response whose body is not read yet: a good one, or 416 for a range that does not exist.
 
-    To be called within `retried`.
+    Reading the body may raise `httpx.TransportError`: see `retried`.
 
     Raises:
-        CogpressError: the server refuses.
+        CogpressError: the server cannot be reached or refuses.
     """
+    shown = source.shown(url)
     try:
-        with opened.stream("GET", url, headers=headers) as response:
-            status = response.status_code
-            if status in _BUSY:
-                raise _Busy(f"the server answered {status}")
-            if not (200 <= status < 300 or status == 416):
-                raise CogpressError(f"{source.shown(url)}: the server answered {status}. Check the URL.")
-            yield response
+        response = opened.send(opened.build_request("GET", url, headers=headers), stream=True)
+    except httpx.TransportError as error:
+        raise _not_downloaded(shown, type(error).__name__) from None
     except (httpx.InvalidURL, httpx.TooManyRedirects, UnicodeError) as error:
-        raise CogpressError(f"{source.shown(url)} can not be fetched: {type(error).__name__}. Check it.") from None
+        raise CogpressError(f"Could not download {shown}: {type(error).__name__}. Check the URL.") from None
+    with closing(response):
+        status = response.status_code
+        if status in BUSY:
+            raise _not_downloaded(shown, f"the server answered {status}")
+        if not (200 <= status < 300 or status == 416):
+            raise CogpressError(f"{shown}: the server answered {status}. Check the URL.")
+        yield response
 
 
 def _look(opened: httpx.Client, url: str) -> Remote:

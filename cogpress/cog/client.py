@@ -5,15 +5,14 @@ Knows the routes and the stream's events; leaves what is asked to its callers.
 
 from __future__ import annotations
 
-import ipaddress
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
+from cogpress import http
 from cogpress.errors import CogpressError
 
 _TIMEOUT = httpx.Timeout(10.0, read=None)
@@ -44,8 +43,8 @@ class Event:
 def health(url: str) -> dict[str, Any] | None:
     """What a server says of itself; None where none answers within two seconds."""
     try:
-        with connect(url, timeout=httpx.Timeout(2.0)) as http:
-            answer = http.get(f"{url}/health-check").json()
+        with http.connect(url, timeout=2.0) as opened:
+            answer = opened.get(f"{url}/health-check").json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None
     return answer if isinstance(answer, dict) and "status" in answer else None
@@ -101,66 +100,26 @@ def stream(url: str, inputs: dict[str, Any], identifier: str | None = None) -> I
         CogpressError: as `predict`, or the stream breaks off.
     """
     method, route = ("PUT", f"/predictions/{identifier}") if identifier else ("POST", "/predictions")
-    headers = {"Accept": "text/event-stream"}
     try:
         with (
-            connect(url) as http,
-            http.stream(method, f"{url}{route}", json=_body(inputs), headers=headers) as response,
+            http.connect(url, timeout=_TIMEOUT) as opened,
+            opened.stream(method, f"{url}{route}", json=_body(inputs), headers=http.EVENT_STREAM) as response,
         ):
             if response.status_code != 200:
                 response.read()
                 raise _refused(response)
-            for name, data in server_sent(response.iter_bytes()):
-                yield _event(name, json.loads(data))
-                if name == "completed":
+            for event in http.events(response):
+                yield _event(event.event, json.loads(event.data))
+                if event.event == "completed":
                     return
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _unreachable(url, error) from None
     raise CogpressError(f"{url} broke the stream off before its end. The server's log tells why.")
 
 
-def connect(url: str, timeout: httpx.Timeout = _TIMEOUT) -> httpx.Client:
-    """An HTTP client for a server, with the settings that all requests here have."""
-    # A proxy set for the internet can not reach this machine's own servers, and loading certificates for plain HTTP
-    # would take longer than the rest of a request.
-    parts = urlsplit(url)
-    return httpx.Client(timeout=timeout, trust_env=not is_loopback(parts.hostname), verify=parts.scheme == "https")
-
-
-def is_loopback(host: str | None) -> bool:
-    """Whether a host is this machine itself."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
-
-
 def _body(inputs: dict[str, Any]) -> dict[str, Any]:
     # The runtime refuses null, even for an input that may be left out.
     return {"input": {name: value for name, value in inputs.items() if value is not None}}
-
-
-def server_sent(chunks: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Server-sent events: name and data, which is not decoded."""
-    name = "message"
-    data: list[bytes] = []
-    for line in _lines(chunks):
-        line = line.removesuffix(b"\r")
-        if not line and data:
-            yield name, b"\n".join(data)
-            name, data = "message", []
-        elif line.startswith(b"event:"):
-            name = line.removeprefix(b"event:").strip().decode()
-        elif line.startswith(b"data:"):
-            data.append(line.removeprefix(b"data:").removeprefix(b" "))
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines by newline alone: a model's text may hold characters that Unicode counts as line breaks, such as U+2028."""
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
 
 
 def _event(name: str, data: dict[str, Any]) -> Event:
@@ -192,8 +151,8 @@ class _NotFound(CogpressError):
 
 def _request(method: str, url: str, route: str, body: dict[str, Any] | None = None) -> httpx.Response:
     try:
-        with connect(url) as http:
-            response = http.request(method, f"{url}{route}", json=body)
+        with http.connect(url, timeout=_TIMEOUT) as opened:
+            response = opened.request(method, f"{url}{route}", json=body)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _unreachable(url, error) from None
     if response.status_code >= 400:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cogpress.cog import client
+from cogpress import source
 from cogpress.errors import CogpressError
 
 _OPEN = re.compile(
@@ -61,7 +61,7 @@ def check_address(host: str, token: str | None) -> bool:
     Raises:
         CogpressError: it is not, and there is no token; or the token is too short to be one.
     """
-    loopback = client.is_loopback(host)
+    loopback = source.is_loopback(host)
     if not loopback and not token:
         raise CogpressError(
             f"Others can reach {host}, so a token is required: set COGPRESS_TOKEN to a long random text (such as "
@@ -116,7 +116,7 @@ class Access:
         except ValueError:
             name = None
         # A page of another site whose name was made to point here still sends its own name.
-        if self._limits.loopback and not client.is_loopback(name):
+        if self._limits.loopback and not source.is_loopback(name):
             detail = f"This server answers to localhost and 127.0.0.1 alone, not to {host[:80]!r}."
             return error(421, "Misdirected request", detail), {}
         origin = headers.get(b"origin")

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from cogpress import source
 from cogpress.cog import client
 from cogpress.errors import CogpressError
 from cogpress.playground import exchange
@@ -99,7 +100,7 @@ class Cog:
 
     async def run(self, prediction: Prediction) -> None:
         """See `Backend.run`."""
-        inputs = await self._rewrite(prediction.payload, client.is_loopback(self._host))
+        inputs = await self._rewrite(prediction.payload, source.is_loopback(self._host))
         if prediction.ended:  # canceled meanwhile
             return
         streams = prediction.version.streams

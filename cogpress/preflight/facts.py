@@ -6,7 +6,6 @@ Knows where each fact is; judges nothing. What can not be had is a fact too: `pr
 from __future__ import annotations
 
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,17 +17,23 @@ from cogpress import config, source
 from cogpress.cog.program import REGISTRY
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
+from cogpress.http import Answer, Api
 from cogpress.plan import architecture, estimate, hardware
 from cogpress.plan.hardware import Machine as Hardware
 from cogpress.preflight import machine
 from cogpress.preflight.ignore import NAME, Entry, Ignore, context
 from cogpress.preflight.machine import Machine
-from cogpress.preflight.web import Answer, Api
+from cogpress.replicate import api, routes
 from cogpress.weights import manifest
 from cogpress.weights.manifest import State
 
-REPLICATE = "https://api.replicate.com"
 HUB = "https://huggingface.co"
+
+TRIES = 4
+"""Of each request to a server."""
+
+LONGEST_WAIT = 20.0
+"""Seconds between two of them: a check that waits longer is no help."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Asked:
-    """A server's answers by route; `problem` where it was not asked, or can not be."""
+    """A server's answers by route; `problem` says why there are none, `tried` whether the server was asked."""
 
     answers: dict[str, Answer] = field(default_factory=dict)
     problem: str | None = None
+    tried: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,27 +245,24 @@ def _weights(root: Path) -> Weights:
 
 
 def _replicate(request: Request, destination: str | None) -> Asked:
-    token = os.environ.get("REPLICATE_API_TOKEN", "").strip()
     if request.offline:
         return Asked(problem="servers are not asked (--offline)")
+    token = os.environ.get("REPLICATE_API_TOKEN", "").strip()
     if not token:
         return Asked(problem="there is no REPLICATE_API_TOKEN to ask Replicate with")
-    base = os.environ.get("REPLICATE_BASE_URL") or REPLICATE
-    if not source.allowed(base):
-        return Asked(problem=f"{source.shown(base)} (REPLICATE_BASE_URL) is neither https nor this machine")
-    routes = ["/v1/account", "/v1/hardware"]
-    if destination and re.fullmatch(r"[\w.-]+/[\w.-]+", destination):
-        routes.append(f"/v1/models/{destination}")
-    return _asked(Api(base, token, f"Replicate's API at {source.shown(base)}"), routes)
-
-
-def _asked(api: Api, routes: list[str]) -> Asked:
     try:
-        return Asked({route: api.get(route) for route in routes})
+        client = api.Replicate(*api.credentials(), tries=TRIES, longest_wait=LONGEST_WAIT)
     except CogpressError as error:
-        return Asked(problem=str(error))
+        return Asked(problem=str(error), tried=True)
+    calls = [routes.account(), routes.hardware()]
+    if destination:
+        calls.append(routes.model(destination))
+    try:
+        return Asked({call.route: client.answer(call) for call in calls})
+    except CogpressError as error:
+        return Asked(problem=str(error), tried=True)
     finally:
-        api.close()
+        client.close()
 
 
 def _repository(text: str | None) -> str | None:
@@ -277,5 +280,11 @@ def _hub(request: Request, repository: str) -> Asked:
         return Asked(problem=f"{source.shown(base)} (HF_ENDPOINT) is neither https nor this machine")
     from huggingface_hub import get_token  # takes a moment to import, and most projects ask nothing
 
-    api = Api(base, get_token(), f"The Hugging Face Hub at {source.shown(base)}")
-    return _asked(api, [f"/api/models/{repository}"])
+    route = f"/api/models/{repository}"
+    hub = Api(base, get_token(), f"The Hugging Face Hub at {source.shown(base)}", tries=TRIES, longest=LONGEST_WAIT)
+    try:
+        return Asked({route: hub.send("GET", route)})
+    except CogpressError as error:
+        return Asked(problem=str(error), tried=True)
+    finally:
+        hub.close()

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from cogpress.cog.program import REGISTRY
+from cogpress.http import Answer
 from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
 from cogpress.preflight.facts import Facts
-from cogpress.preflight.web import REFUSED, Answer
+from cogpress.replicate.api import explained
 
 MACHINE, REPLICATE = "Machine", "Replicate"
 
@@ -99,17 +100,15 @@ def _account(facts: Facts) -> Iterator[Finding]:
 
 def _unasked(facts: Facts) -> Finding:
     problem = facts.replicate.problem or ""
-    reached = "times" in problem or "JSON" in problem or "https" in problem
-    if not reached:
+    if not facts.replicate.tried:
         return skipped(problem)
-    return failed(problem, "Check the network and REPLICATE_BASE_URL, and run it again.")
+    return failed(problem, "Check the network and REPLICATE_BASE_URL, then run this again.")
 
 
 def _refused(answer: Answer, what: str) -> Finding:
     """A 4xx, and what it asks of the user."""
-    told = f" ({answer.detail})" if answer.detail else ""
-    reason, fix = REFUSED.get(answer.status, (f"answered {answer.status}", "Read what it says and run it again."))
-    return failed(f"Asked for {what}, Replicate {reason}{told}.", fix)
+    message, fix = explained(answer, what)
+    return failed(message, fix)
 
 
 def _destination(facts: Facts) -> Iterator[Finding]:

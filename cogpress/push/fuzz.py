@@ -14,8 +14,8 @@ from typing import Any
 
 from cogpress.cog import client, schema
 from cogpress.config import Fuzz
-from cogpress.push import cases
-from cogpress.push.cases import Outcome
+from cogpress.push import testcases
+from cogpress.push.testcases import Outcome
 from cogpress.replicate.api import RefusedError, Replicate
 
 TEXTS = (
@@ -119,7 +119,7 @@ def run(
     def one(numbered: tuple[int, dict[str, Any]]) -> Outcome:
         number, given = numbered
         try:
-            made = cases.finished(replicate, replicate.predict(version, given), timeout)
+            made = testcases.predict(replicate, version, given, timeout)
         except RefusedError as error:
             if error.status != 422:
                 raise

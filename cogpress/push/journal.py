@@ -8,10 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+from rich.text import Text
+
+from cogpress.cli import step
+from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
 
 FORMAT = 1
@@ -76,3 +82,72 @@ class Journal:
 def key(depends: Any) -> str:
     """One text for everything that a step depends on, which must be JSON."""
     return hashlib.sha256(json.dumps(depends, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+Say = Callable[[str], None]
+
+
+class RejectedError(CogpressError):
+    """What was pushed did not do what was asked; it would be the same again, so the step is not done again."""
+
+
+class StepRunner:
+    """Does steps; `done` has the seconds and the result of each, by name."""
+
+    def __init__(self, journal: Journal, console: Console) -> None:
+        """Begin with what the journal holds."""
+        self.done: dict[str, dict[str, Any]] = {}
+        self._journal, self._console = journal, console
+
+    def once(self, name: str, act: Callable[[Say], dict[str, Any]]) -> dict[str, Any]:
+        """Run a step that takes seconds, whatever an earlier push did."""
+        return self._timed(name, None, act)
+
+    def kept(
+        self,
+        name: str,
+        depends: Any,
+        act: Callable[[Say], dict[str, Any]],
+        still: Callable[[dict[str, Any]], bool] = lambda _result: True,
+    ) -> dict[str, Any]:
+        """Do a step, unless it was done with all that it depends on as it is.
+
+        Args:
+            name: for people, and in the journal.
+            depends: on what; JSON.
+            act: does it; says what came of it and returns what later steps use.
+            still: whether an earlier result is still there.
+
+        Raises:
+            CogpressError: it fails, or it failed before and nothing has changed.
+        """
+        made = key(depends)
+        before = self._journal.find(name, made)
+        if before is not None and before.outcome == "failed":
+            raise CogpressError(
+                f"{name} failed before, and nothing that it depends on has changed: {before.message}\nCorrect it and "
+                "run this again; or do every step again, with --fresh."
+            )
+        if before is not None and still(before.result):
+            told = f"as before ({before.seconds:.1f} s, {time.strftime('%Y-%m-%d %H:%M', time.localtime(before.at))})"
+            self._console.print(Text.assemble(("✓ ", "green"), f"{name}: ", (told, "dim")))
+            self.done[name] = {"seconds": before.seconds, "before": True, **before.result}
+            return before.result
+        return self._timed(name, made, act)
+
+    def _timed(self, name: str, made: str | None, act: Callable[[Say], dict[str, Any]]) -> dict[str, Any]:
+        began = time.monotonic()
+        try:
+            with step(name, self._console) as say:
+                result = act(say)
+        except CogpressError as error:
+            seconds = time.monotonic() - began
+            if made is not None and isinstance(error, RejectedError):
+                self._journal.note(name, made, seconds, {}, str(error))
+            self._console.print(Text.assemble(("✗ ", "bold red"), name, (f"  {seconds:.1f} s", "dim")))
+            raise
+        seconds = time.monotonic() - began
+        if made is not None:
+            self._journal.note(name, made, seconds, result)
+        self.done[name] = {"seconds": round(seconds, 3), "before": False, **result}
+        return result

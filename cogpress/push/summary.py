@@ -10,19 +10,38 @@ import pprint
 import shlex
 import textwrap
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cogpress.preflight.facts import REPLICATE
-from cogpress.push.steps import Shipped
+from cogpress.replicate.api import ADDRESS
 
 _WIDTH = 76
 
 
-def calls(model: str, version: str, example: Mapping[str, Any], base: str = REPLICATE) -> dict[str, str]:
+@dataclass(frozen=True)
+class Shipped:
+    """A finished push.
+
+    Attributes:
+        model: as Replicate gives it.
+        version: the id of the one that people get now.
+        document: its OpenAPI document.
+        steps: seconds, results and whether they were done before, by name.
+        notes: what a reader should know.
+    """
+
+    model: dict[str, Any]
+    version: str
+    document: dict[str, Any]
+    steps: dict[str, dict[str, Any]]
+    notes: tuple[str, ...]
+
+
+def calls(model: str, version: str, example: Mapping[str, Any], base: str = ADDRESS) -> dict[str, str]:
     """Programs that ask a version with an input, by title.
 
     Args:

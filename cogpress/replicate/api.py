@@ -1,195 +1,242 @@
-"""Replicate's API as a push and a training use it: models, versions, predictions, trainings, deployments, files.
-
-Knows routes and what a refusal means; leaves repeating to `preflight.web` and what is asked to its callers. The token
-is sent in a header to Replicate alone.
-"""
+"""The client of Replicate's HTTP API: requests with retries, refusals explained, streams."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
-from cogpress import source
-from cogpress.cog import client
+from cogpress import http, source
 from cogpress.errors import CogpressError
-from cogpress.preflight.facts import REPLICATE
-from cogpress.preflight.web import REFUSED, Answer, Api
+from cogpress.http import Answer
 from cogpress.redact import redacted
+from cogpress.replicate import routes
+from cogpress.replicate.routes import Call
+
+ADDRESS = "https://api.replicate.com"
 
 ENDED = ("succeeded", "failed", "canceled", "aborted")
+"""The statuses of a prediction or training that has ended."""
 
 POLL_SECONDS = 0.5
 
-WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds before each further try, where Replicate names none."""
+TRIES = 7
+"""Of a request, while Replicate is busy or out of reach."""
 
 LONGEST_WAIT = 120.0
-"""Seconds that Replicate may ask to wait."""
+"""Seconds between two tries, whatever Replicate asks for."""
+
+_REFUSALS = {
+    401: ("rejects the token", "Set REPLICATE_API_TOKEN to a valid one."),
+    402: ("requires a payment method", "Add one at replicate.com/account/billing."),
+    403: ("does not allow it with this token", "Use a token of the owner or of a member of the organization."),
+    404: ("cannot find it", "Check the name and REPLICATE_BASE_URL."),
+    409: ("reports a conflict", "Look at what exists on replicate.com, then run this again."),
+    422: ("rejects the request", "Correct what it names."),
+}
 
 
 class RefusedError(CogpressError):
-    """Replicate answered with a 4xx: `status`."""
+    """Replicate answered with an error: `status`, and its own words in `detail`."""
 
-    def __init__(self, status: int, text: str) -> None:
-        """Note the status and what to say of it."""
+    def __init__(self, status: int, text: str, detail: str = "") -> None:
+        """Note what callers decide by."""
         super().__init__(text)
-        self.status = status
+        self.status, self.detail = status, detail
 
 
-class Replicate:
-    """Replicate, asked with the token of the environment."""
+def explained(answer: Answer, what: str) -> tuple[str, str]:
+    """What a refusal of a request means, and what to do."""
+    detail = " ".join(answer.detail.split()).rstrip(".")
+    reason, fix = _REFUSALS.get(answer.status, (f"answers {answer.status}", "Read what it says and run this again."))
+    return f"Replicate {reason} (request for {what}){f': {detail}' if detail else ''}.", fix
 
-    def __init__(self, token: str, base: str = REPLICATE, pause: Callable[[float], object] = time.sleep) -> None:
-        """Describe it; nothing is asked yet.
 
-        Args:
-            token: the account's.
-            base: the API's address without `/v1`.
-            pause: waits so many seconds.
-        """
-        self.token, self.base, self.pause = token, base.rstrip("/"), pause
-        name = f"Replicate's API at {source.shown(self.base)}"
-        self._api = Api(self.base, token, name, pause, waits=WAITS, longest=LONGEST_WAIT)
+class _Client:
+    """What the synchronous and the asynchronous client share."""
 
-    def close(self) -> None:
-        """End its connections."""
-        self._api.close()
+    def __init__(self, token: str, base: str) -> None:
+        self.token, self.base = token, base.rstrip("/")
+        self.name = f"Replicate's API at {source.shown(self.base)}"
 
-    def ask(self, method: str, route: str, body: Any = None, *, what: str = "", once: bool = False, **more: Any) -> Any:
-        """The content of a good answer.
-
-        Args:
-            method: of HTTP.
-            route: after the address.
-            body: sent as JSON.
-            what: what messages call it.
-            once: what must not be begun twice.
-            more: for httpx.
-
-        Raises:
-            RefusedError: a 4xx, explained.
-            CogpressError: it can not be reached, or stays busy.
-        """
-        answer = self._api.send(method, route, body, once=once, **more)
+    def _content(self, call: Call, answer: Answer) -> Any:
         if 200 <= answer.status < 300:
             return answer.content
-        raise RefusedError(answer.status, redacted(_explained(answer, what or route), self.token))
+        text = redacted(" ".join(explained(answer, call.what)), self.token)
+        raise RefusedError(answer.status, text, redacted(answer.detail, self.token))
 
-    def find(self, route: str, what: str = "") -> dict[str, Any] | None:
-        """What is at a route; None where nothing is."""
+    def _stream_url(self, prediction: Mapping[str, Any]) -> str:
+        url = str((prediction.get("urls") or {}).get("stream") or "")
+        if not source.allowed(url) or urlsplit(url).scheme != urlsplit(self.base).scheme:
+            raise NoStreamError("Replicate gives no address for the stream. Add @cog.streaming to the runner's run().")
+        return url
+
+
+class NoStreamError(CogpressError):
+    """A prediction does not stream."""
+
+
+class Replicate(_Client):
+    """Replicate, asked with a token."""
+
+    def __init__(
+        self, token: str, base: str = ADDRESS, *, tries: int = TRIES, longest_wait: float = LONGEST_WAIT
+    ) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            token: the account's; sent in a header to Replicate alone.
+            base: the API's address without `/v1`.
+            tries: of each request.
+            longest_wait: seconds between two of them.
+        """
+        super().__init__(token, base)
+        self._api = http.Api(self.base, token, self.name, tries=tries, longest=longest_wait)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._api.close()
+
+    def answer(self, call: Call) -> Answer:
+        """The answer to a request, good or refused.
+
+        Raises:
+            UnavailableError: Replicate cannot be reached, or stays busy.
+        """
+        return self._api.send(call.method, call.route, call.body, idempotent=call.idempotent, **call.more)
+
+    def ask(self, call: Call) -> Any:
+        """The content of a good answer.
+
+        Raises:
+            RefusedError: any other answer, explained.
+            UnavailableError: Replicate cannot be reached, or stays busy.
+        """
+        return self._content(call, self.answer(call))
+
+    def find(self, call: Call) -> dict[str, Any] | None:
+        """The content of a good answer; None where there is no such thing."""
         try:
-            return dict(self.ask("GET", route, what=what))
+            return dict(self.ask(call))
         except RefusedError as error:
             if error.status == 404:
                 return None
             raise
 
-    def account(self) -> str:
-        """Whose token it is."""
-        return str(self.ask("GET", "/v1/account", what="the account")["username"])
-
-    def model(self, name: str) -> dict[str, Any] | None:
-        """A model by its owner/name; None where there is none."""
-        return self.find(f"/v1/models/{name}", name)
-
-    def versions(self, name: str) -> list[dict[str, Any]]:
-        """A model's versions, the newest first."""
-        return list(self.ask("GET", f"/v1/models/{name}/versions", what=f"the versions of {name}")["results"])
-
-    def version(self, name: str, identifier: str) -> dict[str, Any] | None:
-        """A version of a model; None where there is none."""
-        return self.find(f"/v1/models/{name}/versions/{identifier}", f"version {identifier[:12]} of {name}")
-
-    def predict(self, version: str, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Create a prediction, which then runs."""
-        body = {"version": version, "input": inputs, "stream": True}
-        return dict(self.ask("POST", "/v1/predictions", body, what=f"a prediction of version {version[:12]}"))
-
-    def prediction(self, identifier: str) -> dict[str, Any]:
-        """A prediction as it is now."""
-        return dict(self.ask("GET", f"/v1/predictions/{identifier}", what=f"prediction {identifier}"))
-
-    def cancel(self, identifier: str, kind: str = "predictions") -> dict[str, Any]:
-        """Cancel a prediction, or a training (`kind`)."""
-        return dict(self.ask("POST", f"/v1/{kind}/{identifier}/cancel", what=f"the end of {identifier}"))
-
     def wait(self, made: dict[str, Any], seconds: float, until: tuple[str, ...] = ENDED) -> dict[str, Any]:
         """A prediction when its status is one of `until`, or as it is when time is up."""
         began = time.monotonic()
         while made.get("status") not in (*until, *ENDED) and time.monotonic() - began < seconds:
-            self.pause(min(POLL_SECONDS, 0.05 + (time.monotonic() - began) / 4))
-            made = self.prediction(made["id"])
+            time.sleep(min(POLL_SECONDS, 0.05 + (time.monotonic() - began) / 4))
+            made = dict(self.ask(routes.prediction(made["id"])))
         return made
 
     def stream(self, made: dict[str, Any], seconds: float) -> Iterator[tuple[str, str]]:
-        """Name and text of each event of a prediction's stream.
+        """Name and text of each event of a prediction's stream, up to `done`.
+
+        Args:
+            made: the prediction.
+            seconds: the longest silence.
 
         Raises:
-            CogpressError: it has none, or the stream breaks off.
+            CogpressError: there is no stream, or it breaks off.
         """
-        url = str((made.get("urls") or {}).get("stream") or "")
-        if not source.allowed(url):
-            raise CogpressError("Replicate gives no address for the stream. Add @cog.streaming to the runner's run().")
-        # Without the token: the address itself lets in, and it can be another machine's.
-        timeout = httpx.Timeout(10.0, read=seconds)
+        url = self._stream_url(made)
         try:
+            # Without the token: the address itself is the key, and it may be another server's.
             with (
-                client.connect(url, timeout) as http,
-                http.stream("GET", url, headers={"Accept": "text/event-stream"}) as response,
+                http.connect(url, timeout=httpx.Timeout(10.0, read=seconds)) as opened,
+                opened.stream("GET", url, headers=http.EVENT_STREAM) as response,
             ):
                 if response.status_code != 200:
                     raise CogpressError(f"The stream answers {response.status_code} instead of text.")
-                for name, data in client.server_sent(response.iter_bytes()):
-                    yield name, data.decode(errors="replace")
-                    if name == "done":
+                for event in http.events(response):
+                    yield event.event, event.data
+                    if event.event == "done":
                         return
         except httpx.HTTPError as error:
             raise CogpressError(f"The stream broke off ({type(error).__name__}).") from None
         raise CogpressError("The stream ended without its last event.")
 
     def upload(self, path: Path) -> str:
-        """Upload a file; the address under which Replicate's own models get it.
+        """Upload a file; the address at which Replicate's own models read it.
 
         Raises:
-            CogpressError: there is no such file, or it is refused.
+            CogpressError: the file cannot be read, or Replicate refuses.
         """
         try:
-            # Read whole, as a second try needs it again.
-            content = path.read_bytes()
+            content = path.read_bytes()  # whole, as a second try needs it again
         except OSError as error:
-            raise CogpressError(f"{path} can not be read: {error.strerror}. Name a file.") from None
-        files = {"content": (path.name, content, "application/octet-stream")}
-        what = f"the upload of {path.name}"
-        return str(self.ask("POST", "/v1/files", files=files, timeout=300, what=what)["urls"]["get"])
+            raise CogpressError(f"Could not read {path}: {error.strerror}. Name a file.") from None
+        return str(self.ask(routes.upload(path.name, content))["urls"]["get"])
 
 
-def _explained(answer: Answer, what: str) -> str:
-    told = f": {answer.detail.strip().rstrip('.')}" if answer.detail.strip() else ""
-    reason, fix = REFUSED.get(answer.status, (f"answers {answer.status}", "Read what it says and run it again."))
-    return f"Asked for {what}, Replicate {reason}{' '.join(told.split(chr(10)))}. {fix}"
+class AsyncReplicate(_Client):
+    """As `Replicate`, for an event loop."""
+
+    def __init__(
+        self,
+        token: str,
+        base: str = ADDRESS,
+        *,
+        tries: int = TRIES,
+        longest_wait: float = LONGEST_WAIT,
+        timeout: httpx.Timeout,
+    ) -> None:
+        """See `Replicate`; `timeout` is of each try, and of the silence in a stream."""
+        super().__init__(token, base)
+        self._api = http.AsyncApi(self.base, token, self.name, tries=tries, longest=longest_wait, timeout=timeout)
+        # Without the token: a stream's address itself is the key, and it may be another server's.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._streams = http.connect_async(self.base, timeout=timeout, limits=limits)
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._api.close()
+        await self._streams.aclose()
+
+    async def ask(self, call: Call) -> Any:
+        """See `Replicate.ask`."""
+        answer = await self._api.send(call.method, call.route, call.body, idempotent=call.idempotent, **call.more)
+        return self._content(call, answer)
+
+    async def stream(self, made: dict[str, Any]) -> AsyncGenerator[tuple[str, str], None]:
+        """See `Replicate.stream`; a stream that breaks off raises `httpx.HTTPError`."""
+        async with self._streams.stream("GET", self._stream_url(made), headers=http.EVENT_STREAM) as response:
+            if response.status_code != 200:
+                raise CogpressError(f"The stream answers {response.status_code} instead of text.")
+            async for event in http.events_async(response):
+                yield event.event, event.data
+                if event.event == "done":
+                    return  # the server may keep the stream open
 
 
-def connect() -> Replicate:
-    """Replicate as the environment names it.
+def credentials(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """The token and the API's address, from REPLICATE_API_TOKEN and REPLICATE_BASE_URL.
 
     Raises:
         CogpressError: there is no token, or the address is not safe to send it to.
     """
-    token = os.environ.get("REPLICATE_API_TOKEN", "").strip()
+    token = environ.get("REPLICATE_API_TOKEN", "").strip()
     if not token:
         raise CogpressError(
             "REPLICATE_API_TOKEN is not set. Set it to a token from replicate.com/account/api-tokens, in no file here."
         )
-    base = os.environ.get("REPLICATE_BASE_URL") or REPLICATE
+    base = (environ.get("REPLICATE_BASE_URL") or ADDRESS).rstrip("/")
     if not source.allowed(base):
         raise CogpressError(f"{source.shown(base)} (REPLICATE_BASE_URL) is neither https nor this machine. Correct it.")
-    return Replicate(token, base)
+    return token, base
+
+
+def connect() -> Replicate:
+    """Replicate as the environment names it; raises as `credentials`."""
+    return Replicate(*credentials())
 
 
 def text_of(output: Any) -> str:

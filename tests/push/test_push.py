@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cogpress import config, push
+from cogpress import config
 from cogpress.errors import CogpressError
 from cogpress.preflight import place
-from cogpress.push import journal, orders, steps
+from cogpress.push import dry_run, journal, run, testcases
+from cogpress.push.target import Target, fingerprint, hardware
+from cogpress.replicate import routes
+from cogpress.replicate.api import Replicate
 from tests.standins.localreplicate import ROOT, TOKEN, javascript
 from tests.standins.pushproject import Machine, machine
 from tests.standins.pushreplicate import PushReplicate
@@ -47,13 +50,13 @@ def here(tmp_path: Path, remote: PushReplicate, monkeypatch: pytest.MonkeyPatch)
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
 
 
-def run(here: Machine, dry: bool = False, **more: Any) -> tuple[Any, str]:
+def push(here: Machine, dry: bool = False, **more: Any) -> tuple[Any, str]:
     """A push, and what it prints on 80 columns."""
     settings = config.load(here.root / "model.yaml")
     file = StringIO()
     console = Console(file=file, width=80, highlight=False)
-    order = push.order(here.root, settings, "local/model", **{"hardware": "gpu-l40s", **more})
-    shipped = (push.show if dry else push.run)(order, settings, console)
+    target = Target.of(here.root, settings, "local/model", **{"hardware": "gpu-l40s", **more})
+    shipped = (dry_run.show if dry else run.push)(target, settings, console)
     assert TOKEN not in file.getvalue()
     return shipped, file.getvalue()
 
@@ -63,17 +66,17 @@ def before(shipped: Any) -> set[str]:
     return {name for name, found in shipped.steps.items() if found["before"]}
 
 
-def routes(text: str) -> set[str]:
+def changing(text: str) -> set[str]:
     """Requests that change something, as a dry run shows them."""
     return set(re.findall(r"(?:POST|PATCH) /v1/[a-z]+", text))
 
 
 def test_a_push_from_nothing_and_once_more(here: Machine, remote: PushReplicate) -> None:
-    _, planned = run(here, dry=True)
+    _, planned = push(here, dry=True)
     assert here.calls() == []
     assert remote.asked() == []
     assert not (here.root / "runs").exists()
-    shipped, said = run(here, visibility="public")
+    shipped, said = push(here, visibility="public")
     changes = remote.changes()
     # Each command and each kind of request is what the dry run told.
     calls = here.calls()
@@ -82,7 +85,7 @@ def test_a_push_from_nothing_and_once_more(here: Machine, remote: PushReplicate)
     for arguments in calls:
         assert " ".join(["cog", *arguments]) in flat
     asked = {" /v1/".join((change.split()[0], change.split("/")[2])) for change in changes}
-    assert asked == routes(planned) == {"POST /v1/models", "POST /v1/predictions"}
+    assert asked == changing(planned) == {"POST /v1/models", "POST /v1/predictions"}
     assert len([one for one in changes if one == "POST /v1/predictions"]) == flat.count("POST /v1/predictions")
     models = {name: remote.ask("GET", f"/v1/models/local/{name}").json() for name in ("model", "model-test")}
     assert {name: found["visibility"] for name, found in models.items()} == {"model": "public", "model-test": "private"}
@@ -95,17 +98,17 @@ def test_a_push_from_nothing_and_once_more(here: Machine, remote: PushReplicate)
     assert content["version"] == shipped.version
     assert all(found["seconds"] >= 0 for found in content["steps"].values())
     # Nothing has changed: nothing is built, pushed or predicted again.
-    again, said = run(here)
+    again, said = push(here)
     assert again.version == shipped.version
     assert here.calls() == []
     assert not [one for one in remote.changes() if "predictions" in one]
-    assert {steps.TEST_PUSH, steps.TESTS, steps.FUZZ, steps.REAL_PUSH} <= before(again)
+    assert {run.TEST_PUSH, run.TESTS, run.FUZZ, run.REAL_PUSH} <= before(again)
     assert "as before" in said
-    assert run(here, dry=True)[1].count("done before") == 4
+    assert push(here, dry=True)[1].count("done before") == 4
 
 
 def test_programs_of_the_summary_run_as_they_are(here: Machine, remote: PushReplicate, tmp_path: Path) -> None:
-    shipped, said = run(here)
+    shipped, said = push(here)
     from cogpress.push import summary
 
     example = {"prompt": 'it\'s "so" $HOME `x` ü\n', "count": 2}
@@ -133,19 +136,19 @@ def test_programs_of_the_summary_run_as_they_are(here: Machine, remote: PushRepl
 def test_a_failing_test_stops_the_push_and_is_not_asked_again(here: Machine, remote: PushReplicate) -> None:
     here.settings(tests=[{"input": {"prompt": "hi", "count": 1}, "exact": "something else"}])
     with pytest.raises(CogpressError, match=r"1 of 1 test predictions failed .* 'hi0 ', not 'something else'"):
-        run(here)
+        push(here)
     assert here.calls() == [["login", "--token-stdin"], TEST_PUSH]  # not to the real one
     assert remote.ask("GET", "/v1/models/local/model/versions").json()["results"] == []
     remote.asked()
     with pytest.raises(CogpressError, match="failed before, and nothing that it depends on has changed"):
-        run(here)
+        push(here)
     assert here.calls() == []
     assert not [one for one in remote.changes() if "predictions" in one]
     # Other tests need no other image.
     here.settings(tests=[{"input": {"prompt": "hi", "count": 1}, "exact": "hi0 "}])
-    shipped, _ = run(here)
+    shipped, _ = push(here)
     assert here.calls() == [PUSH]
-    assert before(shipped) == {steps.BESIDE, steps.TEST_PUSH, steps.PUSHED}
+    assert before(shipped) == {run.BESIDE, run.TEST_PUSH, run.PUSHED}
 
 
 @pytest.mark.parametrize(
@@ -164,12 +167,11 @@ def test_a_failing_test_stops_the_push_and_is_not_asked_again(here: Machine, rem
     ],
 )
 def test_what_a_test_asks_for_is_judged(pushed: Any, test: dict[str, Any], said: str) -> None:
-    from cogpress.push import cases
     from cogpress.verify import run as verify
 
     replicate, version = pushed
     case = config.Case.model_validate(test)
-    [outcome] = cases.run(replicate, version, [case], verify.scorer("exact"), timeout=30, parallel=1)
+    [outcome] = testcases.run(replicate, version, [case], verify.scorer("exact"), timeout=30, parallel=1)
     assert not outcome.passed
     assert said in outcome.message
 
@@ -177,8 +179,6 @@ def test_what_a_test_asks_for_is_judged(pushed: Any, test: dict[str, Any], said:
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A version that runs, made once."""
-    from cogpress.replicate.api import Replicate
-
     folder = tmp_path_factory.mktemp("pushed")
     with PushReplicate(folder / "replicate") as remote, pytest.MonkeyPatch.context() as patch:
         here = machine(folder, remote.url, patch)
@@ -191,19 +191,14 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def test_a_prediction_that_does_not_end_is_canceled(pushed: Any) -> None:
-    from cogpress.push import cases
-
     replicate, version = pushed
     case = config.Case(input={"count": 100000, "delay": 1})
-    [outcome] = cases.run(replicate, version, [case], str.__eq__, timeout=1, parallel=1)
+    [outcome] = testcases.run(replicate, version, [case], str.__eq__, timeout=1, parallel=1)
     assert "did not end within 1 s and was canceled" in outcome.message
-    assert replicate.wait(replicate.prediction(outcome.prediction), 20)["status"] == "canceled"
+    assert replicate.wait(replicate.ask(routes.prediction(outcome.prediction)), 20)["status"] == "canceled"
 
 
 def test_a_model_that_only_seems_to_stream_is_found(pushed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cogpress.push import cases
-    from cogpress.replicate.api import Replicate
-
     replicate, version = pushed
     real = Replicate.stream
 
@@ -213,7 +208,7 @@ def test_a_model_that_only_seems_to_stream_is_found(pushed: Any, monkeypatch: py
 
     monkeypatch.setattr(Replicate, "stream", late)
     case = config.Case(input={"prompt": "s", "count": 10, "delay": 0.1}, streams=True)
-    [outcome] = cases.run(replicate, version, [case], str.__eq__, timeout=30, parallel=1)
+    [outcome] = testcases.run(replicate, version, [case], str.__eq__, timeout=30, parallel=1)
     assert "when the prediction had ended" in outcome.message
 
 
@@ -229,25 +224,25 @@ def test_fuzz_finds_a_fault_of_the_program_and_takes_a_refusal(pushed: Any) -> N
 
 
 def test_breaking_changes_block_unless_allowed(here: Machine, remote: PushReplicate) -> None:
-    run(here)
+    push(here)
     here.calls()
     here.swap("le=100000)", "le=50)")
     here.swap('default="word"', 'default="other"')
     here.settings(tests=[])
     said = r"Callers of local/model would notice: .*default 'other' instead of 'word'; input count has the maximum 50"
     with pytest.raises(CogpressError, match=said):
-        run(here)
+        push(here)
     assert here.calls() == []  # found before anything is built
-    shipped, text = run(here, allow_breaking=True)
+    shipped, text = push(here, allow_breaking=True)
     assert here.calls() == [TEST_PUSH, PUSH]
     assert "maximum 50" in " ".join(text.split())
-    assert shipped.steps[steps.BESIDE]["breaking"]
+    assert shipped.steps[run.BESIDE]["breaking"]
 
 
 def test_what_preflight_finds_stops_the_push(here: Machine, remote: PushReplicate) -> None:
     (here.root / "weights" / "model.safetensors").write_text("changed")
     with pytest.raises(CogpressError, match=r"Preflight found 2 of the reasons"):
-        run(here)
+        push(here)
     assert here.calls() == []
     assert remote.changes() == []
 
@@ -255,24 +250,24 @@ def test_what_preflight_finds_stops_the_push(here: Machine, remote: PushReplicat
 def test_a_push_goes_on_where_it_stopped(here: Machine, remote: PushReplicate) -> None:
     here.standin(fail="no space left on device")
     with pytest.raises(CogpressError, match=r"(?s)exit status 1.*no space left on device.*All of it is in"):
-        run(here)
+        push(here)
     here.standin(fail=None)
-    run_calls = here.calls()
-    assert run_calls[-1] == TEST_PUSH
+    calls = here.calls()
+    assert calls[-1] == TEST_PUSH
     remote.fault("POST", "/v1/predictions", 400)
     with pytest.raises(
-        CogpressError, match=r"Asked for a prediction .* Replicate answers 400: the stand-in was told to"
+        CogpressError, match=r"Replicate answers 400 \(request for a prediction .*\): the stand-in was told to"
     ):
-        run(here)
+        push(here)
     assert here.calls() == [TEST_PUSH]
-    shipped, _ = run(here)
+    shipped, _ = push(here)
     assert here.calls() == [PUSH]
-    assert steps.TEST_PUSH in before(shipped)
+    assert run.TEST_PUSH in before(shipped)
     # A version that was deleted meanwhile is pushed again.
     remote.ask("DELETE", f"/v1/models/local/model/versions/{shipped.version}")
-    run(here)
+    push(here)
     assert here.calls() == [PUSH]
-    _, _ = run(here, fresh=True)
+    _, _ = push(here, fresh=True)
     assert here.calls() == [TEST_PUSH, PUSH]
 
 
@@ -280,42 +275,42 @@ def test_busy_answers_are_waited_for(here: Machine, remote: PushReplicate, monke
     remote.fault("POST", "/v1/predictions", 429, 2, Retry_After="0")
     remote.fault("GET", "/v1/predictions", 503, 2, Retry_After="0")
     remote.fault("POST", "/v1/models", 500, 1, Retry_After="0")
-    shipped, _ = run(here)
+    shipped, _ = push(here)
     assert shipped.version
 
 
 def test_a_version_is_found_without_a_digest(here: Machine) -> None:
     here.standin(silent=True)
-    assert run(here)[0].version
+    assert push(here)[0].version
 
 
 def test_a_project_that_changes_while_it_is_tested_is_not_pushed(
     here: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = steps.Push._fuzz
+    real = run.Push._fuzz
 
-    def change(self: steps.Push, *given: Any) -> None:
+    def change(self: run.Push, *given: Any) -> None:
         real(self, *given)
         here.swap("default=3", "default=4")
 
-    monkeypatch.setattr(steps.Push, "_fuzz", change)
+    monkeypatch.setattr(run.Push, "_fuzz", change)
     with pytest.raises(CogpressError, match="was changed while its push was tested"):
-        run(here)
+        push(here)
     assert PUSH not in here.calls()
 
 
 def test_a_deployment_is_made_and_then_changed(here: Machine, remote: PushReplicate) -> None:
     here.settings(deployment={"name": "live", "max_instances": 2}, tests=[], fuzz={"rounds": 0})
-    _, planned = run(here, dry=True)
-    assert {"POST /v1/deployments", "PATCH /v1/deployments"} <= routes(planned)
-    shipped, _ = run(here)
+    _, planned = push(here, dry=True)
+    assert {"POST /v1/deployments", "PATCH /v1/deployments"} <= changing(planned)
+    shipped, _ = push(here)
     found = remote.ask("GET", "/v1/deployments/local/live").json()["current_release"]
     assert (found["version"], found["configuration"]["max_instances"]) == (shipped.version, 2)
     assert found["configuration"]["hardware"] == "gpu-l40s"
-    again, _ = run(here)
-    assert steps.DEPLOYMENT in before(again)
+    again, _ = push(here)
+    assert run.DEPLOYMENT in before(again)
     here.swap("default=3", "default=4")
-    newer, _ = run(here, allow_breaking=True)
+    newer, _ = push(here, allow_breaking=True)
     found = remote.ask("GET", "/v1/deployments/local/live").json()["current_release"]
     assert (found["version"], found["number"]) == (newer.version, 2)
 
@@ -325,12 +320,12 @@ def test_weights_that_are_fetched_at_the_start_are_in_no_layer(here: Machine) ->
     here.settings(weights="fetched")
     settings = config.load(here.root / "model.yaml")
     with pytest.raises(CogpressError, match="would enter the image"):
-        orders.fingerprint(here.root, settings)
+        fingerprint(here.root, settings)
     (here.root / ".dockerignore").write_text((here.root / ".dockerignore").read_text() + "weights\n")
     with pytest.raises(CogpressError, match="names no address"):
-        orders.fingerprint(here.root, settings)
+        fingerprint(here.root, settings)
     serve = config.Serve(weights="https://example.com/manifest.json")
-    orders.fingerprint(here.root, settings.model_copy(update={"serve": serve}))
+    fingerprint(here.root, settings.model_copy(update={"serve": serve}))
     from cogpress.cog import program as cog
 
     assert "--separate-weights" not in cog.command("a/b", settings.push)
@@ -356,15 +351,15 @@ def test_the_command(here: Machine, remote: PushReplicate, tmp_path: Path) -> No
 def test_answers_are_compared_with_the_live_versions(here: Machine) -> None:
     tests = [{"input": {"prompt": "hi", "count": 2}}, {"input": {"prompt": "json"}, "name": "as JSON"}]
     here.settings(tests=tests, fuzz={"rounds": 0})
-    assert steps.SAME not in run(here)[0].steps  # nothing was live
+    assert run.SAME not in push(here)[0].steps  # nothing was live
     here.swap("{{prompt}}{{number}} ".replace("{{", "{").replace("}}", "}"), "{prompt}-{number} ")
-    shipped, said = run(here)
-    assert shipped.steps[steps.SAME]["other"] == ["1: no error"]
+    shipped, said = push(here)
+    assert shipped.steps[run.SAME]["other"] == ["1: no error"]
     assert "Answers otherwise than the version before: 1: no error." in " ".join(said.split())
     here.settings(tests=tests, fuzz={"rounds": 0}, same_answers=True)
     here.swap("{prompt}-{number} ", "{prompt}+{number} ")
     with pytest.raises(CogpressError, match=r"answers otherwise than \w+, the live one: 1: no error"):
-        run(here)
+        push(here)
 
 
 def test_a_journal_that_is_damaged_counts_as_nothing_done(tmp_path: Path) -> None:
@@ -381,12 +376,12 @@ def test_a_journal_that_is_damaged_counts_as_nothing_done(tmp_path: Path) -> Non
 
 def test_hardware_is_the_plans(here: Machine) -> None:
     settings = config.load(here.root / "model.yaml")
-    order = push.order(here.root, settings, "local/model")
+    target = Target.of(here.root, settings, "local/model")
     with pytest.raises(CogpressError, match="The plan can not choose hardware"):
-        orders.machine(order, settings)
+        hardware(target, settings)
     llama = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     llama |= {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "intermediate_size": 128}
     (here.root / "weights" / "config.json").write_text(json.dumps(llama))
-    assert orders.machine(order, settings) in ("gpu-t4", "gpu-l40s")  # what the account has
-    assert orders.machine(order, settings, ask=False).startswith("gpu-")
-    assert textwrap.dedent(orders.machine(push.order(here.root, settings, "a/b", hardware="cpu"), settings)) == "cpu"
+    assert hardware(target, settings) in ("gpu-t4", "gpu-l40s")  # what the account has
+    assert hardware(target, settings, ask=False).startswith("gpu-")
+    assert textwrap.dedent(hardware(Target.of(here.root, settings, "a/b", hardware="cpu"), settings)) == "cpu"

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from cogpress import config
 from cogpress.cog import schema
-from cogpress.push import cases, compatibility, fuzz
-from cogpress.push.cases import Outcome
+from cogpress.push import compatibility, fuzz, testcases
+from cogpress.push.testcases import Outcome
 
 
 def document(inputs: dict[str, Any], output: Any = None, required: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
@@ -172,6 +172,6 @@ def test_outcomes_fit_a_terminal() -> None:
 
     file = StringIO()
     outcomes = [Outcome("a name that says what it is for", False, "long " * 60, 1.5), Outcome("b", True, "[bold]x", 0)]
-    Console(file=file, width=80).print(cases.table(outcomes))
+    Console(file=file, width=80).print(testcases.table(outcomes))
     assert max(map(len, file.getvalue().splitlines())) <= 80
     assert "[bold]x" in file.getvalue()

@@ -18,10 +18,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from cogpress import config, pipeline, push
+from cogpress import config, pipeline
 from cogpress.errors import CogpressError
 from cogpress.preflight import place
-from cogpress.push import steps
+from cogpress.push import run
+from cogpress.push.target import Target
 from cogpress.train import run as training
 from cogpress.verify import report as verdict
 from cogpress.weights import manifest
@@ -66,26 +67,26 @@ def shipped(here: Machine) -> tuple[Any, str]:
     file = StringIO()
     settings = config.load(here.root / "model.yaml")
     assert settings.push.parity
-    order = push.order(here.root, settings, "local/observe", hardware="gpu-l40s")
-    made = push.run(order, settings, Console(file=file, width=80, highlight=False))
+    target = Target.of(here.root, settings, "local/observe", hardware="gpu-l40s")
+    made = run.push(target, settings, Console(file=file, width=80, highlight=False))
     assert TOKEN not in file.getvalue()
     return made, file.getvalue()
 
 
 def test_the_demonstration_is_shipped(here: Machine) -> None:
     made, said = shipped(here)
-    assert [one["passed"] for one in made.steps[steps.TESTS]["outcomes"]] == [True, True, True]
-    metrics = made.steps[steps.PARITY]["metrics"]
+    assert [one["passed"] for one in made.steps[run.TESTS]["outcomes"]] == [True, True, True]
+    metrics = made.steps[run.PARITY]["metrics"]
     assert metrics["served_agreement"] >= 0.99
     assert metrics["score"] >= 0.95
     assert abs(metrics["score"] - metrics["reference_score"]) <= 0.02
     assert f"{metrics['served_agreement']:.1%} of tokens agree" in said
-    assert made.steps[steps.FUZZ]["inputs"] > 0
+    assert made.steps[run.FUZZ]["inputs"] > 0
     # The summary's example is the question of model.yaml.
     assert "player.uid with the highest p95" in said
     again, said = shipped(here)
     assert again.version == made.version
-    assert all(again.steps[name]["before"] for name in (steps.TEST_PUSH, steps.TESTS, steps.FUZZ, steps.PARITY))
+    assert all(again.steps[name]["before"] for name in (run.TEST_PUSH, run.TESTS, run.FUZZ, run.PARITY))
 
 
 def test_what_is_trained_there_is_verified_here(

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cogpress import config, push
+from cogpress import config, remote_training
 from cogpress.errors import CogpressError
 from cogpress.preflight import place
-from cogpress.push import remote_train, steps, training
+from cogpress.push import dry_run, run
+from cogpress.push.target import Target
+from cogpress.replicate import training
 from cogpress.replicate.api import Replicate
 from tests.standins.localreplicate import TOKEN
 from tests.standins.pushproject import Machine, machine
@@ -39,7 +41,7 @@ def train(here: Machine, **more: Any) -> tuple[training.Trained, str]:
     file = StringIO()
     settings = config.parse({"data": {"train": "../examples.jsonl"}}, "the test")
     inputs = {"train_data": None, "steps": more.pop("steps", 3), "rank": more.pop("rank", None)}
-    made = remote_train.run(
+    made = remote_training.run(
         here.root, settings, inputs, **{"model": "local/base", "console": Console(file=file, width=80), **more}
     )
     assert TOKEN not in file.getvalue()
@@ -74,7 +76,7 @@ def test_weights_can_stay_there(here: Machine) -> None:
         ({"model": "local/nothing"}, "no version local/nothing to train with"),
         ({"destination": "local/missing"}, "local/missing does not exist. Give --hardware"),
         ({"rank": 3}, "has no input rank"),
-        ({"steps": 0}, "does not take what was sent.*less than the minimum"),
+        ({"steps": 0}, "rejects the request.*less than the minimum"),
         ({"steps": 13}, "failed: ValueError: thirteen steps"),
         ({"no_fetch": True, "install": True}, "Leave --no-fetch out"),
     ],
@@ -97,11 +99,11 @@ def test_weights_that_are_not_whole_are_refused(here: Machine, tmp_path: Path) -
     changed = archive.pack(folder, tmp_path / "changed.tar")
     broken = training.Trained("x", "", str(changed), {}, 0)
     with pytest.raises(CogpressError, match="differs from the manifest"):
-        training.weights(broken, tmp_path / "cache")
+        remote_training.fetch_weights(broken, tmp_path / "cache")
     (folder / "manifest.json").unlink()
     bare = training.Trained("x", "", str(archive.pack(folder, tmp_path / "bare.tar")), {}, 0)
     with pytest.raises(CogpressError, match="have no manifest"):
-        training.weights(bare, tmp_path / "cache")
+        remote_training.fetch_weights(bare, tmp_path / "cache")
 
 
 def test_a_training_is_not_started_twice(here: Machine, remote: PushReplicate) -> None:
@@ -133,17 +135,17 @@ def test_a_push_tries_training_too(here: Machine, remote: PushReplicate) -> None
         },
     )
     settings = config.load(here.root / "model.yaml")
-    order = push.order(here.root, settings, "local/trained", hardware="gpu-l40s")
+    target = Target.of(here.root, settings, "local/trained", hardware="gpu-l40s")
     file = StringIO()
     console = Console(file=file, width=80)
     with pytest.raises(CogpressError, match=r"train-examples\.txt, which is not there"):
-        push.run(order, settings, console)
+        run.push(target, settings, console)
     (here.root.parent / "train-examples.txt").write_text("text\n")
     here.commit()
-    push.show(order, settings, console)
+    dry_run.show(target, settings, console)
     assert "/trainings" in file.getvalue()
-    shipped = push.run(order, settings, console)
+    shipped = run.push(target, settings, console)
     assert "step 1" in file.getvalue()
-    assert shipped.steps[steps.TRAINING]["version"].startswith("local/trained-test:")
+    assert shipped.steps[run.TRAINING]["version"].startswith("local/trained-test:")
     # The version that training made is not the one that is shipped.
-    assert shipped.steps[steps.TRAINING]["version"].rpartition(":")[2] != shipped.version
+    assert shipped.steps[run.TRAINING]["version"].rpartition(":")[2] != shipped.version

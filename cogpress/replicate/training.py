@@ -1,7 +1,4 @@
-"""A training on Replicate: the examples uploaded, its log followed while it runs, its weights fetched and checked.
-
-Knows what Replicate tells of a training; leaves the inputs to `train.py` and fetching to `fetch`.
-"""
+"""Train on Replicate: upload the examples, start the training, follow its log to the end."""
 
 from __future__ import annotations
 
@@ -11,13 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogpress.cog import schema
-from cogpress.config import TestTraining
 from cogpress.errors import CogpressError
-from cogpress.push import cases
 from cogpress.redact import redacted
+from cogpress.replicate import routes
 from cogpress.replicate.api import ENDED, Replicate
-from cogpress.weights import fetch
 
 POLL_SECONDS = 1.0
 
@@ -48,7 +42,11 @@ def trainer(replicate: Replicate, name: str) -> tuple[str, str, dict[str, Any]]:
         CogpressError: there is none, or it can not be trained.
     """
     model, _, version = name.partition(":")
-    found = replicate.version(model, version) if version else (replicate.model(model) or {}).get("latest_version")
+    found = (
+        replicate.find(routes.version(model, version))
+        if version
+        else (replicate.find(routes.model(model)) or {}).get("latest_version")
+    )
     if not found:
         raise CogpressError(f"Replicate has no version {name} to train with. Push one with scripts/push {model}.")
     document = found.get("openapi_schema") or {}
@@ -75,21 +73,18 @@ def start(
     """
     model, version, document = trainer(replicate, name)
     given = {key: value for key, value in inputs.items() if value is not None}
-    unknown = sorted(given.keys() - schema.fields(document, "TrainingInput").keys())
+    known = document["components"]["schemas"]["TrainingInput"].get("properties", {})
+    unknown = sorted(given.keys() - known.keys())
     if unknown:
         raise CogpressError(f"The training of {name} has no input {unknown[0]}. Push a version that has it.")
     if not data.is_file():
         raise CogpressError(f"There are no examples at {data}. Name them with --train-data, or as data.train.")
-    if replicate.model(destination) is None:
+    if replicate.find(routes.model(destination)) is None:
         if not hardware:
-            raise CogpressError(f"{destination} does not exist. Give --hardware SKU, and it is made, private.")
-        owner, _, short = destination.partition("/")
-        new = {"owner": owner, "name": short, "visibility": "private", "hardware": hardware}
-        replicate.ask("POST", "/v1/models", new, what=f"a new model {destination}")
-    body = {"destination": destination, "input": {**given, "train_data": replicate.upload(data)}}
-    route = f"/v1/models/{model}/versions/{version}/trainings"
-    # A training costs money: it must not be started twice.
-    return dict(replicate.ask("POST", route, body, what=f"a training of {name}", once=True))
+            raise CogpressError(f"{destination} does not exist. Give --hardware SKU to create it, private.")
+        replicate.ask(routes.create_model(destination, "private", hardware))
+    uploaded = {**given, "train_data": replicate.upload(data)}
+    return dict(replicate.ask(routes.train(model, version, destination, uploaded)))
 
 
 def follow(
@@ -128,10 +123,10 @@ def follow(
         if made.get("status") in ENDED:
             break
         if timeout is not None and time.monotonic() - began > timeout:
-            replicate.cancel(identifier, "trainings")
+            replicate.ask(routes.cancel(identifier, "trainings"))
             raise CogpressError(f"Training {identifier} did not end within {timeout:g} s and was canceled.")
-        replicate.pause(POLL_SECONDS)
-        made = dict(replicate.ask("GET", f"/v1/trainings/{identifier}", what=f"training {identifier}"))
+        time.sleep(POLL_SECONDS)
+        made = dict(replicate.ask(routes.training(identifier)))
     if made["status"] != "succeeded":
         reason = str(made.get("error") or "it gives no reason")
         raise CogpressError(f"Training {identifier} {made['status']}: {redacted(reason, replicate.token)}")
@@ -144,54 +139,3 @@ def follow(
         made.get("metrics") or {},
         time.monotonic() - began,
     )
-
-
-def weights(trained: Trained, cache: Path) -> fetch.FetchedModel:
-    """Fetch a training's weights and check each file against their manifest.
-
-    Raises:
-        CogpressError: there are none, they can not be fetched, or a file is not the one that was trained.
-    """
-    if not trained.weights:
-        raise CogpressError(f"Training {trained.id} tells no address of weights. Its version is {trained.version}.")
-    found = fetch.model(trained.weights, cache)
-    if found.manifest is None:
-        raise CogpressError(
-            f"The weights of training {trained.id} have no manifest to be checked against: they are not this kit's. "
-            f"They are in {found.folder}."
-        )
-    return found
-
-
-def tried(
-    replicate: Replicate,
-    wanted: TestTraining,
-    root: Path,
-    version: str,
-    *,
-    model: str,
-    score: cases.Score,
-    timeout: float,
-    on_log: Callable[[str], None],
-) -> tuple[Trained, list[cases.Outcome]]:
-    """Train with a pushed version, and ask what came of it.
-
-    Args:
-        replicate: where.
-        wanted: of `model.yaml`.
-        root: the project's folder.
-        version: the pushed version's id.
-        model: owner/name that it belongs to, and that gets the trained version.
-        score: tells whether an answer is the expected one.
-        timeout: seconds that one prediction may take.
-        on_log: is told each new part of the log.
-
-    Raises:
-        CogpressError: the training fails.
-    """
-    made = start(replicate, f"{model}:{version}", model, root / wanted.data, wanted.input)
-    trained = follow(replicate, made, on_log, timeout=wanted.timeout)
-    if not trained.version:
-        raise CogpressError(f"Training {trained.id} succeeded and made no version of {model}.")
-    identifier = trained.version.rpartition(":")[2]
-    return trained, cases.run(replicate, identifier, wanted.tests, score, timeout=timeout, parallel=1)

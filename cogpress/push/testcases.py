@@ -19,7 +19,8 @@ from rich.text import Text
 from cogpress.cog import client
 from cogpress.config import Case, Push
 from cogpress.errors import CogpressError
-from cogpress.push.keeper import Judged
+from cogpress.push.journal import RejectedError
+from cogpress.replicate import routes
 from cogpress.replicate.api import RefusedError, Replicate, text_of
 
 CANCEL_SECONDS = 15.0
@@ -100,12 +101,12 @@ def judge(outcomes: list[Outcome], what: str, version: str, more: str = "") -> N
     """Say which failed, where any did.
 
     Raises:
-        Judged: with the reasons.
+        RejectedError: with the reasons.
     """
     bad = [outcome for outcome in outcomes if not outcome.passed]
     if bad:
         reasons = "; ".join(f"{outcome.name}: {outcome.message}" for outcome in bad[:4])
-        raise Judged(f"{len(bad)} of {len(outcomes)} {what} failed on version {version[:12]}. {reasons}.{more}")
+        raise RejectedError(f"{len(bad)} of {len(outcomes)} {what} failed on version {version[:12]}. {reasons}.{more}")
 
 
 def run(
@@ -144,7 +145,7 @@ def run(
 
 
 def _judged(replicate: Replicate, version: str, case: Case, name: str, score: Score, timeout: float) -> Outcome:
-    made = replicate.predict(version, case.input)
+    made = create(replicate, version, case.input)
     identifier = str(made["id"])
     try:
         if case.cancels:
@@ -154,7 +155,7 @@ def _judged(replicate: Replicate, version: str, case: Case, name: str, score: Sc
         made = finished(replicate, made, timeout)
         _check(case, made, score)
     except _Wrong as wrong:
-        made = replicate.prediction(identifier)
+        made = dict(replicate.ask(routes.prediction(identifier)))
         return Outcome(name, False, str(wrong), seconds_of(made), identifier, _text(made), _metrics(made))
     message = f"{pieces} pieces as they were made" if pieces else _short(_text(made) or str(made.get("error")))
     return Outcome(name, True, message, seconds_of(made), identifier, _text(made), _metrics(made))
@@ -169,7 +170,7 @@ def answers(replicate: Replicate, version: str, asked: Iterable[dict[str, Any]],
 
     def one(given: dict[str, Any]) -> str | None:
         try:
-            made = finished(replicate, replicate.predict(version, given), settings.timeout)
+            made = predict(replicate, version, given, settings.timeout)
         except RefusedError as error:
             if error.status != 422:
                 raise
@@ -180,11 +181,21 @@ def answers(replicate: Replicate, version: str, asked: Iterable[dict[str, Any]],
         return list(pool.map(one, asked))
 
 
+def create(replicate: Replicate, version: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A new prediction. A second one, after an answer that was lost, does no harm here."""
+    return dict(replicate.ask(routes.predict(version, given, idempotent=True)))
+
+
+def predict(replicate: Replicate, version: str, given: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """A prediction to its end; see `finished`."""
+    return finished(replicate, create(replicate, version, given), timeout)
+
+
 def finished(replicate: Replicate, made: dict[str, Any], timeout: float) -> dict[str, Any]:
     """A prediction when it has ended; one that takes too long is canceled, and comes back as failed."""
     made = replicate.wait(made, timeout)
     if made.get("status") in ("starting", "processing"):
-        replicate.cancel(str(made["id"]))
+        replicate.ask(routes.cancel(str(made["id"])))
         error = f"it did not end within {timeout:g} s and was canceled"
         return {**made, "status": "failed", "error": error, "timed_out": True}
     return made
@@ -238,7 +249,10 @@ def _streamed(replicate: Replicate, made: dict[str, Any], timeout: float) -> int
                 pieces.append(data)
                 arrived.append(time.monotonic())
                 if len(pieces) == 1:
-                    running = replicate.prediction(str(made["id"])).get("status") in ("starting", "processing")
+                    running = replicate.ask(routes.prediction(str(made["id"]))).get("status") in (
+                        "starting",
+                        "processing",
+                    )
             elif name == "error":
                 raise _Wrong(f"the stream tells an error: {_short(data)}")
     except CogpressError as error:
@@ -261,7 +275,7 @@ def _canceled(replicate: Replicate, made: dict[str, Any], timeout: float) -> dic
     if made.get("status") != "processing":
         raise _Wrong(f"it was {made.get('status')} before it could be canceled: ask for a longer answer")
     asked = time.monotonic()
-    made = replicate.wait(replicate.cancel(str(made["id"])), CANCEL_SECONDS)
+    made = replicate.wait(replicate.ask(routes.cancel(str(made["id"]))), CANCEL_SECONDS)
     if made.get("status") not in ("canceled", "aborted"):
         raise _Wrong(f"it was {made.get('status')} {time.monotonic() - asked:.0f} s after it was canceled")
     return made

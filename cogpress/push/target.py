@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cogpress.config import Case, Config, Deployment
+from cogpress.config import Case, Config
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, sha256
-from cogpress.plan import architecture, estimate, hardware
+from cogpress.plan import architecture, estimate
 from cogpress.plan import report as plan_report
+from cogpress.plan.hardware import table
 from cogpress.preflight import ignore, place
 from cogpress.push import journal
 from cogpress.weights import manifest
 
 
 @dataclass(frozen=True)
-class Order:
+class Target:
     """A push, as a user asks for it.
 
     Attributes:
@@ -41,51 +42,51 @@ class Order:
     allow_breaking: bool = False
     fresh: bool = False
 
+    @classmethod
+    def of(cls, root: Path, settings: Config, destination: str, test_model: str | None = None, **more: Any) -> Target:
+        """A target with valid names; `more` are other attributes.
+
+        Raises:
+            CogpressError: a name is not owner/name, or both are the same.
+        """
+        test = test_model or settings.push.test_model or f"{destination}-test"
+        for name in (destination, test):
+            if not place.NAME.fullmatch(name):
+                raise CogpressError(f"{name!r} is not owner/name. Copy it from the address of its page on Replicate.")
+        if test.lower() == destination.lower():
+            raise CogpressError(f"{destination} cannot be its own test model. Name another with --test-model.")
+        return cls(root, destination, test, **more)
+
     @property
     def folder(self) -> Path:
         """Where the journal, the logs and the report are."""
         return self.root / "runs" / "push" / self.destination.replace("/", "--")
 
 
-def order(root: Path, settings: Config, destination: str, test_model: str | None = None, **more: Any) -> Order:
-    """An order whose names are names.
-
-    Raises:
-        CogpressError: a name is not owner/name, or both are the same.
-    """
-    test = test_model or settings.push.test_model or f"{destination}-test"
-    for name in (destination, test):
-        if not place.NAME.fullmatch(name):
-            raise CogpressError(f"{name!r} is no owner/name. Name it as in the address of its page on Replicate.")
-    if test.lower() == destination.lower():
-        raise CogpressError(f"The test model can not be {destination} itself. Name another with --test-model.")
-    return Order(root, destination, test, **more)
-
-
-def machine(order: Order, settings: Config, *, ask: bool = True) -> str:
+def hardware(target: Target, settings: Config, *, ask: bool = True) -> str:
     """The SKU to run on: the one that was named, or the cheapest that the plan finds fit.
 
     Args:
-        order: what was asked for.
+        target: what is pushed where.
         settings: of `model.yaml`.
         ask: Replicate what hardware the account has; else the dated table tells.
 
     Raises:
         CogpressError: the plan does not know the model, or nothing fits.
     """
-    if order.hardware != "auto":
-        return order.hardware
-    own = order.root / "weights" / "config.json"
+    if target.hardware != "auto":
+        return target.hardware
+    own = target.root / "weights" / "config.json"
     try:
         if own.is_file():
             model = architecture.read(read_json(own), str(own))
         else:
-            model = architecture.of(settings.serve.weights or settings.base.source, order.root / ".cache")
+            model = architecture.of(settings.serve.weights or settings.base.source, target.root / ".cache")
         if ask:
-            made = plan_report.of_project(settings, order.root, model)
+            made = plan_report.of_project(settings, target.root, model)
         else:
-            path = order.root / settings.plan.hardware if settings.plan.hardware else None
-            made = estimate.make(settings, model, hardware.table(path, settings.plan.prices))
+            path = target.root / settings.plan.hardware if settings.plan.hardware else None
+            made = estimate.make(settings, model, table(path, settings.plan.prices))
     except (CogpressError, ValueError) as error:
         raise CogpressError(f"The plan can not choose hardware: {error} Or name one with --hardware SKU.") from None
     if made.hardware is None:
@@ -93,19 +94,6 @@ def machine(order: Order, settings: Config, *, ask: bool = True) -> str:
             "By the plan the model fits on none of the hardware; scripts/plan shows why. Name one with --hardware SKU."
         )
     return made.hardware.sku
-
-
-def model_body(name: str, sku: str, visibility: str) -> dict[str, Any]:
-    """What makes a model."""
-    owner, _, short = name.partition("/")
-    return {"owner": owner, "name": short, "visibility": visibility, "hardware": sku}
-
-
-def deployment_body(wanted: Deployment, model: str, version: str, sku: str) -> dict[str, Any]:
-    """What makes a deployment; without the first two also what changes one."""
-    body: dict[str, Any] = {"name": wanted.name, "model": model, "version": version}
-    body["hardware"] = wanted.hardware or sku
-    return {**body, "min_instances": wanted.min_instances, "max_instances": wanted.max_instances}
 
 
 def example(settings: Config) -> dict[str, Any] | None:

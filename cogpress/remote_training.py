@@ -1,7 +1,4 @@
-"""`scripts/train --on replicate`: one training from the local examples to checked weights, shown while it goes on.
-
-Knows what is printed and where the weights go; leaves the training to `training`.
-"""
+"""`scripts/train --on replicate`: from local examples through a training on Replicate to verified weights here."""
 
 from __future__ import annotations
 
@@ -16,10 +13,11 @@ from cogpress.cli import step
 from cogpress.config import Config
 from cogpress.errors import CogpressError
 from cogpress.files import write_json
-from cogpress.push import training
-from cogpress.replicate import api as replicate
+from cogpress.replicate import training
+from cogpress.replicate.api import connect
 from cogpress.train.run import validation_file
 from cogpress.verify import run as verify
+from cogpress.weights import fetch
 
 
 def run(
@@ -64,27 +62,27 @@ def run(
     if data is None:
         raise CogpressError("There are no examples: name them with --train-data, or as data.train in model.yaml.")
     target = destination or model.partition(":")[0]
-    api = replicate.connect()
+    replicate = connect()
     try:
         with step(f"Upload {data} and start the training", console) as say:
-            made = training.start(api, model, target, root / data, given, hardware or "")
+            made = training.start(replicate, model, target, root / data, given, hardware or "")
             say(f"training {made['id']}")
         with step("Training", console) as say:
             trained = training.follow(
-                api,
+                replicate,
                 made,
                 lambda text: console.print(Text(text.rstrip("\n"), "dim"), soft_wrap=True),
                 lambda status, found: _tell(console, status, found),
             )
             say(trained.version or "it made no version")
     finally:
-        api.close()
+        replicate.close()
     if no_fetch:
         console.print(f"Ask it as {trained.version}.", soft_wrap=True)
         return trained
     folder = run or root / "runs" / f"training-{trained.id}"
     with step("Fetch and check the weights", console) as say:
-        found = training.weights(trained, root / ".cache")
+        found = fetch_weights(trained, root / ".cache")
         folder.mkdir(parents=True, exist_ok=True)
         with_adapter = pipeline.lay_out(found.folder, folder)
         write_json(folder / "training.json", {**vars(trained), "model": model, "destination": target})
@@ -105,6 +103,23 @@ def run(
     else:
         console.print(f"Serve it with: scripts/serve --weights {folder / 'weights'}", soft_wrap=True)
     return trained
+
+
+def fetch_weights(trained: training.Trained, cache: Path) -> fetch.FetchedModel:
+    """Download a training's weights and check each file against their manifest.
+
+    Raises:
+        CogpressError: there are none, they cannot be downloaded, or a file is not the one that was trained.
+    """
+    if not trained.weights:
+        raise CogpressError(f"Training {trained.id} gives no address of weights. Its version is {trained.version}.")
+    found = fetch.model(trained.weights, cache)
+    if found.manifest is None:
+        raise CogpressError(
+            f"The weights of training {trained.id} have no manifest, so they cannot be checked: cogpress did not make "
+            f"them. They are in {found.folder}."
+        )
+    return found
 
 
 def _verify(root: Path, settings: Config, inputs: dict[str, Any], data: Path, run: Path, console: Console) -> None:

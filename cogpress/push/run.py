@@ -6,7 +6,6 @@ Knows the order and what each step hands on; leaves how a thing is done or judge
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -20,10 +19,12 @@ from cogpress.config import Config
 from cogpress.errors import CogpressError
 from cogpress.files import sha256, write_json
 from cogpress.preflight import machine
-from cogpress.push import cases, compatibility, fidelity, fuzz, journal, orders, training
-from cogpress.push.cases import Outcome
-from cogpress.push.keeper import Judged, Keeper, Say
-from cogpress.push.orders import Order
+from cogpress.push import compatibility, fuzz, journal, parity, summary, testcases
+from cogpress.push.journal import RejectedError, Say, StepRunner
+from cogpress.push.summary import Shipped
+from cogpress.push.target import Target, example, fingerprint, hardware
+from cogpress.push.testcases import Outcome
+from cogpress.replicate import api, routes, training
 from cogpress.replicate.api import RefusedError, Replicate
 from cogpress.verify import run as verify
 
@@ -39,40 +40,21 @@ TRAINING, DEPLOYMENT = "Training with what was pushed", "Deployment"
 """The steps, as people see them and as the journal has them."""
 
 
-@dataclass(frozen=True)
-class Shipped:
-    """A finished push.
-
-    Attributes:
-        model: as Replicate gives it.
-        version: the id of the one that people get now.
-        document: its OpenAPI document.
-        steps: seconds, results and whether they were done before, by name.
-        notes: what a reader should know.
-    """
-
-    model: dict[str, Any]
-    version: str
-    document: dict[str, Any]
-    steps: dict[str, dict[str, Any]]
-    notes: tuple[str, ...]
-
-
 class Push:
     """One push, from preflight to the model that people use."""
 
-    def __init__(self, order: Order, settings: Config, replicate: Replicate, console: Console) -> None:
+    def __init__(self, target: Target, settings: Config, replicate: Replicate, console: Console) -> None:
         """Read what earlier pushes to the same place did; nothing runs yet.
 
         Args:
-            order: what is asked for.
+            target: what is pushed where.
             settings: of `model.yaml`.
             replicate: where to.
             console: where progress is shown.
         """
-        self.order, self.settings, self.replicate, self.console = order, settings, replicate, console
-        self.journal = journal.Journal(order.folder / "journal.json", fresh=order.fresh)
-        self._keeper = Keeper(self.journal, console)
+        self.target, self.settings, self.replicate, self.console = target, settings, replicate, console
+        self.journal = journal.Journal(target.folder / "journal.json", fresh=target.fresh)
+        self._steps = StepRunner(self.journal, console)
         self.notes: list[str] = []
         self._sku: str | None = None
 
@@ -82,36 +64,36 @@ class Push:
         Raises:
             CogpressError: a step fails; the next push goes on with it.
         """
-        order, settings = self.order, self.settings
-        self._keeper.once(PREFLIGHT, self._preflight)
-        image = orders.fingerprint(order.root, settings)
-        self._keeper.once(MODELS, self._models)
-        live = (self.replicate.model(order.destination) or {}).get("latest_version") or {}
+        target, settings = self.target, self.settings
+        self._steps.once(PREFLIGHT, self._preflight)
+        image = fingerprint(target.root, settings)
+        self._steps.once(MODELS, self._models)
+        live = (self.replicate.find(routes.model(target.destination)) or {}).get("latest_version") or {}
         self._compatible(BESIDE, live, self.local_schema(), "the project")
-        tested = self._pushed(TEST_PUSH, order.test_model, image)
-        document = self._document(order.test_model, tested)
+        tested = self._pushed(TEST_PUSH, target.test_model, image)
+        document = self._document(target.test_model, tested)
         self._compatible(PUSHED, live, document, f"version {tested[:12]}")
         self._tests(tested)
         self._same(tested, live, image)
         self._fuzz(tested, document)
         self._parity(tested)
         self._training(tested)
-        if orders.fingerprint(order.root, settings) != image:
+        if fingerprint(target.root, settings) != image:
             raise CogpressError(
                 "The project was changed while its push was tested. Run this again to test it as it is."
             )
-        shipped = self._pushed(REAL_PUSH, order.destination, image, after=tested)
-        final = self._document(order.destination, shipped)
+        shipped = self._pushed(REAL_PUSH, target.destination, image, after=tested)
+        final = self._document(target.destination, shipped)
         if schema.fields(final) != schema.fields(document):
             raise CogpressError(
-                f"Version {shipped[:12]} of {order.destination} has other inputs than the version that was tested. Was "
-                "something else pushed there meanwhile?"
+                f"Version {shipped[:12]} of {target.destination} takes other inputs than the version that was tested. "
+                "Check whether something else was pushed there meanwhile."
             )
         self._deployment(shipped)
-        model = self.replicate.model(order.destination) or {}
-        made = Shipped(model, shipped, final, self._keeper.steps, tuple(self.notes))
-        content = {"format": 1, "model": order.destination, "version": shipped, "steps": self._keeper.steps}
-        write_json(order.folder / "report.json", {**content, "notes": self.notes})
+        model = self.replicate.find(routes.model(target.destination)) or {}
+        made = Shipped(model, shipped, final, self._steps.done, tuple(self.notes))
+        content = {"format": 1, "model": target.destination, "version": shipped, "steps": self._steps.done}
+        write_json(target.folder / "report.json", {**content, "notes": self.notes})
         return made
 
     def push_depends(self, model: str, image: str, after: str | None) -> Any:
@@ -126,7 +108,7 @@ class Push:
 
     def fuzz_depends(self, version: str, asked: list[dict[str, Any]]) -> Any:
         """What the made-up inputs depend on."""
-        return [version, asked, orders.example(self.settings), self.settings.push.timeout]
+        return [version, asked, example(self.settings), self.settings.push.timeout]
 
     # -----------------------------------------------------------------------------------------------------------------
     # The steps
@@ -134,10 +116,10 @@ class Push:
 
     def _preflight(self, say: Say) -> dict[str, Any]:
         try:
-            named: str | None = self.machine
+            named: str | None = self.hardware
         except CogpressError:
             named = None  # it is asked for again where a model has to be made, and then said
-        report = preflight.run(preflight.Request(self.order.root, self.order.destination, named))
+        report = preflight.run(preflight.Request(self.target.root, self.target.destination, named))
         if not report.passed:
             report.print(self.console)
             raise CogpressError(
@@ -147,18 +129,18 @@ class Push:
         warnings = len(report.of("warning"))
         say(f"{len(report.of('passed'))} passed" + (f", {warnings} to look at (scripts/preflight)" if warnings else ""))
         if machine.logged_in() is False:
-            cog.login(self.order.root, self.replicate.token)
+            cog.login(self.target.root, self.replicate.token)
         return {"passed": len(report.of("passed")), "warnings": warnings}
 
     def _models(self, say: Say) -> dict[str, Any]:
         made = []
-        wanted = {self.order.test_model: "private", self.order.destination: self.order.visibility}
+        wanted = {self.target.test_model: "private", self.target.destination: self.target.visibility}
         for name, visibility in wanted.items():
-            found = self.replicate.model(name)
+            found = self.replicate.find(routes.model(name))
             if found is None:
                 self._make_model(name, visibility)
-                made.append(f"{name} made, {visibility}, on {self.machine}")
-            elif name == self.order.destination and found.get("visibility") not in (None, visibility):
+                made.append(f"{name} made, {visibility}, on {self.hardware}")
+            elif name == self.target.destination and found.get("visibility") not in (None, visibility):
                 self.notes.append(
                     f"{name} is {found['visibility']} and stays so: change it in its settings on Replicate."
                 )
@@ -166,25 +148,24 @@ class Push:
         return {"made": made}
 
     def _make_model(self, name: str, visibility: str) -> None:
-        body = orders.model_body(name, self.machine, visibility)
         try:
-            self.replicate.ask("POST", "/v1/models", body, what=f"a new model {name}")
+            self.replicate.ask(routes.create_model(name, visibility, self.hardware))
         except RefusedError as error:
-            # A first try can have made it, though its answer was lost.
+            # The first try may have made it though its answer was lost.
             if error.status != 409:
                 raise
 
     @property
-    def machine(self) -> str:
+    def hardware(self) -> str:
         """The SKU, by the plan where none was named."""
         if self._sku is None:
-            self._sku = orders.machine(self.order, self.settings)
+            self._sku = hardware(self.target, self.settings)
         return self._sku
 
     def local_schema(self) -> dict[str, Any]:
         """The document that the image will have."""
-        named = read_cog_yaml(self.order.root)
-        return schema.openapi(self.order.root, named.get("run") or named.get("predict"), named.get("train"))
+        named = read_cog_yaml(self.target.root)
+        return schema.openapi(self.target.root, named.get("run") or named.get("predict"), named.get("train"))
 
     def _compatible(self, name: str, live: dict[str, Any], new: dict[str, Any], what: str) -> None:
         old = live.get("openapi_schema")
@@ -195,9 +176,9 @@ class Push:
                 say("there is no live version")
                 return {"breaking": []}
             found = compatibility.breaking(old, new)
-            if found and not self.order.allow_breaking:
-                raise Judged(
-                    f"Callers of {self.order.destination} would notice: {'; '.join(found)}. Keep what they use, or "
+            if found and not self.target.allow_breaking:
+                raise RejectedError(
+                    f"Callers of {self.target.destination} would notice: {'; '.join(found)}. Keep what they use, or "
                     "push with --allow-breaking."
                 )
             if found:
@@ -205,7 +186,7 @@ class Push:
             say(f"{len(found)} breaking changes, allowed" if found else f"{what} takes what version {version} takes")
             return {"breaking": found}
 
-        self._keeper.kept(name, [live.get("id"), new, self.order.allow_breaking], act)
+        self._steps.kept(name, [live.get("id"), new, self.target.allow_breaking], act)
 
     def _pushed(self, name: str, model: str, image: str, after: str | None = None) -> str:
         """The id of the version that a push of the image makes."""
@@ -213,23 +194,23 @@ class Push:
 
         def act(say: Say) -> dict[str, Any]:
             before = {version["id"] for version in self._versions(model)}
-            log = self.order.folder / f"{model.rpartition('/')[2]}.log"
+            log = self.target.folder / f"{model.rpartition('/')[2]}.log"
             with self.console.status(" ".join(command)) as status:
                 digest = cog.push(
-                    self.order.root, command, self.replicate.token, log, lambda line: status.update(Text(line[:70]))
+                    self.target.root, command, self.replicate.token, log, lambda line: status.update(Text(line[:70]))
                 )
                 version = self._appeared(model, before, digest)
             say(f"version {version[:12]} of {model}")
             return {"model": model, "version": version}
 
         def still(result: dict[str, Any]) -> bool:
-            return self.replicate.version(model, result["version"]) is not None
+            return self.replicate.find(routes.version(model, result["version"])) is not None
 
-        return str(self._keeper.kept(name, self.push_depends(model, image, after), act, still)["version"])
+        return str(self._steps.kept(name, self.push_depends(model, image, after), act, still)["version"])
 
     def _versions(self, model: str) -> list[dict[str, Any]]:
         try:
-            return self.replicate.versions(model)
+            return list(self.replicate.ask(routes.versions(model))["results"])
         except RefusedError as error:
             if error.status == 404:
                 return []
@@ -248,10 +229,10 @@ class Push:
                     f"cog push succeeded, and no new version of {model} appeared within {APPEAR_SECONDS:.0f} s. Look "
                     "at its page on Replicate, and run this again."
                 )
-            self.replicate.pause(1.0)
+            time.sleep(1.0)
 
     def _document(self, model: str, version: str) -> dict[str, Any]:
-        found = (self.replicate.version(model, version) or {}).get("openapi_schema")
+        found = (self.replicate.find(routes.version(model, version)) or {}).get("openapi_schema")
         if not isinstance(found, dict):
             raise CogpressError(f"Version {version[:12]} of {model} has no schema, so nothing can be asked of it.")
         return found
@@ -264,42 +245,44 @@ class Push:
         score = verify.scorer(self.settings.verify.score)
 
         def act(say: Say) -> dict[str, Any]:
-            outcomes = cases.run(
+            outcomes = testcases.run(
                 self.replicate, version, push.tests, score, timeout=push.timeout, parallel=push.parallel
             )
-            self.console.print(cases.table(outcomes))
-            cases.judge(outcomes, "test predictions", version)
+            self.console.print(testcases.table(outcomes))
+            testcases.judge(outcomes, "test predictions", version)
             say(f"{len(outcomes)} of {len(outcomes)} as they must be")
             return {"outcomes": [outcome.to_dict() for outcome in outcomes]}
 
-        self._keeper.kept(TESTS, self.tests_depend(version), act)
+        self._steps.kept(TESTS, self.tests_depend(version), act)
 
     def compared_inputs(self) -> dict[str, dict[str, Any]]:
         """The inputs of tests that have an answer, by title."""
         numbered = enumerate(self.settings.push.tests, 1)
-        return {cases.title(at, one): one.input for at, one in numbered if one.error is None and not one.cancels}
+        return {testcases.title(at, one): one.input for at, one in numbered if one.error is None and not one.cancels}
 
     def _same(self, version: str, live: dict[str, Any], image: str) -> None:
         """The same inputs on both versions: other answers are told, and fail where `push.same_answers` asks for it."""
         asked, old = self.compared_inputs(), str(live.get("id") or "")
         if not asked or not old or old == version:
             return
-        done = self.journal.find(REAL_PUSH, journal.key(self.push_depends(self.order.destination, image, version)))
+        done = self.journal.find(REAL_PUSH, journal.key(self.push_depends(self.target.destination, image, version)))
         if done is not None and done.result.get("version") == old:
             return  # the live one is what an earlier run of this push made
         required = self.settings.push.same_answers
 
         def act(say: Say) -> dict[str, Any]:
-            both = [cases.answers(self.replicate, one, asked.values(), self.settings.push) for one in (old, version)]
+            both = [
+                testcases.answers(self.replicate, one, asked.values(), self.settings.push) for one in (old, version)
+            ]
             other = [name for name, before, now in zip(asked, *both, strict=True) if before is None or before != now]
             if other and required:
-                raise Judged(
+                raise RejectedError(
                     f"Version {version[:12]} answers otherwise than {old[:12]}, the live one: {', '.join(other)}."
                 )
             say(f"{len(asked) - len(other)} of {len(asked)} equal")
             return {"asked": len(asked), "other": other}
 
-        found = self._keeper.kept(SAME, [version, old, asked, required, self.settings.push.timeout], act)
+        found = self._steps.kept(SAME, [version, old, asked, required, self.settings.push.timeout], act)
         if found["other"]:
             self.notes.append(f"Answers otherwise than the version before: {', '.join(found['other'])}.")
 
@@ -308,73 +291,81 @@ class Push:
         asked = fuzz.inputs(document, push.fuzz)
         if not asked:
             return
-        example = orders.example(self.settings)
+        again = example(self.settings)
 
         def act(say: Say) -> dict[str, Any]:
             outcomes = fuzz.run(self.replicate, version, asked, timeout=push.timeout, parallel=push.parallel)
-            if example is not None:  # what it was asked may have ended it
-                made = cases.finished(self.replicate, self.replicate.predict(version, example), push.timeout)
+            if again is not None:  # what it was asked may have ended it
+                made = testcases.predict(self.replicate, version, again, push.timeout)
                 alive = made.get("status") == "succeeded"
                 outcomes.append(Outcome("the first test again", alive, str(made.get("error") or made.get("status"))))
             bad = [outcome for outcome in outcomes if not outcome.passed]
             if bad:
-                self.console.print(cases.table(bad))
+                self.console.print(testcases.table(bad))
             told = "; ".join(
                 f"{outcome.name} {_shown(asked, at)}" for at, outcome in enumerate(outcomes) if outcome in bad
             )
-            cases.judge(outcomes, "made-up inputs", version, f" They are {told}" if told else "")
+            testcases.judge(outcomes, "made-up inputs", version, f" They are {told}" if told else "")
             say(f"{len(asked)} made-up inputs answered or refused with a reason")
             return {"inputs": len(asked)}
 
-        self._keeper.kept(FUZZ, self.fuzz_depends(version, asked), act)
+        self._steps.kept(FUZZ, self.fuzz_depends(version, asked), act)
 
     def _parity(self, version: str) -> None:
         if not self.settings.push.parity:
             self.notes.append("push.parity is false: what runs on Replicate was not compared with the local weights.")
             return
-        found = fidelity.reference(self.settings, self.order.root)
+        found = parity.reference(self.settings, self.target.root)
         limits = vars(verify.limits(self.settings.verify, found.scheme))
 
         def act(say: Say) -> dict[str, Any]:
-            checks, metrics = fidelity.compare(self.replicate, version, self.settings, found)
+            checks, metrics = parity.compare(self.replicate, version, self.settings, found)
             failed = [check for check in checks if not check.passed]
             if failed:
                 told = "; ".join(f"{check.name} {check.shown[0]}, to be {check.shown[1]}" for check in failed)
-                raise Judged(f"{told}. {failed[0].cause}")
+                raise RejectedError(f"{told}. {failed[0].cause}")
             say(
                 f"{metrics['served_agreement']:.1%} of tokens agree, {metrics['tokens_per_second']:.0f} tokens/s, "
                 f"first after {metrics['time_to_first_token']:.2f} s"
             )
             return {"metrics": metrics, "checks": [check.to_dict() for check in checks]}
 
-        self._keeper.kept(PARITY, [version, found.depends(), limits, self.settings.verify.score], act)
+        self._steps.kept(PARITY, [version, found.depends(), limits, self.settings.verify.score], act)
 
     def _training(self, version: str) -> None:
         wanted = self.settings.push.training
         if wanted is None:
             return
-        data = self.order.root / wanted.data
+        data = self.target.root / wanted.data
         if not data.is_file():
             raise CogpressError(f"push.training.data names {data}, which is not there. Correct model.yaml.")
 
         def act(say: Say) -> dict[str, Any]:
-            trained, outcomes = training.tried(
+            model = self.target.test_model
+            made = training.start(self.replicate, f"{model}:{version}", model, data, wanted.input)
+            trained = training.follow(
                 self.replicate,
-                wanted,
-                self.order.root,
-                version,
-                model=self.order.test_model,
-                score=verify.scorer(self.settings.verify.score),
+                made,
+                lambda text: self.console.print(Text(text.rstrip("\n"), "dim")),
+                timeout=wanted.timeout,
+            )
+            if not trained.version:
+                raise CogpressError(f"Training {trained.id} succeeded but made no version of {model}.")
+            outcomes = testcases.run(
+                self.replicate,
+                trained.version.rpartition(":")[2],
+                wanted.tests,
+                verify.scorer(self.settings.verify.score),
                 timeout=self.settings.push.timeout,
-                on_log=lambda text: self.console.print(Text(text.rstrip("\n"), "dim")),
+                parallel=1,
             )
             if outcomes:
-                self.console.print(cases.table(outcomes))
-                cases.judge(outcomes, "predictions of what was trained", trained.version.rpartition(":")[2])
+                self.console.print(testcases.table(outcomes))
+                testcases.judge(outcomes, "predictions of what was trained", trained.version.rpartition(":")[2])
             say(f"{trained.seconds:.0f} s, {len(outcomes)} predictions of it as they must be")
             return {"training": trained.id, "version": trained.version}
 
-        self._keeper.kept(TRAINING, [version, wanted.model_dump(mode="json"), sha256(data)], act)
+        self._steps.kept(TRAINING, [version, wanted.model_dump(mode="json"), sha256(data)], act)
 
     def _deployment(self, version: str) -> None:
         wanted = self.settings.push.deployment
@@ -382,23 +373,37 @@ class Push:
             return
 
         def act(say: Say) -> dict[str, Any]:
-            name = f"{self.replicate.account()}/{wanted.name}"
-            route = f"/v1/deployments/{name}"
-            body = orders.deployment_body(wanted, self.order.destination, version, wanted.hardware or self.machine)
-            if self.replicate.find(route, name) is None:
-                self.replicate.ask("POST", "/v1/deployments", body, what=f"a new deployment {name}")
-                say(f"{name} made, with version {version[:12]}")
+            name = f"{self.replicate.ask(routes.account())['username']}/{wanted.name}"
+            if self.replicate.find(routes.deployment(name)) is None:
+                self.replicate.ask(
+                    routes.create_deployment(wanted, self.target.destination, version, wanted.hardware or self.hardware)
+                )
+                say(f"{name} created with version {version[:12]}")
             else:
-                changed = {key: value for key, value in body.items() if key not in ("name", "model")}
-                self.replicate.ask("PATCH", route, changed, what=f"a change of {name}")
-                say(f"{name} changed to version {version[:12]}")
+                self.replicate.ask(routes.update_deployment(name, wanted, version, wanted.hardware or self.hardware))
+                say(f"{name} updated to version {version[:12]}")
             return {"deployment": name}
 
         def still(result: dict[str, Any]) -> bool:
-            found = self.replicate.find(f"/v1/deployments/{result['deployment']}")
+            found = self.replicate.find(routes.deployment(result["deployment"]))
             return found is not None and found.get("current_release", {}).get("version") == version
 
-        self._keeper.kept(DEPLOYMENT, [version, wanted.model_dump(), self.order.hardware], act, still)
+        self._steps.kept(DEPLOYMENT, [version, wanted.model_dump(), self.target.hardware], act, still)
+
+
+def push(target: Target, settings: Config, console: Console) -> Shipped:
+    """Push, and print how to call what was pushed.
+
+    Raises:
+        CogpressError: a step fails; the next push resumes there.
+    """
+    replicate = api.connect()
+    try:
+        shipped = Push(target, settings, replicate, console).run()
+    finally:
+        replicate.close()
+    summary.show(shipped, target.destination, example(settings), replicate.base, console)
+    return shipped
 
 
 def _shown(asked: list[dict[str, Any]], at: int) -> str:

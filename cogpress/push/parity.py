@@ -19,7 +19,7 @@ from cogpress.config import Config, Prompt
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
 from cogpress.prompts import Conversation, encode_prompt
-from cogpress.push import cases
+from cogpress.push import testcases
 from cogpress.replicate.api import Replicate, text_of
 from cogpress.serve import model as serving
 from cogpress.verify import distributions, parity
@@ -116,7 +116,7 @@ def compare(
     """
 
     def ask(given: dict[str, Any]) -> dict[str, Any]:
-        made = cases.finished(replicate, replicate.predict(version, given), settings.push.timeout)
+        made = testcases.predict(replicate, version, given, settings.push.timeout)
         if made.get("status") != "succeeded":
             raise CogpressError(f"Replicate's answer to a held-out example {made.get('status')}: {made.get('error')}")
         return made

@@ -14,7 +14,7 @@ import yaml
 
 from cogpress import config
 from cogpress.errors import CogpressError
-from cogpress.push import fidelity
+from cogpress.push import parity
 from cogpress.replicate.api import Replicate
 from tests.standins.localreplicate import ROOT, TOKEN
 from tests.standins.preflightproject import seal
@@ -59,11 +59,11 @@ def version(here: Machine, remote: PushReplicate) -> str:
 def test_the_same_weights_pass_and_others_do_not(made: tuple[Machine, PushReplicate], tmp_path: Path) -> None:
     here, remote = made
     settings = config.load(here.root / "model.yaml")
-    found = fidelity.reference(settings, here.root)
+    found = parity.reference(settings, here.root)
     assert (found.folder, len(found.examples), found.answers) == (here.root / "weights", 6, None)
     api = Replicate(TOKEN, remote.url)
     pushed = version(here, remote)
-    checks, metrics = fidelity.compare(api, pushed, settings, found)
+    checks, metrics = parity.compare(api, pushed, settings, found)
     assert [check.name for check in checks if not check.passed] == [], metrics
     assert metrics["examples"] == 6
     assert metrics["served_difference"] > 0 or metrics["served_agreement"] == 1
@@ -79,27 +79,27 @@ def test_the_same_weights_pass_and_others_do_not(made: tuple[Machine, PushReplic
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     model.save_pretrained(other)
-    checks, _ = fidelity.compare(api, pushed, settings, replace(found, folder=other))
+    checks, _ = parity.compare(api, pushed, settings, replace(found, folder=other))
     assert [check.name for check in checks if not check.passed]
 
 
 def test_a_score_below_the_references_fails(made: tuple[Machine, PushReplicate]) -> None:
     here, remote = made
     settings = config.load(here.root / "model.yaml")
-    found = fidelity.reference(settings, here.root)
+    found = parity.reference(settings, here.root)
     right = replace(found, answers=[example.answer for example in found.examples])
-    checks, metrics = fidelity.compare(Replicate(TOKEN, remote.url), version(here, remote), settings, right)
+    checks, metrics = parity.compare(Replicate(TOKEN, remote.url), version(here, remote), settings, right)
     assert (metrics["reference_score"], metrics["score"]) == (1.0, 0.0)  # random weights know nothing
     assert [check.name for check in checks if not check.passed] == ["score below the reference"]
 
 
 def test_a_runner_that_tells_no_log_probabilities_is_named() -> None:
     with pytest.raises(CogpressError, match="tells no log-probabilities"):
-        fidelity._answer({"output": ["a"], "metrics": {"output_token_count": 1}})
+        parity._answer({"output": ["a"], "metrics": {"output_token_count": 1}})
 
 
 def test_without_examples_it_is_said(made: tuple[Machine, PushReplicate]) -> None:
     here, _ = made
     settings = config.parse({"serve": {"engine": "transformers"}}, "the test")
     with pytest.raises(CogpressError, match=r"No run in .* holds the adapter.*set push\.parity to false"):
-        fidelity.reference(settings, here.root)
+        parity.reference(settings, here.root)
