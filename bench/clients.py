@@ -243,6 +243,8 @@ class ReplicateModel:
                             text = self._hidden(f"The prediction ended with {reason}.")
                             raise LostError(text, "prediction ended early")
                         yield partial(self._counted, str(made.get("id")))
+        except LostError:
+            raise
         except RefusedError as error:
             raise StatusError(error.status, str(error)) from None
         except UnavailableError as error:
@@ -251,8 +253,8 @@ class ReplicateModel:
             raise LostError(str(error), "unreachable") from None
         except httpx.HTTPError as error:
             raise _disconnected("The connection failed: {}.", error) from None
-        except NoStreamError as error:
-            raise LostError(str(error), "no stream") from None
+        except CogpressError as error:
+            raise LostError(str(error), "no stream" if isinstance(error, NoStreamError) else "no JSON") from None
 
     async def _create(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if not self._by_version:

@@ -14,7 +14,7 @@ from cogpress.errors import CogpressError
 from cogpress.http import UnavailableError
 from cogpress.playground.backend import Busy, Unreachable
 from cogpress.replicate import routes
-from cogpress.replicate.api import ENDED, AsyncReplicate, RefusedError, credentials
+from cogpress.replicate.api import ENDED, AsyncReplicate, NoStreamError, RefusedError, credentials
 from cogpress.replicate.routes import Call
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Remote:
 
     async def _follow(self, prediction: Prediction, made: dict[str, Any]) -> None:
         # Without a stream, or where it breaks off, what is missing comes with the prediction itself.
-        with contextlib.suppress(httpx.HTTPError, CogpressError):
+        with contextlib.suppress(httpx.HTTPError, NoStreamError):
             await self._stream(prediction, made)
         while made.get("status") not in ENDED:
             made = await self._state(made["id"])

@@ -155,7 +155,7 @@ class Replicate(_Client):
                 opened.stream("GET", url, headers=http.EVENT_STREAM) as response,
             ):
                 if response.status_code != 200:
-                    raise CogpressError(f"The stream answers {response.status_code} instead of text.")
+                    raise NoStreamError(f"The stream answers {response.status_code} instead of text.")
                 for event in http.events(response):
                     yield event.event, event.data
                     if event.event == "done":
@@ -210,7 +210,7 @@ class AsyncReplicate(_Client):
         """See `Replicate.stream`; a stream that breaks off raises `httpx.HTTPError`."""
         async with self._streams.stream("GET", self._stream_url(made), headers=http.EVENT_STREAM) as response:
             if response.status_code != 200:
-                raise CogpressError(f"The stream answers {response.status_code} instead of text.")
+                raise NoStreamError(f"The stream answers {response.status_code} instead of text.")
             async for event in http.events_async(response):
                 yield event.event, event.data
                 if event.event == "done":

@@ -15,6 +15,7 @@ from bench import clients, load
 from bench.load import Usage
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
+from cogpress.replicate.api import AsyncReplicate
 from tests.standins.benchserver import (
     TOKEN,
     FakeReplicate,
@@ -107,10 +108,11 @@ def test_nothing_is_asked_again(reply: tuple[int, bytes]) -> None:
     prompt = Prompt(template="{question} {columns}")
     for answers in (answer, dropped):
         with standing_in(answers) as server:
+            replicate = AsyncReplicate(TOKEN, server.url, tries=1, timeout=clients.TIMEOUT)
             for side in (
                 lambda http: clients.cog(http, server.url),
                 lambda http: clients.openai(http, server.url, "m", prompt),
-                lambda http: clients.Replicate(http, server.url, "me/mine", TOKEN).ask,
+                lambda _http: clients.ReplicateModel(replicate, "me/mine").ask,
             ):
                 server.requests.clear()
                 taken = ask_all(server.url, side, cog_questions(3), 1)
@@ -297,23 +299,28 @@ def test_replicates_refusals_are_told_without_the_token(status: int, refused: bo
     fake.fault = (status, f"the header was Bearer {TOKEN}")
     taken, _ = on_replicate(fake)
     [answer] = taken.answers
-    assert answer.error == f'The server answers {status}: {{"detail": "the header was Bearer [token]"}}'
+    assert f"answer{'ed' if refused else 's'} {status}" in answer.error
+    assert TOKEN not in answer.error
     assert answer.refused is refused
 
 
 @pytest.mark.parametrize(
     ("url", "environ", "message"),
     [
-        ("me/mine", {}, "To ask me/mine on Replicate, set REPLICATE_API_TOKEN"),
-        ("me/mine", {"REPLICATE_API_TOKEN": TOKEN, "REPLICATE_BASE_URL": "http://127.0.0.1:9"}, "does not answer"),
-        ("me/mine", {"REPLICATE_API_TOKEN": TOKEN, "REPLICATE_BASE_URL": "http://example.com"}, "can not be asked"),
+        ("me/mine", {}, "REPLICATE_API_TOKEN is not set"),
+        ("me/mine", {"REPLICATE_API_TOKEN": TOKEN, "REPLICATE_BASE_URL": "http://127.0.0.1:9"}, "cannot be reached"),
+        (
+            "me/mine",
+            {"REPLICATE_API_TOKEN": TOKEN, "REPLICATE_BASE_URL": "http://example.com"},
+            "neither https nor this",
+        ),
         (
             "https://example.com/v1/models/me/mine",
             {"REPLICATE_API_TOKEN": TOKEN},
             "is not Replicate, so it does not get",
         ),
         ("localhost:5000", {}, "is neither http://host:port, https://… nor OWNER/NAME"),
-        ("http://user:word@example.com", {}, r"^http://example.com can not be asked: write https://"),
+        ("http://user:word@example.com", {}, r"^http://example.com cannot be asked: write https://"),
         ("http://127.0.0.1:9", {}, "http://127.0.0.1:9 does not answer as a Cog server"),
     ],
 )
@@ -325,5 +332,5 @@ def test_a_url_that_can_not_be_asked_is_one_sentence(url: str, environ: dict[str
 
 
 def test_a_token_that_replicate_does_not_know() -> None:
-    with pytest.raises(CogpressError, match="does not accept the token in REPLICATE_API_TOKEN"):
+    with pytest.raises(CogpressError, match="rejects the token"):
         on_replicate(FakeReplicate(), token="another")

@@ -171,6 +171,9 @@ def answer() -> Iterator[Callable[..., str]]:
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["Content-Length"]))
                 self.send_response(status)
+                self.send_header(
+                    "Content-Type", "text/event-stream" if body.startswith(("event:", ":")) else "text/plain"
+                )
                 self.end_headers()
                 self.wfile.write(body.encode())
 
