@@ -130,7 +130,7 @@ def test_a_template_that_rewrites_earlier_answers_is_refused(
     conversation = messages("a", "<think>b</think>c", "d", "<think>e</think>f")
     with pytest.raises(CogpressError, match=r"one.jsonl line 1: .*writes a conversation differently .*as `prompt`"):
         row_of(thinking, {"messages": conversation}, tmp_path)
-    (tmp_path / "two.jsonl").write_text(f'{json.dumps({"messages": conversation})}\n{json.dumps(pair())}\n')
+    (tmp_path / "two.jsonl").write_text(f"{json.dumps({'messages': conversation})}\n{json.dumps(pair())}\n")
     options: dict[str, Any] = {"prompt": config.Prompt(), "data": config.Data(), "max_length": 64, "seed": 0}
     prepared = data.prepare(tmp_path / "two.jsonl", tokenizer=thinking, skip_bad=True, **options)
     assert [problem.line for problem in prepared.report.problems] == [1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -97,6 +97,11 @@ def test_what_is_lost_is_counted_and_told_apart() -> None:
     assert load.lost(taken)[0]["error"] == taken.answers[1].error
 
 
+def on_the_stand_in(url: str) -> Callable[[Any], load.Ask]:
+    replicate = AsyncReplicate(TOKEN, url, tries=1, timeout=clients.TIMEOUT)
+    return lambda _http: clients.ReplicateModel(replicate, "me/mine").ask
+
+
 @pytest.mark.parametrize("reply", [(503, b"full"), (200, b"event: output\ndata: cut")])
 def test_nothing_is_asked_again(reply: tuple[int, bytes]) -> None:
     async def answer(_request: Request) -> Reply:
@@ -108,11 +113,10 @@ def test_nothing_is_asked_again(reply: tuple[int, bytes]) -> None:
     prompt = Prompt(template="{question} {columns}")
     for answers in (answer, dropped):
         with standing_in(answers) as server:
-            replicate = AsyncReplicate(TOKEN, server.url, tries=1, timeout=clients.TIMEOUT)
             for side in (
                 lambda http: clients.cog(http, server.url),
                 lambda http: clients.openai(http, server.url, "m", prompt),
-                lambda _http: clients.ReplicateModel(replicate, "me/mine").ask,
+                on_the_stand_in(server.url),
             ):
                 server.requests.clear()
                 taken = ask_all(server.url, side, cog_questions(3), 1)
@@ -312,7 +316,7 @@ def test_replicates_refusals_are_told_without_the_token(status: int, refused: bo
         (
             "me/mine",
             {"REPLICATE_API_TOKEN": TOKEN, "REPLICATE_BASE_URL": "http://example.com"},
-            "neither https nor this",
+            "neither https",
         ),
         (
             "https://example.com/v1/models/me/mine",
