@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import logging
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 from httpx_retries import Retry, RetryTransport
 from httpx_sse import EventSource, ServerSentEvent
+from httpx_sse._decoders import SSEDecoder, SSELineDecoder
 
 from cogpress import source
 from cogpress.errors import CogpressError
@@ -265,6 +267,23 @@ def events(response: httpx.Response) -> Iterator[ServerSentEvent]:
         httpx.TransportError: the response is no event stream, or breaks off.
     """
     return (event for event in EventSource(response).iter_sse() if event.event != "message" or event.data)
+
+
+class EventDecoder:
+    """Server-sent events from a stream's bytes, for a protocol that is handed them."""
+
+    def __init__(self) -> None:
+        self._text = codecs.getincrementaldecoder("utf-8")("replace")
+        self._lines = SSELineDecoder()
+        self._events = SSEDecoder()
+
+    def feed(self, block: bytes) -> Iterator[ServerSentEvent]:
+        """The events that a block completes; it takes linear time however an event is cut."""
+        text = self._text.decode(block)
+        for line in self._lines.decode(text) if text else ():
+            event = self._events.decode(line)
+            if event is not None:
+                yield event
 
 
 async def events_async(response: httpx.Response) -> AsyncGenerator[ServerSentEvent, None]:

@@ -137,6 +137,25 @@ def test_events_are_whole_with_their_own_line_breaks(site: Site) -> None:
     assert stream(site, EVENTS) == [("output", "a\u2028b"), ("output", "\nc"), ("done", "{}")]
 
 
+def test_events_may_be_cut_anywhere() -> None:
+    decoder = http.EventDecoder()
+    found = [event for at in range(0, len(EVENTS), 3) for event in decoder.feed(EVENTS[at : at + 3])]
+    assert [(event.event, event.data) for event in found if event.data] == [
+        ("output", "a\u2028b"),
+        ("output", "\nc"),
+        ("done", "{}"),
+    ]
+
+
+def test_a_large_event_in_small_pieces_takes_linear_time() -> None:
+    whole = b"event: completed\ndata: " + b"x" * 24_000_000 + b"\n\n"
+    decoder = http.EventDecoder()
+    began = time.process_time()
+    found = [event for at in range(0, len(whole), 16384) for event in decoder.feed(whole[at : at + 16384])]
+    assert [len(event.data) for event in found] == [24_000_000]
+    assert time.process_time() - began < 2
+
+
 def test_a_large_event_takes_linear_time(site: Site) -> None:
     data = json.dumps({"output": "x" * 24_000_000})
     began = time.process_time()

@@ -1,8 +1,8 @@
-"""One request to a Cog server whose answer streams: from bytes to a prediction's events, with as little as possible.
+"""One request to a Cog server whose answer streams: from bytes to a prediction's events.
 
-Runs once for every token of every stream, on cores that the model wants too: the HTTP framing is undone in C
-(httptools), one pass finds the events, and what they hold goes straight to the prediction, without a task, a queue or a
-copy between; `scripts/bench playground` measures it. Leaves connections, retries and what an answer means to `backend`.
+It runs for every token of every stream on cores that the model needs, so it does without httpx: httptools parses HTTP
+in C, and what an event holds goes straight to the prediction, without a task or a queue. `scripts/bench playground`
+measures it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from cogpress.http import EventDecoder
+
 if TYPE_CHECKING:
     from cogpress.playground.predictions import Prediction
-
-_OUTPUT = b"event: output\ndata: "
 
 
 class Exchange(asyncio.Protocol):
@@ -36,7 +36,7 @@ class Exchange(asyncio.Protocol):
         self._prediction = prediction
         self._parser = httptools.HttpResponseParser(self)
         self._streams = False
-        self._rest = b""  # what came last and is not an event yet
+        self._decoder = EventDecoder()
         self._blocks: list[bytes] = []
         self._whole = True
         self._transport: asyncio.BaseTransport | None = None
@@ -72,11 +72,9 @@ class Exchange(asyncio.Protocol):
         if not self._streams:
             self._blocks.append(body)  # joined once, at the end: it may be a file of many megabytes
             return
-        if self._rest:
-            body = self._rest + body
-        *events, self._rest = body.split(b"\n\n")
-        for event in events:
-            self._event(event)
+        for event in self._decoder.feed(body):
+            if event.data:
+                self._event(event.event, json.loads(event.data))
 
     def on_message_complete(self) -> None:
         self.body = b"".join(self._blocks)
@@ -84,18 +82,15 @@ class Exchange(asyncio.Protocol):
 
     # What an event says.
 
-    def _event(self, event: bytes) -> None:
+    def _event(self, name: str, data: dict[str, Any]) -> None:
         prediction = self._prediction
-        if event.startswith(_OUTPUT):
-            data = json.loads(event[len(_OUTPUT) :].decode())
+        if name == "output":
             # After a gap nothing more is added; the last event has the whole output.
             self._whole = self._whole and data["index"] == self._next
             if self._whole:
                 self._next += 1
                 prediction.add_output(data["chunk"])
-            return
-        name, data = _parse(event)
-        if name == "start":
+        elif name == "start":
             prediction.start()
         elif name == "log":
             prediction.add_log(str(data.get("data", "")))
@@ -119,16 +114,6 @@ class Exchange(asyncio.Protocol):
         """Drop the connection, which also cancels what still runs at its other end."""
         if self._transport is not None:
             self._transport.abort()  # type: ignore[attr-defined]
-
-
-def _parse(event: bytes) -> tuple[str, dict[str, Any]]:
-    name, data = "", []
-    for line in event.split(b"\n"):
-        if line.startswith(b"event:"):
-            name = line[6:].strip().decode()
-        elif line.startswith(b"data:"):
-            data.append(line[5:].removeprefix(b" "))
-    return name, json.loads(b"\n".join(data)) if data else {}
 
 
 def request(url: str, route: str, body: dict[str, Any], *, streams: bool) -> bytes:
