@@ -1,7 +1,4 @@
-"""Who may ask, from where, how much and how often; what is refused is told in Replicate's form.
-
-Knows tokens, hosts, origins, sizes and rates; leaves everything behind them to the application.
-"""
+"""Access control before the application: tokens, hosts, origins, body sizes and request rates."""
 
 from __future__ import annotations
 
@@ -24,14 +21,14 @@ from cogpress.errors import CogpressError
 _OPEN = re.compile(
     r"/(?:$|p/|compare$|static/|favicon|playground/api/config$|v1/stream/|v1/files/[^/]+/download$|hooks/)"
 )
-"""What is answered without a token: the page itself, which holds nothing, and addresses that carry a key."""
+"""Paths that need no token: the page itself, which holds no data, and URLs that carry a key."""
 
 _CLIENTS = 10_000
-"""How many addresses' rates are known at once."""
+"""How many client addresses are rate-limited at once; the least recent are forgotten."""
 
 
 class TooLarge(Exception):
-    """A body became longer than it may be while it was read; `body` is the answer."""
+    """A body exceeded its limit while it was read; `body` is the response."""
 
     def __init__(self, body: dict[str, Any]) -> None:
         super().__init__(body["detail"])
@@ -39,14 +36,14 @@ class TooLarge(Exception):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What is asked of a request.
+class RequestLimits:
+    """What a request must satisfy.
 
     Attributes:
-        token: that must be sent; None for none.
-        loopback: whether the server listens on this machine alone, so that only its own names are right in `Host`.
-        max_bytes: of a request's body.
-        per_minute: requests of one address.
+        token: required in `Authorization`; None for none.
+        loopback: whether the server listens on this machine alone, so that `Host` must be a loopback name.
+        max_bytes: largest body.
+        per_minute: requests from one client address.
     """
 
     token: str | None = None
@@ -56,38 +53,38 @@ class Limits:
 
 
 def check_address(host: str, token: str | None) -> bool:
-    """Whether an address to listen on is this machine's alone.
+    """Whether an address to listen on is a loopback address.
 
     Raises:
-        CogpressError: it is not, and there is no token; or the token is too short to be one.
+        CogpressError: it is not and there is no token, or the token is too short.
     """
     loopback = source.is_loopback(host)
     if not loopback and not token:
         raise CogpressError(
-            f"Others can reach {host}, so a token is required: set COGPRESS_TOKEN to a long random text (such as "
-            "`openssl rand -hex 24` gives), and give it to those who may ask. Or leave --host out."
+            f"Other machines can reach {host}, so a token is required. Set COGPRESS_TOKEN to a long random string "
+            "(`openssl rand -hex 24`), or leave out --host."
         )
     if token is not None and len(token) < 16:
-        raise CogpressError("COGPRESS_TOKEN is shorter than 16 characters, which can be guessed. Take a longer one.")
+        raise CogpressError("COGPRESS_TOKEN is shorter than 16 characters and can be guessed. Use a longer one.")
     return loopback
 
 
 def error(status: int, title: str, detail: str, **more: Any) -> dict[str, Any]:
-    """An error's body as Replicate gives it."""
+    """The body of an error in Replicate's form."""
     return {"title": title, "detail": detail, "status": status, **more}
 
 
 class Access:
-    """Stands before the application."""
+    """ASGI middleware that rejects requests the limits do not allow."""
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         """Wrap an application."""
         self._app, self._limits = app, limits
         self._expected = hashlib.sha256((limits.token or "").encode()).digest()
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def authorized(self, headers: dict[bytes, bytes]) -> bool:
-        """Whether a request carries the token, or none is required."""
+        """Whether a request has the token, or none is required."""
         if self._limits.token is None:
             return True
         scheme, _, given = headers.get(b"authorization", b"").strip().partition(b" ")
@@ -96,7 +93,7 @@ class Access:
         return hmac.compare_digest(hashlib.sha256(given.strip()).digest(), self._expected)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer or pass on."""
+        """Reject a request or pass it on."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
@@ -104,7 +101,7 @@ class Access:
         headers = dict(scope["headers"])
         refused = self._refused(scope, headers)
         if refused is not None:
-            await answer(send, *refused)
+            await send_error(send, *refused)
             return
         scope["authorized"] = self.authorized(headers)
         await self._bounded(scope, receive, send)
@@ -115,18 +112,18 @@ class Access:
             name = urlsplit(f"//{host}").hostname
         except ValueError:
             name = None
-        # A page of another site whose name was made to point here still sends its own name.
+        # Against DNS rebinding: a site whose name was made to point here still sends its own name.
         if self._limits.loopback and not source.is_loopback(name):
-            detail = f"This server answers to localhost and 127.0.0.1 alone, not to {host[:80]!r}."
+            detail = f"This server only answers to localhost and 127.0.0.1, not to {host[:80]!r}."
             return error(421, "Misdirected request", detail), {}
         origin = headers.get(b"origin")
         if origin is not None and urlsplit(origin.decode("latin-1").lower()).netloc != host:
-            return error(403, "Forbidden", "Requests from other sites' pages are refused."), {}
+            return error(403, "Forbidden", "Requests from pages of other sites are refused."), {}
         if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and not _is_visit(scope, headers):
-            return error(403, "Forbidden", "Requests from other sites' pages are refused."), {}
-        wait = self._wait(scope)  # before the token is looked at, so that guesses are counted too
+            return error(403, "Forbidden", "Requests from pages of other sites are refused."), {}
+        wait = self._wait(scope)  # before the token is checked, so that guesses count too
         if wait:
-            detail = f"Request was throttled. More than {self._limits.per_minute} requests a minute. Wait {wait} s."
+            detail = f"Request was throttled: more than {self._limits.per_minute} requests a minute. Retry in {wait} s."
             return error(429, "Too many requests", detail), {"Retry-After": str(wait)}
         if not self.authorized(headers) and not _OPEN.match(scope["path"]):
             detail = "You did not pass a valid token. Send it as `Authorization: Bearer TOKEN`."
@@ -137,11 +134,13 @@ class Access:
         return None
 
     def _too_large(self) -> dict[str, Any]:
-        detail = f"A request may have {self._limits.max_bytes >> 20} MB (playground.max_input_mb in model.yaml)."
+        detail = (
+            f"A request may have at most {self._limits.max_bytes >> 20} MB (playground.max_input_mb in model.yaml)."
+        )
         return error(413, "Request too large", detail)
 
     def _wait(self, scope: Scope) -> int:
-        """Whole seconds to wait for, 0 where the request is within the rate."""
+        """Whole seconds to wait; 0 if the request is within the rate."""
         path = scope["path"]
         if path.startswith(("/static/", "/v1/stream/", "/hooks/")):
             return 0
@@ -156,7 +155,7 @@ class Access:
         return 0 if allowed else max(1, math.ceil((1 - left) * 60 / most))
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, counting the bytes of a body that does not say its length."""
+        """Pass a request on, counting the bytes of a body that does not declare its length."""
         read = 0
 
         async def counted() -> Message:
@@ -171,12 +170,12 @@ class Access:
 
 
 def _is_visit(scope: Scope, headers: dict[bytes, bytes]) -> bool:
-    """Whether somebody follows a link to the page, which is what permalinks are for."""
+    """Whether someone follows a link to the page, which is what permalinks are for."""
     return scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"
 
 
-async def answer(send: Send, body: dict[str, Any], headers: dict[str, str]) -> None:
-    """Send an error's body."""
+async def send_error(send: Send, body: dict[str, Any], headers: dict[str, str]) -> None:
+    """Send an error."""
     content = json.dumps(body).encode()
     sent = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(content)).encode())]
     sent += [(name.lower().encode(), value.encode()) for name, value in headers.items()]

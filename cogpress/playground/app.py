@@ -1,7 +1,4 @@
-"""The local Replicate put together: one ASGI application of the API, the web page and its own routes.
-
-Knows which part answers which path, and the order in which things start and end; leaves the answers to the parts.
-"""
+"""Assemble the playground: one ASGI application of the core, Replicate's and OpenAI's APIs and the page."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -28,24 +26,26 @@ from cogpress.config import Playground, Prompt
 from cogpress.errors import CogpressError
 from cogpress.playground import access, history, web
 from cogpress.playground.api import resources
-from cogpress.playground.api import routes as replicate
+from cogpress.playground.api import routes as api
 from cogpress.playground.api.streams import Streams
 from cogpress.playground.api.webhooks import TRIES, Webhooks
 from cogpress.playground.catalog import Catalog
 from cogpress.playground.files import Files
+from cogpress.playground.keys import Keys
 from cogpress.playground.openai import errors
 from cogpress.playground.openai import routes as openai
-from cogpress.playground.predictions import Prediction, Predictions
-from cogpress.playground.servers import Servers
+from cogpress.playground.predictions import Predictions
+from cogpress.playground.records import Prediction, Version
+from cogpress.playground.servers import OnDemandServer, ServerPool
+from cogpress.playground.sources import Sources
 from cogpress.playground.store import Store
 from cogpress.playground.trainings import Trainings
-from cogpress.playground.versions import Version
 from cogpress.playground.web import Parts
 
 PAGE = Path(__file__).parent / "page"
 
 HOUSEKEEPING_SECONDS = 60.0
-"""How often what is too old is looked for."""
+"""How often old data is removed."""
 
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
@@ -54,26 +54,26 @@ PAGE_HEADERS = {
     "Referrer-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
-"""The page loads nothing from elsewhere and runs no script that is not a file of its own."""
+"""The page loads nothing from other sites and runs no inline scripts."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a local Replicate is set up.
+    """How a playground is set up.
 
     Attributes:
         root: the project's folder.
-        folder: where it keeps what lasts.
-        models: (name or name:label, source) of each version that it serves; see `versions.Version.source`.
-        playground: the options of model.yaml.
-        host: the address to listen on.
-        port: the port to listen on, where it is known before.
-        token: that requests must carry; None for none.
-        title: what the page is called.
+        folder: where predictions, files and trained weights are kept.
+        models: (NAME or NAME:LABEL, source) of each version to serve; see `records.Version.source`.
+        playground: its section of model.yaml.
+        host: address to listen on.
+        port: port to listen on.
+        token: required from clients; None for none.
+        title: of the page.
         adapters: names of the model's adapters.
-        prompt: what a prompt must look like, for rows of training data.
+        prompt: the project's prompt settings, for rows of training data.
         servers_at_once: how many model servers may run.
-        start_first: start the first model's server at once, where it is one of ours, instead of when it is asked.
+        start_first: start the first model's server at once if it runs here, rather than on the first request.
     """
 
     root: Path
@@ -91,7 +91,7 @@ class Settings:
 
     @property
     def loopback_url(self) -> str:
-        """How this machine's own servers reach this one."""
+        """The address at which servers on this machine reach the playground."""
         host = self.host if self.host not in ("0.0.0.0", "::") else "127.0.0.1"
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
@@ -110,34 +110,56 @@ class _Static(StaticFiles):
         return response
 
 
-def routes(parts: Parts) -> list[BaseRoute]:
+def routes(parts: Parts, webhook_secret: str) -> list[BaseRoute]:
     """Every route but the streams'."""
     return [
         Route("/", page),
         Route("/p/{id}", page),
         Route("/compare", page),
         Mount("/static", _Static(directory=PAGE, check_dir=False)),
-        Route("/hooks/trainings/{id}/{key}", web.endpoint(parts, _report), methods=["POST"]),
-        *replicate.routes(parts),
-        *resources.routes(parts),
+        *web.bind(
+            parts,
+            {
+                ("GET", "/v1/models"): models,
+                ("GET", "/v1/models/{owner}/{name}"): model,
+                ("POST", "/hooks/trainings/{id}/{key}"): training_log,
+            },
+        ),
+        *api.routes(parts),
+        *resources.routes(parts, webhook_secret),
         *history.routes(parts),
         *openai.routes(parts),
     ]
 
 
-async def _report(parts: Parts, request: Request) -> Response:
-    """News of a training from the runtime."""
+async def models(parts: Parts, request: Request) -> Response:
+    """`GET /v1/models`, for Replicate's and OpenAI's clients at once: each finds its keys."""
+    base = web.base_url(request)
+    found = [resources.model_json(base, one) for one in parts.catalog.models.values()]
+    return web.json_response({**resources.page(found), "object": "list", "data": openai.entries(parts)})
+
+
+async def model(parts: Parts, request: Request) -> Response:
+    """`GET /v1/models/OWNER/NAME`, for both likewise."""
+    found = resources.model_of(parts, request)
+    counted = await parts.store.read("SELECT count(*) AS run_count FROM predictions WHERE model = ?", found.full_name)
+    shown = openai.entry(found) | resources.model_json(web.base_url(request), found)
+    return web.json_response({**shown, **counted[0]})
+
+
+async def training_log(parts: Parts, request: Request) -> Response:
+    """A training's log so far, from the runtime."""
     body = await web.read_json(request)
     if not parts.trainings.report(request.path_params["id"], request.path_params["key"], body):
-        raise web.Refused(404, "Not found", "There is no such training.")
+        raise web.Problem(404, "Not found", "There is no such training.")
     return Response(status_code=204)
 
 
 def build(settings: Settings) -> Parts:
-    """Open the store and make the parts; nothing runs yet.
+    """Open the store and create the parts; nothing runs yet.
 
     Raises:
-        CogpressError: the store can not be opened.
+        CogpressError: the store cannot be opened.
     """
     options = settings.playground
     store = Store(
@@ -146,18 +168,20 @@ def build(settings: Settings) -> Parts:
         retention_days=options.retention_days,
         retention_count=options.retention_count,
     )
-    files = Files(store, store.secret("urls"))
-    files.loopback_url = settings.loopback_url
-    catalog = Catalog(store, Servers(settings.folder, settings.servers_at_once), settings.root, rewrite=files.rewrite)
-    predictions = Predictions(store, catalog)
+    keys = Keys(store.secret("urls"))
+    files = Files(store, keys, settings.loopback_url)
+    pool = ServerPool(settings.folder, settings.servers_at_once)
+    sources = Sources(pool, settings.root, files.rewrite)
+    catalog = Catalog(store, sources)
     return Parts(
         store=store,
+        keys=keys,
+        pool=pool,
+        sources=sources,
         catalog=catalog,
-        predictions=predictions,
-        trainings=Trainings(store, catalog, files, settings.root, store.secret("urls")),
+        predictions=Predictions(store, catalog),
+        trainings=Trainings(store, catalog, files, keys, settings.root),
         files=files,
-        streams=Streams(predictions, store.secret("urls")),
-        webhooks=Webhooks(store.secret("webhooks")),
         title=settings.title,
         token_required=settings.token is not None,
         adapters=list(settings.adapters),
@@ -165,21 +189,19 @@ def build(settings: Settings) -> Parts:
     )
 
 
-def _follow(parts: Parts) -> None:
-    """Have webhooks sent."""
-
-    def begun(prediction: Prediction) -> None:
+def _send_webhooks(parts: Parts, webhooks: Webhooks) -> None:
+    def follow(prediction: Prediction) -> None:
         if prediction.options.webhook:
-            parts.predictions.later(parts.webhooks.follow(prediction, render))
+            parts.predictions.later(webhooks.follow(prediction, render))
 
     def render(prediction: Prediction) -> dict[str, Any]:
-        return replicate.shape(parts, prediction.options.base_url, prediction.record())
+        return api.prediction_json(parts, prediction.options.base_url, prediction.record())
 
     async def send(record: dict[str, Any], event: str) -> None:
-        body = replicate.training_shape(record["base_url"], record)
-        await parts.webhooks.send(record["webhook"], body, tries=TRIES if event == "completed" else 1)
+        body = api.training_json(record["base_url"], record)
+        await webhooks.send(record["webhook"], body, tries=TRIES if event == "completed" else 1)
 
-    parts.predictions.on_create = begun
+    parts.predictions.on_create = follow
     parts.trainings.send = send
 
 
@@ -193,53 +215,57 @@ def application(
 
     Args:
         settings: how it is set up.
-        parts: what it works with, where it was made before.
-        on_ready: called when it answers.
-        stopped: set when it is told to stop, also while it starts.
+        parts: from `build`, if it was called before.
+        on_ready: called when the application is ready.
+        stopped: set when it must stop, also while it starts.
 
     Raises:
-        CogpressError: the address needs a token, or the store can not be opened.
+        CogpressError: the address needs a token, or the store cannot be opened.
     """
     loopback = access.check_address(settings.host, settings.token)
     made = parts or build(settings)
     stopped = stopped or asyncio.Event()
-    _follow(made)
+    webhooks = Webhooks(made.store.secret("webhooks"))
+    streams = Streams(made.predictions, made.keys)
+    _send_webhooks(made, webhooks)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         try:
             await made.catalog.load()
             added = [await _add(made, name, source) for name, source in settings.models]
-            made.predictions.later(_keep_house(made))
-            if settings.start_first and added:
-                await _unless(stopped, made.catalog.warm(added[0]))
+            made.predictions.later(_housekeeping(made))
+            backend = made.catalog.queue(added[0]).backend if added else None
+            if settings.start_first and isinstance(backend, OnDemandServer):
+                await _unless(stopped, backend.warm())
             if not stopped.is_set():
                 on_ready(made)
             yield
         finally:
             await made.trainings.close()
             await made.catalog.close()
+            await made.pool.close()
             await made.predictions.close()
-            await made.webhooks.close()
+            await webhooks.close()
             await made.store.close()
 
-    handlers = {HTTPException: _http_error, access.TooLarge: _too_large, Exception: _fault}
-    inner = Starlette(routes=routes(made), lifespan=lifespan, exception_handlers=handlers)
+    handlers = {HTTPException: _http_error, access.TooLarge: _too_large, Exception: _internal_error}
+    inner = Starlette(routes=routes(made, webhooks.key), lifespan=lifespan, exception_handlers=handlers)
 
     async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
-        # A stream is long and hot, so it goes past the framework.
+        # Streams are long and busy, so they bypass the framework.
         if scope["type"] == "http" and scope["path"].startswith("/v1/stream/"):
-            await made.streams(scope, receive, send)
+            await streams(scope, receive, send)
         else:
             await inner(scope, receive, send)
 
     options = settings.playground
-    limits = access.Limits(settings.token, loopback, options.max_input_mb << 20, options.requests_per_minute)
-    return errors.Face(access.Access(dispatch, limits))
+    limits = access.RequestLimits(settings.token, loopback, options.max_input_mb << 20, options.requests_per_minute)
+    return errors.ErrorMiddleware(access.Access(dispatch, limits))
 
 
 async def _unless(stopped: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
-    """Wait for some work's end, or stop it: a model may take minutes to start, and Ctrl-C must not."""
+    """Run `work`, but cancel it when stopped: a model may take minutes to start, and Ctrl-C must not."""
     task, stop = asyncio.ensure_future(work), asyncio.ensure_future(stopped.wait())
     await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
@@ -250,8 +276,8 @@ async def _unless(stopped: asyncio.Event, work: Coroutine[Any, Any, None]) -> No
         task.result()
 
 
-async def _keep_house(parts: Parts) -> None:
-    """Remove what is too old, for as long as it runs."""
+async def _housekeeping(parts: Parts) -> None:
+    """Remove old data for as long as the application runs."""
     while True:
         await asyncio.sleep(HOUSEKEEPING_SECONDS)
         parts.predictions.forget_old()
@@ -259,9 +285,9 @@ async def _keep_house(parts: Parts) -> None:
 
 
 async def _add(parts: Parts, name: str, source: str) -> Version:
-    """A version that is given by `NAME` or `NAME:LABEL`, and by where it runs."""
+    """Add the version NAME or NAME:LABEL."""
     name, _, label = name.partition(":")
-    # People see where it comes from, if nothing else tells it from its model's other versions.
+    # Without a label, the source is what tells it from the model's other versions.
     shown = Path(source).name if source.startswith("folder:/") else re.sub(r"^(folder:|https?://)", "", source)
     return await parts.catalog.add(name, source, label=label or shown)
 
@@ -270,16 +296,17 @@ def _http_error(_request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     titles = {404: "Not found", 405: "Method not allowed", 400: "Bad request"}
     detail = "There is nothing at this address." if status == 404 else str(getattr(error, "detail", ""))
-    return web.problem(access.error(status, titles.get(status, "Error"), detail))
+    return web.problem_response(access.error(status, titles.get(status, "Error"), detail))
 
 
 def _too_large(_request: Request, error: Exception) -> Response:
     assert isinstance(error, access.TooLarge)
-    return web.problem(error.body)
+    return web.problem_response(error.body)
 
 
-def _fault(_request: Request, error: Exception) -> Response:
-    return web.problem(access.error(500, "Internal error", f"The local Replicate failed ({type(error).__name__})."))
+def _internal_error(_request: Request, error: Exception) -> Response:
+    detail = f"The playground failed ({type(error).__name__})."
+    return web.problem_response(access.error(500, "Internal error", detail))
 
 
 def serve(settings: Settings, on_ready: Callable[[Parts], None] = lambda _parts: None) -> None:
@@ -287,18 +314,16 @@ def serve(settings: Settings, on_ready: Callable[[Parts], None] = lambda _parts:
 
     Args:
         settings: how it is set up.
-        on_ready: called when everything is ready, before the first request.
+        on_ready: called when it is ready, before the first request.
 
     Raises:
-        CogpressError: it can not start; nothing is left running.
+        CogpressError: it cannot start; nothing is left running.
     """
-    import uvicorn
-
     check_free(settings.host, settings.port)
-    # What a start failed with is raised, so that nothing more needs to be said.
+    # The reason is raised below; uvicorn need not add to it.
     logging.getLogger("uvicorn.error").addFilter(lambda line: "startup failed" not in line.getMessage())
     stopped = asyncio.Event()
-    app = _Reporting(application(settings, on_ready=on_ready, stopped=stopped))
+    app = _StartupErrors(application(settings, on_ready=on_ready, stopped=stopped))
     options = uvicorn.Config(
         app,
         host=settings.host,
@@ -311,16 +336,16 @@ def serve(settings: Settings, on_ready: Callable[[Parts], None] = lambda _parts:
         timeout_graceful_shutdown=3,
     )
 
-    class Server(uvicorn.Server):
-        """Passes on that it is to stop, which it would itself look at only after the start."""
+    class Stoppable(uvicorn.Server):
+        """Reports a signal at once; uvicorn itself would only notice it after the start."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             super().handle_exit(sig, frame)
-            # A signal alone does not wake every kind of loop.
+            # A signal alone does not wake every kind of event loop.
             asyncio.get_running_loop().call_soon_threadsafe(stopped.set)
 
     try:
-        Server(options).run()
+        Stoppable(options).run()
     except SystemExit:
         if app.error is None:
             raise
@@ -328,8 +353,8 @@ def serve(settings: Settings, on_ready: Callable[[Parts], None] = lambda _parts:
         raise app.error
 
 
-class _Reporting:
-    """Passes on, and keeps what a start failed with, which uvicorn would print as a stack trace."""
+class _StartupErrors:
+    """Keeps the error of a failed start, which uvicorn would print as a stack trace."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.error: CogpressError | None = None
@@ -340,15 +365,24 @@ class _Reporting:
             await self._app(scope, receive, send)
             return
 
-        async def noted(message: Any) -> None:
+        async def silenced(message: Any) -> None:
             if message["type"] == "lifespan.startup.failed":
                 message = {**message, "message": ""}
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, silenced)
         except CogpressError as error:
             self.error = error
 
 
-__all__ = ["Settings", "application", "build", "serve"]
+def greeting(parts: Parts, host: str, port: int) -> str:
+    """The address, and how to point clients at it."""
+    shown = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
+    base = f"http://{shown}:{port}"
+    names = ", ".join(name for name, model in parts.catalog.models.items() if model.versions)
+    return (
+        f"Ready at {base} with {names}. Stop with Ctrl-C.\n"
+        f"  Replicate's Python client: REPLICATE_BASE_URL={base}   JavaScript: baseUrl {base}/v1   "
+        f"OpenAI's: base_url {base}/v1"
+    )

@@ -1,8 +1,4 @@
-"""What runs predictions: a Cog server by its address, or a model on Replicate.
-
-Knows how each is asked, followed and canceled, and what its answers mean; leaves the order of predictions to `lane`,
-servers of this machine to `servers`, and bytes of a stream to `exchange`.
-"""
+"""What a queue needs of whatever runs predictions, and its plainest kind: a Cog server at an address."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import asyncio
 import json
 import ssl
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import httpx
@@ -19,77 +15,74 @@ from cogpress import source
 from cogpress.cog import client
 from cogpress.errors import CogpressError
 from cogpress.playground import exchange
-
-if TYPE_CHECKING:
-    from cogpress.playground.predictions import Prediction
+from cogpress.playground.records import Prediction
 
 CANCEL_SECONDS = 3.0
 """How long a canceled prediction may go on before its connection is dropped."""
-
 
 CONNECT_SECONDS = 10.0
 
 
 class Busy(Exception):
-    """It takes no more now, or is not ready yet; the same prediction may run a moment later."""
+    """The backend has no free slot or is not ready; the same prediction may run a moment later."""
 
 
 class Unreachable(CogpressError):
-    """Nothing answers there; nothing was begun."""
+    """Nothing answers, and nothing was begun."""
+
+
+class Rejected(CogpressError):
+    """The model does not accept the input."""
 
 
 class Backend(Protocol):
-    """What a lane of predictions needs of what runs them."""
+    """Runs predictions."""
 
     slots: int | None
-    """How many it runs at once; None where only it knows."""
+    """How many it runs at once; None if only the other end knows."""
 
     async def run(self, prediction: Prediction) -> None:
-        """Run a prediction to its end, of which it is told.
+        """Run a prediction to its end, and report progress to it.
 
         Raises:
             Busy: try again.
             Unreachable: nothing was begun.
-            CogpressError: it fails, for this reason.
+            Rejected: the model does not accept the input.
+            CogpressError: the prediction failed, for this reason.
         """
 
     async def cancel(self, prediction: Prediction) -> None:
-        """Ask for the end of a running prediction; may be called again until it comes."""
+        """Ask a running prediction to end; may be called again until it does."""
 
     async def schema(self) -> dict[str, Any]:
-        """The model's OpenAPI document.
+        """The model's OpenAPI schema.
 
         Raises:
-            CogpressError: it can not be had.
+            CogpressError: it is not available.
         """
 
     async def close(self) -> None:
-        """Let go of what it holds."""
+        """Release connections and processes."""
 
 
 Rewrite = Callable[[Any, bool], Awaitable[Any]]
-"""Makes addresses of files that were uploaded here into ones that a server can fetch without a token."""
-
-
-async def as_they_are(inputs: Any, _loopback: bool) -> Any:
-    """No file is ours."""
-    return inputs
+"""Replaces URLs of uploaded files in inputs by ones that a server can fetch without a token; the flag says whether that
+server is on this machine."""
 
 
 class Cog:
     """A Cog server."""
 
-    def __init__(self, url: str, slots: int | None = None, rewrite: Rewrite = as_they_are) -> None:
-        """Describe it; nothing is asked yet.
+    def __init__(self, url: str, slots: int | None, rewrite: Rewrite) -> None:
+        """Connects on the first request.
 
         Args:
-            url: where it answers.
-            slots: how many predictions it runs at once, where known.
-            rewrite: for files among the inputs.
+            url: the server's address.
+            slots: how many predictions it runs at once, if known.
+            rewrite: applied to inputs.
         """
         self.url = url.rstrip("/")
         self.slots = slots
-        self.streams = True
         self._rewrite = rewrite
         parts = urlsplit(self.url)
         self._host = parts.hostname or ""
@@ -109,9 +102,9 @@ class Cog:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await asyncio.get_running_loop().create_connection(lambda: call, self._host, self._port, ssl=self._tls)
-        except OSError as error:  # also for TimeoutError
-            why = error.strerror or str(error) or "no connection in time"
-            raise Unreachable(f"The model server at {self.url} does not answer ({why}). Start it again.") from None
+        except OSError as error:  # includes TimeoutError
+            why = error.strerror or str(error) or "timed out"
+            raise Unreachable(f"The model server at {self.url} does not answer ({why}). Restart it.") from None
         self._exchanges[prediction.id] = call
         try:
             if not streams:
@@ -128,19 +121,19 @@ class Cog:
                 prediction.end("canceled")
                 return
             if not call.status:
-                raise Unreachable(f"The model server at {self.url} takes no predictions. Its log tells why.")
+                raise Unreachable(f"The model server at {self.url} takes no predictions. Check its log.")
             raise CogpressError(
-                f"The model server at {self.url} ended or broke off while this prediction ran. Its log tells why; "
-                "run the prediction again."
+                f"The model server at {self.url} stopped while this prediction ran. Check its log, then run the "
+                "prediction again."
             )
         if call.status in (409, 503):
             raise Busy
         if call.status == 406:
-            # Also the answer of a server that is just starting and has not read its schema yet.
+            # A server that is just starting and has not read its schema yet answers this too.
             raise Unreachable(f"The model server at {self.url} does not stream. Add @cog.streaming to its run().")
         answer = call.completed
         if answer is None:
-            answer = _read(call)
+            answer = _parse_response(call)
         metrics = answer.get("metrics")
         if isinstance(metrics, dict):
             prediction.metrics.update(metrics)
@@ -154,7 +147,7 @@ class Cog:
 
     async def cancel(self, prediction: Prediction) -> None:
         """See `Backend.cancel`."""
-        # The runtime loses a cancellation that comes before the runner began, so it is said until it is heard.
+        # The runtime loses a cancellation that arrives before the runner began, so it is repeated until it works.
         for _ in range(int(CANCEL_SECONDS / 0.25)):
             try:
                 await self._http.post(f"{self.url}/predictions/{prediction.id}/cancel")
@@ -171,14 +164,14 @@ class Cog:
         return await asyncio.to_thread(client.openapi, self.url)
 
     async def close(self) -> None:
-        """Drop what still runs."""
+        """See `Backend.close`."""
         for call in list(self._exchanges.values()):
             call.close()
         await self._http.aclose()
 
 
-def _read(call: exchange.Exchange) -> dict[str, Any]:
-    """The answer to a request that was not streamed, or was refused."""
+def _parse_response(call: exchange.Exchange) -> dict[str, Any]:
+    """The response to a request that did not stream, or was refused."""
     try:
         answer = json.loads(call.body)
     except ValueError:
@@ -190,4 +183,4 @@ def _read(call: exchange.Exchange) -> dict[str, Any]:
         detail = answer.get("detail") or answer.get("error") or answer
     if isinstance(detail, list) and all(isinstance(item, dict) for item in detail):
         detail = "; ".join(f"{'.'.join(map(str, item.get('loc', ())[2:]))}: {item.get('msg')}" for item in detail)
-    raise CogpressError(f"The model server refuses the prediction ({call.status}): {detail}")
+    raise Rejected(f"The model server refused the prediction ({call.status}): {detail}")

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
 
 from cogpress.http import EventDecoder
-
-if TYPE_CHECKING:
-    from cogpress.playground.predictions import Prediction
+from cogpress.playground.records import Prediction
 
 
 class Exchange(asyncio.Protocol):

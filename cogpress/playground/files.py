@@ -1,34 +1,29 @@
-"""Files that were uploaded as inputs, and those that trainings made: kept in a folder, given out safely.
-
-Knows ids, keys and what a browser must be told; leaves routes to `replicate`.
-"""
+"""Store uploaded inputs and trained weights in a folder, and give them out as downloads that no browser renders."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import hashlib
-import hmac
 import json
 import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from cogpress.playground.predictions import new_id
-
-if TYPE_CHECKING:
-    from cogpress.playground.store import Store
+from cogpress.playground.keys import Keys
+from cogpress.playground.records import new_id
+from cogpress.playground.store import Store
 
 _ADDRESS = re.compile(r"https?://[^/?#]+/v1/files/(?P<id>[a-z0-9]{26})(?:/download)?(?:\?[^#]*)?")
 
-_PLAIN = re.compile(r"[\w.+-]+/[\w.+-]+")
+_MEDIA_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+")
 
 
 @dataclass(frozen=True)
-class File:
-    """What is known of a file."""
+class StoredFile:
+    """A file's metadata; `size` is in bytes, `created` in seconds since the epoch."""
 
     id: str
     created: float
@@ -42,48 +37,49 @@ class File:
 class Files:
     """All files."""
 
-    def __init__(self, store: Store, secret: bytes) -> None:
-        """Kept in the store's folder."""
+    def __init__(self, store: Store, keys: Keys, loopback_url: str) -> None:
+        """Files go into the store's folder.
+
+        Args:
+            store: where their metadata is kept.
+            keys: for downloads without a token.
+            loopback_url: how a server on this machine reaches this one.
+        """
         self.folder = store.folder / "files"
         self.folder.mkdir(exist_ok=True)
-        self.loopback_url = ""
-        """How a server on this machine reaches us; set when it is known."""
-        self._store, self._secret = store, secret
+        self.loopback_url = loopback_url
+        self._store, self._keys = store, keys
 
-    async def add(self, content: BinaryIO, name: str, content_type: str, metadata: dict[str, Any]) -> File:
-        """Keep a copy of what is read from `content`."""
+    async def add(self, content: BinaryIO, name: str, content_type: str, metadata: dict[str, Any]) -> StoredFile:
+        """Save a copy of `content`."""
         identifier = new_id()
         size, digest = await asyncio.to_thread(_copy, content, self.folder / identifier)
-        kind = content_type if _PLAIN.fullmatch(content_type) else "application/octet-stream"
-        file = File(identifier, time.time(), name[:255] or "file", kind, size, digest, metadata)
+        kind = content_type if _MEDIA_TYPE.fullmatch(content_type) else "application/octet-stream"
+        file = StoredFile(identifier, time.time(), name[:255] or "file", kind, size, digest, metadata)
         await self._store.write("INSERT INTO files VALUES (?, ?, ?)", file.id, file.created, json.dumps(asdict(file)))
         return file
 
-    async def find(self, identifier: str) -> File | None:
+    async def find(self, identifier: str) -> StoredFile | None:
         """A file by its id."""
         rows = await self._store.read("SELECT data FROM files WHERE id = ?", identifier)
-        return File(**json.loads(rows[0]["data"])) if rows else None
+        return StoredFile(**json.loads(rows[0]["data"])) if rows else None
 
-    async def all(self) -> list[File]:
-        """The newest first."""
+    async def all(self) -> list[StoredFile]:
+        """The newest 1,000, the newest first."""
         rows = await self._store.read("SELECT data FROM files ORDER BY created DESC LIMIT 1000")
-        return [File(**json.loads(row["data"])) for row in rows]
+        return [StoredFile(**json.loads(row["data"])) for row in rows]
 
-    async def remove(self, file: File) -> None:
-        """Forget a file."""
+    async def remove(self, file: StoredFile) -> None:
+        """Delete a file."""
         await self._store.write("DELETE FROM files WHERE id = ?", file.id)
         await asyncio.to_thread((self.folder / file.id).unlink, missing_ok=True)
 
-    def key(self, identifier: str) -> str:
-        """What must be known to fetch a file without a token."""
-        return hmac.new(self._secret, f"file:{identifier}".encode(), hashlib.sha256).hexdigest()[:40]
-
     def download(self, base: str, identifier: str) -> str:
-        """An address that gives a file's content to whoever has it."""
-        return f"{base}/v1/files/{identifier}/download?key={self.key(identifier)}"
+        """A URL that gives a file's content to anyone who has it."""
+        return f"{base}/v1/files/{identifier}/download?key={self._keys.make('file', identifier)}"
 
-    def headers(self, file: File) -> dict[str, str]:
-        """So that a browser saves a file and never shows it as a page of ours."""
+    def headers(self, file: StoredFile) -> dict[str, str]:
+        """Response headers that make a browser save a file and never render it as a page of this site."""
         name = re.sub(r"[^A-Za-z0-9._-]", "_", file.name)
         return {
             "Content-Type": "application/octet-stream",
@@ -93,16 +89,16 @@ class Files:
             "Cache-Control": "private, no-store",
         }
 
-    def place(self, file: File) -> Path:
+    def path(self, file: StoredFile) -> Path:
         """Where its content is."""
         return self.folder / file.id
 
     async def rewrite(self, value: Any, loopback: bool) -> Any:
-        """An input with the addresses of our files made into ones that need no token.
+        """Inputs with the URLs of stored files replaced by ones that need no token.
 
         Args:
             value: any JSON.
-            loopback: whether who fetches them is on this machine; elsewhere they are sent along as data URLs.
+            loopback: whether the server that fetches them is on this machine; others get data URLs.
         """
         if isinstance(value, dict):
             return {name: await self.rewrite(one, loopback) for name, one in value.items()}
@@ -112,9 +108,9 @@ class Files:
         file = await self.find(match["id"]) if match else None
         if file is None:
             return value
-        if loopback and self.loopback_url:
+        if loopback:
             return self.download(self.loopback_url, file.id)
-        content = await asyncio.to_thread(self.place(file).read_bytes)
+        content = await asyncio.to_thread(self.path(file).read_bytes)
         return f"data:{file.content_type};base64,{base64.b64encode(content).decode()}"
 
 

@@ -1,7 +1,4 @@
-"""The queue before one backend: first come, first served, and never a 409 for those who asked.
-
-Knows order, slots and when to try again; leaves running to `backend` and states to `predictions`.
-"""
+"""Queue predictions before one backend: first come, first served, retried while it is busy."""
 
 from __future__ import annotations
 
@@ -10,35 +7,32 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from cogpress.errors import CogpressError
-from cogpress.playground.backend import Backend, Busy, Unreachable
-
-if TYPE_CHECKING:
-    from cogpress.playground.predictions import Prediction
+from cogpress.playground.backend import Backend, Busy, Rejected, Unreachable
+from cogpress.playground.records import Prediction
 
 PATIENCE_SECONDS = 10.0
-"""How long predictions wait for a server that does not answer, because it may be starting again."""
+"""How long predictions wait for a server that does not answer: it may be restarting."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.004, 0.25
-"""Seconds. The runtime frees a slot a few milliseconds after its answer."""
+"""Seconds between retries. The runtime frees a slot a few milliseconds after its answer."""
 
 _UNKNOWN_SLOTS = 64
 _PROBE_SECONDS = 5.0
 _IDLE_SECONDS = 1.0
 _LATE_SECONDS = 0.25
-"""A refusal this soon after an answer tells nothing of how many slots there are: the answer's may not be free yet."""
+"""A refusal this soon after an answer says nothing about the number of slots: the answer's may not be free yet."""
 
 
-class Lane:
-    """What waits for a backend and what runs on it."""
+class Queue:
+    """The predictions that wait for a backend or run on it."""
 
     def __init__(self, backend: Backend, on_end: Callable[[Prediction], None]) -> None:
-        """A queue of its own for each backend.
+        """Each backend has its own queue.
 
         Args:
-            backend: runs them.
+            backend: runs the predictions.
             on_end: called once for each prediction that has ended.
         """
         self.backend = backend
@@ -59,13 +53,12 @@ class Lane:
         return sum(not prediction.ended for _, prediction in self._waiting)
 
     def put(self, prediction: Prediction) -> None:
-        """Run a prediction as soon as there is room."""
-        prediction.lane = self
+        """Run a prediction as soon as a slot is free."""
         heapq.heappush(self._waiting, (next(self._numbers), prediction))
         self._fill()
 
     def drop(self, prediction: Prediction) -> bool:
-        """End a prediction that still waits as canceled; False where it runs."""
+        """Cancel a prediction that still waits; False if it runs."""
         if prediction in self.running:
             return False
         prediction.end("canceled")
@@ -92,21 +85,23 @@ class Lane:
         except Busy:
             again = True
             self._refused_at = time.monotonic()
-            # Where the number of slots is not known, it is learnt.
+            # Learn the number of slots if the backend does not know it.
             if self.backend.slots is None and self._refused_at - self._ended_at > _LATE_SECONDS:
                 self._limit = max(1, len(self.running) - 1)
         except Unreachable as error:
             prediction.unreachable_since = prediction.unreachable_since or time.monotonic()
             again = time.monotonic() - prediction.unreachable_since < PATIENCE_SECONDS
             if not again:
-                prediction.end("failed", error=str(error))
+                prediction.end("failed", error=str(error), fault="server")
         except CogpressError as error:
-            prediction.end("failed", error=str(error))
+            prediction.end("failed", error=str(error), fault="input" if isinstance(error, Rejected) else "server")
         except asyncio.CancelledError:
-            prediction.end("failed", error="The local Replicate was stopped while this prediction ran. Run it again.")
+            stopped = "The playground was stopped while this prediction ran. Run it again."
+            prediction.end("failed", error=stopped, fault="server")
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, the prediction must not stay open for ever
-            prediction.end("failed", error=f"The local Replicate failed ({type(error).__name__}: {error}).")
+        except Exception as error:  # noqa: BLE001 - a prediction must never stay open
+            told = f"The playground failed ({type(error).__name__}: {error})."
+            prediction.end("failed", error=told, fault="server")
         finally:
             self.running.discard(prediction)
             if again and prediction.cancel_asked:
@@ -115,29 +110,31 @@ class Lane:
             if again:
                 prediction.status = "starting"
                 heapq.heappush(self._waiting, (number, prediction))
-                self._wait()
+                self._back_off()
             else:
                 if not prediction.ended:
-                    prediction.end("failed", error="The model server gave no result. Its log may tell why.")
+                    prediction.end(
+                        "failed", error="The model server returned no result. Check its log.", fault="server"
+                    )
                 self._ended_at = time.monotonic()
                 self._on_end(prediction)
-                self._grow()
-                self._go_on()
+                self._probe()
+                self._resume()
 
-    def _wait(self) -> None:
-        """Pause before the next try."""
+    def _back_off(self) -> None:
+        """Pause before the next attempt."""
         if self._paused is None:
             self._pause = min(max(_FIRST_PAUSE, self._pause * 2), _LONGEST_PAUSE)
-            self._paused = asyncio.get_running_loop().call_later(self._pause, self._go_on)
+            self._paused = asyncio.get_running_loop().call_later(self._pause, self._resume)
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         if self._paused is not None:
             self._paused.cancel()
             self._paused = None
         self._fill()
 
-    def _grow(self) -> None:
-        # Others may have used the server when it refused; now and then one more is tried.
+    def _probe(self) -> None:
+        # Other clients may have held the slots when the server refused, so now and then one more is tried.
         if self.backend.slots is None and time.monotonic() - self._refused_at > _PROBE_SECONDS:
             self._limit = min(self._limit + 1, _UNKNOWN_SLOTS)
 
@@ -147,12 +144,13 @@ class Lane:
             await asyncio.sleep(_IDLE_SECONDS)
 
     async def close(self) -> None:
-        """End everything: what waits and what runs is marked as failed."""
+        """Fail whatever waits or runs, and close the backend."""
         if self._paused is not None:
             self._paused.cancel()
         for _, prediction in self._waiting:
             if not prediction.ended:
-                prediction.end("failed", error="The local Replicate was stopped before this ran. Run it again.")
+                stopped = "The playground was stopped before this prediction ran. Run it again."
+                prediction.end("failed", error=stopped, fault="server")
                 self._on_end(prediction)
         for task in list(self._tasks):
             task.cancel()

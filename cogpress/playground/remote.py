@@ -6,19 +6,17 @@ import asyncio
 import contextlib
 import os
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import httpx
 
 from cogpress.errors import CogpressError
 from cogpress.http import UnavailableError
-from cogpress.playground.backend import Busy, Unreachable
+from cogpress.playground.backend import Busy, Rejected, Unreachable
+from cogpress.playground.records import Prediction
 from cogpress.replicate import routes
 from cogpress.replicate.api import ENDED, AsyncReplicate, NoStreamError, RefusedError, credentials
 from cogpress.replicate.routes import Call
-
-if TYPE_CHECKING:
-    from cogpress.playground.predictions import Prediction
 
 POLL_SECONDS = 0.5
 
@@ -142,6 +140,8 @@ class Remote:
         except RefusedError as error:
             if error.status == 404:
                 raise _Missing(str(error)) from None
+            if error.status == 422:
+                raise Rejected(str(error)) from None
             raise
         except UnavailableError as error:
             if error.status == 429:

@@ -1,59 +1,52 @@
-"""Cog servers of this machine that are started when a prediction needs them, so many at a time.
-
-Knows starting, the order of recent use and leftovers of a killed run; leaves the runtime to `cogpress.cog.process` and
-predictions to `backend`.
-"""
+"""Start Cog servers on this machine when a prediction needs them, a limited number at a time."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
-from cogpress.cog import process as server
-from cogpress.cog import schema
+from cogpress.cog import process, schema
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
-from cogpress.playground.backend import Cog, Rewrite, as_they_are
-
-if TYPE_CHECKING:
-    from cogpress.playground.predictions import Prediction
+from cogpress.playground.backend import Cog, Rewrite
+from cogpress.playground.records import Prediction
 
 READY_SECONDS = 1800.0
 
 
-class Servers:
-    """All that are running."""
+class ServerPool:
+    """The running servers; the least recently used idle one is stopped to make room."""
 
     def __init__(self, folder: Path, at_once: int = 1) -> None:
-        """Nothing starts yet; servers that a killed run left behind are ended.
+        """Stops servers that a killed run left behind, and starts none.
 
         Args:
-            folder: for logs and for the list of processes.
+            folder: for logs and the list of processes.
             at_once: how many may run; each holds a model in memory.
         """
         self.folder = folder
         self._at_once = at_once
-        self._running: list[OnDemand] = []
+        self._running: list[OnDemandServer] = []
         self._room = asyncio.Condition()
-        self._starting = asyncio.Lock()
         self._processes = folder / "servers.json"
-        self._end_leftovers()
+        self._stop_leftovers()
 
-    def _end_leftovers(self) -> None:
+    def _stop_leftovers(self) -> None:
         try:
             noted = read_json(self._processes)
         except (OSError, ValueError):
             return
         for one in noted:
             with suppress(psutil.Error, KeyError, TypeError):
-                process = psutil.Process(one["pid"])
-                if process.create_time() == one["created"]:  # and not another of the same number
-                    server.end_session(process)
+                leader = psutil.Process(one["pid"])
+                if leader.create_time() == one["created"]:  # and not another process that got its number
+                    process.end_session(leader)
         self._processes.unlink(missing_ok=True)
 
     def _note(self) -> None:
@@ -65,8 +58,8 @@ class Servers:
                     found.append({"pid": pid, "created": psutil.Process(pid).create_time()})
         write_json(self._processes, found)
 
-    async def enter(self, one: OnDemand) -> None:
-        """Start a server, ending the one that was idle longest where there is no room.
+    async def start(self, one: OnDemandServer) -> None:
+        """Start a server, and wait for room if there is none.
 
         Raises:
             CogpressError: it does not start.
@@ -75,7 +68,7 @@ class Servers:
             while len(self._running) >= self._at_once and one not in self._running:
                 idle = [other for other in self._running if not other.users]
                 if idle:
-                    await self._end(idle[0])
+                    await self._stop(idle[0])
                 else:
                     await self._room.wait()
             if one in self._running:
@@ -85,20 +78,20 @@ class Servers:
             await one.start(self._note)
         except BaseException:
             async with self._room:
-                await self._end(one)
+                await self._stop(one)
             raise
 
-    async def leave(self) -> None:
-        """To be called when a server has become idle."""
+    async def notify_idle(self) -> None:
+        """Called when a server has become idle."""
         async with self._room:
             self._room.notify_all()
 
-    async def end(self, one: OnDemand) -> None:
-        """End a server, whether it runs or not."""
+    async def stop(self, one: OnDemandServer) -> None:
+        """Stop a server, whether it runs or not."""
         async with self._room:
-            await self._end(one)
+            await self._stop(one)
 
-    async def _end(self, one: OnDemand) -> None:
+    async def _stop(self, one: OnDemandServer) -> None:
         if one in self._running:
             self._running.remove(one)
         await one.stop()
@@ -106,52 +99,40 @@ class Servers:
         self._room.notify_all()
 
     async def close(self) -> None:
-        """End all."""
+        """Stop all."""
         async with self._room:
             for one in list(self._running):
-                await self._end(one)
+                await self._stop(one)
 
 
-class OnDemand:
-    """A backend whose server runs only while it is needed, and is started again when it has died."""
+class OnDemandServer:
+    """A backend whose server starts when it is needed, and again after it died."""
 
-    def __init__(
-        self,
-        servers: Servers,
-        root: Path,
-        weights: str | None,
-        name: str,
-        *,
-        port: int = 0,
-        rewrite: Rewrite = as_they_are,
-    ) -> None:
-        """Describe it.
+    def __init__(self, pool: ServerPool, root: Path, weights: str | None, name: str, rewrite: Rewrite) -> None:
+        """Starts nothing yet.
 
         Args:
-            servers: where it is one of.
+            pool: limits how many run.
             root: the project's folder.
             weights: as for `cogpress.cog.process.Server`.
-            name: for its log.
-            port: 0 takes a free one.
-            rewrite: for files among the inputs.
+            name: of its log.
+            rewrite: applied to inputs.
         """
         self.root, self.weights, self.users = root, weights, 0
-        self.server: server.Server | None = None
-        self._servers, self._name, self._port, self._rewrite = servers, name, port, rewrite
+        self.server: process.Server | None = None
+        self._pool, self._log, self._rewrite = pool, pool.folder / f"{name}.log", rewrite
         self._cog: Cog | None = None
         self._lock = asyncio.Lock()
         self._failed_at, self._failure = 0.0, ""
-        settings = server.read_cog_yaml(root)
+        settings = process.read_cog_yaml(root)
         self._run, self._train = settings.get("run"), settings.get("train")
         self.slots: int | None = schema.concurrency(root, self._run) if self._run else 1
 
-    @property
-    def log(self) -> Path:
-        """What its server says."""
-        return self._servers.folder / f"{self._name}.log"
+    async def start(self, on_process: Callable[[], None]) -> None:
+        """Start the server unless it runs, and wait until it is ready.
 
-    async def start(self, note: Any = lambda: None) -> None:
-        """Start the server where it does not run, and wait until it is ready.
+        Args:
+            on_process: called when its process exists.
 
         Raises:
             CogpressError: it does not get ready.
@@ -161,14 +142,14 @@ class OnDemand:
             if self._cog is not None and self.server is not None and self.server.alive:
                 return
             if self._failed_at > asked:
-                # All who waited for this start learn why it failed; only who comes later has it tried again.
+                # Everyone who waited for this start gets its error; only later callers retry.
                 raise CogpressError(self._failure)
             await self._stop()
-            made = server.Server(self.root, weights=self.weights, port=self._port, log=self.log)
+            made = process.Server(self.root, weights=self.weights, port=0, log=self._log)
             self.server = made
             try:
                 await asyncio.to_thread(made.start)
-                note()
+                on_process()
                 await asyncio.to_thread(made.wait_ready, READY_SECONDS)
             except CogpressError as error:
                 self._failed_at, self._failure = time.monotonic(), str(error)
@@ -176,7 +157,7 @@ class OnDemand:
             self._cog = Cog(made.url, self.slots, self._rewrite)
 
     async def stop(self) -> None:
-        """End the server."""
+        """Stop the server."""
         async with self._lock:
             await self._stop()
 
@@ -188,16 +169,24 @@ class OnDemand:
         if ended is not None:
             await asyncio.to_thread(ended.stop)
 
+    async def warm(self) -> None:
+        """Start the server before anyone needs it.
+
+        Raises:
+            CogpressError: it does not get ready.
+        """
+        await self._pool.start(self)
+
     async def run(self, prediction: Prediction) -> None:
         """See `Backend.run`."""
         self.users += 1
         try:
             cog = self._cog
             if cog is None or self.server is None or not self.server.alive:
-                await self._servers.enter(self)
+                await self._pool.start(self)
                 cog = self._cog
             if cog is None:
-                raise CogpressError("The model's server was ended for another's sake. Run the prediction again.")
+                raise CogpressError("The model's server was stopped to make room for another. Run it again.")
             if prediction.cancel_asked:
                 prediction.end("canceled")
                 return
@@ -205,7 +194,7 @@ class OnDemand:
         finally:
             self.users -= 1
             if not self.users:
-                await self._servers.leave()
+                await self._pool.notify_idle()
 
     async def cancel(self, prediction: Prediction) -> None:
         """See `Backend.cancel`."""
@@ -213,9 +202,9 @@ class OnDemand:
             await self._cog.cancel(prediction)
 
     async def schema(self) -> dict[str, Any]:
-        """See `Backend.schema`; no server is started for it."""
+        """See `Backend.schema`; needs no running server."""
         return await asyncio.to_thread(schema.openapi, self.root, self._run, self._train)
 
     async def close(self) -> None:
         """See `Backend.close`."""
-        await self._servers.end(self)
+        await self._pool.stop(self)

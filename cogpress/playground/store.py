@@ -1,8 +1,4 @@
-"""What lasts: one SQLite file in one folder, written in batches by one thread.
-
-Knows tables, what must be gone when (retention) and what must never be written (prompts, where they are to be kept
-out); leaves the meaning of rows to the parts that write them.
-"""
+"""Persist everything in one SQLite file, written in batches by one thread; enforce retention and `keep_prompts`."""
 
 from __future__ import annotations
 
@@ -20,16 +16,16 @@ from typing import Any
 
 from cogpress.errors import CogpressError
 
-CRASHED = "The local Replicate ended while this was waiting or running, so that there is no whole answer. Run it again."
-"""The error of what was not ended when the store was opened."""
+CRASHED = "The playground ended while this was waiting or running. Run it again."
+"""The error of whatever had not ended when the store was opened."""
 
 SEARCHED = 100_000
-"""Characters of a text that can be searched for; the rest is kept all the same."""
+"""Characters of a text that are indexed for search; the rest is stored too."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS predictions (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created REAL NOT NULL, started REAL, completed REAL,
-    status TEXT NOT NULL, model TEXT NOT NULL, version TEXT NOT NULL, deployment TEXT, source TEXT NOT NULL,
+    status TEXT NOT NULL, model TEXT NOT NULL, version TEXT NOT NULL, source TEXT NOT NULL,
     input TEXT, output TEXT, logs TEXT, error TEXT, metrics TEXT, webhook TEXT, events TEXT,
     removed INTEGER NOT NULL DEFAULT 0, rating TEXT, note TEXT, correction TEXT);
 CREATE INDEX IF NOT EXISTS predictions_created ON predictions (created);
@@ -40,7 +36,6 @@ CREATE TABLE IF NOT EXISTS trainings (
 CREATE TABLE IF NOT EXISTS models (name TEXT PRIMARY KEY, created REAL NOT NULL, data TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS versions (
     id TEXT NOT NULL, model TEXT NOT NULL, created REAL NOT NULL, data TEXT NOT NULL, PRIMARY KEY (id, model));
-CREATE TABLE IF NOT EXISTS deployments (name TEXT PRIMARY KEY, created REAL NOT NULL, data TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS files (id TEXT PRIMARY KEY, created REAL NOT NULL, data TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
@@ -49,21 +44,21 @@ Row = dict[str, Any]
 
 
 class Store:
-    """The database and the folder around it; one process at a time."""
+    """The database and its folder, for one process at a time."""
 
     def __init__(
         self, folder: Path, *, keep_prompts: bool = True, retention_days: float = 30, retention_count: int = 10_000
     ) -> None:
-        """Open or make it; what was not ended when it was last used is marked as failed.
+        """Open or create it, and mark as failed what had not ended when it was last used.
 
         Args:
             folder: for the database, uploaded files and trained weights.
-            keep_prompts: whether inputs, outputs and logs are written.
-            retention_days: what is older is removed.
-            retention_count: how many predictions are kept; the oldest go first, rated ones only by their age.
+            keep_prompts: whether to write inputs, outputs and logs.
+            retention_days: age at which predictions and files are removed.
+            retention_count: how many predictions are kept; the oldest go first, rated ones only by age.
 
         Raises:
-            CogpressError: the folder can not be used, or another process uses it.
+            CogpressError: the folder is unusable, or another process uses it.
         """
         self.folder = folder = folder.resolve()
         self.keep_prompts = keep_prompts
@@ -73,13 +68,13 @@ class Store:
         self._thread = ThreadPoolExecutor(1, "store")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(0o700)  # it holds what people asked
+            folder.chmod(0o700)  # it holds prompts
             self._lock = (folder / "lock").open("a")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CogpressError(f"Another local Replicate uses {folder}. Stop it, or name another folder.") from None
+            raise CogpressError(f"Another playground uses {folder}. Stop it, or choose another folder.") from None
         except OSError as error:
-            raise CogpressError(f"{folder} can not be used: {error.strerror}. Name another folder.") from None
+            raise CogpressError(f"Cannot use {folder}: {error.strerror}. Choose another folder.") from None
         try:
             self._database = sqlite3.connect(folder / "predictions.sqlite", check_same_thread=False)
             self._database.row_factory = sqlite3.Row
@@ -87,12 +82,12 @@ class Store:
         except sqlite3.Error as error:
             self._lock.close()
             raise CogpressError(
-                f"{folder / 'predictions.sqlite'} can not be read ({error}). Move it away to begin anew."
+                f"Cannot read {folder / 'predictions.sqlite'} ({error}). Move it away to start afresh."
             ) from None
 
     def _prepare(self) -> None:
         self._database.execute("PRAGMA journal_mode = WAL")
-        # A crash of the machine may cost the last moments, never the file; a crash of this process costs nothing.
+        # If the machine crashes, the last moments may be lost, never the file; a crash of this process loses nothing.
         self._database.execute("PRAGMA synchronous = NORMAL")
         self._database.executescript(_SCHEMA)
         with self._database as database:
@@ -110,7 +105,7 @@ class Store:
         self._remove_old()
 
     def secret(self, name: str) -> bytes:
-        """A secret of this installation, made at its first use. To be called before requests are served."""
+        """A secret of this installation, created on first use. Call it before requests are served."""
         found = self._database.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
         if found is None:
             made = base64.b64encode(secrets.token_bytes(32)).decode()
@@ -120,10 +115,10 @@ class Store:
         return base64.b64decode(found["value"])
 
     def write(self, statement: str, *values: Any) -> asyncio.Future[None]:
-        """Write soon, together with what else is written at this moment.
+        """Write in the next batch, in the order of the calls.
 
         Returns:
-            what can be awaited until it is written down; its order is that of the calls.
+            a future that is done once it is written.
         """
         self._pending.append((statement, tuple(map(_storable, values))))
         if self._batch is None:
@@ -142,7 +137,7 @@ class Store:
                 database.execute(statement, values)
 
     async def read(self, query: str, *values: Any) -> list[Row]:
-        """The rows of a query, after everything that was written before."""
+        """The rows of a query, which sees all earlier writes."""
         if self._batch is not None:
             await asyncio.shield(self._batch)
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._fetch, query, values)
@@ -150,17 +145,17 @@ class Store:
     def _fetch(self, query: str, values: tuple[Any, ...]) -> list[Row]:
         return [dict(row) for row in self._database.execute(query, values)]
 
-    # Predictions, whose rows are `Prediction.record()`s.
+    # Rows of predictions come from `Prediction.record()`.
 
     def insert(self, record: Row) -> asyncio.Future[None]:
-        """A new prediction."""
+        """Add a prediction."""
         texts = [json.dumps(record["input"]), *(json.dumps(record[name]) for name in ("metrics", "events"))]
         if not self.keep_prompts:
             texts[0] = "null"
         self.write(
-            "INSERT INTO predictions (id, created, status, model, version, deployment, source, input, metrics, events, "
-            "webhook, removed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            *(record[name] for name in ("id", "created", "status", "model", "version", "deployment", "source")),
+            "INSERT INTO predictions (id, created, status, model, version, source, input, metrics, events, webhook, "
+            "removed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            *(record[name] for name in ("id", "created", "status", "model", "version", "source")),
             *texts,
             record["webhook"],
             not self.keep_prompts,
@@ -172,7 +167,7 @@ class Store:
         )
 
     def update(self, record: Row) -> asyncio.Future[None]:
-        """How a prediction ended."""
+        """Save how a prediction ended."""
         kept = self.keep_prompts
         self.write(
             "UPDATE predictions SET status = ?, started = ?, completed = ?, output = ?, logs = ?, error = ?, "
@@ -181,7 +176,7 @@ class Store:
             json.dumps(record["output"] if kept else None),
             json.dumps(record["logs"] if kept else ""),
             # An error may quote the input.
-            json.dumps(record["error"] if kept or not record["error"] else "It failed; why is kept out of the store."),
+            json.dumps(record["error"] if kept or not record["error"] else "The reason was not stored (keep_prompts)."),
             json.dumps(record["metrics"] if kept else _plain(record["metrics"])),
             record["id"],
         )
@@ -197,7 +192,7 @@ class Store:
         return parsed(rows[0]) if rows else None
 
     async def remove_old(self) -> None:
-        """Remove what is older than it may be, and the oldest of what is more than may be kept."""
+        """Remove predictions and files beyond the retention limits."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._remove_old)
 
     def _remove_old(self) -> None:
@@ -220,7 +215,7 @@ class Store:
             (self.folder / "files" / name).unlink(missing_ok=True)
 
     async def close(self) -> None:
-        """Write what is left and let the folder go."""
+        """Write what is pending and release the folder."""
         if self._batch is not None:
             await asyncio.gather(self._batch, return_exceptions=True)
         await asyncio.get_running_loop().run_in_executor(self._thread, self._database.close)
@@ -229,7 +224,7 @@ class Store:
 
 
 def parsed(row: Row) -> Row:
-    """A prediction's row with its JSON read."""
+    """A prediction's row with its JSON decoded."""
     for name in ("input", "output", "metrics", "events"):
         row[name] = json.loads(row[name]) if row[name] else None
     for name in ("logs", "error"):
@@ -239,8 +234,8 @@ def parsed(row: Row) -> Row:
 
 
 def searched(value: Any) -> str:
-    """The text in an input or output that a search is to find: no file's content, nothing endless."""
-    separator = "" if isinstance(value, list) else "\n"  # an output's chunks are one text
+    """The text of an input or output to index: without file contents, and cut at `SEARCHED`."""
+    separator = "" if isinstance(value, list) else "\n"  # the chunks of an output are one text
     text = separator.join(_texts(value))[:SEARCHED]
     return text.replace("\0", " ")
 
@@ -260,18 +255,18 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _storable(value: Any) -> Any:
-    """Half a character, which no text in UTF-8 can hold, becomes a question mark; it would cost the whole batch."""
+    """Replace lone surrogates, which UTF-8 cannot encode, by question marks; one would fail the whole batch."""
     if isinstance(value, str) and not value.isascii():
         return value.encode(errors="replace").decode()
     return value
 
 
 def _plain(metrics: Row) -> Row:
-    """Metrics without those that hold text, such as log-probabilities."""
+    """Only the numeric metrics: others, such as log-probabilities, hold text."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 def _retrieved(task: asyncio.Task[None]) -> None:
-    """Somebody may wait for the batch or nobody; an error is said once in either case."""
+    """Report a batch's error once, whether or not anyone awaits it."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        print(f"The store can not be written: {error}. Free space on its disk, or check its permissions.", flush=True)
+        print(f"Cannot write to the store: {error}. Free disk space, or check permissions.", flush=True)

@@ -1,83 +1,73 @@
-"""Trainings: really run, through Cog's training endpoint, one at a time; what comes out is a new version.
-
-Knows a training's life; leaves training to `train.py`, the runtime to `cogpress.cog.process`, and what a version is to
-`catalog`.
-"""
+"""Training lifecycle: queue, run one at a time through Cog's training endpoint, install the weights as a version."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import contextlib
-import hmac
 import json
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 
-from cogpress.cog import client
-from cogpress.cog import process as server
+from cogpress.cog import client, process
 from cogpress.errors import CogpressError
-from cogpress.playground.catalog import NotFound
-from cogpress.playground.predictions import REDACTED, Options, new_id
+from cogpress.playground.catalog import Catalog, full_name
+from cogpress.playground.files import Files
+from cogpress.playground.keys import Keys
+from cogpress.playground.records import ENDED, Options, Version, new_id
+from cogpress.playground.store import Store
 from cogpress.weights import archive
 
-if TYPE_CHECKING:
-    from cogpress.playground.catalog import Catalog, Version
-    from cogpress.playground.files import Files
-    from cogpress.playground.store import Store
+_BLOCK = 4 << 20  # bytes; a multiple of four, because base64 is decoded in blocks
 
-_BLOCK = 4 << 20  # a multiple of four: base64 is undone in pieces
-
-ENDED = ("succeeded", "failed", "canceled")
+_STOPPED = "The playground was stopped before this training ended. Start it again."
 
 
 class Trainings:
     """All trainings."""
 
-    def __init__(self, store: Store, catalog: Catalog, files: Files, root: Path, secret: bytes) -> None:
-        """Made with the project that trains.
+    def __init__(self, store: Store, catalog: Catalog, files: Files, keys: Keys, root: Path) -> None:
+        """Nothing runs yet.
 
         Args:
-            store: where they last.
+            store: where trainings are kept.
             catalog: gets the new versions.
             files: keeps the trained weights for download.
-            root: the project's folder, whose cog.yaml names what trains.
-            secret: for the key of the address to which the runtime reports.
+            keys: for the URL to which the runtime sends logs.
+            root: the project's folder, whose cog.yaml names the training function.
         """
-        self.send: Callable[[dict[str, Any], str], Coroutine[Any, Any, None]] = _nobody
-        """Sends news of a training: its record and what happened."""
-        self._store, self._catalog, self._files, self._root, self._secret = store, catalog, files, root, secret
+        self.send: Callable[[dict[str, Any], str], Coroutine[Any, Any, None]] = _ignore
+        """Sends a webhook, given a training's record and the event."""
+        self._store, self._catalog, self._files, self._keys, self._root = store, catalog, files, keys, root
         self._alive: dict[str, dict[str, Any]] = {}
         self._waiting: deque[tuple[dict[str, Any], dict[str, Any]]] = deque()
         self._worker: asyncio.Task[None] | None = None
-        self._server: server.Server | None = None
+        self._server: process.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def create(
         self, version: Version, destination: str, inputs: dict[str, Any], options: Options
     ) -> dict[str, Any]:
-        """Check and queue a training.
+        """Validate and queue a training.
 
         Args:
-            version: what is trained; its schema says what can be given.
-            destination: the model that gets the new version.
+            version: what is trained.
+            destination: the model that gets the new version, created if there is none.
             inputs: by name.
-            options: its webhook and how the asker reaches this server.
+            options: see `Options`.
 
         Raises:
-            InvalidInput: the schema does not allow the inputs.
-            NotFound: there is no such destination.
-            CogpressError: the version can not be trained here.
+            InvalidInput: the schema rejects the inputs.
+            CogpressError: the version cannot be trained here, or the destination is not a valid name.
         """
-        if destination not in self._catalog.models:
-            raise NotFound(f"The destination {destination[:100]!r} does not exist. Create the model first.")
-        if not server.read_cog_yaml(self._root).get("train") or not version.source.startswith("folder:"):
-            raise CogpressError("This version can not be trained here: it is not one of this project's own.")
+        destination = full_name(destination)
+        if not process.read_cog_yaml(self._root).get("train") or not version.source.startswith("folder:"):
+            raise CogpressError("This version cannot be trained here: only the project's own weights can.")
         payload = {name: value for name, value in inputs.items() if value is not None}
         version.check_training(payload)
         record: dict[str, Any] = {
@@ -86,7 +76,7 @@ class Trainings:
             "version": version.id,
             "destination": destination,
             "status": "starting",
-            "input": {name: REDACTED if name in version.secrets else value for name, value in payload.items()},
+            "input": version.redacted(payload),
             "output": None,
             "error": None,
             "logs": "",
@@ -112,11 +102,11 @@ class Trainings:
         await self._store.write(statement, record["status"], json.dumps(kept), record["id"])
 
     def now(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row of the store as it is at this moment."""
+        """A row of the store, brought up to date if its training has not ended."""
         return self._alive.get(row["id"]) or dict(json.loads(row["data"]))
 
     async def record(self, identifier: str) -> dict[str, Any] | None:
-        """What is known of a training; None where there is none."""
+        """A training's record; None if there is none."""
         if identifier in self._alive:
             return self._alive[identifier]
         rows = await self._store.read("SELECT id, data FROM trainings WHERE id = ?", identifier)
@@ -139,25 +129,21 @@ class Trainings:
                     break
                 await asyncio.sleep(0.05)
 
-    def key(self, identifier: str) -> str:
-        """What a report of the runtime must carry."""
-        return hmac.new(self._secret, f"training:{identifier}".encode(), "sha256").hexdigest()
-
     def report(self, identifier: str, key: str, body: dict[str, Any]) -> bool:
-        """Take the runtime's report of a training's log; False where it is none."""
+        """Take the log that the runtime reports; False if there is no such training or the key is wrong."""
         record = self._alive.get(identifier)
-        if record is None or not hmac.compare_digest(key.encode(), self.key(identifier).encode()):
+        if record is None or not self._keys.match("training", identifier, key):
             return False
         if record["status"] in ENDED:
             return True
         if isinstance(body.get("logs"), str) and body["logs"] != record["logs"]:
             record["logs"] = body["logs"]
-            self._tell(record, "logs")
+            self._notify(record, "logs")
         if isinstance(body.get("metrics"), dict):
             record["metrics"].update(body["metrics"])
         return True
 
-    def _tell(self, record: dict[str, Any], event: str) -> None:
+    def _notify(self, record: dict[str, Any], event: str) -> None:
         if record["webhook"] and (record["events"] is None or event in record["events"]):
             task = asyncio.get_running_loop().create_task(self.send(dict(record), event))
             self._tasks.add(task)
@@ -173,12 +159,10 @@ class Trainings:
             except CogpressError as error:
                 await self._end(record, "canceled" if record.get("canceled") else "failed", error=str(error))
             except asyncio.CancelledError:
-                await self._end(record, "failed", error="The local Replicate was stopped while this training ran.")
+                await self._end(record, "failed", error=_STOPPED)
                 raise
-            except Exception as error:  # noqa: BLE001 - the training must not stay open for ever
-                await self._end(
-                    record, "failed", error=f"The local Replicate failed ({type(error).__name__}: {error})."
-                )
+            except Exception as error:  # noqa: BLE001 - a training must never stay open
+                await self._end(record, "failed", error=f"The playground failed ({type(error).__name__}: {error}).")
 
     async def _end(self, record: dict[str, Any], status: str, *, error: str | None = None, output: Any = None) -> None:
         if record["status"] in ENDED:
@@ -190,31 +174,32 @@ class Trainings:
         record["status"] = status
         await self._save(record)
         self._alive.pop(record["id"], None)
-        self._tell(record, "completed")
+        self._notify(record, "completed")
 
     async def _train(self, record: dict[str, Any], payload: dict[str, Any]) -> None:
         identifier = record["id"]
         record |= {"status": "processing", "started": time.time()}
         await self._save(record)
-        self._tell(record, "start")
+        self._notify(record, "start")
         inputs = await self._files.rewrite(payload, True)
         part = self._store.folder / "trained" / f"{identifier}.part"
         part.parent.mkdir(exist_ok=True)
         log = self._store.folder / "training.log"
         self._catalog.training.add(identifier)
-        self._server = made = server.Server(self._root, mode="train", log=log)
+        self._server = made = process.Server(self._root, mode="train", log=log)
         try:
             await asyncio.to_thread(made.start)
             await asyncio.to_thread(made.wait_ready, 300.0)
             if record.get("canceled"):
                 await self._end(record, "canceled")
                 return
+            key = self._keys.make("training", identifier)
             body = {
                 "input": inputs,
-                "webhook": f"{self._files.loopback_url}/hooks/trainings/{identifier}/{self.key(identifier)}",
+                "webhook": f"{self._files.loopback_url}/hooks/trainings/{identifier}/{key}",
                 "webhook_events_filter": ["logs"],
             }
-            answer = await self._ask(f"{made.url}/trainings/{identifier}", body, part)
+            answer = await self._request(f"{made.url}/trainings/{identifier}", body, part)
             if isinstance(answer.get("metrics"), dict):
                 record["metrics"].update(answer["metrics"])
             record["logs"] = answer.get("logs") or record["logs"]
@@ -223,7 +208,7 @@ class Trainings:
             elif answer.get("status") != "succeeded":
                 raise CogpressError(client.plain_error(str(answer.get("error") or answer.get("detail") or "")))
             else:
-                await asyncio.to_thread(made.stop)  # its memory may be what the new version needs
+                await asyncio.to_thread(made.stop)  # the new version may need its memory
                 await self._end(record, "succeeded", output=await self._install(record, part))
         finally:
             self._server = None
@@ -232,8 +217,8 @@ class Trainings:
             part.with_suffix(".answer").unlink(missing_ok=True)
             self._catalog.training.discard(identifier)
 
-    async def _ask(self, url: str, body: dict[str, Any], part: Path) -> dict[str, Any]:
-        """Train; the answer without the file in it, which is written to `part`."""
+    async def _request(self, url: str, body: dict[str, Any], part: Path) -> dict[str, Any]:
+        """Run a training; returns the response without the file in it, which goes to `part`."""
         whole = part.with_suffix(".answer")
         try:
             async with (
@@ -245,15 +230,15 @@ class Trainings:
                         await asyncio.to_thread(file.write, block)
         except httpx.HTTPError as error:
             raise CogpressError(
-                f"The training's server ended before the training did ({error or type(error).__name__}). "
-                f"The end of {self._store.folder / 'training.log'} tells why."
+                f"The training's server stopped during the training ({error or type(error).__name__}). "
+                f"See the end of {self._store.folder / 'training.log'}."
             ) from None
-        return await asyncio.to_thread(_without_file, whole, part)
+        return await asyncio.to_thread(_split, whole, part)
 
     async def _install(self, record: dict[str, Any], part: Path) -> dict[str, Any]:
-        """Make a version of trained weights."""
+        """Make the trained weights a version of the destination."""
         if not part.is_file():
-            raise CogpressError("The training's output holds no file named weights, so there is no new version.")
+            raise CogpressError("The training's output has no file named weights, so there is no new version.")
         folder = self._store.folder / "trained" / record["id"]
         await asyncio.to_thread(archive.unpack, part, folder)
         label = f"trained {time.strftime('%Y-%m-%d %H:%M')}"
@@ -264,20 +249,20 @@ class Trainings:
         return {"version": f"{version.model}:{version.id}", "weights": weights}
 
     async def close(self) -> None:
-        """End what runs."""
+        """Fail whatever waits or runs."""
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
         for record in list(self._alive.values()):
-            await self._end(record, "failed", error="The local Replicate was stopped before this training ended.")
+            await self._end(record, "failed", error=_STOPPED)
 
 
-async def _nobody(_record: dict[str, Any], _event: str) -> None:
+async def _ignore(_record: dict[str, Any], _event: str) -> None:
     pass
 
 
-def _without_file(whole: Path, part: Path) -> dict[str, Any]:
-    """An answer's JSON with its first data URL left out and decoded to `part`, without holding gigabytes in memory."""
+def _split(whole: Path, part: Path) -> dict[str, Any]:
+    """Decode the first data URL in a JSON response to `part`, without holding it in memory; returns the rest."""
     with whole.open("rb") as file:
         head = file.read(1 << 20)
         mark = head.find(b";base64,")
@@ -292,12 +277,12 @@ def _without_file(whole: Path, part: Path) -> dict[str, Any]:
     try:
         answer = json.loads(text)
     except ValueError:
-        raise CogpressError(f"The training's server answered what is no JSON: {text[:200]!r}") from None
+        raise CogpressError(f"The training's server did not answer with JSON: {text[:200]!r}") from None
     return answer if isinstance(answer, dict) else {}
 
 
 def _decode(file: Any, out: Any) -> bytes:
-    """Undo base64 up to the closing quote; returns what was read from it on."""
+    """Decode base64 up to the closing quote; returns what was read from the quote on."""
     rest = b""
     while block := file.read(_BLOCK):
         block = rest + block
@@ -308,4 +293,4 @@ def _decode(file: Any, out: Any) -> bytes:
         whole = len(block) // 4 * 4
         out.write(base64.b64decode(block[:whole], validate=True))
         rest = block[whole:]
-    raise CogpressError("The training's answer breaks off.")
+    raise CogpressError("The training's response was cut off.")

@@ -1,4 +1,4 @@
-"""What all routes share: the parts that they call, JSON in and out, pages of lists, errors in Replicate's form."""
+"""What the routes of api/, openai/ and the page share: JSON in and out, pagination, and errors in Replicate's form."""
 
 from __future__ import annotations
 
@@ -7,48 +7,50 @@ import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
 from cogpress.playground import access
-from cogpress.playground.catalog import NotFound
-from cogpress.playground.predictions import InvalidInput
+from cogpress.playground.catalog import Catalog, NotFound
+from cogpress.playground.files import Files
+from cogpress.playground.keys import Keys
+from cogpress.playground.predictions import Predictions
+from cogpress.playground.records import InvalidInput
+from cogpress.playground.servers import ServerPool
+from cogpress.playground.sources import Sources
+from cogpress.playground.store import Store
+from cogpress.playground.trainings import Trainings
 
-if TYPE_CHECKING:
-    from cogpress.playground.api.streams import Streams
-    from cogpress.playground.api.webhooks import Webhooks
-    from cogpress.playground.catalog import Catalog
-    from cogpress.playground.files import Files
-    from cogpress.playground.predictions import Predictions
-    from cogpress.playground.store import Store
-    from cogpress.playground.trainings import Trainings
+GONE = "There is no such prediction. It was deleted because of its age or number, or the id is incomplete."
 
 PAGE_SIZE = 100
 
 
 @dataclass
 class Parts:
-    """What the routes work with."""
+    """What routes work with."""
 
     store: Store
+    keys: Keys
+    pool: ServerPool
+    sources: Sources
     catalog: Catalog
     predictions: Predictions
     trainings: Trainings
     files: Files
-    streams: Streams
-    webhooks: Webhooks
     title: str = "cogpress"
     token_required: bool = False
     adapters: list[str] = field(default_factory=list)
     prompt: Prompt = field(default_factory=Prompt)
 
 
-class Refused(Exception):
-    """An answer other than what was asked for, in Replicate's form."""
+class Problem(Exception):
+    """An error response in Replicate's form."""
 
     def __init__(self, status: int, title: str, detail: str, **more: Any) -> None:
         super().__init__(detail)
@@ -58,41 +60,49 @@ class Refused(Exception):
 Handler = Callable[[Parts, Request], Awaitable[Response]]
 
 
-def endpoint(parts: Parts, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-    """A handler as Starlette calls it, whose errors are answers."""
+def bind(parts: Parts, handlers: dict[tuple[str, str], Handler]) -> list[Route]:
+    """Routes for handlers by (method, path)."""
+    return [Route(path, _endpoint(parts, handler), methods=[method]) for (method, path), handler in handlers.items()]
 
-    async def answer(request: Request) -> Response:
+
+def _endpoint(parts: Parts, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
         try:
             return await handler(parts, request)
-        except Refused as refused:
-            return problem(refused.body)
-        except InvalidInput as invalid:
-            return problem(invalid_input(invalid))
-        except NotFound as missing:
-            return problem(access.error(404, "Not found", str(missing)))
-        except CogpressError as wrong:
-            return problem(access.error(422, "Unprocessable", str(wrong)))
+        except Problem as problem:
+            return problem_response(problem.body)
+        except InvalidInput as error:
+            fields = [
+                {"type": "value_error", "field": "input" if name == "input" else f"input.{name}", "description": what}
+                for name, what in error.fields
+            ]
+            return problem_response(invalid(fields).body)
+        except NotFound as error:
+            return problem_response(access.error(404, "Not found", str(error)))
+        except CogpressError as error:
+            return problem_response(access.error(422, "Unprocessable", str(error)))
 
-    return answer
+    return endpoint
 
 
-def invalid_input(invalid: InvalidInput) -> dict[str, Any]:
-    """The body of the answer to an input that the schema does not allow."""
-    fields = [
-        {"type": "value_error", "field": "input" if name == "input" else f"input.{name}", "description": what}
-        for name, what in invalid.fields
-    ]
+def invalid(fields: list[dict[str, str]]) -> Problem:
+    """The response to a request with invalid fields, each with its type, field and description."""
     detail = "".join(f"- {one['field']}: {one['description']}\n" for one in fields)
-    return access.error(422, "Input validation failed", detail, invalid_fields=fields)
+    return Problem(422, "Input validation failed", detail, invalid_fields=fields)
 
 
-def problem(body: dict[str, Any]) -> Response:
-    """An error's answer."""
-    return answer(body, status=int(body["status"]), media_type="application/problem+json")
+def invalid_field(field: str, description: str, kind: str = "value_error") -> Problem:
+    """The response to a request with one invalid field."""
+    return invalid([{"type": kind, "field": field, "description": description}])
 
 
-def answer(body: Any, status: int = 200, media_type: str = "application/json") -> Response:
-    """JSON; half a character, which no text in UTF-8 can hold, becomes a question mark."""
+def problem_response(body: dict[str, Any]) -> Response:
+    """An error as `application/problem+json`."""
+    return json_response(body, int(body["status"]), "application/problem+json")
+
+
+def json_response(body: Any, status: int = 200, media_type: str = "application/json") -> Response:
+    """JSON in UTF-8; a lone surrogate becomes a question mark."""
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
     return Response(content, status, media_type=media_type)
 
@@ -101,54 +111,50 @@ async def read_json(request: Request) -> dict[str, Any]:
     """A request's body.
 
     Raises:
-        Refused: it is no JSON object.
+        Problem: it is not a JSON object.
     """
 
     def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     try:
         body = json.loads(await request.body() or b"{}", parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, "Bad request", f"The body is not JSON: {error}.") from None
+        raise Problem(400, "Bad request", f"The body is not valid JSON: {error}.") from None
     if not isinstance(body, dict):
-        raise Refused(400, "Bad request", "The body must be a JSON object.")
+        raise Problem(400, "Bad request", "The body must be a JSON object.")
     return body
 
 
-def text_of(body: dict[str, Any], name: str, *, required: bool = False) -> str | None:
-    """A text in a body.
+def string(body: dict[str, Any], name: str, *, required: bool = False) -> str | None:
+    """A string in a body.
 
     Raises:
-        Refused: it is something else, or is missing.
+        Problem: it is something else, or missing.
     """
     value = body.get(name)
     if (value is None and not required) or isinstance(value, str):
         return value
-    raise Refused(422, "Input validation failed", f"- {name}: must be text\n", invalid_fields=[_field(name)])
+    raise invalid_field(name, "must be a string")
 
 
-def _field(name: str) -> dict[str, str]:
-    return {"type": "value_error", "field": name, "description": f"{name} must be text"}
-
-
-def base_of(request: Request) -> str:
-    """How the asker reaches this server."""
+def base_url(request: Request) -> str:
+    """This server's address as the client sees it."""
     return f"{request.url.scheme}://{request.headers.get('host', '')}"
 
 
-def stamp(seconds: float | None) -> str | None:
-    """A time as Replicate writes it."""
+def timestamp(seconds: float | None) -> str | None:
+    """A time as Replicate writes it, from seconds since the epoch."""
     if seconds is None:
         return None
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-async def page_of(
+async def paginate(
     parts: Parts, request: Request, table: str, render: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Response:
-    """A page of a list, the newest first, with the addresses of those before and after it."""
-    direction, place = _cursor(request.query_params.get("cursor"))
+    """A page of a table, the newest first, with the URLs of the pages before and after."""
+    direction, place = _parse_cursor(request.query_params.get("cursor"))
     newer = direction == "newer"
     query = f"SELECT * FROM {table} WHERE seq {'>' if newer else '<'} ? ORDER BY seq {'' if newer else 'DESC'} LIMIT ?"
     rows = await parts.store.read(query, place, PAGE_SIZE + 1)
@@ -156,32 +162,32 @@ async def page_of(
     rows = rows[:PAGE_SIZE]
     if newer:
         rows.reverse()
-    here = f"{base_of(request)}{request.url.path}?cursor="
+    here = f"{base_url(request)}{request.url.path}?cursor="
     after = f"{here}{cursor('older', rows[-1]['seq'])}" if rows and (more or newer) else None
-    before = f"{here}{cursor('newer', rows[0]['seq'])}" if rows and (more if newer else place < _ALL) else None
-    return answer({"previous": before, "next": after, "results": [render(row) for row in rows]})
+    before = f"{here}{cursor('newer', rows[0]['seq'])}" if rows and (more if newer else place < _END) else None
+    return json_response({"previous": before, "next": after, "results": [render(row) for row in rows]})
 
 
-_ALL = (1 << 63) - 1
+_END = (1 << 63) - 1
 
 
 def cursor(direction: str, place: int) -> str:
-    """A place in a list, for an address."""
+    """A position in a list as text for a URL: `older` or `newer` than a row's number."""
     return base64.urlsafe_b64encode(f"{direction}:{place}".encode()).decode().rstrip("=")
 
 
-def _cursor(given: str | None) -> tuple[str, int]:
+def _parse_cursor(given: str | None) -> tuple[str, int]:
     if not given:
-        return "older", _ALL
+        return "older", _END
     try:
         direction, _, place = base64.urlsafe_b64decode(given + "=" * (-len(given) % 4)).decode().partition(":")
         if direction not in ("older", "newer"):
             raise ValueError
-        return direction, max(0, min(int(place), _ALL))
+        return direction, max(0, min(int(place), _END))
     except ValueError:
-        raise Refused(400, "Bad request", "The cursor is none that this server made.") from None
+        raise Problem(400, "Bad request", "The cursor is not valid.") from None
 
 
-def place_of(given: str | None) -> int:
-    """The place after which a list goes on."""
-    return _cursor(given)[1]
+def cursor_place(given: str | None) -> int:
+    """The row's number in a cursor; after the newest row if there is none."""
+    return _parse_cursor(given)[1]

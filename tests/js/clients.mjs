@@ -1,4 +1,4 @@
-// What the official JavaScript client gets from the local Replicate, as one JSON object on standard output.
+// What the official JavaScript client gets from the playground, as one JSON object on standard output.
 import Replicate, { validateWebhook } from "replicate";
 
 const [url, version] = process.argv.slice(2);
@@ -51,22 +51,10 @@ found.fileRun = await replicate.run("local/echo", { input: { file: new Blob(["bl
 found.fileDeleted = await replicate.files.delete(file.id);
 
 found.models = (await replicate.models.list()).results.map((one) => one.name);
-found.search = (await replicate.models.search("ech")).results.map((one) => one.name);
 found.model = (await replicate.models.get("local", "echo")).latest_version.id;
 found.versions = (await replicate.models.versions.list("local", "echo")).results.length;
 found.version = (await replicate.models.versions.get("local", "echo", version)).id;
-const hardware = await replicate.hardware.list();
-found.hardware = hardware[0].sku;
-found.created = (await replicate.models.create("local", "made-by-js", { visibility: "private", hardware: "cpu" })).name;
 found.account = (await replicate.accounts.current()).username;
-
-const deployment = { name: "js", model: "local/echo", version, hardware: hardware[0].sku, min_instances: 0, max_instances: 1 };
-await replicate.deployments.create(deployment);
-const deployed = await replicate.deployments.predictions.create("local", "js", { input });
-found.deployed = (await replicate.wait(deployed, { interval: 50 })).output;
-found.changed = (await replicate.deployments.update("local", "js", { max_instances: 2 })).current_release.number;
-found.deployments = (await replicate.deployments.list()).results.length;
-found.undeployed = await replicate.deployments.delete("local", "js");
 
 const { key } = await replicate.webhooks.default.secret.get();
 if (process.env.WEBHOOK) {

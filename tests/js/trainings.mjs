@@ -1,11 +1,10 @@
-// What the official JavaScript client gets of trainings from the local Replicate, as one JSON object on standard output.
+// What the official JavaScript client gets of trainings from the playground, as one JSON object on standard output.
 import Replicate from "replicate";
 
 const [url, version, data, webhook] = process.argv.slice(2);
 const replicate = new Replicate({ baseUrl: `${url}/v1`, auth: "any" });
 const found = {};
 
-await replicate.models.create("local", "by-js", { visibility: "private", hardware: "cpu" });
 const asked = { destination: "local/by-js", input: { train_data: data, steps: 2 } };
 const made = await replicate.trainings.create("local", "echo", version, {
   ...asked,

@@ -6,10 +6,8 @@ import asyncio
 import json
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,40 +16,9 @@ import pytest
 
 from cogpress.cog.process import Server
 from tests.standins.localreplicate import TOKEN, Local, javascript, project
+from tests.standins.receiver import Receiver
 
 replicate = pytest.importorskip("replicate", reason="requirements/dev.in lists Replicate's client")
-
-
-class Receiver:
-    """Keeps the webhooks that it gets; answers the first tries with an error where told to."""
-
-    def __init__(self) -> None:
-        self.got: list[dict[str, Any]] = []
-        self.refuse = 0
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"])).decode()
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                receiver.got.append({"headers": headers, "body": body, "at": time.monotonic()})
-                receiver.refuse -= 1
-                self.send_response(500 if receiver.refuse >= 0 else 200)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def wait(self, count: int, seconds: float = 20) -> list[dict[str, Any]]:
-        deadline = time.monotonic() + seconds
-        while len(self.got) < count:
-            assert time.monotonic() < deadline, self.got
-            time.sleep(0.02)
-        return self.got
 
 
 @pytest.fixture
@@ -148,23 +115,11 @@ def test_python_files(client: Any, tmp_path: Path) -> None:
     client.files.delete(made.id)
 
 
-def test_python_models_and_the_rest(client: Any, version: str) -> None:
+def test_python_models_and_the_account(client: Any, version: str) -> None:
     assert client.models.list().results[0].name == "echo"
-    assert [one.name for one in client.models.search("echo")] == ["echo"]
     assert client.models.get("local/echo").versions.get(version).id == version
     assert len(client.models.get("local/echo").versions.list().results) == 1
     assert client.accounts.current().username == "local"
-    sku = client.hardware.list()[0].sku
-    made = client.models.create("local", "made-by-py", visibility="private", hardware=sku)
-    assert made.latest_version is None
-    client.deployments.create(
-        name="py", model="local/echo", version=version, hardware=sku, min_instances=0, max_instances=1
-    )
-    prediction = client.deployments.get("local/py").predictions.create({"count": 1})
-    prediction.wait()
-    assert prediction.output == ["word0 "]
-    assert client.deployments.update("local", "py", max_instances=2).current_release.number == 2
-    assert client.deployments.delete("local", "py")
 
 
 def test_a_wrong_token_is_refused(local: Local) -> None:
@@ -235,7 +190,7 @@ def test_javascript(packages: Path, local: Local, client: Any, version: str, rec
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     words = ["js0 ", "js1 ", "js2 "]
-    assert found["run"] == found["runVersion"] == found["poll"] == found["waited"] == found["deployed"] == words
+    assert found["run"] == found["runVersion"] == found["poll"] == found["waited"] == words
     assert found["statuses"][-1] == "succeeded"
     assert [data for name, data in found["stream"] if name == "output"] == ["a\nb0 ", "a\nb1 "]
     assert found["stream"][-1] == ["done", "{}"]
@@ -248,11 +203,7 @@ def test_javascript(packages: Path, local: Local, client: Any, version: str, rec
     assert found["fileRun"] == ["raw:blob"]
     assert found["fileDeleted"] is True
     assert found["models"][0] == "echo"
-    assert found["search"] == ["echo"]
     assert found["model"] == found["version"] == version
     assert found["versions"] == 1
-    assert found["hardware"] == "cpu"
-    assert found["created"] == "made-by-js"
     assert found["account"] == "local"
-    assert (found["changed"], found["deployments"], found["undeployed"]) == (2, 1, True)
     assert (found["webhook"], found["forged"]) == (True, False)

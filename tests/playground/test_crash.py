@@ -71,7 +71,7 @@ def test_the_model_server_is_killed_and_started_again(tmp_path: Path) -> None:
             for one in running:
                 found = local.wait(one["id"], 5)
                 assert found["status"] == "failed"
-                assert "ended or broke off while this prediction ran" in found["error"]
+                assert "stopped while this prediction ran" in found["error"]
                 assert found["output"]
             with Server(cog.root, log=cog.log, port=port) as again:
                 again.wait_ready(60)
@@ -127,7 +127,7 @@ def test_a_server_of_our_own_is_started_on_demand_again_and_cleaned_up(tmp_path:
 def test_two_do_not_share_a_folder(tmp_path: Path) -> None:
     settings = app.Settings(root=tmp_path, folder=tmp_path / "data", playground=Playground())
     app.build(settings)
-    with pytest.raises(CogpressError, match="Another local Replicate uses"):
+    with pytest.raises(CogpressError, match="Another playground uses"):
         app.build(settings)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from cogpress import config
 from cogpress.data.prepare import read_examples
-from cogpress.playground.history import example
+from cogpress.playground.export import example
 from cogpress.playground.store import Store
 from cogpress.prompts import Conversation
 from tests.standins.localreplicate import Local
@@ -103,7 +103,7 @@ def test_the_export_is_a_file_that_training_reads(tmp_path: Path) -> None:
         for number, (inputs, _) in enumerate(CASES):
             for rating, correction in (("good", None), ("bad", f"right {number}"), ("bad", None), (None, None)):
                 name = f"{number}{rating}{correction}"
-                record = dict.fromkeys(("deployment", "webhook", "events", "error", "started", "completed"))
+                record = dict.fromkeys(("webhook", "events", "error", "started", "completed"))
                 record |= {"id": name, "created": time.time(), "status": "succeeded", "model": "m", "version": "v"}
                 record |= {"source": "web", "input": inputs, "output": ["SELECT 1"], "logs": "", "metrics": {}}
                 store.insert(record)

@@ -15,13 +15,12 @@ import pytest
 from pydantic import BaseModel, Field
 
 from cogpress.cog.process import Server
-from cogpress.playground.catalog import Version
-from cogpress.playground.openai import inputs as openai_inputs
+from cogpress.playground.openai import parameters
 from cogpress.playground.openai import routes as openai_routes
-from cogpress.playground.openai.answers import Form, chat_logprobs, encoded, text_logprobs
-from cogpress.playground.openai.errors import Wrong
+from cogpress.playground.openai.errors import OpenAIError
+from cogpress.playground.openai.responses import Completion, chat_logprobs, encoded, text_logprobs
 from cogpress.playground.openai.tools import Tools, read
-from cogpress.playground.predictions import Prediction
+from cogpress.playground.records import Prediction, Version
 from tests.standins.localreplicate import ROOT, TOKEN, Local, echoing, project
 
 openai = pytest.importorskip("openai", reason="requirements/dev.in lists OpenAI's client")
@@ -201,7 +200,7 @@ def test_completions(client: Any) -> None:
     assert "".join(chunk.choices[0].text for chunk in chunks) == "ab"
     assert chunks[-1].choices[0].finish_reason == "stop"
     for wrong in (["a", "b"], [1, 2, 3], 5):
-        with pytest.raises(openai.BadRequestError, match="prompt must be one text"):
+        with pytest.raises(openai.BadRequestError, match="prompt must be a string"):
             client.completions.create(model="teller", prompt=wrong)
     for name, value in {"echo": True, "suffix": "x", "best_of": 2, "n": 2}.items():
         with pytest.raises(openai.BadRequestError) as refused:
@@ -364,8 +363,8 @@ def test_a_model_with_few_inputs(client: Any) -> None:
         ({"temperature": 7}, "temperature", "maximum"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "minimum"),
         ({"temperature": "hot"}, "temperature", "type"),
-        ({"top_logprobs": 3}, "top_logprobs", "goes with logprobs"),
-        ({"stop": [1]}, "stop", "text"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+        ({"stop": [1]}, "stop", "string"),
         ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
         ({"functions": [{"name": "f"}]}, "functions", "tools"),
         ({"extra_body": {"sparkle": 1}}, "sparkle", "has no input"),
@@ -378,7 +377,7 @@ def test_a_model_with_few_inputs(client: Any) -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content",
-            "takes text",
+            "use text",
         ),
         ({"tools": [{"type": "function"}]}, "tools", "Tool 1"),
         ({"tool_choice": "required"}, "tool_choice", "tools is empty"),
@@ -539,11 +538,11 @@ def test_which_tools_the_model_is_told_of(client: Any) -> None:
     assert [one.function.arguments for one in streamed] == ["", '{"city"', ': "Köln"}']
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
     body = {"messages": [{"role": "user", "content": "x"}], "tools": [TOOL], "tool_choice": named}
-    inputs = openai_inputs.read(body, SCHEMA, chat=True).inputs
+    inputs = parameters.parse(body, SCHEMA, chat=True).inputs
     assert json.loads(inputs["json_schema"]) == TOOL["function"]["parameters"]  # type: ignore[index]
     assert "tools" not in inputs
     assert len(Tools((TOOL,), single=True).calls(f"[{CALL},{CALL}]")[1]) == 1
-    with pytest.raises(Wrong, match="where there is one tool"):
+    with pytest.raises(OpenAIError, match="needs exactly one tool"):
         read([TOOL, {"type": "function", "function": {"name": "other"}}], "required", None)
 
 
@@ -623,13 +622,13 @@ def test_a_stream_that_waits_long_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
     async def main(status: str) -> list[dict[str, Any]]:
         prediction = Prediction("x", version, {}, {})
-        form = Form(prediction, openai_inputs.Asked(stream=True), "x", chat=True)
+        form = Completion(prediction, parameters.CompletionRequest(stream=True), "x", chat=True)
         sent: list[dict[str, Any]] = []
 
         async def send(message: Any) -> None:
             sent.append(message)
 
-        response = openai_routes._Answer(Parts, prediction, form, stream=True)  # type: ignore[arg-type]
+        response = openai_routes._CompletionResponse(Parts, prediction, form, stream=True)  # type: ignore[arg-type]
         running = asyncio.create_task(response({"type": "http"}, asyncio.Event().wait, send))  # type: ignore[arg-type]
         await asyncio.sleep(0.2)
         prediction.start()

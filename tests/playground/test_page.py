@@ -481,7 +481,7 @@ def test_a_lost_connection_is_said_and_what_came_of_it(browser: Browser, cogs: l
     second = playground(cogs, tmp_path, port=port)
     next(second)
     finished(page, "failed")
-    expect(page.locator(".answer")).to_contain_text("The local Replicate ended while this was waiting or running")
+    expect(page.locator(".answer")).to_contain_text("The playground ended while this was waiting or running")
     expect(page.locator(".answer")).not_to_contain_text("The connection is lost")
     run(page, prompt="as before", times="1", pause="0")
     expect(output(page)).to_have_text("as before")

@@ -14,9 +14,8 @@ import pytest
 
 from cogpress.errors import CogpressError
 from cogpress.playground import remote
-from cogpress.playground.predictions import Prediction
-from cogpress.playground.queue import Lane
-from cogpress.playground.versions import Version
+from cogpress.playground.queue import Queue
+from cogpress.playground.records import Prediction, Version
 
 TOKEN = "r8_not-a-real-token"
 SCHEMA = {"openapi": "3.0.2", "components": {"schemas": {}}}
@@ -74,20 +73,20 @@ def replicate(replies: dict[str, list[Reply]]) -> Iterator[Stub]:
 def run(
     stub: Stub,
     name: str = "o/m",
-    act: Callable[[Prediction, Lane], Any] | None = None,
+    act: Callable[[Prediction, Queue], Any] | None = None,
     seconds: float = 15,
 ) -> Prediction:
-    """One prediction through a lane, as the local Replicate runs it."""
+    """One prediction through a queue, as the playground runs it."""
 
     async def main() -> Prediction:
-        lane = Lane(remote.Remote(name, TOKEN, stub.url), lambda _prediction: None)
+        queue = Queue(remote.Remote(name, TOKEN, stub.url), lambda _prediction: None)
         version = Version("1" * 64, "local/x", 0.0, SCHEMA, f"replicate:{name}")
         prediction = Prediction("near", version, {}, {"prompt": "x"})
-        lane.put(prediction)
+        queue.put(prediction)
         if act is not None:
-            await act(prediction, lane)
+            await act(prediction, queue)
         assert await prediction.wait(seconds)
-        await lane.close()
+        await queue.close()
         assert TOKEN not in str(prediction.record())
         return prediction
 
@@ -161,10 +160,10 @@ def test_a_prediction_that_waits_there_is_canceled_there() -> None:
         "POST /v1/predictions/far/cancel": [(429, {}), (200, MADE)],
     }
 
-    async def act(prediction: Prediction, lane: Lane) -> None:
+    async def act(prediction: Prediction, queue: Queue) -> None:
         await asyncio.sleep(0.05)
         prediction.cancel_asked = True
-        await lane.backend.cancel(prediction)
+        await queue.backend.cancel(prediction)
 
     with replicate(replies) as stub:
         assert run(stub, act=act).status == "canceled"

@@ -139,7 +139,6 @@ def test_bad_input_is_refused_when_asked(local: Local) -> None:
         ("POST", "/v1/predictions", b"[" * 100_000, 400),
         ("GET", "/v1/predictions?cursor=nonsense", b"", 400),
         ("GET", "/v1/models/local/nothing", b"", 404),
-        ("GET", "/v1/deployments/local/nothing", b"", 404),
         ("GET", "/v1/files/nothing", b"", 404),
         ("GET", "/v1/trainings/nothing", b"", 404),
         ("GET", "/v1/nothing", b"", 404),
@@ -241,37 +240,6 @@ def test_models_and_versions(local: Local) -> None:
     for body in ({"version": latest["id"]}, {"version": f"local/echo:{latest['id']}"}, {"version": "local/echo"}):
         made = local.ask("POST", "/v1/predictions", {**body, "input": {"count": 1}}, headers={"Prefer": "wait"}).json()
         assert (made["status"], made["version"]) == ("succeeded", latest["id"])
-
-
-def test_a_model_of_ones_own(local: Local) -> None:
-    body = {"owner": "local", "name": "mine", "visibility": "private", "hardware": "cpu", "description": "d"}
-    assert local.ask("POST", "/v1/models", {**body, "hardware": "guess"}).status_code == 422
-    assert local.ask("POST", "/v1/models", {**body, "visibility": "x"}).status_code == 422
-    assert local.ask("POST", "/v1/models", {**body, "name": "../x"}).status_code == 422
-    assert local.ask("POST", "/v1/models", body).status_code == 201
-    assert local.ask("POST", "/v1/models", body).status_code == 409
-    assert local.ask("GET", "/v1/models/local/mine").json()["description"] == "d"
-    answer = local.ask("POST", "/v1/models/local/mine/predictions", {"input": {}})
-    assert answer.status_code == 404
-    assert "no version" in answer.json()["detail"]
-    assert local.ask("DELETE", "/v1/models/local/mine").status_code == 204
-    assert local.ask("DELETE", "/v1/models/local/echo").status_code == 400
-
-
-def test_deployments(local: Local) -> None:
-    version = local.ask("GET", "/v1/models/local/echo").json()["latest_version"]["id"]
-    body: dict[str, Any] = {"name": "live", "model": "local/echo", "version": version, "hardware": "cpu"}
-    body |= {"min_instances": 0, "max_instances": 1}
-    assert local.ask("POST", "/v1/deployments", body).json()["current_release"]["number"] == 1
-    assert local.ask("POST", "/v1/deployments", body).status_code == 409
-    made = local.ask("POST", "/v1/deployments/local/live/predictions", {"input": {}}, headers={"Prefer": "wait"}).json()
-    assert (made["status"], made["deployment"]) == ("succeeded", "local/live")
-    assert local.ask("DELETE", f"/v1/models/local/echo/versions/{version}").status_code == 400
-    changed = local.ask("PATCH", "/v1/deployments/local/live", {"max_instances": 3}).json()
-    assert changed["current_release"]["number"] == 2
-    assert changed["current_release"]["configuration"]["max_instances"] == 3
-    assert local.ask("PATCH", "/v1/deployments/local/live", {"max_instances": 0}).status_code == 422
-    assert local.ask("DELETE", "/v1/deployments/local/live").status_code == 204
 
 
 def test_files_as_inputs_and_safe_downloads(local: Local, cog: Server) -> None:

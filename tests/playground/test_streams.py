@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cogpress.playground.api import streams
-from cogpress.playground.predictions import Prediction
-from cogpress.playground.versions import Version
+from cogpress.playground.keys import Keys
+from cogpress.playground.records import Prediction, Version
 
 VERSION = Version("1" * 64, "local/x", 0.0, {}, "http://nowhere")
 
@@ -34,8 +34,8 @@ def read(act: Any) -> tuple[bytes, list[float]]:
     """What a reader gets while `act` happens to the prediction, and when."""
 
     async def main() -> tuple[bytes, list[float]]:
-        alive = Alive()
-        made = streams.Streams(alive, b"secret")  # type: ignore[arg-type]
+        alive, keys = Alive(), Keys(b"secret")
+        made = streams.Streams(alive, keys)  # type: ignore[arg-type]
         body, times = b"", []
 
         async def send(message: Any) -> None:
@@ -43,7 +43,7 @@ def read(act: Any) -> tuple[bytes, list[float]]:
             body += message.get("body", b"")
             times.append(asyncio.get_running_loop().time())
 
-        scope = {"type": "http", "method": "GET", "path": made.path("x"), "headers": []}
+        scope = {"type": "http", "method": "GET", "path": streams.path(keys, "x"), "headers": []}
         reading = asyncio.create_task(made(scope, asyncio.Event().wait, send))  # type: ignore[arg-type]
         await act(alive.prediction)
         await asyncio.wait_for(reading, 5)

@@ -16,8 +16,8 @@ import pytest
 
 from cogpress.errors import CogpressError
 from cogpress.playground import sources, trainings
-from tests.playground.test_clients import Receiver
 from tests.standins.localreplicate import SLOTS, TOKEN, Local, javascript, project, refusal
+from tests.standins.receiver import Receiver
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,6 @@ def wait(client: Any, identifier: str, seconds: float = 60) -> Any:
 
 
 def test_a_training_becomes_a_version_that_can_be_run(client: Any, local: Local, tmp_path: Path) -> None:
-    client.models.create("local", "tuned", visibility="private", hardware="cpu")
     base = client.models.get("local/echo").latest_version
     receiver = Receiver()
     path = tmp_path / "data.txt"
@@ -87,8 +86,8 @@ def test_a_training_becomes_a_version_that_can_be_run(client: Any, local: Local,
 def test_training_faults(client: Any, local: Local) -> None:
     base = client.models.get("local/echo").latest_version
     route = f"/v1/models/local/echo/versions/{base.id}/trainings"
-    answer = local.ask("POST", route, {"destination": "local/nothing", "input": {"train_data": DATA}})
-    assert answer.status_code == 404
+    answer = local.ask("POST", route, {"destination": "local/../x", "input": {"train_data": DATA}})
+    assert (answer.status_code, "not a valid model name" in answer.json()["detail"]) == (422, True)
     answer = local.ask("POST", route, {"destination": "local/echo", "input": {"steps": 0}})
     assert {one["field"] for one in answer.json()["invalid_fields"]} == {"input.train_data", "input.steps"}
     answer = local.ask("POST", route, {"input": {"train_data": DATA}})
@@ -142,8 +141,6 @@ def test_trained_weights_go_with_their_version(client: Any, local: Local) -> Non
     base = client.models.get("local/echo").latest_version
     trained = local.data / "trained"
     kept = {path.name for path in trained.iterdir()}
-    for name in ("one", "two"):
-        client.models.create("local", name, visibility="private", hardware="cpu")
     made = [
         client.trainings.create(
             model="local/echo", version=base.id, destination=f"local/{name}", input={"train_data": DATA, "steps": 1}
@@ -155,11 +152,6 @@ def test_trained_weights_go_with_their_version(client: Any, local: Local) -> Non
     assert list(client.run(versions[0], input={"prompt": "weights", "count": 1}))
     route = f"/v1/models/{versions[0].replace(':', '/versions/')}"
     long = local.create({"count": 40, "delay": 0.05}, "local/one")
-    deployment = {"name": "held", "model": "local/one", "version": versions[0].partition(":")[2], "hardware": "cpu"}
-    assert local.ask("POST", "/v1/deployments", deployment).status_code == 201
-    refused = local.ask("DELETE", route)
-    assert (refused.status_code, "local/held uses this version" in refused.json()["detail"]) == (400, True)
-    assert local.ask("DELETE", "/v1/deployments/local/held").status_code == 204
     assert local.ask("DELETE", route).status_code == 202
     gone = local.ask("POST", "/v1/models/local/one/predictions", {"input": {}})
     assert (gone.status_code, "has no version yet" in gone.json()["detail"]) == (404, True)
@@ -188,12 +180,12 @@ def test_a_file_in_an_answer_is_undone_in_pieces(tmp_path: Path, size: int, monk
     url = f"data:application/x-tar;base64,{base64.b64encode(content).decode()}"
     answer = {"logs": 'a "quoted" log', "output": {"weights": url}, "status": "succeeded"}
     (tmp_path / "answer").write_text(json.dumps(answer))
-    found = trainings._without_file(tmp_path / "answer", tmp_path / "part")
+    found = trainings._split(tmp_path / "answer", tmp_path / "part")
     assert (tmp_path / "part").read_bytes() == content
     assert found == {**answer, "output": {"weights": ""}}
     (tmp_path / "answer").write_text(json.dumps(answer)[:-40])
     with pytest.raises(CogpressError):
-        trainings._without_file(tmp_path / "answer", tmp_path / "part")
+        trainings._split(tmp_path / "answer", tmp_path / "part")
 
 
 def test_a_model_on_replicate_is_fronted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +223,7 @@ def test_a_model_on_replicate_is_fronted(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_sources(text: str, found: str) -> None:
-    assert sources.source(text) == found
+    assert sources.parse(text) == found
 
 
 @pytest.mark.parametrize(
@@ -239,7 +231,7 @@ def test_sources(text: str, found: str) -> None:
 )
 def test_what_is_no_source_is_said(text: str) -> None:
     with pytest.raises(CogpressError):
-        sources.source(text)
+        sources.parse(text)
 
 
 def test_the_command_serves_until_told_to_stop(tmp_path: Path) -> None:

@@ -85,3 +85,38 @@ def test_faults_are_made_when_told(remote: PushReplicate) -> None:
     assert (busy.status_code, busy.headers["retry-after"]) == (429, "3")
     assert remote.ask("GET", "/v1/account").status_code == 200
     assert remote.changes() == []
+
+
+def test_models_are_created(remote: PushReplicate) -> None:
+    body = {"owner": "local", "name": "mine", "visibility": "private", "hardware": "cpu", "description": "d"}
+    assert remote.ask("POST", "/v1/models", {**body, "hardware": "guess"}).status_code == 422
+    assert remote.ask("POST", "/v1/models", {**body, "visibility": "x"}).status_code == 422
+    assert remote.ask("POST", "/v1/models", {**body, "name": "../x"}).status_code == 422
+    assert remote.ask("POST", "/v1/models", body).status_code == 201
+    assert remote.ask("POST", "/v1/models", body).status_code == 409
+    assert remote.ask("GET", "/v1/models/local/mine").json()["description"] == "d"
+    answer = remote.ask("POST", "/v1/models/local/mine/predictions", {"input": {}})
+    assert (answer.status_code, "no version" in answer.json()["detail"]) == (404, True)
+
+
+@pytest.mark.slow
+def test_replicates_own_client_manages_it(here: Machine, remote: PushReplicate) -> None:
+    replicate = pytest.importorskip("replicate", reason="requirements/dev.in lists Replicate's client")
+    client = replicate.Client(base_url=remote.url, api_token=TOKEN)
+    sku = client.hardware.list()[0].sku
+    made = client.models.create("local", "by-client", visibility="private", hardware=sku)
+    assert made.latest_version is None
+    assert client.accounts.current().username == "local"
+    pushed = {"model": "local/by-client", "root": str(here.root), "separate_weights": False}
+    version = remote.ask("POST", "/standin/push", pushed).json()["id"]
+    body: dict[str, Any] = {"name": "py", "model": "local/by-client", "version": version, "hardware": sku}
+    body |= {"min_instances": 0, "max_instances": 1}
+    assert client.deployments.create(**body).current_release.number == 1
+    assert remote.ask("POST", "/v1/deployments", body).status_code == 409
+    refused = remote.ask("DELETE", f"/v1/models/local/by-client/versions/{version}")
+    assert (refused.status_code, "local/py uses this version" in refused.json()["detail"]) == (400, True)
+    changed = client.deployments.update("local", "py", max_instances=3).current_release
+    assert (changed.number, changed.configuration.max_instances) == (2, 3)
+    assert remote.ask("PATCH", "/v1/deployments/local/py", {"max_instances": 0}).status_code == 422
+    assert client.deployments.delete("local", "py")
+    assert remote.ask("GET", "/v1/deployments/local/py").status_code == 404

@@ -1,4 +1,4 @@
-"""A local Replicate in a process of its own, over the real Cog runtime with a runner that needs no model."""
+"""The playground in a process of its own, over the real Cog runtime with a runner that needs no model."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def javascript() -> Path:
 
 
 class Local:
-    """The local Replicate as a process; starts on entry, leaves nothing on exit."""
+    """The playground as a process; starts on entry, leaves nothing on exit."""
 
     program = Path(__file__)
     """What is run: this file, or one that ends in its `main`."""

@@ -1,7 +1,7 @@
-"""The stand-in for Replicate of the tests of a push: the kit's own local Replicate, to which images can be pushed.
+"""The stand-in for Replicate of the tests of a push: the playground with management, to which images can be pushed.
 
 What is pushed is copied as `.dockerignore` lets it through, and a real Cog server of that copy becomes the version. It
-notes what it is asked, answers with faults where told to, and lists hardware with GPUs.
+notes what it is asked, and answers with faults where told to.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.standins.localreplicate import TOKEN, Local
-
-HARDWARE = ({"name": "CPU", "sku": "cpu"}, {"name": "T4", "sku": "gpu-t4"}, {"name": "L40S", "sku": "gpu-l40s"})
 
 
 class PushReplicate(Local):
@@ -44,10 +42,10 @@ class PushReplicate(Local):
 
 
 class Standin:
-    """Around the application of the local Replicate."""
+    """Around the application of the playground."""
 
-    def __init__(self, app: Any, parts: Any, folder: Path) -> None:
-        self.app, self.parts, self.folder = app, parts, folder
+    def __init__(self, app: Any, parts: Any, folder: Path, facts: dict[str, dict[str, Any]]) -> None:
+        self.app, self.parts, self.folder, self.facts = app, parts, folder, facts
         self.faults: list[dict[str, Any]] = []
         self.asked: list[dict[str, Any]] = []
         self.servers: dict[str, Any] = {}
@@ -109,16 +107,17 @@ class Standin:
             added = await self.parts.catalog.add(body["model"], self.servers[print_].url)
             self.versions[key] = added.id
             self.images[added.id] = copied
-        model.facts["separate_weights"] = str(body["separate_weights"])
+        self.facts.setdefault(body["model"], {})["separate_weights"] = str(body["separate_weights"])
         return 200, {"id": self.versions[key]}
 
-    async def create_training(self, version: Any, *more: Any) -> Any:
-        """The local Replicate trains its own project: let it be the image that was pushed."""
+    async def create_training(self, version: Any, destination: str, *more: Any) -> Any:
+        """The playground trains its own project: let it be the image that was pushed; its destination must exist."""
+        self.parts.catalog.model(destination)
         if version.id in self.images:
             image = self.images[version.id]
-            self.parts.trainings._root = self.parts.catalog._root = image
+            self.parts.trainings._root = self.parts.sources.root = image
             version = replace(version, source=f"folder:{image}")
-        return await self.train(version, *more)
+        return await self.train(version, destination, *more)
 
     def copy(self, root: Path) -> tuple[str, Path]:
         """What would enter the image, and a hash of it."""
@@ -145,17 +144,17 @@ async def reply(send: Any, status: int, content: Any, headers: dict[str, str] | 
 
 def main() -> None:
     from cogpress.playground import app
-    from cogpress.playground.api import resources
     from tests.standins import localreplicate
+    from tests.standins.management import Management
 
-    real = app.application
-    resources.machines = lambda: HARDWARE  # type: ignore[assignment]
+    application, routes, management = app.application, app.routes, Management()
 
-    def application(settings: Any, parts: Any = None, **more: Any) -> Any:
+    def managed(settings: Any, parts: Any = None, **more: Any) -> Any:
         made = parts or app.build(settings)
-        return Standin(real(settings, made, **more), made, settings.folder)
+        return Standin(application(settings, made, **more), made, settings.folder, management.facts)
 
-    app.application = application  # type: ignore[assignment]
+    app.application = managed  # type: ignore[assignment]
+    app.routes = lambda parts, secret: [*management.routes(parts), *routes(parts, secret)]
     localreplicate.main()
 
 

@@ -1,8 +1,4 @@
-"""Predictions and trainings over HTTP, in Replicate's shapes.
-
-Knows requests and answers; leaves models, deployments and files to `resources`, and everything that happens to the
-parts that it calls.
-"""
+"""Predictions and trainings in Replicate's API."""
 
 from __future__ import annotations
 
@@ -12,13 +8,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cogpress.playground.api import webhooks
-from cogpress.playground.catalog import Version
-from cogpress.playground.predictions import ENDED, Options, Prediction
+from cogpress.playground.api import streams, webhooks
+from cogpress.playground.api.resources import version_of
+from cogpress.playground.records import Options, Version
 from cogpress.playground.store import parsed
-from cogpress.playground.web import Parts, Refused, answer, base_of, endpoint, page_of, read_json, stamp, text_of
-
-GONE = "There is no such prediction: it was deleted, because of its age or their number, or the id is not complete."
+from cogpress.playground.web import (
+    GONE,
+    Parts,
+    Problem,
+    base_url,
+    bind,
+    invalid_field,
+    json_response,
+    paginate,
+    read_json,
+    string,
+    timestamp,
+)
 
 WAIT_SECONDS = 60
 """The longest that a request may wait for a prediction."""
@@ -26,29 +32,30 @@ WAIT_SECONDS = 60
 
 def routes(parts: Parts) -> list[Route]:
     """The routes."""
-    made = {
-        ("POST", "/v1/predictions"): create_by_version,
-        ("GET", "/v1/predictions"): predictions,
-        ("GET", "/v1/predictions/{id}"): prediction,
-        ("POST", "/v1/predictions/{id}/cancel"): cancel,
-        ("POST", "/v1/models/{owner}/{name}/predictions"): create_by_model,
-        ("POST", "/v1/models/{owner}/{name}/versions/{id}/predictions"): create_by_model,
-        ("POST", "/v1/deployments/{owner}/{name}/predictions"): create_by_deployment,
-        ("POST", "/v1/models/{owner}/{name}/versions/{id}/trainings"): train,
-        ("GET", "/v1/trainings"): trainings,
-        ("GET", "/v1/trainings/{id}"): training,
-        ("POST", "/v1/trainings/{id}/cancel"): cancel_training,
-    }
-    return [Route(path, endpoint(parts, handler), methods=[method]) for (method, path), handler in made.items()]
+    return bind(
+        parts,
+        {
+            ("POST", "/v1/predictions"): create_by_version,
+            ("GET", "/v1/predictions"): predictions,
+            ("GET", "/v1/predictions/{id}"): prediction,
+            ("POST", "/v1/predictions/{id}/cancel"): cancel,
+            ("POST", "/v1/models/{owner}/{name}/predictions"): create_by_model,
+            ("POST", "/v1/models/{owner}/{name}/versions/{id}/predictions"): create_by_model,
+            ("POST", "/v1/models/{owner}/{name}/versions/{id}/trainings"): train,
+            ("GET", "/v1/trainings"): trainings,
+            ("GET", "/v1/trainings/{id}"): training,
+            ("POST", "/v1/trainings/{id}/cancel"): cancel_training,
+        },
+    )
 
 
-def shape(parts: Parts, base: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A prediction as Replicate gives it.
+def prediction_json(parts: Parts, base: str, record: dict[str, Any]) -> dict[str, Any]:
+    """A prediction in Replicate's form.
 
     Args:
-        parts: for its addresses.
-        base: how the asker reaches this server.
-        record: of `Predictions.record` or the store.
+        parts: for its URLs.
+        base: this server's address as the client sees it.
+        record: from `Predictions.record` or the store.
     """
     identifier = record["id"]
     urls = {
@@ -57,21 +64,20 @@ def shape(parts: Parts, base: str, record: dict[str, Any]) -> dict[str, Any]:
         "web": f"{base}/p/{identifier}",
     }
     if parts.catalog.streams(record["model"], record["version"]):
-        urls["stream"] = base + parts.streams.path(identifier)
+        urls["stream"] = base + streams.path(parts.keys, identifier)
     return {
         "id": identifier,
         "model": record["model"],
         "version": record["version"],
-        "deployment": record["deployment"],
         "status": record["status"],
         "input": record["input"],
         "output": record["output"],
         "logs": record["logs"] or "",
         "error": record["error"],
         "metrics": record["metrics"] or {},
-        "created_at": stamp(record["created"]),
-        "started_at": stamp(record["started"]),
-        "completed_at": stamp(record["completed"]),
+        "created_at": timestamp(record["created"]),
+        "started_at": timestamp(record["started"]),
+        "completed_at": timestamp(record["completed"]),
         "source": record["source"],
         "data_removed": bool(record["removed"]),
         "webhook": record["webhook"],
@@ -83,11 +89,9 @@ def shape(parts: Parts, base: str, record: dict[str, Any]) -> dict[str, Any]:
 async def create_by_version(parts: Parts, request: Request) -> Response:
     """`POST /v1/predictions`."""
     body = await read_json(request)
-    reference = text_of(body, "version") or text_of(body, "model")
+    reference = string(body, "version") or string(body, "model")
     if not reference:
-        detail = "- version: version is required\n"
-        fields = [{"type": "required", "field": "version", "description": "version is required"}]
-        raise Refused(422, "Input validation failed", detail, invalid_fields=fields)
+        raise invalid_field("version", "version is required", "required")
     return await _create(parts, request, body, parts.catalog.resolve(reference))
 
 
@@ -99,46 +103,36 @@ async def create_by_model(parts: Parts, request: Request) -> Response:
     return await _create(parts, request, body, parts.catalog.resolve(f"{name}:{wanted}" if wanted else name))
 
 
-async def create_by_deployment(parts: Parts, request: Request) -> Response:
-    """`POST /v1/deployments/OWNER/NAME/predictions`."""
-    deployment = parts.catalog.deployment(request.path_params["owner"], request.path_params["name"])
-    version = parts.catalog.deployed(deployment)
-    return await _create(parts, request, await read_json(request), version, deployment.full_name)
-
-
-async def _create(
-    parts: Parts, request: Request, body: dict[str, Any], version: Version, deployment: str | None = None
-) -> Response:
+async def _create(parts: Parts, request: Request, body: dict[str, Any], version: Version) -> Response:
     inputs = _inputs(body)
     events = body.get("webhook_events_filter")
-    hook = text_of(body, "webhook")
-    if hook is None and isinstance(body.get("webhook_completed"), str):  # its deprecated form
+    hook = string(body, "webhook")
+    if hook is None and isinstance(body.get("webhook_completed"), str):  # deprecated, but clients still send it
         hook, events = body["webhook_completed"], ["completed"]
-    # The page sends its own name, so that history can tell what people tried from what programs asked.
+    # History tells what people tried on the page from what programs requested.
     source = "web" if request.headers.get("sec-fetch-site") == "same-origin" else "api"
-    options = Options(deployment, hook, webhooks.check(hook, events), base_of(request), source)
+    options = Options(hook, webhooks.check(hook, events), base_url(request), source)
     created = await parts.predictions.create(version, inputs, options)
     seconds = _wait(request.headers.get("prefer", ""))
     record = created.record()
     if seconds:
         ended = await created.wait(seconds)
-        # Clients take any other status after waiting for an end.
+        # After waiting, clients take any status but starting as final.
         record = created.record() if ended else created.record() | {"status": "starting"}
     elif not created.ended:
         record["status"] = "starting"
-    return answer(shape(parts, options.base_url, record), 201)
+    return json_response(prediction_json(parts, options.base_url, record), 201)
 
 
 def _inputs(body: dict[str, Any]) -> dict[str, Any]:
     inputs = body.get("input", {})
     if not isinstance(inputs, dict):
-        fields = [{"type": "type_error", "field": "input", "description": "input must be an object"}]
-        raise Refused(422, "Input validation failed", "- input: input must be an object\n", invalid_fields=fields)
+        raise invalid_field("input", "input must be an object", "type_error")
     return inputs
 
 
 def _wait(prefer: str) -> float:
-    """Seconds that a request asks to wait."""
+    """Seconds to wait, from a Prefer header."""
     for one in prefer.split(","):
         name, equals, value = one.strip().partition("=")
         if name == "wait":
@@ -147,10 +141,10 @@ def _wait(prefer: str) -> float:
 
 
 async def predictions(parts: Parts, request: Request) -> Response:
-    """`GET /v1/predictions`: the newest first, without what is long."""
-    base = base_of(request)
-    return await page_of(
-        parts, request, "predictions", lambda row: shape(parts, base, parts.predictions.now(parsed(row)))
+    """`GET /v1/predictions`, the newest first."""
+    base = base_url(request)
+    return await paginate(
+        parts, request, "predictions", lambda row: prediction_json(parts, base, parts.predictions.now(parsed(row)))
     )
 
 
@@ -158,13 +152,13 @@ async def prediction(parts: Parts, request: Request) -> Response:
     """`GET /v1/predictions/ID`."""
     record = await parts.predictions.record(request.path_params["id"])
     if record is None:
-        raise Refused(404, "Not found", GONE)
-    return answer(shape(parts, base_of(request), record))
+        raise Problem(404, "Not found", GONE)
+    return json_response(prediction_json(parts, base_url(request), record))
 
 
 async def cancel(parts: Parts, request: Request) -> Response:
     """`POST /v1/predictions/ID/cancel`."""
-    alive: Prediction | None = parts.predictions.find(request.path_params["id"])
+    alive = parts.predictions.find(request.path_params["id"])
     if alive is not None:
         await parts.predictions.cancel(alive)
     return await prediction(parts, request)
@@ -172,28 +166,27 @@ async def cancel(parts: Parts, request: Request) -> Response:
 
 async def train(parts: Parts, request: Request) -> Response:
     """`POST /v1/models/OWNER/NAME/versions/ID/trainings`."""
-    name = f"{request.path_params['owner']}/{request.path_params['name']}"
-    version = parts.catalog.version(name, request.path_params["id"])
+    version = version_of(parts, request)
     body = await read_json(request)
-    hook = text_of(body, "webhook")
+    hook = string(body, "webhook")
     events = webhooks.check(hook, body.get("webhook_events_filter"))
-    destination = str(text_of(body, "destination", required=True))
-    options = Options(None, hook, events, base_of(request))
+    destination = str(string(body, "destination", required=True))
+    options = Options(hook, events, base_url(request))
     made = await parts.trainings.create(version, destination, _inputs(body), options)
-    return answer(training_shape(options.base_url, made), 201)
+    return json_response(training_json(options.base_url, made), 201)
 
 
-def training_shape(base: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A training as Replicate gives it."""
+def training_json(base: str, record: dict[str, Any]) -> dict[str, Any]:
+    """A training in Replicate's form."""
     address = f"{base}/v1/trainings/{record['id']}"
     names = ("id", "model", "version", "destination", "status", "input", "output", "error")
     return {
         **{name: record[name] for name in names},
         "logs": record["logs"] or "",
         "metrics": record["metrics"] or {},
-        "created_at": stamp(record["created"]),
-        "started_at": stamp(record["started"]),
-        "completed_at": stamp(record["completed"]),
+        "created_at": timestamp(record["created"]),
+        "started_at": timestamp(record["started"]),
+        "completed_at": timestamp(record["completed"]),
         "source": "api",
         "webhook": record["webhook"],
         "webhook_events_filter": record["events"],
@@ -202,23 +195,20 @@ def training_shape(base: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 async def trainings(parts: Parts, request: Request) -> Response:
-    """`GET /v1/trainings`: the newest first."""
-    base = base_of(request)
-    return await page_of(parts, request, "trainings", lambda row: training_shape(base, parts.trainings.now(row)))
+    """`GET /v1/trainings`, the newest first."""
+    base = base_url(request)
+    return await paginate(parts, request, "trainings", lambda row: training_json(base, parts.trainings.now(row)))
 
 
 async def training(parts: Parts, request: Request) -> Response:
     """`GET /v1/trainings/ID`."""
     record = await parts.trainings.record(request.path_params["id"])
     if record is None:
-        raise Refused(404, "Not found", "There is no such training.")
-    return answer(training_shape(base_of(request), record))
+        raise Problem(404, "Not found", "There is no such training.")
+    return json_response(training_json(base_url(request), record))
 
 
 async def cancel_training(parts: Parts, request: Request) -> Response:
     """`POST /v1/trainings/ID/cancel`."""
     await parts.trainings.cancel(request.path_params["id"])
     return await training(parts, request)
-
-
-__all__ = ["ENDED", "routes", "shape", "training_shape"]

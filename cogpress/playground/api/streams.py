@@ -1,35 +1,31 @@
-"""A prediction's events as Replicate's stream, to any number of readers, from any place on.
+"""Serve a prediction's events as server-sent events to any number of readers, each from any position.
 
-Knows the wire and that readers can be slow or gone; leaves what the events are to `predictions`. A reader holds no
-events of its own, only a place in the prediction's list, so one that does not read costs nothing but its socket's
-buffer and slows nobody.
+A reader holds no events, only its position in the prediction's list, so a slow one costs a socket buffer and slows
+nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import re
-from typing import TYPE_CHECKING
 
 from starlette.types import Receive, Scope, Send
 
-from cogpress.playground.access import answer, error
-from cogpress.playground.predictions import Prediction, frames_of
-
-if TYPE_CHECKING:
-    from cogpress.playground.predictions import Predictions
+from cogpress.playground import events
+from cogpress.playground.access import error, send_error
+from cogpress.playground.keys import Keys
+from cogpress.playground.predictions import Predictions
+from cogpress.playground.records import Prediction
 
 _PART = 64 << 10
-"""Bytes that are given to a connection at once; it takes more only when it has sent most of them."""
+"""Bytes written to a connection at once; it takes more once it has sent most of them."""
 
 HEARTBEAT_SECONDS = 15.0
-"""A stream is silent no longer than this: proxies drop connections on which nothing comes, and a gone reader shows."""
+"""The longest silence: proxies drop idle connections, and writing shows whether the reader is gone."""
 
 _HEARTBEAT = b": still running\n\n"
-"""A comment, which every client passes over."""
+"""A comment, which clients ignore."""
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -38,29 +34,26 @@ _HEADERS = [
 ]
 
 _PYTHON_BREAKS = re.compile(rb"\x0b|\x0c|\x1c|\x1d|\x1e|\xc2\x85|\xe2\x80[\xa8\xa9]")
-"""Characters at which the Python client ends a line, and drops what follows, though the format does not say so."""
+"""Characters at which Replicate's Python client splits lines, against the format, and drops what follows."""
+
+
+def path(keys: Keys, identifier: str) -> str:
+    """The path of a prediction's stream, with the key that stands in for a token."""
+    return f"/v1/stream/{identifier}/{keys.make('stream', identifier)}"
 
 
 class Streams:
-    """The endpoint behind `urls.stream`."""
+    """The ASGI endpoint behind `urls.stream`."""
 
-    def __init__(self, predictions: Predictions, secret: bytes) -> None:
-        """Made with what keys are made of."""
-        self._predictions, self._secret = predictions, secret
-
-    def path(self, identifier: str) -> str:
-        """A prediction's address, which carries a key that nobody can guess."""
-        return f"/v1/stream/{identifier}/{self.key(identifier)}"
-
-    def key(self, identifier: str) -> str:
-        """What must be known to read a prediction's events without a token."""
-        return hmac.new(self._secret, f"stream:{identifier}".encode(), hashlib.sha256).hexdigest()[:40]
+    def __init__(self, predictions: Predictions, keys: Keys) -> None:
+        """Streams any of `predictions`."""
+        self._predictions, self._keys = predictions, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a reader."""
+        """Serve one reader."""
         identifier, _, key = scope["path"].removeprefix("/v1/stream/").partition("/")
-        if scope["method"] != "GET" or not hmac.compare_digest(key.encode(), self.key(identifier).encode()):
-            await answer(send, error(404, "Not found", "There is no such stream."), {})
+        if scope["method"] != "GET" or not self._keys.match("stream", identifier, key):
+            await send_error(send, error(404, "Not found", "There is no such stream."), {})
             return
         headers = dict(scope["headers"])
         place = headers.get(b"last-event-id", b"").decode("latin-1")
@@ -79,14 +72,14 @@ class Streams:
             reader.close()
 
     async def _ended(self, identifier: str, place: str, send: Send) -> None:
-        """The stream of a prediction whose events are gone: its output, made into events again."""
+        """Replay a prediction whose events are no longer in memory from its stored output."""
         record = await self._predictions.record(identifier)
         if record is None:
-            await answer(send, error(404, "Not found", "This prediction was deleted."), {})
+            await send_error(send, error(404, "Not found", "This prediction was deleted."), {})
             return
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         seen = place.partition(":")[2]
-        frames = frames_of(record, int(seen) if seen.isdecimal() else 0)
+        frames = events.replay(record, int(seen) if seen.isdecimal() else 0)
         for begin in range(0, len(frames), 256):
             body = b"".join(frames[begin : begin + 256])
             await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -105,23 +98,23 @@ class _Reader:
         self._loop = asyncio.get_running_loop()
         self._sent_at = self._loop.time()
         self._silent = False
-        # One timer for each reader and none for each token: a token only notes when it was sent.
-        self._timer = self._loop.call_later(HEARTBEAT_SECONDS, self._look)
+        # One timer a reader rather than one a token: sending a token only notes the time.
+        self._timer = self._loop.call_later(HEARTBEAT_SECONDS, self._check)
 
-    def _look(self) -> None:
-        """Have a heartbeat sent where nothing was for too long, and look again when that can be."""
+    def _check(self) -> None:
+        """Ask for a heartbeat after a silence, and check again when the next one can be due."""
         wait = self._sent_at + HEARTBEAT_SECONDS - self._loop.time()
         if wait <= 0:
             self._silent, wait = True, HEARTBEAT_SECONDS
             self._prediction.nudge()
-        self._timer = self._loop.call_later(wait, self._look)
+        self._timer = self._loop.call_later(wait, self._check)
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop the timer."""
         self._timer.cancel()
 
     async def watch(self, receive: Receive) -> None:
-        """Notice that the reader has gone."""
+        """Notice when the reader disconnects."""
         with contextlib.suppress(asyncio.CancelledError):
             while (await receive())["type"] != "http.disconnect":
                 pass
@@ -129,7 +122,7 @@ class _Reader:
             self._prediction.nudge()
 
     async def send(self, send: Send) -> None:
-        """Send what there is and what comes, to the end."""
+        """Send past and future events, to the end."""
         prediction, frames = self._prediction, self._prediction.frames
         while not self._gone:
             if len(frames) > self._seen:
@@ -150,7 +143,7 @@ class _Reader:
 
 
 def _part(frames: list[bytes], begin: int) -> tuple[bytes, int]:
-    """Several frames as one, at most so many bytes, and the place after them."""
+    """Join frames up to `_PART` bytes; returns them and the position after them."""
     if len(frames) == begin + 1:
         return frames[begin], begin + 1
     end, size = begin, 0

@@ -1,7 +1,6 @@
-"""News of predictions and trainings, sent where their askers wanted it: signed, filtered, tried again, not too often.
+"""Send webhooks of predictions and trainings: signed, filtered, throttled and retried.
 
-Knows deliveries; leaves what is sent to `replicate`. A follower reads a prediction's list of events as any reader does,
-so a receiver that is slow or gone slows nobody.
+Each follows its prediction as any reader does, so a slow receiver slows nobody.
 """
 
 from __future__ import annotations
@@ -13,33 +12,31 @@ import hmac
 import json
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
 from cogpress.errors import CogpressError
-
-if TYPE_CHECKING:
-    from cogpress.playground.predictions import Prediction
+from cogpress.playground.records import Prediction
 
 EVENTS = ("start", "output", "logs", "completed")
 
 EVERY_SECONDS = 0.5
-"""`output` and `logs` are sent at most this often."""
+"""Shortest time between `output` and `logs` webhooks."""
 
 TRIES = 6
-"""How often the last news is tried; the others once, because later ones hold what they held."""
+"""Attempts for `completed`; others get one, because later ones include what they held."""
 
 FIRST_WAIT = 0.5
-"""Seconds before the second try; doubled for each later one."""
+"""Seconds before the second attempt; doubles for each later one."""
 
 
 def check(url: Any, events: Any) -> tuple[str, ...] | None:
-    """Check what a request says of its webhook; returns the events that are wanted.
+    """Validate a request's webhook; returns the events that it asks for.
 
     Raises:
-        CogpressError: it is no http(s) address, or an event does not exist.
+        CogpressError: it is not an http(s) URL, or an event does not exist.
     """
     if url is not None:
         try:
@@ -58,24 +55,24 @@ def check(url: Any, events: Any) -> tuple[str, ...] | None:
 
 
 class Webhooks:
-    """Sends them."""
+    """Sends webhooks."""
 
     def __init__(self, secret: bytes) -> None:
-        """Made with the secret that signs."""
+        """Signs with `secret`."""
         self._secret = secret
         self._http = httpx.AsyncClient(timeout=10, follow_redirects=False, trust_env=False)
 
     @property
     def key(self) -> str:
-        """The secret as receivers are told it."""
+        """The secret in the form that receivers verify with."""
         return f"whsec_{base64.b64encode(self._secret).decode()}"
 
     async def follow(self, prediction: Prediction, render: Callable[[Prediction], dict[str, Any]]) -> None:
-        """Send news of a prediction until it has ended.
+        """Send a prediction's webhooks until it has ended.
 
         Args:
             prediction: with a webhook.
-            render: makes what is sent.
+            render: makes the body.
         """
         url, wanted = prediction.options.webhook, prediction.options.webhook_events or EVENTS
         if url is None:
@@ -97,15 +94,15 @@ class Webhooks:
             await self.send(url, render(prediction), tries=TRIES)
 
     async def send(self, url: str, body: dict[str, Any], *, tries: int) -> bool:
-        """Send one; whether it was taken.
+        """Send one webhook; whether it was accepted.
 
         Args:
-            url: where.
-            body: what.
-            tries: how often at most; the id stays the same, so that a receiver can tell it has it.
+            url: of the receiver.
+            body: the prediction or training.
+            tries: most attempts. Their id stays the same, so that a receiver can drop duplicates.
         """
         content = json.dumps(body).encode()
-        # One id for one thing that happened, however often it is sent.
+        # One id an event, however often it is sent.
         name = f"msg_{hashlib.sha256(body['id'].encode() + content).hexdigest()[:24]}"
         for number in range(tries):
             if number:
@@ -118,16 +115,16 @@ class Webhooks:
             if answer.status_code < 300:
                 return True
             if answer.status_code < 500 and answer.status_code not in (408, 425, 429):
-                return False  # it does not want it
+                return False  # rejected for good
         return False
 
     def signed(self, name: str, content: bytes) -> dict[str, str]:
-        """The headers by which a receiver knows that it comes from here, and when."""
+        """The headers by which a receiver verifies the sender and the time."""
         stamp = str(int(time.time()))
         digest = hmac.new(self._secret, f"{name}.{stamp}.".encode() + content, hashlib.sha256).digest()
         signature = f"v1,{base64.b64encode(digest).decode()}"
         return {"webhook-id": name, "webhook-timestamp": stamp, "webhook-signature": signature}
 
     async def close(self) -> None:
-        """Drop what is under way."""
+        """Drop pending requests."""
         await self._http.aclose()

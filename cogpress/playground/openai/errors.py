@@ -1,24 +1,19 @@
-"""Errors in OpenAI's form, for the routes that OpenAI's clients call.
-
-Knows what such an error looks like and which of OpenAI's kinds a fault is; leaves finding faults to the others.
-"""
+"""Errors in OpenAI's form, and middleware that gives every error on OpenAI's routes that form."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cogpress.engines.base import DEAD
+from cogpress.playground.records import Prediction
 
-if TYPE_CHECKING:
-    from cogpress.playground.predictions import Prediction
-
-_OURS = re.compile(r"/v1/(?:chat/completions|completions|models(?:/[^/]+){0,2})/?")
-"""The paths whose errors OpenAI's clients read."""
+_PATHS = re.compile(r"/v1/(?:chat/completions|completions|models(?:/[^/]+){0,2})/?")
+"""Paths that OpenAI's clients call."""
 
 _KINDS = {
     401: ("invalid_request_error", "invalid_api_key"),
@@ -28,27 +23,21 @@ _KINDS = {
     429: ("rate_limit_error", "rate_limit_exceeded"),
 }
 
-_REFUSALS = ("The model server refuses", "Replicate refuses (422)")
-"""How a backend tells that the model does not take an input."""
-
-_BROKEN = re.compile(
-    r"[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b"
-    r"|The (?:model server (?!refuses)|model's server|local Replicate)"
-)
-"""How a failure is told that is not a refusal: by an exception's name, or as news of a server."""
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b")
+"""The start of the error of a model that crashed instead of rejecting an input."""
 
 
-class Wrong(Exception):
-    """A request that is answered with an error."""
+class OpenAIError(Exception):
+    """An error response in OpenAI's form."""
 
     def __init__(self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None) -> None:
-        """Describe it.
+        """An error response.
 
         Args:
             message: what is wrong and what to do.
-            param: the parameter that is wrong.
-            status: of HTTP.
-            code: OpenAI's word for it, or one in its manner.
+            param: the invalid parameter.
+            status: HTTP status.
+            code: machine-readable, OpenAI's own where there is one.
         """
         super().__init__(message)
         self.status = status
@@ -56,34 +45,34 @@ class Wrong(Exception):
 
 
 def body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI gives it."""
+    """The body of an error in OpenAI's form."""
     kind, usual = _KINDS.get(status, ("invalid_request_error" if status < 500 else "server_error", None))
     return {"error": {"message": message, "type": kind, "param": param, "code": code or usual}}
 
 
-def of(prediction: Prediction) -> Wrong | None:
-    """What a prediction ended with, None where that is its answer.
+def from_prediction(prediction: Prediction) -> OpenAIError | None:
+    """The error that a prediction ended with; None if it succeeded.
 
-    A model refuses an input by failing before it says anything, with a sentence; what is none, but an exception's name
-    or the news of a server that is gone, is not the asker's fault.
+    A model rejects an input by failing with a sentence before any output. An exception's name instead of a sentence, or
+    a failed server, is not the client's fault.
     """
     if prediction.status == "canceled":
-        return Wrong("The prediction was canceled.", status=500, code="canceled")
+        return OpenAIError("The prediction was canceled.", status=500, code="canceled")
     if prediction.status != "failed":
         return None
     message = prediction.error or "The prediction failed."
-    if prediction.started_at is None and not message.startswith(_REFUSALS):
-        return Wrong(message, status=503, code="model_unavailable")
-    broken = message == DEAD or _BROKEN.match(message) is not None
+    if prediction.started_at is None and prediction.fault != "input":
+        return OpenAIError(message, status=503, code="model_unavailable")
+    broken = prediction.fault == "server" or message == DEAD or _EXCEPTION.match(message) is not None
     if prediction.output is None and not broken:
-        return Wrong(message, code="refused_by_model")
-    return Wrong(message, status=500, code="prediction_failed")
+        return OpenAIError(message, code="refused_by_model")
+    return OpenAIError(message, status=500, code="prediction_failed")
 
 
-class Face:
-    """Stands before everything and gives errors on OpenAI's routes OpenAI's form, whoever found them.
+class ErrorMiddleware:
+    """Rewrites errors on OpenAI's routes into OpenAI's form, wherever they come from.
 
-    The list of models is Replicate's as well, so an error there keeps Replicate's keys beside OpenAI's.
+    Replicate's clients call the routes of models too, so errors there keep Replicate's keys beside OpenAI's.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -91,8 +80,8 @@ class Face:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, and rewrite an answer that is a problem."""
-        if scope["type"] != "http" or not _OURS.fullmatch(scope["path"]):
+        """Pass a request on, and rewrite the response if it is an error."""
+        if scope["type"] != "http" or not _PATHS.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return
         keep = scope["path"].startswith("/v1/models")
@@ -109,7 +98,7 @@ class Face:
                 content += message.get("body", b"")
                 if message.get("more_body"):
                     return
-                content = _translated(content, keep=keep)
+                content = _translate(content, keep=keep)
                 kind = b"application/problem+json" if keep else b"application/json"
                 changed = {b"content-type": kind, b"content-length": str(len(content)).encode()}
                 headers = [(name, changed.get(name.lower(), value)) for name, value in start["headers"]]
@@ -120,7 +109,7 @@ class Face:
         await self._app(scope, receive, rewriting)
 
 
-def _translated(content: bytes, *, keep: bool) -> bytes:
+def _translate(content: bytes, *, keep: bool) -> bytes:
     problem = json.loads(content)
     made = body(problem["detail"], problem["status"])
     return json.dumps({**problem, **made} if keep else made).encode()

@@ -1,9 +1,8 @@
-"""Tools in OpenAI's API: what is asked of the model, and the calls in what it answers.
+"""Tool calls in OpenAI's API: read a request's tools, and find the calls in the model's answer.
 
-Models write calls as their chat template taught them. Three ways are recognised, which most templates take: JSON
-between `<tool_call>` and `</tool_call>` (Hermes, Qwen, SmolLM3), JSON that is the whole answer (Llama), and a JSON list
-after `[TOOL_CALLS]` or as the whole answer (Mistral). A call counts only if it names a function that was offered and
-has an object of arguments; everything else stays the text that it is.
+Models write calls as their chat template taught them. Three formats are recognized: JSON between `<tool_call>` and
+`</tool_call>` (Hermes, Qwen, SmolLM3), JSON that is the whole answer (Llama), and a JSON list after `[TOOL_CALLS]` or
+as the whole answer (Mistral). A call must name an offered function and hold an object of arguments; the rest is text.
 """
 
 from __future__ import annotations
@@ -13,21 +12,21 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from cogpress.playground.openai.errors import Wrong
+from cogpress.playground.openai.errors import OpenAIError
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _WHOLE = ("{", "[", "<|python_tag|>")
-"""How an answer begins that may be a call as a whole."""
+"""How an answer begins that may be nothing but calls."""
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a request says of tools.
+    """The tools of a request.
 
     Attributes:
         given: the functions' descriptions, for the model.
-        forced: the one function that must be called; its arguments are then the answer.
-        single: whether there may be one call at most.
+        forced: the one function that must be called; the answer is then its arguments.
+        single: whether at most one call is allowed.
     """
 
     given: tuple[dict[str, Any], ...] = ()
@@ -36,11 +35,11 @@ class Tools:
 
     @property
     def names(self) -> frozenset[str]:
-        """Of the functions."""
+        """The functions' names."""
         return frozenset(one["function"]["name"] for one in self.given)
 
     def calls(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        """The text beside the calls, and the calls as OpenAI gives them; all is text where there are none."""
+        """The text before the calls, and the calls in OpenAI's form; without calls, everything is text."""
         if self.forced is not None:
             return "", [_call(self.forced["name"], text)]
         before, found = self._found(text)
@@ -61,7 +60,7 @@ class Tools:
         return (before.rstrip(), calls) if None not in found else (text, [])
 
     def _read(self, text: str) -> list[tuple[str, str]] | None:
-        """(name, arguments as JSON) of each call in a text of JSON; None where it is something else."""
+        """(name, arguments as JSON) of each call in JSON; None if it is not calls."""
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
@@ -75,13 +74,13 @@ class Tools:
             calls.append((name, json.dumps(arguments, ensure_ascii=False)))
         return calls or None
 
-    def free(self, text: str) -> int:
-        """How many characters of an answer so far are text for sure, so that they can be sent."""
+    def safe_length(self, text: str) -> int:
+        """How many characters of an unfinished answer are certainly text, so that they can be sent."""
         if self.forced is not None or text.lstrip().startswith(_WHOLE) or not text.strip():
             return 0
         at = text.find(OPEN)
         if at < 0:
-            # The mark may have come in part.
+            # It may end with the first part of the marker.
             at = next((len(text) - n for n in range(len(OPEN) - 1, 0, -1) if text.endswith(OPEN[:n])), len(text))
         return len(text[:at].rstrip())
 
@@ -92,7 +91,7 @@ def _call(name: str, arguments: str) -> dict[str, Any]:
 
 
 def read(given: Any, choice: Any, parallel: Any) -> Tools | None:
-    """What a request asks for; None where no tool may be called.
+    """The tools of a request; None if none may be called.
 
     Args:
         given: `tools`.
@@ -100,30 +99,30 @@ def read(given: Any, choice: Any, parallel: Any) -> Tools | None:
         parallel: `parallel_tool_calls`.
 
     Raises:
-        Wrong: it is not as OpenAI describes it, or can not be done.
+        OpenAIError: they are not in OpenAI's form, or cannot be used.
     """
     if not given or choice == "none":
         if choice not in (None, "none", "auto"):
-            raise Wrong("tool_choice asks for a tool, and tools is empty. Describe one.", "tool_choice")
+            raise OpenAIError("tool_choice requires a tool, but tools is empty. Add one.", "tool_choice")
         return None
     if not isinstance(given, list):
-        raise Wrong("tools must be a list of functions.", "tools")
+        raise OpenAIError("tools must be a list of functions.", "tools")
     functions: dict[str, dict[str, Any]] = {}
     for at, one in enumerate(given, 1):
         function = one.get("function") if isinstance(one, dict) and one.get("type") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise Wrong(f'Tool {at} must be {{"type": "function", "function": {{"name": ..., ...}}}}.', "tools")
+            raise OpenAIError(f'Tool {at} must be {{"type": "function", "function": {{"name": ..., ...}}}}.', "tools")
         functions[function["name"]] = function
     single = parallel is False
     if choice in (None, "auto"):
         return Tools(tuple(given), single=single)
     if choice == "required":
         if len(functions) > 1:
-            detail = "tool_choice can require a call where there is one tool. Name the one to call, or use auto."
-            raise Wrong(detail, "tool_choice")
+            detail = "tool_choice required needs exactly one tool. Name the one to call, or use auto."
+            raise OpenAIError(detail, "tool_choice")
         return Tools(tuple(given), next(iter(functions.values())))
     named = choice.get("function") if isinstance(choice, dict) else None
     name = named.get("name") if isinstance(named, dict) else None
     if not isinstance(name, str) or name not in functions:
-        raise Wrong("tool_choice must be none, auto, required, or name a function in tools.", "tool_choice")
+        raise OpenAIError("tool_choice must be none, auto, required, or name a function in tools.", "tool_choice")
     return Tools(tuple(given), functions[name])

@@ -1,9 +1,8 @@
-"""From a request to OpenAI's API to a prediction's inputs.
+"""Map the parameters of a request to OpenAI's API to a prediction's inputs.
 
-A parameter is passed on where the model has such an input. Where it has none, a parameter that would change the answer
-is refused, and one that would not is ignored. What OpenAI's API does not know and the model does (`top_k`, `regex`,
-`fields`, ...) is passed on by its name. What is not given stays as the model has it, which may differ from OpenAI's
-defaults. Checking values is left to the model's schema, and everything after it to `predictions`.
+A parameter is passed on if the model has such an input. Otherwise it is rejected if it would change the answer, and
+ignored if not. Inputs that only the model has (`top_k`, `regex`, `fields`, ...) are passed on by name. Parameters left
+out keep the model's defaults, which may differ from OpenAI's. The model's schema validates the values.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cogpress.playground.openai import tools as openai_tools
-from cogpress.playground.openai.errors import Wrong
+from cogpress.playground.openai.errors import OpenAIError
 from cogpress.playground.openai.tools import Tools
 
 _HARMLESS = frozenset(
@@ -22,7 +21,7 @@ _HARMLESS = frozenset(
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "prediction"),
     }
 )
-"""What does not change the answer, or is read elsewhere."""
+"""Parameters that do not change the answer, or are read elsewhere."""
 
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -42,15 +41,15 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none",),
 }
-"""Values that ask for nothing, which a model without such an input gives."""
+"""Values that have no effect, and are accepted from a model without such an input."""
 
 _INSTEAD = {
-    "n": "This server gives one answer a request. Send the request as often as you want answers.",
-    "best_of": "This server gives one answer a request. Leave best_of out.",
-    "echo": "The prompt is not repeated in the answer. Leave echo out.",
-    "suffix": "The model continues text and does not fill in. Leave suffix out.",
-    "functions": "functions is the old form. Use tools.",
-    "function_call": "function_call is the old form. Use tool_choice.",
+    "n": "This server returns one answer per request. Send the request once per answer.",
+    "best_of": "This server returns one answer per request. Leave out best_of.",
+    "echo": "This server does not repeat the prompt. Leave out echo.",
+    "suffix": "This model cannot fill in text before a suffix. Leave out suffix.",
+    "functions": "functions is deprecated. Use tools.",
+    "function_call": "function_call is deprecated. Use tool_choice.",
 }
 
 _READ = frozenset(
@@ -59,21 +58,21 @@ _READ = frozenset(
         *("response_format", "tools", "tool_choice", "parallel_tool_calls"),
     }
 )
-"""What is more than an input of the same name."""
+"""Parameters that are not simply inputs of the same name."""
 
 
 @dataclass
-class Asked:
-    """What a request asks for.
+class CompletionRequest:
+    """A request, parsed.
 
     Attributes:
         inputs: of the prediction.
-        named: by which parameter each of them was given, where its name is another.
+        named: the parameter that set each input, if their names differ.
         tools: functions that may be called.
-        logprobs: how many alternatives of each token are to be told; None for no log-probabilities.
-        max_tokens: the most tokens, where given.
-        stream: whether to answer as the text comes.
-        usage: whether a stream ends with the number of tokens.
+        logprobs: how many alternatives to return for each token; None for no log-probabilities.
+        max_tokens: most tokens in the answer, if given.
+        stream: whether to stream the answer.
+        usage: whether a stream ends with token counts.
     """
 
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -85,89 +84,87 @@ class Asked:
     usage: bool = False
 
 
-def read(body: dict[str, Any], schema: dict[str, Any], adapter: str = "", *, chat: bool) -> Asked:
-    """What a request asks for.
+def parse(body: dict[str, Any], schema: dict[str, Any], adapter: str = "", *, chat: bool) -> CompletionRequest:
+    """Parse a request.
 
     Args:
-        body: the request.
-        schema: the model's OpenAPI document.
-        adapter: that the model's name asks for.
-        chat: whether it is a conversation; a text to go on from otherwise.
+        body: the request's JSON.
+        schema: the model's OpenAPI schema.
+        adapter: from the model's name.
+        chat: whether it is a chat completion rather than a completion.
 
     Raises:
-        Wrong: it can not be done with this model, or is not as OpenAI describes it.
+        OpenAIError: it is not in OpenAI's form, or this model cannot do it.
     """
     body = {name: value for name, value in body.items() if value is not None}
-    reader = _Reader(body, known(schema))
+    parser = _Parser(body, inputs_of(schema))
     if adapter:
-        if "adapter" not in reader.known:
-            raise Wrong("This model has no adapters. Leave @ and what follows out of its name.", "model", status=404)
-        reader.put("adapter", adapter, "model")
+        if "adapter" not in parser.known:
+            raise OpenAIError("This model has no adapters. Leave out the @ and what follows it.", "model", status=404)
+        parser.put("adapter", adapter, "model")
     if chat:
-        reader.conversation()
+        parser.conversation()
     else:
-        reader.text()
-    reader.length()
-    reader.stops()
-    reader.logprobs(chat=chat)
-    reader.form()
+        parser.text()
+    parser.length()
+    parser.stops()
+    parser.logprobs(chat=chat)
+    parser.form()
     if chat:
-        reader.tools()
-    reader.others(chat=chat)
-    return reader.asked
+        parser.tools()
+    parser.others(chat=chat)
+    return parser.request
 
 
-def known(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A model's inputs, by name."""
+def inputs_of(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The schemas of a model's inputs, by name."""
     found: dict[str, dict[str, Any]] = (
         schema.get("components", {}).get("schemas", {}).get("Input", {}).get("properties", {})
     )
     return found
 
 
-class _Reader:
-    """One request; each method reads what belongs together."""
+class _Parser:
+    """Parses one request; each method reads the parameters that belong together."""
 
     def __init__(self, body: dict[str, Any], known: dict[str, Any]) -> None:
         self.body, self.known = body, known
-        self.asked = Asked(stream=self._boolean("stream"))
+        self.request = CompletionRequest(stream=self._boolean("stream"))
         options = body.get("stream_options")
-        if options is not None and (not isinstance(options, dict) or not self.asked.stream):
-            raise Wrong("stream_options is an object that goes with stream.", "stream_options")
-        self.asked.usage = bool((options or {}).get("include_usage"))
+        if options is not None and (not isinstance(options, dict) or not self.request.stream):
+            raise OpenAIError("stream_options must be an object, and needs stream.", "stream_options")
+        self.request.usage = bool((options or {}).get("include_usage"))
 
     def _boolean(self, name: str) -> bool:
         value = self.body.get(name, False)
         if not isinstance(value, bool):
-            raise Wrong(f"{name} must be true or false.", name)
+            raise OpenAIError(f"{name} must be true or false.", name)
         return value
 
     def put(self, name: str, value: Any, param: str | None = None) -> None:
-        """Give an input a value, as JSON where the model takes a text."""
+        """Set an input, as JSON if the model expects a string."""
         param = param or name
         if name not in self.known:
-            detail = (
-                f"This model has no input {name[:80]}, so {param[:80]} can not be followed. Leave {param[:80]} out."
-            )
-            raise Wrong(detail, param[:80], code="unsupported_parameter")
+            detail = f"This model has no input {name[:80]}, so {param[:80]} has no effect. Leave out {param[:80]}."
+            raise OpenAIError(detail, param[:80], code="unsupported_parameter")
         if not isinstance(value, str) and _takes_text(self.known[name]):
             value = json.dumps(value, ensure_ascii=False)
-        self.asked.inputs[name] = value
+        self.request.inputs[name] = value
         if param != name:
-            self.asked.named[name] = param
+            self.request.named[name] = param
 
     def conversation(self) -> None:
         """`messages`."""
         given = self.body.get("messages")
         if not isinstance(given, list) or not given:
-            raise Wrong("messages must be a list of at least one message.", "messages")
-        messages = _joined([_message(at, one) for at, one in enumerate(given)])
+            raise OpenAIError("messages must be a list of at least one message.", "messages")
+        messages = _merge_system([_message(at, one) for at, one in enumerate(given)])
         if "messages" in self.known:
             self.put("messages", messages)
             return
         if [one["role"] for one in messages] not in (["user"], ["system", "user"]):
-            detail = "This model answers one question: messages may hold a system message and one of the user's."
-            raise Wrong(detail, "messages")
+            detail = "This model takes single questions: messages may be one user message, or a system message and one."
+            raise OpenAIError(detail, "messages")
         self.put("prompt", messages[-1]["content"], "messages")
         if len(messages) > 1:
             self.put("system_prompt", messages[0]["content"], "messages")
@@ -178,7 +175,7 @@ class _Reader:
         if isinstance(prompt, list) and len(prompt) == 1:
             prompt = prompt[0]
         if not isinstance(prompt, str):
-            raise Wrong("prompt must be one text; lists of texts or of token ids are not taken.", "prompt")
+            raise OpenAIError("prompt must be a string; lists of strings or token ids are not supported.", "prompt")
         if "prompt" in self.known or "messages" not in self.known:
             self.put("prompt", prompt)
         else:
@@ -191,7 +188,7 @@ class _Reader:
         if value is not None:
             name = "max_tokens" if "max_tokens" in self.known else "max_new_tokens"
             self.put(name if name in self.known else "max_tokens", value, param)
-            self.asked.max_tokens = value if isinstance(value, int) else None
+            self.request.max_tokens = value if isinstance(value, int) else None
 
     def stops(self) -> None:
         """`stop`."""
@@ -200,8 +197,8 @@ class _Reader:
             return
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(one, str) and one for one in texts):
-            raise Wrong("stop must be a text or a list of texts.", "stop")
-        # A text that begins like a list would be read as one.
+            raise OpenAIError("stop must be a string or a list of strings.", "stop")
+        # The model reads a string that begins like a list as one.
         plain = len(texts) == 1 and not texts[0].lstrip().startswith("[")
         self.put("stop", texts[0] if plain and _takes_text(self.known.get("stop", {})) else texts)
 
@@ -212,16 +209,16 @@ class _Reader:
             top = self.body.get("top_logprobs")
             if not self._boolean("logprobs"):
                 if top:
-                    raise Wrong("top_logprobs goes with logprobs.", "top_logprobs")
+                    raise OpenAIError("top_logprobs needs logprobs.", "top_logprobs")
                 return
             value = 0 if top is None else top
         if value is None or value is False:
             return
         if isinstance(value, bool) or not isinstance(value, int):
             name = "top_logprobs" if chat else "logprobs"
-            raise Wrong(f"{name} must be a whole number.", name)
+            raise OpenAIError(f"{name} must be an integer.", name)
         self.put("logprobs", value, "top_logprobs" if chat and value else None)
-        self.asked.logprobs = value
+        self.request.logprobs = value
 
     def form(self) -> None:
         """`response_format`."""
@@ -235,10 +232,10 @@ class _Reader:
             described = given.get("json_schema")
             schema = described.get("schema") if isinstance(described, dict) else None
             if not isinstance(schema, dict):
-                raise Wrong("response_format.json_schema.schema must be a JSON schema.", "response_format")
+                raise OpenAIError("response_format.json_schema.schema must be a JSON schema.", "response_format")
             self.put("json_schema", schema, "response_format")
         else:
-            raise Wrong("response_format.type must be text, json_object or json_schema.", "response_format")
+            raise OpenAIError("response_format.type must be text, json_object or json_schema.", "response_format")
 
     def tools(self) -> None:
         """`tools`, `tool_choice` and `parallel_tool_calls`."""
@@ -246,41 +243,42 @@ class _Reader:
         tools = openai_tools.read(get("tools"), get("tool_choice"), get("parallel_tool_calls"))
         if tools is None:
             return
-        self.asked.tools = tools
+        self.request.tools = tools
         if tools.forced is None:
             self.put("tools", list(tools.given))
             return
-        # What must be called is known, so its arguments are all that is left to say. The tools are not shown to the
-        # model: its template, if it knows tools at all, would have it write something around the arguments.
-        if "json_schema" in self.asked.inputs:
-            raise Wrong("A forced tool call and response_format exclude each other. Leave one out.", "response_format")
+        # Only the arguments are left to generate. The model does not see the tools: its template, if it supports tools
+        # at all, would have it write something around the arguments.
+        if "json_schema" in self.request.inputs:
+            raise OpenAIError("A forced tool call excludes response_format. Leave out one of them.", "response_format")
         self.put("json_schema", tools.forced.get("parameters") or {"type": "object"}, "tool_choice")
 
     def others(self, *, chat: bool) -> None:
         """Everything else."""
         for name, value in self.body.items():
-            asks_nothing = any(value == one and type(value) in _LIKE[type(one)] for one in _NOTHING.get(name, ()))
-            if name in _HARMLESS or (asks_nothing and name not in self.known):
+            no_effect = any(value == one and type(value) in _LIKE[type(one)] for one in _NOTHING.get(name, ()))
+            if name in _HARMLESS or (no_effect and name not in self.known):
                 continue
             if name in _INSTEAD:
-                if not asks_nothing:
-                    raise Wrong(_INSTEAD[name], name)
+                if not no_effect:
+                    raise OpenAIError(_INSTEAD[name], name)
             elif name not in _READ:
                 self._other(name, value)
             elif name == ("prompt" if chat else "messages"):
                 other = "messages" if chat else "prompt"
-                raise Wrong(f"{name} belongs to the other route; {other} is what is answered here.", name)
+                raise OpenAIError(f"{name} belongs to the other route; use {other} here.", name)
             elif not chat and name in ("tools", "tool_choice", "parallel_tool_calls", "top_logprobs") and value:
-                raise Wrong(f"{name} goes with /v1/chat/completions.", name)
+                raise OpenAIError(f"{name} needs /v1/chat/completions.", name)
 
     def _other(self, name: str, value: Any) -> None:
-        if name in self.asked.inputs:
-            raise Wrong(f"{name} is given twice, also by {self.asked.named.get(name, name)}. Leave one out.", name)
+        if name in self.request.inputs:
+            other = self.request.named.get(name, name)
+            raise OpenAIError(f"{name} is also set by {other}. Leave out one of them.", name)
         self.put(name, value)
 
 
 _LIKE: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int, float), str: (str,), list: (list,), dict: (dict,)}
-"""1 and True are equal in Python, and not the same to ask for."""
+"""Types that may equal each; in Python 1 == True."""
 
 
 def _takes_text(schema: dict[str, Any]) -> bool:
@@ -290,18 +288,18 @@ def _takes_text(schema: dict[str, Any]) -> bool:
 def _message(at: int, given: Any) -> dict[str, Any]:
     place = f"messages[{at}]"
     if not isinstance(given, dict) or not isinstance(given.get("role"), str):
-        raise Wrong(f"{place} must be an object with a role and content.", place)
+        raise OpenAIError(f"{place} must be an object with a role and content.", place)
     role = "system" if given["role"] == "developer" else given["role"]
     if role not in ("system", "user", "assistant", "tool"):
-        raise Wrong(f"{place} has the role {role[:40]!r}; use system, developer, user, assistant or tool.", place)
+        raise OpenAIError(f"{place} has the role {role[:40]!r}. Use system, developer, user, assistant or tool.", place)
     if given.get("function_call"):
-        raise Wrong(f"{place} has function_call, which is the old form. Use tool_calls.", place)
+        raise OpenAIError(f"{place} has function_call, which is deprecated. Use tool_calls.", place)
     content = given.get("content")
     if content is None and role == "assistant" and given.get("refusal"):
         content = given["refusal"]
     calls = given.get("tool_calls") if role == "assistant" else None
     if content is None and not calls:
-        raise Wrong(f"{place} has no content.", f"{place}.content")
+        raise OpenAIError(f"{place} has no content.", f"{place}.content")
     kept: dict[str, Any] = {"role": role, "content": _content(content, place)}
     if calls:
         kept["tool_calls"] = calls
@@ -312,23 +310,23 @@ def _message(at: int, given: Any) -> dict[str, Any]:
 
 
 def _content(given: Any, place: str) -> str:
-    """A message's text; parts are put below each other."""
+    """A message's text; parts become lines."""
     if given is None or isinstance(given, str):
         return given or ""
     if not isinstance(given, list):
-        raise Wrong(f"{place}.content must be a text or a list of parts.", f"{place}.content")
+        raise OpenAIError(f"{place}.content must be a string or a list of parts.", f"{place}.content")
     texts = []
     for part in given:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get(kind) if kind in ("text", "refusal") else None
         if not isinstance(text, str):
-            raise Wrong(f"{place}.content has a part of type {kind!r}; this model takes text.", f"{place}.content")
+            raise OpenAIError(f"{place}.content has a part of type {kind!r}; use text.", f"{place}.content")
         texts.append(text)
     return "\n".join(texts)
 
 
-def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with the system's at the beginning as one, which is all that chat templates take."""
+def _merge_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge leading system messages: most chat templates take only one."""
     count = next((at for at, one in enumerate(messages) if one["role"] != "system"), len(messages))
     if count < 2:
         return messages

@@ -1,49 +1,47 @@
-"""A prediction as OpenAI's API gives it: whole, or as the chunks of a stream.
-
-Knows shapes; leaves when something is sent to `openai`.
-"""
+"""Render a prediction as OpenAI's API returns it: whole, or as the chunks of a stream."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+from cogpress.playground.export import output_text
 from cogpress.playground.openai import errors
-from cogpress.playground.openai.inputs import Asked
-from cogpress.playground.predictions import Prediction
+from cogpress.playground.openai.parameters import CompletionRequest
+from cogpress.playground.records import Prediction
 
 _DONE = b"data: [DONE]\n\n"
 
 _PARTIAL = "�"
-"""What a token's text holds where it is a part of a character."""
+"""Stands in a token's text for an incomplete character."""
 
 
-class Form:
-    """One prediction's answer to one request."""
+class Completion:
+    """The response to one request, from one prediction."""
 
-    def __init__(self, prediction: Prediction, asked: Asked, named: str, *, chat: bool) -> None:
-        """Describe it.
+    def __init__(self, prediction: Prediction, request: CompletionRequest, model: str, *, chat: bool) -> None:
+        """The prediction may still run; only `whole` and `last` need its end.
 
         Args:
-            prediction: that answers.
-            asked: what was asked for.
-            named: the model's name as it was given.
+            prediction: the answer.
+            request: what it answers.
+            model: its name as the client gave it.
             chat: whether it is a chat completion.
         """
-        self._prediction, self._asked, self._chat, self._tools = prediction, asked, chat, asked.tools
-        self._forced = asked.tools.forced if asked.tools is not None else None
+        self._prediction, self._request, self._chat, self._tools = prediction, request, chat, request.tools
+        self._forced = request.tools.forced if request.tools is not None else None
         self._seen, self._sent = "", 0
         self._common = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{prediction.id}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(prediction.created_at),
-            "model": named,
+            "model": model,
             "system_fingerprint": f"fp_{prediction.version.id[:12]}",
         }
 
     def whole(self) -> dict[str, Any]:
-        """All of it, of a prediction that succeeded."""
-        text = _text(self._prediction)
+        """The response that does not stream, from a prediction that succeeded."""
+        text = output_text(self._prediction.output)
         calls: list[dict[str, Any]] = []
         choice: dict[str, Any] = {"index": 0}
         if self._chat:
@@ -59,16 +57,16 @@ class Form:
         return {**self._common, "choices": [choice], "usage": self._usage()}
 
     def _reason(self, called: bool) -> str:
-        """Why the text ended, by the model's word or by its length."""
-        metrics, most = self._prediction.metrics, self._asked.max_tokens
+        """The finish reason: the model's own, or else derived from the length."""
+        metrics, most = self._prediction.metrics, self._request.max_tokens
         told, count = metrics.get("finish_reason"), metrics.get("output_token_count")
         if told not in ("stop", "length"):
             told = "length" if most is not None and isinstance(count, int) and count >= most else "stop"
-        # Of calls that were cut off, the length must be told.
+        # The client must learn of calls that were cut off.
         return "tool_calls" if called and told == "stop" else told
 
     def _usage(self) -> dict[str, Any] | None:
-        """Tokens, where the model counts them."""
+        """Token counts, if the model reports them."""
         metrics = self._prediction.metrics
         counts = [metrics.get(name) for name in ("input_token_count", "output_token_count")]
         if not all(isinstance(one, int | float) for one in counts):
@@ -77,15 +75,15 @@ class Form:
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     def _logprobs(self) -> dict[str, Any] | None:
-        most, told = self._asked.logprobs, self._prediction.metrics.get("logprobs")
+        most, told = self._request.logprobs, self._prediction.metrics.get("logprobs")
         if most is None or not isinstance(told, list):
             return None
         return chat_logprobs(told, most) if self._chat else text_logprobs(told, most)
 
-    # In chunks.
+    # For streams.
 
     def first(self) -> bytes:
-        """What comes before the text."""
+        """The chunks before the text."""
         if not self._chat:
             return b""
         delta: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
@@ -95,7 +93,7 @@ class Form:
         return self._event([self._choice(delta)])
 
     def around(self) -> tuple[bytes, bytes]:
-        """What stands before and after the text, which is JSON, in each chunk."""
+        """The bytes before and after the text in each chunk; the text is JSON."""
         mark = "\0"
         delta: Any = mark
         if self._forced is not None:
@@ -105,18 +103,18 @@ class Form:
         before, _, after = self._event([self._choice(delta)]).partition(encoded(mark))
         return before, after
 
-    def free(self, texts: list[str]) -> str:
-        """What may be sent of new text; where it may be the beginning of a tool's call, it is for the end."""
+    def safe_text(self, texts: list[str]) -> str:
+        """The new text that can be sent; what may begin a tool call waits for the end."""
         text = "".join(texts)
         if self._tools is None or self._forced is not None:
             return text
         self._seen += text
-        begin, self._sent = self._sent, max(self._sent, self._tools.free(self._seen))
+        begin, self._sent = self._sent, max(self._sent, self._tools.safe_length(self._seen))
         return self._seen[begin : self._sent]
 
     def last(self) -> bytes:
-        """What comes after the text, of a prediction that has ended."""
-        wrong = errors.of(self._prediction)
+        """The chunks after the text, once the prediction has ended."""
+        wrong = errors.from_prediction(self._prediction)
         if wrong is not None:
             return b"data: " + json.dumps(wrong.body).encode() + b"\n\n" + _DONE
         events, called = [], self._forced is not None
@@ -130,7 +128,7 @@ class Form:
                 events.append(self._event([self._choice({"content": rest})]))
         end: Any = {} if self._chat else ""
         events.append(self._event([self._choice(end, self._reason(called), self._logprobs())]))
-        if self._asked.usage:
+        if self._request.usage:
             events.append(self._event([], self._usage()))
         return b"".join(events) + _DONE
 
@@ -142,28 +140,21 @@ class Form:
         chunk: dict[str, Any] = {**self._common, "choices": choices}
         if self._chat:
             chunk["object"] = "chat.completion.chunk"
-        if self._asked.usage:
+        if self._request.usage:
             chunk["usage"] = usage
         return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _text(prediction: Prediction) -> str:
-    output = prediction.output
-    if isinstance(output, list):
-        return "".join(one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in output)
-    return output if isinstance(output, str) else "" if output is None else json.dumps(output, ensure_ascii=False)
-
-
 def encoded(text: str) -> bytes:
-    """A text as JSON in ASCII, so that no client sees the end of a line in it."""
+    """A text as ASCII JSON, in which no client sees a line end."""
     encoded = json.dumps(text)
-    if "\\ud" in encoded:  # half a character is no text, and some parsers refuse it
+    if "\\ud" in encoded:  # a lone surrogate, which some parsers reject
         encoded = json.dumps(text.encode(errors="replace").decode())
     return encoded.encode()
 
 
 def chat_logprobs(told: list[dict[str, Any]], most: int) -> dict[str, Any]:
-    """Log-probabilities as chat completions have them, of what a prediction's metrics have."""
+    """A prediction's log-probabilities in the form of chat completions."""
 
     def described(one: dict[str, Any]) -> dict[str, Any]:
         token = str(one["token"])
@@ -177,7 +168,7 @@ def chat_logprobs(told: list[dict[str, Any]], most: int) -> dict[str, Any]:
 
 
 def text_logprobs(told: list[dict[str, Any]], most: int) -> dict[str, Any]:
-    """Log-probabilities as completions have them."""
+    """A prediction's log-probabilities in the form of completions."""
     tokens = [str(one["token"]) for one in told]
     offsets, place = [], 0
     for token in tokens:

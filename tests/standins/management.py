@@ -1,0 +1,150 @@
+"""What Replicate manages over HTTP and the playground does not: models, deployments and hardware."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from cogpress.playground import web
+from cogpress.playground.api import resources
+from cogpress.playground.catalog import NAME, OWNER
+from cogpress.playground.web import Parts, Problem, invalid_field, json_response, read_json, string, timestamp
+
+HARDWARE = ({"name": "CPU", "sku": "cpu"}, {"name": "T4", "sku": "gpu-t4"}, {"name": "L40S", "sku": "gpu-l40s"})
+FACTS = ("description", "github_url", "paper_url", "license_url", "cover_image_url", "visibility", "hardware")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A name for one version, until it is changed."""
+
+    name: str
+    model: str
+    version: str
+    created: float
+    hardware: str
+    min_instances: int
+    max_instances: int
+    release: int = 1
+
+    def json(self) -> dict[str, Any]:
+        names = ("hardware", "min_instances", "max_instances")
+        release = {
+            "number": self.release,
+            "model": self.model,
+            "version": self.version,
+            "created_at": timestamp(self.created),
+            "created_by": resources.ACCOUNT,
+            "configuration": {name: getattr(self, name) for name in names},
+        }
+        return {"owner": OWNER, "name": self.name, "current_release": release}
+
+
+class Management:
+    """Routes for an application, which come before its own."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, dict[str, Any]] = {}
+        """What was said of a model when it was created."""
+        self.deployments: dict[str, Deployment] = {}
+
+    def routes(self, parts: Parts) -> list[Route]:
+        return web.bind(
+            parts,
+            {
+                ("POST", "/v1/models"): self.create_model,
+                ("GET", "/v1/models/{owner}/{name}"): self.model,
+                ("DELETE", "/v1/models/{owner}/{name}/versions/{id}"): self.delete_version,
+                ("POST", "/v1/deployments"): self.create_deployment,
+                ("GET", "/v1/deployments/local/{name}"): self.deployment,
+                ("PATCH", "/v1/deployments/local/{name}"): self.change_deployment,
+                ("DELETE", "/v1/deployments/local/{name}"): self.delete_deployment,
+                ("GET", "/v1/hardware"): self.hardware,
+            },
+        )
+
+    async def hardware(self, _parts: Parts, _request: Request) -> Response:
+        return json_response(list(HARDWARE))
+
+    async def create_model(self, parts: Parts, request: Request) -> Response:
+        body = await read_json(request)
+        name = f"{string(body, 'owner', required=True)}/{string(body, 'name', required=True)}"
+        if name in parts.catalog.models:
+            raise Problem(409, "Conflict", f"A model named {name} exists already.")
+        if body.get("visibility") not in ("public", "private"):
+            raise invalid_field("visibility", "visibility must be public or private")
+        _check_hardware(body.get("hardware"))
+        model = parts.catalog.add_model(name)
+        self.facts[name] = {key: body.get(key) for key in FACTS}
+        return json_response(resources.model_json(web.base_url(request), model) | self.facts[name], 201)
+
+    async def model(self, parts: Parts, request: Request) -> Response:
+        found = resources.model_of(parts, request)
+        known = resources.model_json(web.base_url(request), found)
+        return json_response(known | self.facts.get(found.full_name, {}))
+
+    async def delete_version(self, parts: Parts, request: Request) -> Response:
+        found = resources.version_of(parts, request)
+        used = [one.name for one in self.deployments.values() if (one.model, one.version) == (found.model, found.id)]
+        if used:
+            raise Problem(400, "Bad request", f"The deployment {OWNER}/{used[0]} uses this version.")
+        return await resources.delete_version(parts, request)
+
+    def _deployment(self, request: Request) -> Deployment:
+        name = request.path_params["name"]
+        if name not in self.deployments:
+            raise Problem(404, "Not found", f"There is no deployment {OWNER}/{name}.")
+        return self.deployments[name]
+
+    async def create_deployment(self, parts: Parts, request: Request) -> Response:
+        body = await read_json(request)
+        name = str(string(body, "name", required=True))
+        if not NAME.fullmatch(name):
+            raise invalid_field("name", "name must be letters, digits, dots, dashes and underscores")
+        if name in self.deployments:
+            raise Problem(409, "Conflict", f"A deployment named {OWNER}/{name} exists already.")
+        model, version = (str(string(body, key, required=True)) for key in ("model", "version"))
+        chosen = parts.catalog.version(model, version)
+        made = Deployment(name, chosen.model, chosen.id, time.time(), **_configuration(body, {}))
+        self.deployments[name] = made
+        return json_response(made.json(), 201)
+
+    async def deployment(self, _parts: Parts, request: Request) -> Response:
+        return json_response(self._deployment(request).json())
+
+    async def change_deployment(self, parts: Parts, request: Request) -> Response:
+        found = self._deployment(request)
+        body = await read_json(request)
+        version = parts.catalog.version(found.model, string(body, "version") or found.version)
+        options = _configuration(body, vars(found))
+        changed = replace(found, version=version.id, release=found.release + 1, created=time.time(), **options)
+        self.deployments[found.name] = changed
+        return json_response(changed.json())
+
+    async def delete_deployment(self, _parts: Parts, request: Request) -> Response:
+        del self.deployments[self._deployment(request).name]
+        return Response(status_code=204)
+
+
+def _check_hardware(given: Any) -> str:
+    known = [one["sku"] for one in HARDWARE]
+    if given not in known:
+        raise invalid_field("hardware", f"hardware must be one of {', '.join(known)}, as GET /v1/hardware lists them")
+    return str(given)
+
+
+def _configuration(body: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"hardware": _check_hardware(body.get("hardware", before.get("hardware")))}
+    for name, least in (("min_instances", 0), ("max_instances", 1)):
+        value = body.get(name, before.get(name, least))
+        if not isinstance(value, int) or not least <= value <= 10:
+            raise invalid_field(name, f"{name} must be a whole number from {least} to 10")
+        found[name] = value
+    if found["min_instances"] > found["max_instances"]:
+        raise invalid_field("min_instances", "min_instances must not be more than max_instances")
+    return found
