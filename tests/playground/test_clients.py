@@ -1,4 +1,4 @@
-"""Replicate's official clients, unmodified, against the local Replicate over the real Cog runtime."""
+"""Replicate's official clients, unmodified, against the playground over the real Cog runtime."""
 
 from __future__ import annotations
 

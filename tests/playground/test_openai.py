@@ -1,4 +1,4 @@
-"""OpenAI's official client and Instructor, unmodified, against the local Replicate over the real Cog runtime."""
+"""OpenAI's official client and Instructor, unmodified, against the playground over the real Cog runtime."""
 
 from __future__ import annotations
 

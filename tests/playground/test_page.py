@@ -1,4 +1,4 @@
-"""The playground's page in a real Chromium, against the local Replicate over the real Cog runtime."""
+"""The playground's page in a real Chromium, against the playground over the real Cog runtime."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def eventually(true: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def shown(page: Page) -> str:
-    """The output as a reader sees it, less the names of characters that can not be seen."""
+    """The output as a reader sees it, less the names of invisible characters."""
     return str(output(page).text_content())
 
 
@@ -391,7 +391,7 @@ def test_json_answers_are_laid_out_and_can_be_seen_as_they_came(visit: Opener) -
     assert shown(page).splitlines()[1] == '  "calculations": [{"op": "P95", "column": "kafka.lag"}],'
     assert "9223372036854775807" in shown(page)  # as it was written, which JSON.parse would not keep
     assert "1.0" in shown(page)
-    page.get_by_role("button", name="As it came").click()
+    page.get_by_role("button", name="Show raw").click()
     assert shown(page) == answer
 
 
@@ -461,7 +461,7 @@ def test_a_permalink_of_what_is_gone_says_so(visit: Opener, browser: Browser, ba
     page = context.new_page()
     for name in ("0123456789abcdefghjkmnpqrs", "0123%E0%A4"):  # the other was cut off
         page.goto(f"{base}/p/{name}")
-        expect(page.locator(".answers")).to_contain_text("This prediction is not here: it was deleted")
+        expect(page.locator(".answers")).to_contain_text("There is no such prediction. It was deleted")
     expect(field(page, "prompt")).to_be_visible()  # and another can be asked
     context.close()
 
@@ -476,13 +476,13 @@ def test_a_lost_connection_is_said_and_what_came_of_it(browser: Browser, cogs: l
     run(page, wait=False, prompt="some words of which not all will come", times="50", pause="0.2")
     eventually(lambda: len(shown(page)) > 20)
     first.throw(Killed)
-    expect(page.locator(".answer")).to_contain_text("The connection is lost; trying again")
+    expect(page.locator(".answer")).to_contain_text("Connection lost; reconnecting")
     assert len(shown(page)) > 20  # what had come stays
     second = playground(cogs, tmp_path, port=port)
     next(second)
     finished(page, "failed")
     expect(page.locator(".answer")).to_contain_text("The playground ended while this was waiting or running")
-    expect(page.locator(".answer")).not_to_contain_text("The connection is lost")
+    expect(page.locator(".answer")).not_to_contain_text("Connection lost")
     run(page, prompt="as before", times="1", pause="0")
     expect(output(page)).to_have_text("as before")
     context.close()
@@ -498,7 +498,7 @@ def test_tweak_and_rerun_then_compare(visit: Opener) -> None:
     run(page, prompt="the quick red fox")
     expect(output(page)).to_have_text("the quick red fox")
     assert page.url != before
-    page.get_by_role("link", name="Compare with the answer before").click()
+    page.get_by_role("link", name="Compare with the previous answer").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("The outputs differ; one input differs")
     assert page.locator(".compare-row .compare-name").all_inner_texts() == ["prompt"]
     assert page.locator(".outputs del").all_inner_texts() == ["brown"]
@@ -625,7 +625,7 @@ def test_a_thousand_predictions_are_paged_and_searched_quickly(visit: Opener, ba
     assert time.monotonic() - started < 3
     assert "q=needle123" in page.url  # a search can be sent to a colleague, too
     page.get_by_label("Status").select_option("failed")
-    expect(page.get_by_text("Nothing matches these filters.")).to_be_visible()
+    expect(page.get_by_text("No predictions match these filters.")).to_be_visible()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

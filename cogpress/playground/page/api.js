@@ -1,14 +1,14 @@
-// Requests to this server, and the token that it may ask for. The token lives as long as the tab and is sent as a
-// header only; it is in no URL and no code on screen.
+// Requests to the server, with its token if it needs one. The token is kept until the tab is closed and sent only as a
+// header; it never appears in a URL or in generated code.
 
 import { signal } from "./vendor/signals.js";
 
 const KEY = "cogpress.token";
 
-/** Set where a request was refused for lack of a (right) token. */
+/** Set when a request was refused because the token is missing or wrong. */
 export const tokenWanted = signal(null);
 
-/** An answer that is none, in words for people. */
+/** A failed request; the message is for people. */
 export class ApiError extends Error {
   constructor(message, status = 0, fields = []) {
     super(message);
@@ -19,10 +19,10 @@ export class ApiError extends Error {
 
 const token = () => sessionStorage.getItem(KEY);
 
-/** Ask for a token; where there is one, only if the server does not take it. */
+/** Ask for a token, but if there is one, only once the server refuses it. */
 export function needToken() {
   if (!token()) tokenWanted.value = "";
-  else send("/v1/account").catch(() => {}); // being refused, it asks
+  else send("/v1/account").catch(() => {}); // a refusal asks for it
 }
 
 export function giveToken(text) {
@@ -30,7 +30,7 @@ export function giveToken(text) {
   tokenWanted.value = null;
 }
 
-/** Send a request; returns the Response of a 2xx answer. */
+/** Send a request; returns a 2xx Response, or throws an ApiError. */
 export async function send(path, { method = "GET", body, signal: abort, headers = {} } = {}) {
   const all = { Accept: "application/json", ...headers };
   if (token()) all.Authorization = `Bearer ${token()}`;
@@ -53,7 +53,7 @@ async function problemOf(response) {
   try {
     said = await response.json();
   } catch {
-    // An answer of something else than this server; its status is all that is known.
+    // Not from this server, so only the status is known.
   }
   const fields = said.invalid_fields ?? [];
   const listed = fields.map((field) => `${field.field}: ${field.description}`).join("; ");
@@ -65,7 +65,7 @@ export const get = async (path, options) => (await send(path, options)).json();
 export const post = async (path, body) => (await send(path, { method: "POST", body })).json();
 export const put = async (path, body) => (await send(path, { method: "PUT", body })).json();
 
-/** The path of a URL that the server gave: it may know itself by another name than this page does. */
+/** The path of a URL from the server, which may know itself by another name than this page does. */
 export const local = (url) => {
   const { pathname, search } = new URL(url, location.origin);
   return pathname + search;
@@ -78,7 +78,7 @@ export const versionPath = ({ owner, name, version }) =>
 export const predictionPath = (id) => `/v1/predictions/${part(id)}`;
 export const ratingPath = (id) => `/playground/api/predictions/${part(id)}/rating`;
 
-/** Store a file with the server; returns its URL. */
+/** Upload a file; returns its URL. */
 export async function upload(file) {
   const body = new FormData();
   body.append("content", file, file.name);

@@ -1,12 +1,12 @@
-// The input on screen as programs that run as they are pasted. Every value goes through one of the literal functions
-// below; the token is always read from the environment and never part of the text.
+// Generate programs that send the current input and run as pasted. Every value goes through one of the literal
+// functions below; the token is read from the environment and never part of the text.
 
 import { escapeUnseen } from "./text.js";
 
-/** JSON with escapes for what could not be seen; also a literal in JavaScript. */
+/** JSON with invisible characters escaped; also a JavaScript literal. */
 const json = (value, indent = 2) => escapeUnseen(JSON.stringify(value, null, indent));
 
-/** A value that only the environment knows: an input that is a secret. */
+/** A secret input, which the program reads from an environment variable. */
 class Secret {
   constructor(field) {
     this.variable = field.replace(/[^A-Za-z0-9]+/g, "_").toUpperCase();
@@ -16,7 +16,7 @@ class Secret {
 const lines = (open, items, close, indent) =>
   items.length ? `${open}\n${items.map((item) => `${indent}    ${item},\n`).join("")}${indent}${close}` : open + close;
 
-/** A Python literal. JSON's strings are Python's too; its words and brackets need translating. */
+/** A Python literal. JSON strings are valid in Python; its words and brackets are translated. */
 export function python(value, indent = "") {
   if (value instanceof Secret) return `os.environ["${value.variable}"]`;
   if (value === null || value === undefined) return "None";
@@ -46,8 +46,8 @@ export function javascript(value, indent = "") {
 export const shell = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 
 /**
- * A JSON body as a here-document, in which nothing has to be quoted for the shell: its lines never equal the end
- * mark, because JSON writes a line break in a string as \n.
+ * A JSON body as a here-document, which needs no shell quoting: no line can equal the end marker, because JSON writes
+ * line breaks in strings as \n.
  */
 function heredoc(body) {
   const secrets = [];
@@ -57,7 +57,7 @@ function heredoc(body) {
     return `\u{f8ff}${value.variable}\u{f8ff}`;
   })));
   if (!secrets.length) return `<<'JSON'\n${text}\nJSON`;
-  // Only with a secret to fill in does the shell look into the text, so only then what it would act on is escaped.
+  // The shell expands the text only if there is a secret to insert, so only then it is escaped.
   const escaped = text.replace(/[\\$`]/g, "\\$&");
   const put = (all, { variable }) => all.replace(`\u{f8ff}${variable}\u{f8ff}`, `\${${variable}}`);
   return `<<JSON\n${secrets.reduce(put, escaped)}\nJSON`;
@@ -112,12 +112,12 @@ const replicate = new Replicate({ baseUrl: ${javascript(`${base}/v1`)} });
 ${use}`;
 }
 
-// What OpenAI's own parameters can say; the rest of the inputs goes beside them by its own name.
+// Inputs that OpenAI's API has under the same name.
 const SAME = ["max_tokens", "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty"];
 
 /**
- * A model's inputs as OpenAI's: the route, what that has parameters for, and what it has no word for. Values for a
- * prompt template are no conversation, so they go to the route that takes a prompt.
+ * Map a model's inputs to OpenAI's API: the route, OpenAI's own parameters, and the rest for extra_body. Fields of a
+ * prompt template are not a conversation, so they use the completions route.
  */
 export function asOpenai(input) {
   const own = {};
@@ -181,7 +181,7 @@ print()
 
 const hasSecret = (input) => Object.values(input).some((value) => value instanceof Secret);
 
-/** The languages, in the order of their tabs. */
+/** Languages in the order of their tabs. */
 export const LANGUAGES = [
   { id: "python", label: "Python", write: pythonClient },
   { id: "javascript", label: "JavaScript", write: javascriptClient },
@@ -191,7 +191,7 @@ export const LANGUAGES = [
 ];
 
 /**
- * The program of a language for an input.
+ * The program for an input.
  *
  * @param language an id of LANGUAGES
  * @param request base (this server's address), owner, name, version, input, streaming, secrets (names of inputs)

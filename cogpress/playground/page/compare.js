@@ -1,13 +1,13 @@
-// What differs between two predictions: which inputs, and which words of a text.
+// The differences between two predictions: inputs, and words in texts.
 
 import { diffWordsWithSpace } from "./vendor/diff/diff/word.js";
 
-// A comparison that takes longer than this is not worth freezing the page for.
+// A longer comparison would freeze the page.
 const LONGEST_MS = 1500;
 
 /**
- * Two texts in parts, for showing side by side: [{text, changed}] for each. `exact` is false where they were too long
- * and too different to compare word by word.
+ * Two texts as parts for showing side by side: [{text, changed}] for each. `exact` is false if they were too long and
+ * too different to compare word by word.
  */
 export function sides(left, right) {
   const whole = (text, changed) => [{ text, changed }];
@@ -23,7 +23,7 @@ export function sides(left, right) {
 
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
-/** The inputs of both by name: those that differ, and the names of those that do not. */
+/** The inputs of both by name, split into differing and equal ones. */
 export function inputs(left = {}, right = {}) {
   const names = [...new Set([...Object.keys(left ?? {}), ...Object.keys(right ?? {})])];
   const differing = names
@@ -33,6 +33,6 @@ export function inputs(left = {}, right = {}) {
   return { differing, equal };
 }
 
-/** An input's value as text to compare; undefined is one that was left to the model. */
+/** An input's value as text to compare; undefined means it was not set. */
 export const inputText = (value) =>
   value === undefined ? "" : typeof value === "string" ? value : JSON.stringify(value, null, 2);

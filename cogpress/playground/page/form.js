@@ -1,9 +1,9 @@
-// The model's OpenAPI schema as a form: which fields, in which order and group, what a filled-in form sends, and what
-// is wrong with it. Nothing here touches the page.
+// Derive a form from a model's OpenAPI schema: its fields, groups and validation, and the input that it sends. Does not
+// touch the DOM.
 
 import { problem } from "./json.js";
 
-// Up to this many settings are shown at once; more are folded away, with what was changed in their heading.
+// More settings than this start folded, with the changed ones named in the heading.
 const FEW = 4;
 const SAFE = Number.MAX_SAFE_INTEGER;
 
@@ -14,7 +14,7 @@ const resolve = (schema, document) => {
   return { ...target, ...schema, title: schema.title ?? target?.title };
 };
 
-/** "Max Tokens" as people write it; names in capitals stay. */
+/** A title in sentence case: "Max Tokens" becomes "Max tokens"; acronyms stay. */
 export const sentence = (title) =>
   title
     .replace(/ ([A-Z])(?=[a-z])/g, (_, letter) => ` ${letter.toLowerCase()}`)
@@ -31,7 +31,7 @@ function kindOf(schema) {
   return /\bJSON\b/.test(schema.description ?? "") ? "json" : "text";
 }
 
-/** What a JSON text must be, by the words of its description, and whether plain text is fine too. */
+/** What kind of JSON a field expects, from its description, and whether it takes plain text too. */
 function jsonOf(schema) {
   const words = schema.description ?? "";
   if (schema.type === "array") return { wanted: "list", lenient: false, parsed: true };
@@ -41,7 +41,7 @@ function jsonOf(schema) {
   return { wanted, lenient: /several as a JSON/i.test(words), parsed: false };
 }
 
-/** The first JSON in a description, such as after "such as", laid out for a field. */
+/** The first JSON in a description, as an example. */
 export function exampleIn(description) {
   const start = (description ?? "").search(/[[{]/);
   if (start < 0) return null;
@@ -52,7 +52,7 @@ export function exampleIn(description) {
   return null;
 }
 
-/** The inputs of a model, in its order. */
+/** A model's inputs as fields, in its order. */
 export function fieldsOf(document) {
   const input = document?.components?.schemas?.Input;
   const required = new Set(input?.required ?? []);
@@ -78,15 +78,15 @@ export function fieldsOf(document) {
       ...(kind === "json" ? jsonOf(schema) : {}),
       example: kind === "json" ? exampleIn(schema.description) : null,
     };
-    if (kind === "integer") field.maximum = Math.min(field.maximum ?? SAFE, SAFE); // more digits would be lost
+    if (kind === "integer") field.maximum = Math.min(field.maximum ?? SAFE, SAFE); // larger ones lose digits
     return field;
   });
   return fields.sort((a, b) => a.order - b.order);
 }
 
 /**
- * Fields in three groups: `main` is what the question is asked with; `settings` have a default that works;
- * `more` may stay empty. Optional ones named in `promoted` stand with the question.
+ * Fields in three groups: `main` for the question, `settings` with defaults, and `more` for optional ones. Optional
+ * fields named in `promoted` join `main`.
  */
 export function groups(fields, promoted = []) {
   const main = fields.filter(
@@ -98,7 +98,7 @@ export function groups(fields, promoted = []) {
   return { main, settings, more, settingsOpen: settings.length <= FEW };
 }
 
-/** What the control of a field shows for a value of an input. */
+/** What a field's control shows for an input value. */
 export function shown(field, value) {
   if (value === null || value === undefined) return field.kind === "boolean" && !field.nullable ? false : "";
   if (field.kind === "boolean") return field.nullable ? String(value) : Boolean(value);
@@ -108,32 +108,32 @@ export function shown(field, value) {
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 
-/** The state of all controls, from defaults and, where given, a prediction's input. */
+/** The state of all controls, from defaults and optionally a prediction's input. */
 export const filled = (fields, input = {}) =>
   Object.fromEntries(
     fields.map((field) => [field.name, shown(field, field.name in input ? input[field.name] : field.default)]),
   );
 
-/** An input without its secrets, whose place in a stored prediction is taken by a word for them. */
+/** An input without its secrets, which a stored prediction has only as a placeholder. */
 export function withoutSecrets(fields, input) {
   const secrets = fields.filter(({ kind }) => kind === "secret").map(({ name }) => name);
   return Object.fromEntries(Object.entries(input).filter(([name]) => !secrets.includes(name)));
 }
 
-/** Whether a control says something else than the model's default. */
+/** Whether a control differs from the model's default. */
 export const changed = (field, value) => value !== shown(field, field.default);
 
 function numberOf(field, text) {
   const value = Number(text);
   if (!Number.isFinite(value)) return { problem: "must be a number" };
-  if (field.kind === "integer" && !Number.isInteger(value)) return { problem: "must be a whole number" };
+  if (field.kind === "integer" && !Number.isInteger(value)) return { problem: "must be an integer" };
   const { minimum: low, maximum: high } = field;
   if (low !== null && value < low) return { problem: `must be at least ${low}` };
   if (high !== null && value > high) return { problem: `must be at most ${high}` };
   return { value };
 }
 
-/** One control as the value that is sent, or the problem with it; neither: it is left out. */
+/** A control's value to send, or the problem with it; neither if it is left out. */
 export function read(field, shownValue) {
   if (field.kind === "boolean") {
     return shownValue === "" ? {} : { value: shownValue === true || shownValue === "true" };
@@ -152,7 +152,7 @@ export function read(field, shownValue) {
     return value === undefined ? (field.required ? { problem: "choose one" } : {}) : { value };
   }
   if (text === "") {
-    if (field.required) return { problem: "is needed" };
+    if (field.required) return { problem: "is required" };
     return field.nullable || field.kind === "json" ? {} : { value: "" };
   }
   if (field.kind === "json") {
@@ -163,13 +163,13 @@ export function read(field, shownValue) {
   }
   const { minLength: low, maxLength: high } = field;
   if (low !== null && text.length < low) return { problem: `must have at least ${low} characters` };
-  if (high !== null && text.length > high) return { problem: `may have at most ${high} characters` };
+  if (high !== null && text.length > high) return { problem: `must have at most ${high} characters` };
   return { value: text };
 }
 
 /**
- * What the whole form sends. Defaults are left out, so that code on screen shows what matters; the first and the
- * required fields are always there.
+ * The input that the form sends, and its problems. Defaults are left out, so that generated code shows what matters;
+ * the first field and required ones are always included.
  */
 export function collect(fields, values) {
   const input = {};
@@ -183,5 +183,5 @@ export function collect(fields, values) {
   return { input, problems };
 }
 
-/** Whether the model's output arrives in pieces. */
+/** Whether the model's output is streamed. */
 export const streams = (document) => document?.components?.schemas?.Output?.["x-cog-array-type"] === "iterator";

@@ -1,10 +1,10 @@
-// The list of past predictions: its filters as a URL of this page and of the server, and its pages.
+// The list of past predictions: its filters in URLs of the page and of the server, and its pages.
 
 import { get, local } from "./api.js";
 
 export const FILTERS = ["q", "status", "model", "version", "rating"];
 
-/** The filters that a page address holds. */
+/** The filters in a URL's query. */
 export const filtersOf = (search) => {
   const given = new URLSearchParams(search);
   return Object.fromEntries(FILTERS.map((name) => [name, given.get(name) ?? ""]));
@@ -16,9 +16,9 @@ const query = (filters, more = {}) => {
   return set.toString();
 };
 
-/** This page's address with these filters. */
+/** The page's URL with these filters. */
 export const address = (filters, more = {}) => `/?${query(filters, { view: "history", ...more })}`;
 
-/** The first page, or with `next` (from a page before) a further one. */
+/** The first page of results, or a later one with `next` from the page before. */
 export const page = (filters, { next = null, signal } = {}) =>
   get(next ? local(next) : `/playground/api/history?${query(filters)}`, { signal });

@@ -1,5 +1,4 @@
-// The one way in which this page makes elements. Text always becomes text nodes: nothing here, and nothing that uses
-// it, sets innerHTML.
+// Templates for all elements of the page. Text always becomes text nodes; nothing sets innerHTML.
 
 import { h } from "./vendor/preact.js";
 import htm from "./vendor/htm.js";

@@ -1,9 +1,9 @@
-// JSON as text: where it is wrong, and how it reads best. Works on the text itself, because JSON.parse loses what it
-// can not hold (9223372036854775807, 1.0) and each browser words its errors differently.
+// Check and format JSON as text. JSON.parse would lose spellings (9223372036854775807, 1.0), and its errors differ
+// between browsers.
 
 const MAX_DEPTH = 200; // answers are untrusted: a million brackets must not exhaust the stack
 
-/** What is wrong, with its place: 1-based line and column. */
+/** A syntax error with its 1-based line and column. */
 export class JsonProblem extends Error {
   constructor(message, text, offset) {
     const before = text.slice(0, offset);
@@ -19,7 +19,7 @@ const NUMBER = /-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?/y;
 const WORD = /true|false|null/y;
 const SPACE = /[ \t\r\n]*/y;
 
-/** The text as a tree whose leaves keep their spelling. Throws JsonProblem. */
+/** Parse into a tree whose leaves keep their spelling. Throws JsonProblem. */
 export function parse(text) {
   let at = 0;
 
@@ -42,13 +42,13 @@ export function parse(text) {
   function string(what) {
     const raw = match(STRING);
     if (raw !== undefined) return raw;
-    if (text[at] !== '"') fail(text[at] === "'" ? "use double quotes, not single ones" : `expected ${what}; ${seen()}`);
-    // Inside a string: say what broke it, at the very character.
+    if (text[at] !== '"') fail(text[at] === "'" ? "use double quotes" : `expected ${what}; ${seen()}`);
+    // Find the character that makes the string invalid.
     for (let i = at + 1; i < text.length; i++) {
       if (text[i] === "\\") {
         if (!/^\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})/.test(text.slice(i, i + 6))) fail("not a valid escape", i);
         i++;
-      } else if (text[i] < " ") fail("a line break in a string is written \\n, a tab \\t", i);
+      } else if (text[i] < " ") fail("write a line break in a string as \\n, a tab as \\t", i);
     }
     return fail("this string has no closing quote");
   }
@@ -98,7 +98,7 @@ export function parse(text) {
   return tree;
 }
 
-/** The problem of a text that should be JSON, or null. `wanted` is "any", "list" or "object". */
+/** The problem with a text that must be JSON, or null. `wanted` is "any", "list" or "object". */
 export function problem(text, wanted = "any") {
   let tree;
   try {
@@ -114,8 +114,8 @@ export function problem(text, wanted = "any") {
 }
 
 /**
- * An object or list, laid out, as [kind, text] pairs for colouring; null for anything else.
- * What fits on a line (of so many characters) stays on one, so that a list of small objects reads as a table.
+ * Format an object or list as [kind, text] pairs for highlighting; null for anything else. What fits in `line`
+ * characters stays on one line, so that a list of small objects reads as a table.
  */
 export function layout(text, line = 76) {
   if (!/^\s*[[{]/.test(text)) return null;
@@ -153,7 +153,7 @@ export function layout(text, line = 76) {
   return out;
 }
 
-/** The laid-out text itself, or the text as it is where it is no object or list. */
+/** The formatted text; anything but an object or list stays as it is. */
 export function pretty(text, line) {
   return layout(text, line)?.map(([, part]) => part).join("") ?? text;
 }

@@ -1,4 +1,4 @@
-// Where the page starts.
+// Entry point: render the page.
 
 import { render } from "./vendor/preact.js";
 import { html } from "./html.js";

@@ -1,4 +1,4 @@
-// What people think of an answer, and which ratings can be trained on.
+// Ratings of answers, and which of them can be trained on.
 
 import { get, put, ratingPath, send } from "./api.js";
 import { layout } from "./json.js";
@@ -7,23 +7,23 @@ export const NONE = { rating: null, note: "", correction: null };
 
 export const load = async (id) => ({ ...NONE, ...(await get(ratingPath(id))) });
 
-/** Store it. A right answer belongs to a bad rating only, and the given answer itself is none. */
+/** Save a rating. Only a bad rating has a correction, which must differ from the answer. */
 export function save(id, { rating, note, correction }, answer) {
   const right = rating === "bad" && correction?.trim() && correction !== answer ? correction : null;
   return put(ratingPath(id), { rating, note: rating ? note : "", correction: right });
 }
 
-/** What exporting would do with this rating, in a sentence. */
+/** What the export does with this rating, in a sentence. */
 export function meaning({ rating, correction }, answer) {
-  if (rating === "good") return "Exported as an example of a right answer.";
+  if (rating === "good") return "Exported as a training example.";
   if (rating !== "bad") return "";
-  if (!correction?.trim()) return "Kept as a complaint. Add the right answer to make it an example to train on.";
-  if (correction === answer) return "This is still the given answer; change it into the right one.";
-  if (layout(answer) && !layout(correction)) return "The answer was JSON, and this right answer is not valid JSON.";
-  return "Exported with the right answer.";
+  if (!correction?.trim()) return "Not exported yet. Add the right answer to train on it.";
+  if (correction === answer) return "This is still the model's answer. Change it to the right one.";
+  if (layout(answer) && !layout(correction)) return "The model's answer is JSON, but this one is not.";
+  return "Exported as a training example, with the right answer.";
 }
 
-/** Fetch the rated examples and hand them to the browser as a file; returns how many were left out. */
+/** Download the rated examples as a file; returns how many there are and how many were left out. */
 export async function download(which) {
   const response = await send(`/playground/api/export?rating=${which}`, { headers: { Accept: "*/*" } });
   const link = document.createElement("a");

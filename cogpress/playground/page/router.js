@@ -1,10 +1,10 @@
-// Where the page is: its address, and moving without loading anew.
+// Client-side routing: the current URL, and navigation without reloads.
 
 import { signal } from "./vendor/signals.js";
 
 export const here = signal(new URL(location.href));
 
-/** Go to a path of this page. `replace` keeps the address before out of the browser's history. */
+/** Navigate to a path of this page; `replace` replaces the current entry of the browser's history. */
 export function go(path, { replace = false } = {}) {
   const url = new URL(path, location.origin);
   if (url.href === location.href) return;
@@ -13,7 +13,7 @@ export function go(path, { replace = false } = {}) {
   if (!replace) scrollTo(0, 0);
 }
 
-/** An address that was cut off in a mail may end in half an escape. */
+/** A URL cut off in an email may end in an incomplete escape. */
 function decoded(text) {
   try {
     return decodeURIComponent(text);
@@ -22,7 +22,7 @@ function decoded(text) {
   }
 }
 
-/** The view of an address, with what it names. */
+/** The view that a URL names, with its parameters. */
 export function viewOf(url) {
   const params = url.searchParams;
   const permalink = /^\/p\/([^/]+)\/?$/.exec(url.pathname);
@@ -36,7 +36,7 @@ addEventListener("popstate", () => {
   here.value = new URL(location.href);
 });
 
-// Plain links of this page are followed here; with a modifier key, or to other places, by the browser.
+// Plain clicks on this page's links are handled here; modified clicks and other links by the browser.
 addEventListener("click", (event) => {
   const link = event.target.closest?.("a[href]");
   if (!link || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.defaultPrevented) return;

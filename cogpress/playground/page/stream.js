@@ -1,4 +1,4 @@
-// One prediction as it happens: its text, logs, state and the arrival of every piece, as signals.
+// A live prediction: its text, logs, state and chunk arrival times, as signals.
 
 import { batch, signal } from "./vendor/signals.js";
 import { ApiError, get, local, post, predictionPath } from "./api.js";
@@ -8,7 +8,7 @@ const POLL_MS = 500;
 
 export const ended = (status) => ["succeeded", "failed", "canceled", "aborted"].includes(status);
 
-/** Times of arrival in seconds from the start, and what follows from them. */
+/** Arrival times in seconds since the start, and what follows from them. */
 export class Meter {
   constructor(clock = () => performance.now()) {
     this.clock = clock;
@@ -28,7 +28,7 @@ export class Meter {
     return this.arrivals[0] ?? null;
   }
 
-  /** Pieces a second since the first, as the model's own figure counts them; needs a few to mean anything. */
+  /** Chunks per second since the first, counted like the model's own figure; null until there are three. */
   get rate() {
     const { arrivals } = this;
     const span = arrivals.at(-1) - arrivals[0];
@@ -44,9 +44,9 @@ export class Live {
     this.text = signal("");
     this.logs = signal("");
     this.error = signal(null);
-    this.lost = signal(false); // the connection; the browser keeps trying
-    this.beat = signal(0); // rises with every frame that brought something, for what draws the arrivals
-    this.meter = null; // none for a prediction that ran before this page was there
+    this.lost = signal(false); // whether the connection is lost; the browser keeps retrying
+    this.beat = signal(0); // incremented with each frame that brought something, to redraw the arrivals
+    this.meter = null; // null for a prediction that was started elsewhere
     this.duration = signal(null);
     this._pending = [];
     this._source = null;
@@ -57,7 +57,7 @@ export class Live {
     return !ended(this.status.value);
   }
 
-  /** Start a prediction and follow it. Resolves as soon as it exists; rejects with an ApiError where it does not. */
+  /** Start a prediction and follow it. Resolves once it is created; rejects with an ApiError if it is refused. */
   async create(path, body) {
     this.meter = new Meter();
     try {
@@ -73,14 +73,14 @@ export class Live {
     return this.prediction.value;
   }
 
-  /** Show a prediction that exists; follows it where it still runs. */
+  /** Show an existing prediction, and follow it if it still runs. */
   show(prediction) {
     this._take(prediction);
     this.text.value = asText(prediction.output);
     if (!ended(prediction.status)) {
       this.text.value = "";
       this.logs.value = "";
-      this._follow(); // the stream begins with what was before
+      this._follow(); // the stream replays everything
     }
     return this;
   }
@@ -90,7 +90,7 @@ export class Live {
     if (prediction.value && this.running) await post(`${predictionPath(prediction.value.id)}/cancel`);
   }
 
-  /** Stop listening; the prediction itself goes on. */
+  /** Stop following; the prediction goes on. */
   close() {
     this._closed = true;
     this._source?.close();
@@ -117,23 +117,23 @@ export class Live {
     });
     source.addEventListener("logs", (event) => this._later("logs", event.data));
     source.addEventListener("error", (event) => {
-      // Two things share this name: the server's event, which has data, and a lost connection, which has none. The
-      // browser reconnects by itself and says where it was; only a refusal is final.
+      // Two events share this name: the server's, which has data, and a lost connection, which has none. The browser
+      // reconnects by itself and resumes; only a refusal is final.
       if (event.data !== undefined) return;
       if (source.readyState === EventSource.CLOSED) this._poll();
       else this.lost.value = true;
     });
     source.addEventListener("done", () => {
       source.close();
-      this._settle();
+      this._conclude();
     });
   }
 
-  /** Collect pieces for a frame: a thousand tokens a second need not be a thousand renderings. */
+  /** Batch chunks by animation frame: a thousand tokens a second must not cause a thousand renders. */
   _later(kind, data) {
     this._pending.push([kind, data]);
     if (this._pending.length === 1) {
-      // A hidden tab gets no frames, so a timer stands by.
+      // A hidden tab gets no animation frames, so a timer is the fallback.
       const timer = setTimeout(() => this._flush(), 200);
       requestAnimationFrame(() => (clearTimeout(timer), this._flush()));
     }
@@ -153,8 +153,8 @@ export class Live {
     });
   }
 
-  /** The stream has ended: what the server holds is what counts. */
-  async _settle() {
+  /** After the stream's end, take the final state from the server. */
+  async _conclude() {
     if (this.meter) this.duration.value = this.meter.elapsed;
     this._flush();
     for (let tries = 0; !this._closed; tries++) {
@@ -190,7 +190,7 @@ export class Live {
   _finish(prediction) {
     batch(() => {
       this._take(prediction);
-      // Predictions whose text the server does not keep still show what has just been streamed.
+      // If the server does not store outputs, keep what was streamed.
       if (prediction.output !== null && prediction.output !== undefined) this.text.value = asText(prediction.output);
       this.beat.value += 1;
     });
@@ -204,7 +204,7 @@ export class Live {
   }
 }
 
-/** The figures of a prediction: the model's own where it gave them, else what this page saw. */
+/** A prediction's figures: the model's own, or else as measured here. */
 export function figures(live) {
   const metrics = live.prediction.value?.metrics ?? {};
   const { meter } = live;

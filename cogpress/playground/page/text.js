@@ -1,6 +1,6 @@
-// How values read: untrusted text without tricks, numbers, durations, times.
+// Format values for people: untrusted text, numbers, durations and times.
 
-/** An output as one text: a language model's is a list of pieces. */
+/** An output as one text; a language model's is a list of chunks. */
 export function asText(output) {
   if (output === null || output === undefined) return "";
   if (typeof output === "string") return output;
@@ -8,12 +8,12 @@ export function asText(output) {
   return JSON.stringify(output, null, 2);
 }
 
-// Control characters (ANSI escapes among them), bidirectional overrides and invisible characters. In a page they do
-// no harm as code, but they can make text look like what it is not, so they are shown by name.
+// Control characters (including ANSI escapes), bidirectional overrides and invisible characters. A page does not
+// execute them, but they can make text look like something else, so they are shown by name.
 const UNSEEN =
   /[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]/g;
 
-/** Text in pieces: strings, and {character, name} for what could not be seen otherwise. */
+/** Split text into strings and {character, name} for characters that cannot be seen. */
 export function visible(text) {
   const pieces = [];
   let from = 0;
@@ -29,13 +29,13 @@ export function visible(text) {
 
 const codePoint = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 
-/** The same characters as escapes, for string literals in code, which Python, JavaScript and JSON all read. */
+/** Write these characters as escapes that Python, JavaScript and JSON string literals all understand. */
 export const escapeUnseen = (text) =>
   text.replace(UNSEEN, (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`);
 
 const STRING = /"((?:[^"\\]|\\.){8,})/;
 
-/** What was asked, in a line: of an input that is JSON the first text in it, which may be cut off. */
+/** An input as one line; if it is JSON, the first text in it. The preview may be cut off. */
 export function headline(preview) {
   if (!preview) return "(no input kept)";
   const found = /^\s*[[{]/.test(preview) && STRING.exec(preview.replace(/"[^"\\]*"\s*:/g, ""));
@@ -46,7 +46,7 @@ const grouped = new Intl.NumberFormat("en");
 
 export const count = (number) => grouped.format(number);
 
-/** Seconds at a precision that people compare by: 84 ms, 1.24 s, 2 m 5 s. */
+/** Seconds with a useful precision: 84 ms, 1.24 s, 2 m 5 s. */
 export function duration(seconds) {
   if (seconds === null || seconds === undefined || Number.isNaN(seconds)) return "–";
   if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
@@ -59,7 +59,7 @@ export function speed(tokensPerSecond) {
   return tokensPerSecond < 10 ? tokensPerSecond.toFixed(1) : count(Math.round(tokensPerSecond));
 }
 
-/** When something happened, the shorter the nearer. */
+/** A time, relative if it is recent. */
 export function when(iso, now = new Date()) {
   const then = new Date(iso);
   if (Number.isNaN(then.getTime())) return "";
@@ -72,5 +72,5 @@ export function when(iso, now = new Date()) {
   return then.getFullYear() === now.getFullYear() ? `${day}, ${clock}` : `${day} ${then.getFullYear()}`;
 }
 
-/** A version's identifier, short enough for a line; named ones stay whole. */
+/** A version's id, shortened if it is a hash. */
 export const short = (id) => (/^[0-9a-f]{20,}$/.test(id ?? "") ? id.slice(0, 8) : (id ?? ""));

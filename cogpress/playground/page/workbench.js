@@ -1,5 +1,5 @@
-// What is on the workbench: which models are asked, the form as it is filled in, and the answers on show. It outlives
-// a visit to the history, so that half a question is not lost.
+// State of the run view: chosen models, form values and shown answers. It survives a visit to the history, so that a
+// half-typed question is not lost.
 
 import { batch, computed, signal } from "./vendor/signals.js";
 import { ApiError, get, predictionPath, versionPath } from "./api.js";
@@ -10,16 +10,16 @@ import { go } from "./router.js";
 
 export const config = signal(null);
 
-/** One or two of {owner, name, version, adapter}; two are asked at once. */
+/** One or two of {owner, name, version, adapter}; two run side by side. */
 export const targets = signal([]);
-export const schema = signal(null); // the OpenAPI document of the first target
+export const schema = signal(null); // the OpenAPI schema of the first target
 export const schemaProblem = signal(null);
 export const values = signal({});
 export const lives = signal([]);
 export const showProblems = signal(false);
 export const announcement = signal("");
-export const promoted = signal([]); // optional inputs that a prediction used, so that they stand with the question
-export const origin = signal(null); // the prediction that the one on show was made from
+export const promoted = signal([]); // optional inputs that the prediction used, shown among the main ones
+export const origin = signal(null); // the prediction that the shown one was made from
 
 export const fields = computed(() => (schema.value ? fieldsOf(schema.value) : []));
 export const grouped = computed(() => groups(fields.value, promoted.value));
@@ -27,7 +27,7 @@ export const request = computed(() => collect(fields.value, values.value));
 export const streaming = computed(() => streams(schema.value));
 export const running = computed(() => lives.value.some((live) => live.running));
 
-/** Whether the form says something else than the answer on show was asked. */
+/** Whether the form differs from the input of the shown answer. */
 export const edited = computed(() => {
   const asked = lives.value[0]?.prediction.value?.input;
   if (!asked || !fields.value.length) return false;
@@ -37,7 +37,7 @@ export const edited = computed(() => {
 
 export const key = ({ owner, name, version, adapter }) => [owner, name, version, adapter ?? ""].join("/");
 
-/** Everything that can be asked: each version, and each adapter of it. */
+/** Everything that can be run: each version, and each of its adapters. */
 export const choices = computed(() =>
   (config.value?.models ?? []).map((model) => ({
     label: `${model.owner}/${model.name}`,
@@ -53,14 +53,14 @@ export const choices = computed(() =>
   })),
 );
 
-/** A version, and the adapter that an input names, as people know them. */
+/** The label of a version and adapter. */
 export const labelOf = (target) => {
   for (const model of choices.value)
     for (const option of model.options) if (key(option.target) === key(target)) return option.label;
   return [short(target.version), target.adapter && `with ${target.adapter}`].filter(Boolean).join(" ");
 };
 
-/** Ask these from now on; the form keeps what the new model also has. */
+/** Choose targets; the form keeps values that the new model also has. */
 export async function choose(chosen, input = null) {
   const before = targets.value[0];
   const first = chosen[0];
@@ -91,7 +91,7 @@ export const set = (name, value) => {
   values.value = { ...values.value, [name]: value };
 };
 
-/** Ask. Returns the names of fields that have to be corrected first. */
+/** Run the form. Returns the names of invalid fields, in which case nothing is sent. */
 export async function run() {
   const { input, problems } = request.value;
   if (Object.keys(problems).length) {
@@ -126,12 +126,12 @@ export async function cancel() {
   await Promise.allSettled(lives.value.filter((live) => live.running).map((live) => live.cancel()));
 }
 
-/** Tell those who do not see the page how an answer ended. */
+/** Announce to screen readers how an answer ended. */
 export const announceEnd = ({ status, error }) => {
   announcement.value = { failed: `Failed: ${error.value}`, canceled: "Canceled." }[status.value] ?? "Done.";
 };
 
-/** Show a prediction by its permalink: its input in the form, its output beside it. */
+/** Open a prediction from its permalink: its input in the form, its output beside it. */
 export async function open(id) {
   if (lives.value.some((live) => live.prediction.value?.id === id)) return;
   lives.value.forEach((live) => live.close());
@@ -141,9 +141,9 @@ export async function open(id) {
   } catch (error) {
     lives.value = [];
     const first = choices.value[0]?.options[0]?.target;
-    if (first && !schema.value) await choose([first]); // so that something else can be asked
+    if (first && !schema.value) await choose([first]); // so that something else can be run
     if (error.status !== 404) throw error;
-    throw new ApiError("This prediction is not here: it was deleted, or the address is not complete.", 404);
+    throw new ApiError("There is no such prediction. It was deleted, or the address is incomplete.", 404);
   }
   const live = new Live().show(prediction);
   batch(() => {
@@ -161,13 +161,13 @@ export function targetOf(prediction) {
   return { owner, name, version: prediction.version ?? "", adapter: null };
 }
 
-/** What answered, in words: the model, its version and the adapter. */
+/** The model, version and adapter of a prediction, in words. */
 export function whoOf(prediction) {
   const target = targetOf(prediction);
   return `${target.name} · ${labelOf({ ...target, adapter: prediction.input?.adapter || null })}`;
 }
 
-/** An empty form for another question. */
+/** Clear the form and the answers. */
 export function fresh() {
   lives.value.forEach((live) => live.close());
   batch(() => {

@@ -1,4 +1,4 @@
-// One answer: its text as it comes, its figures, and what can be done with it.
+// One answer: its text as it streams in, its figures and its actions.
 
 import { useEffect, useRef, useState } from "../vendor/hooks.js";
 import { html } from "../html.js";
@@ -20,7 +20,7 @@ export function Answer({ live, letter }) {
   const logs = live.logs.value;
   const done = ended(status);
   const json = done && layout(text) !== null;
-  const looksJson = json || (!done && /^\s*[[{]["\s{[]/.test(text)); // so that the type does not jump at the end
+  const looksJson = json || (!done && /^\s*[[{]["\s{[]/.test(text)); // so that the font does not change at the end
   const name = `answer${letter}`;
   const wasDone = useRef(done);
   useEffect(() => {
@@ -63,7 +63,7 @@ export function Answer({ live, letter }) {
           html`<button type="button" class="button quiet" onClick=${() => live.cancel()}>Cancel</button>`}
           ${text && html`<${Copy} quiet text=${text} label="Copy output" />`}
           ${json && html`<button type="button" class="button quiet" aria-pressed=${String(raw)}
-            onClick=${() => setRaw(!raw)}>As it came</button>`}`}
+            onClick=${() => setRaw(!raw)}>Show raw</button>`}`}
         <${Copy} quiet text=${() => `${location.origin}/p/${prediction.id}`} label="Copy link" />
         ${done && !letter && html`<button type="button" class="button quiet" onClick=${tweak}>Tweak and rerun</button>
           <a class="button quiet" href=${`/?view=history&with=${prediction.id}`}>Compare…</a>`}
@@ -74,7 +74,7 @@ export function Answer({ live, letter }) {
   `;
 }
 
-/** To the question, ready to be changed. */
+/** Focus the question for editing. */
 function tweak() {
   const control = document.querySelector(".form .field textarea, .form .field input");
   control?.focus();
@@ -82,7 +82,7 @@ function tweak() {
   if (control?.setSelectionRange) control.setSelectionRange(control.value.length, control.value.length);
 }
 
-/** Keep the end in view while the answer grows, for those who have not scrolled away from it. */
+/** Keep the end of a growing answer in view, unless the user has scrolled away. */
 function useFollowing(text, done) {
   const end = useRef(null);
   const follow = useRef(true);
@@ -104,12 +104,12 @@ function useFollowing(text, done) {
 
 const FOLLOW_PX = 80;
 
-/** How many pixels of an element are below what can be seen. */
+/** How many pixels of an element are below the visible area. */
 const hidden = (element, scroller) =>
   element.getBoundingClientRect().bottom -
   (scroller === document.scrollingElement ? innerHeight : scroller.getBoundingClientRect().bottom);
 
-/** On a wide screen the answers scroll by themselves, on a phone the whole page does. */
+/** The answers' pane scrolls on a wide screen, the whole page on a phone. */
 const scrollerOf = (element) => {
   const pane = element.closest(".answers");
   return getComputedStyle(pane).overflowY === "auto"
@@ -122,9 +122,9 @@ function Output({ live, text, json, looksJson, raw, status, done, narrow }) {
   return html`
     ${live.error.value && html`<${Notice} kind="error"><${Text} text=${live.error.value} /></${Notice}>`}
     ${!done && live.lost.value &&
-    html`<${Notice}>The connection is lost; trying again. The prediction itself goes on.</${Notice}>`}
+    html`<${Notice}>Connection lost; reconnecting. The prediction goes on.</${Notice}>`}
     ${status === "canceled" &&
-    html`<${Notice}>Canceled${text ? "; this is what had been written." : " before anything was written."}</${Notice}>`}
+    html`<${Notice}>Canceled${text ? "; this is the output so far." : " before there was any output."}</${Notice}>`}
     ${text || !done
       ? html`<div class=${`output${looksJson ? " is-json" : ""}`} dir="auto" data-testid="output"
           ref=${end}>${json && !raw
@@ -142,7 +142,7 @@ function Figures({ live }) {
     const timer = setInterval(() => setNow((before) => before + 1), 100);
     return () => clearInterval(timer);
   }, [running]);
-  live.beat.value; // new tokens count at once
+  live.beat.value; // re-render for new tokens
   const { first, rate, tokens, time } = figures(live);
   return html`
     <dl class="figures">

@@ -1,7 +1,7 @@
-// The frame around the views: where one is, where one can go, and what the server wants to know first.
+// The frame around the views: navigation, and the token form if the server needs one.
 
 import { useEffect, useRef, useState } from "../vendor/hooks.js";
-import "../vendor/signals.js"; // lets components follow the signals that they read
+import "../vendor/signals.js"; // makes components re-render when signals that they read change
 import { html } from "../html.js";
 import { get, giveToken, needToken, tokenWanted } from "../api.js";
 import { here, viewOf } from "../router.js";
@@ -24,7 +24,7 @@ export function App() {
       (got) => {
         config.value = got;
         setProblem(null);
-        // Without the right token the server names no models.
+        // Without a valid token the server lists no models.
         if (got.token_required && !got.models.length) needToken();
       },
       (error) => error.status !== 401 && setProblem(error.message),
@@ -33,7 +33,7 @@ export function App() {
 
   useEffect(() => {
     const first = choices.value[0]?.options[0]?.target;
-    // A permalink chooses its own model.
+    // A permalink selects its own model.
     const free = wanted === null && view === "run" && !where.id && !schema.value;
     if (first && free) choose(targets.value.length ? targets.value : [first]);
   }, [config.value, wanted, view, where.id]);
@@ -62,13 +62,13 @@ export function App() {
   `;
 }
 
-/** Past the form and the header, without a place in the address. */
+/** Skip the header and form without changing the URL. */
 function skip(event) {
   event.preventDefault();
   (document.getElementById("answer") ?? document.getElementById("main")).focus();
 }
 
-/** Three tokens and a pause: what the arrivals under an answer look like. */
+/** The logo: tokens and a pause, as the arrivals under an answer look. */
 const Mark = () => html`<svg class="mark" viewBox="0 0 22 16" aria-hidden="true">
   <path d="M1.5 2v12M9 2v12M13.5 2v12M17 2v12M20.5 2v12" />
 </svg>`;
@@ -81,11 +81,11 @@ function Token({ said }) {
     if (field.current.value.trim()) giveToken(field.current.value);
   };
   return html`<form class="token" onSubmit=${submit}>
-    <h1>This server asks for a token</h1>
+    <h1>This server requires a token</h1>
     ${said && html`<${Notice} kind="error">${said}</${Notice}>`}
     <label for="token">Token</label>
     <input id="token" type="password" autocomplete="off" ref=${field} />
-    <p class="help">It was set when the server was started. It is kept until this tab is closed.</p>
+    <p class="help">It was set when the server was started, and is kept until you close this tab.</p>
     <button type="submit" class="button primary">Continue</button>
   </form>`;
 }

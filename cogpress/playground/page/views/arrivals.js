@@ -1,5 +1,5 @@
-// When each piece of the answer came: a tick for each, from the moment of asking. A pause before the first is the time
-// to the first token; gaps are where the model, or the queue, made you wait.
+// A timeline with a tick for each chunk of the answer, from the request on. The gap before the first is the time to
+// first token; later gaps are waits for the model or the queue.
 
 import { useEffect, useRef } from "../vendor/hooks.js";
 import { html } from "../html.js";
@@ -29,7 +29,7 @@ export function Arrivals({ live }) {
       context.fillRect(0, height - 3, at(meter.first), 3);
     }
     context.fillStyle = style.getPropertyValue("--accent");
-    // So many ticks that they touch become a band; letting light through keeps its density readable.
+    // When ticks touch, transparency keeps their density visible.
     context.globalAlpha = meter.arrivals.length > width / 2 ? 0.35 : 0.8;
     for (const seconds of meter.arrivals) context.fillRect(at(seconds), 2, 1, height - 3);
   };
@@ -45,6 +45,6 @@ export function Arrivals({ live }) {
       clearInterval(timer);
     };
   }, [running]);
-  const label = `When each of ${meter.arrivals.length} pieces came; the first after ${duration(meter.first)}`;
+  const label = `Arrival times of ${meter.arrivals.length} chunks; the first after ${duration(meter.first)}`;
   return html`<canvas class="arrivals" ref=${canvas} role="img" aria-label=${label} title=${label}></canvas>`;
 }

@@ -1,4 +1,4 @@
-// The programs for the input on screen.
+// The Code tab: programs for the current input.
 
 import { signal } from "../vendor/signals.js";
 import { html } from "../html.js";
@@ -6,14 +6,14 @@ import { LANGUAGES, program } from "../code.js";
 import { fields, request, streaming, targets } from "../workbench.js";
 import { Copy, Notice, Tabs, Text } from "./parts.js";
 
-const language = signal("python"); // the same for every answer, as people have one language
+const language = signal("python"); // shared by all answers: people use one language
 
 export function Code() {
   const target = targets.value[0];
   const { input, problems } = request.value;
   if (!target || !fields.value.length)
-    return html`<p class="nothing">The model’s form is not known, so there is no code.</p>`;
-  // A chat needs something to say; models without words have no place in OpenAI's API.
+    return html`<p class="nothing">The model’s inputs are unknown, so there is no code.</p>`;
+  // OpenAI's API needs a prompt or messages.
   const speaks = fields.value.some(({ name }) => name === "prompt" || name === "messages");
   const languages = LANGUAGES.filter(({ id }) => id !== "openai" || speaks);
   const active = languages.some(({ id }) => id === language.value) ? language.value : "python";
@@ -29,7 +29,7 @@ export function Code() {
     <div class="program">
       <${Tabs} name="code" label="Language" tabs=${languages} active=${active}
         onChange=${(id) => (language.value = id)}>
-        ${left.length > 0 && html`<${Notice}>Left out, because it is not valid yet: ${left.join(", ")}.</${Notice}>`}
+        ${left.length > 0 && html`<${Notice}>Left out until valid: ${left.join(", ")}.</${Notice}>`}
         <pre class="code" data-testid="code" tabindex="0" aria-label="Code"><${Text} text=${text} /></pre>
       </${Tabs}>
       <div class="program-foot"><${Copy} text=${text} label="Copy code" /></div>

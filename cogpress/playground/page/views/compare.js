@@ -1,4 +1,4 @@
-// Two predictions side by side, with what differs marked.
+// Two predictions side by side, with their differences marked.
 
 import { useEffect, useState } from "../vendor/hooks.js";
 import { html } from "../html.js";
@@ -50,7 +50,7 @@ function Pair({ left, right }) {
       )}
       ${equal.length > 0 && html`<details class="folded" open=${!differing.length}>
         <summary>
-          <span class="folded-title">The same in both</span>
+          <span class="folded-title">Same in both</span>
           <span class="folded-summary">${equal.map(({ name }) => name).join(" · ")}</span>
         </summary>
         <dl class="equal">${equal.map(({ name, value }) => html`<div key=${name}>
@@ -63,7 +63,7 @@ function Pair({ left, right }) {
     </section>
     <section aria-labelledby="compare-outputs">
       <h2 id="compare-outputs">Output</h2>
-      ${!output.exact && html`<${Notice}>These are too long and too different to mark word by word.</${Notice}>`}
+      ${!output.exact && html`<${Notice}>The outputs are too long and too different to mark word by word.</${Notice}>`}
       <div class="compare-sides outputs">
         <${Side} letter="A" tag="del" parts=${output.left} empty="No output." json=${isJson(outputs[0])} />
         <${Side} letter="B" tag="ins" parts=${output.right} empty="No output." json=${isJson(outputs[1])} />

@@ -1,4 +1,4 @@
-// One input of the form: its label, its control, what is wrong with it.
+// One field of the form: label, control, problem and description.
 
 import { useState } from "../vendor/hooks.js";
 import { html } from "../html.js";
@@ -8,14 +8,14 @@ import { pretty } from "../json.js";
 import { count } from "../text.js";
 import { config, set, showProblems, values } from "../workbench.js";
 
-// Smaller files travel inside the prediction; larger ones are stored first.
+// Smaller files are sent inside the prediction; larger ones are uploaded first.
 const INLINE_BYTES = 256 * 1024;
 
 export function Field({ field, compact = false }) {
   const value = values.value[field.name];
   const { problem } = read(field, value);
   const [left, setLeft] = useState(false);
-  // JSON is checked while typing; elsewhere a half-typed value is no mistake yet.
+  // JSON is checked while typing; other fields only once they lose focus.
   const wrong = problem && (showProblems.value || (field.kind === "json" && value) || left) ? problem : null;
   const id = `input-${field.name}`;
   const described =
@@ -33,7 +33,7 @@ export function Field({ field, compact = false }) {
       data-changed=${changed(field, value) ? "" : undefined}>
       <div class="field-head">
         <label for=${id}>${field.title}${
-          field.required ? html`<span class="needed" title="needed"> *</span>` : null
+          field.required ? html`<span class="needed" title="required"> *</span>` : null
         }</label>
         <code>${field.name}</code>
       </div>
@@ -71,7 +71,7 @@ function JsonControl({ field, value, common, change }) {
       ${!value && field.example && html`<button type="button" class="link"
         onClick=${() => change(pretty(field.example))}>Start from an example</button>`}
       ${value && tidy !== value &&
-      html`<button type="button" class="link" onClick=${() => change(tidy)}>Tidy up</button>`}
+      html`<button type="button" class="link" onClick=${() => change(tidy)}>Format</button>`}
     </div>
   `;
 }
@@ -136,7 +136,7 @@ function FileControl({ field, value, common, change }) {
   const inside = given?.startsWith?.("data:");
   return html`<div class="file">
     <input ...${common} type="file" multiple=${many} onChange=${choose} />
-    ${!many && html`<input type="text" aria-label=${`${field.title}, address`} placeholder="or an address: https://…"
+    ${!many && html`<input type="text" aria-label=${`${field.title}, URL`} placeholder="or a URL: https://…"
       value=${inside ? "" : given} onInput=${typed(change)} />`}
     <span class="bounds" role="status">${state || (inside ? "a file, sent with the prediction" : "")}</span>
   </div>`;
@@ -147,7 +147,7 @@ function urlOf(file) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error(`${file.name} can not be read.`));
+    reader.onerror = () => reject(new Error(`Cannot read ${file.name}.`));
     reader.readAsDataURL(file);
   });
 }

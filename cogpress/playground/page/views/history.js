@@ -1,4 +1,4 @@
-// What was asked before, with search and filters, page by page.
+// The history: past predictions with search, filters, and selection for comparing.
 
 import { useEffect, useRef, useState } from "../vendor/hooks.js";
 import { html } from "../html.js";
@@ -60,12 +60,12 @@ export function History({ with: partner }) {
         <${Export} />
       </div>
       <${Filters} filters=${filters} change=${change} />
-      ${partner && html`<${Notice}>Choose the prediction to compare with ${short(partner).slice(0, 12)}.</${Notice}>`}
+      ${partner && html`<${Notice}>Choose a prediction to compare with ${short(partner).slice(0, 12)}.</${Notice}>`}
       ${problem && html`<${Notice} kind="error">${problem}</${Notice}>`}
       ${!loading && !problem && results.length === 0 && html`<p class="nothing">
         ${filtered
-          ? html`<span>Nothing matches these filters.</span> <a href="/?view=history">Show all</a>`
-          : "Nothing was asked yet."}
+          ? html`<span>No predictions match these filters.</span> <a href="/?view=history">Show all</a>`
+          : "No predictions yet."}
       </p>`}
       <ol class="rows" aria-busy=${String(loading)}>
         ${results.map(
@@ -107,7 +107,7 @@ function Filters({ filters, change }) {
     <form class="filters" role="search"
       onSubmit=${(event) => (event.preventDefault(), clearTimeout(timer.current), change("q", text))}>
       <div class="filter wide"><label for="filter-q">Search</label>
-        <input id="filter-q" type="search" placeholder="words of the input or the output" value=${text}
+        <input id="filter-q" type="search" placeholder="words in the input or output" value=${text}
           onInput=${type} /></div>
       <${Pick} id="status" label="Status" value=${filters.status} change=${change} options=${STATUSES} />
       <${Pick} id="rating" label="Rating" value=${filters.rating} change=${change} options=${RATINGS} />
@@ -138,7 +138,7 @@ const RATING = { good: "Good", bad: "Bad" };
 
 function Row({ row, marked, mark }) {
   return html`<li class="row" data-marked=${marked ? "" : undefined}>
-    <input type="checkbox" class="row-mark" aria-label=${`Choose for a comparison: ${headline(row.input_preview)}`}
+    <input type="checkbox" class="row-mark" aria-label=${`Choose for comparison: ${headline(row.input_preview)}`}
       checked=${marked} onChange=${() => mark(row.id)} />
     <div class="row-texts">
       <a class="row-input" href=${`/p/${row.id}`} dir="auto"><${Text} text=${headline(row.input_preview)} /></a>
@@ -156,7 +156,7 @@ function Row({ row, marked, mark }) {
   </li>`;
 }
 
-/** Rated answers as a file to train on. */
+/** The menu that exports rated answers as training data. */
 function Export() {
   const [state, setState] = useState("");
   const menu = useRef(null);
@@ -164,7 +164,7 @@ function Export() {
     menu.current.open = false;
     try {
       const { rows, leftOut } = await download(which);
-      const left = leftOut ? `; ${count(leftOut)} left out for want of a right answer` : "";
+      const left = leftOut ? `; ${count(leftOut)} left out without a right answer` : "";
       setState(`${count(rows)} ${rows === 1 ? "example" : "examples"} exported${left}.`);
     } catch (error) {
       setState(error.message);
@@ -181,8 +181,8 @@ function Export() {
       <div class="menu-items">
         <button type="button" onClick=${() => save("all")}>All rated answers</button>
         <button type="button" onClick=${() => save("good")}>Good answers</button>
-        <button type="button" onClick=${() => save("bad")}>Bad answers, with the right one</button>
-        <p class="help">JSONL, one example a line, as training takes it.</p>
+        <button type="button" onClick=${() => save("bad")}>Bad answers, as corrected</button>
+        <p class="help">JSONL for training, one example per line.</p>
       </div>
     </details>
     <span class="help" role="status">${state}</span>

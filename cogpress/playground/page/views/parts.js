@@ -1,4 +1,4 @@
-// Small parts that all views are made of.
+// Components that the views share.
 
 import { useRef, useState } from "../vendor/hooks.js";
 import { html } from "../html.js";
@@ -20,15 +20,15 @@ export const statusWord = (status) => STATUS[status] ?? status;
 
 export const Status = ({ status }) => html`<span class="status" data-status=${status}>${statusWord(status)}</span>`;
 
-/** Untrusted text: what could not be seen is shown by name, in its own direction, and nothing is interpreted. */
+/** Untrusted text: invisible characters are shown by name, and nothing is interpreted. */
 export const Text = ({ text }) =>
   visible(text).map((piece) =>
     typeof piece === "string"
       ? piece
-      : html`<span class="unseen" title="A character that can not be seen">${piece.name}</span>`,
+      : html`<span class="unseen" title="An invisible character">${piece.name}</span>`,
   );
 
-/** JSON laid out and coloured by kind, or else the text as it is. */
+/** Formatted and highlighted JSON; other text as it is. */
 export function Formatted({ text, line = 76 }) {
   const parts = layout(text, NARROW.matches ? 42 : line);
   if (!parts) return html`<${Text} text=${text} />`;
@@ -37,7 +37,7 @@ export function Formatted({ text, line = 76 }) {
   );
 }
 
-/** A button that copies; says so where it stands and to screen readers. */
+/** A button that copies text, and confirms it visibly and to screen readers. */
 export function Copy({ text, label = "Copy", quiet = false }) {
   const [copied, setCopied] = useState(false);
   const copy = async () => {
@@ -55,7 +55,7 @@ async function toClipboard(text) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    // Browsers give the clipboard to secure pages only; over plain HTTP on another address the old way still works.
+    // Browsers restrict the clipboard API to secure pages; over plain HTTP the old way still works.
     const area = Object.assign(document.createElement("textarea"), { value: text, className: "offscreen" });
     document.body.append(area);
     area.select();
@@ -64,7 +64,7 @@ async function toClipboard(text) {
   }
 }
 
-/** Tabs by the usual keys: arrows, Home, End. `tabs` are {id, label, badge?}. */
+/** Tabs with the usual keys: arrows, Home, End. `tabs` are {id, label, badge?}. */
 export function Tabs({ name, label, tabs, active, onChange, children }) {
   const bar = useRef(null);
   const onKeyDown = (event) => {

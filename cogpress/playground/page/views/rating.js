@@ -1,4 +1,4 @@
-// Saying whether an answer was right, and what would have been.
+// Rate an answer, with a note and the right answer.
 
 import { useEffect, useState } from "../vendor/hooks.js";
 import { html } from "../html.js";
@@ -9,7 +9,7 @@ export function Rating({ id, answer }) {
   const [given, setGiven] = useState(NONE);
   const [state, setState] = useState("");
   useEffect(() => {
-    // A prediction that can not be rated any more still can be read.
+    // A prediction that was deleted meanwhile cannot be rated but still be read.
     load(id).then((before) => setGiven({ ...before, note: before.note ?? "" }), () => {});
   }, [id]);
   const store = async (next) => {

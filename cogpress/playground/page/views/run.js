@@ -1,4 +1,4 @@
-// Asking: the form on one side, what comes back on the other.
+// The run view: the form on one side, the answers on the other.
 
 import { useEffect, useRef, useState } from "../vendor/hooks.js";
 import { html } from "../html.js";
@@ -42,7 +42,7 @@ function Form() {
     if (running.value || !schema.value) return;
     const wrong = await run();
     if (wrong.length) {
-      // The first control in need, wherever it is folded away.
+      // Focus the first invalid field, unfolding it if needed.
       const { name } = fields.value.find((field) => wrong.includes(field.name));
       const control = document.getElementById(`input-${name}`);
       control?.closest("details")?.setAttribute("open", "");
@@ -58,7 +58,7 @@ function Form() {
   };
   useEffect(() => {
     const onKeyDown = (event) => {
-      if (event.target.closest?.(".rating")) return; // has a form of its own
+      if (event.target.closest?.(".rating")) return; // it has its own form
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
       else if (event.key === "Escape" && running.value) cancel();
     };
@@ -72,7 +72,7 @@ function Form() {
       ${schemaProblem.value && html`<${Notice} kind="error">${schemaProblem.value}</${Notice}>`}
       ${schema.value
         ? html`<${Fields} />`
-        : !schemaProblem.value && html`<p class="waiting">Reading the model’s form…</p>`}
+        : !schemaProblem.value && html`<p class="waiting">Loading the model’s inputs…</p>`}
       <div class="form-foot">
         ${running.value
           ? html`<button type="button" class="button stop" onClick=${cancel}>Cancel <kbd>Esc</kbd></button>`
@@ -95,7 +95,7 @@ function Hint() {
   return null;
 }
 
-/** Which model is asked, or which two. */
+/** The choice of one or two models. */
 function Targets() {
   const chosen = targets.value;
   const all = choices.value;
@@ -105,7 +105,7 @@ function Targets() {
     const option = flat.find(({ target }) => key(target) === event.currentTarget.value);
     choose(chosen.map((before, at) => (at === index ? option.target : before)));
   };
-  // Beside the first, what differs from it: the other version, or the same with an adapter.
+  // The default second target: another version, or the same one with an adapter.
   const other = flat.find(({ target }) => key(target) !== key(chosen[0] ?? target))?.target;
   return html`
     <div class="targets">
@@ -114,7 +114,7 @@ function Targets() {
         return html`<div class="target" key=${index}>
           <label for=${`target-${index}`}>${two ? `Model ${"AB"[index]}` : "Model"}</label>
           <select id=${`target-${index}`} value=${key(target)} onChange=${pick(index)}>
-            ${!known && html`<option value=${key(target)}>${target.name} (not served now)</option>`}
+            ${!known && html`<option value=${key(target)}>${target.name} (not available)</option>`}
             ${all.map(
               (model) => html`<optgroup label=${model.label} key=${model.label}>
                 ${model.options
@@ -130,7 +130,7 @@ function Targets() {
       ${other &&
       html`<button type="button" class="link"
         onClick=${() => choose(two ? [{ ...chosen[0], adapter: null }] : [chosen[0], other])}>
-        ${two ? "Ask one model only" : "Compare with a second model"}
+        ${two ? "Use one model only" : "Compare with a second model"}
       </button>`}
     </div>
   `;
@@ -145,7 +145,7 @@ function Fields() {
   `;
 }
 
-/** Fields that are folded away; the heading tells which of them were set. */
+/** Folded fields; the heading names those that are set. */
 function Folded({ title, fields: inside, open: unfolded = false, compact = false }) {
   const set = inside.filter((field) => changed(field, values.value[field.name]));
   const [isOpen, setOpen] = useState(unfolded);
@@ -178,31 +178,30 @@ function Answers() {
       <a class="button" href=${`/compare?a=${ids[0]}&b=${ids[1]}`}>Mark the differences</a>
     </p>`}
     ${done && !two && origin.value && origin.value !== ids[0] && html`<p class="after">
-      <a class="button" href=${`/compare?a=${origin.value}&b=${ids[0]}`}>Compare with the answer before</a>
+      <a class="button" href=${`/compare?a=${origin.value}&b=${ids[0]}`}>Compare with the previous answer</a>
     </p>`}
   `;
 }
 
 const Empty = () => html`
   <div class="empty">
-    <p class="empty-line">The answer appears here as it is written.</p>
-    <p>Fill in the form and press <kbd>${modifier}</kbd>. Every answer gets an address that you can send to a
-      colleague.</p>
+    <p class="empty-line">The answer will appear here.</p>
+    <p>Fill in the form and press <kbd>${modifier}</kbd>. Every answer gets a link that you can share.</p>
     <${Recent} />
   </div>
 `;
 
-/** The last few, so that work goes on where it was left. */
+/** The most recent predictions. */
 function Recent() {
   const [rows, setRows] = useState([]);
   useEffect(() => {
-    // Without them the page works just as well.
+    // The page works without them.
     page({}).then((got) => setRows(got.results.slice(0, RECENT)), () => {});
   }, []);
   if (!rows.length) return null;
-  return html`<h2 class="recent-title">Asked before</h2>
+  return html`<h2 class="recent-title">Recent</h2>
     <ol class="recent">${rows.map((row) => html`<li key=${row.id}>
       <a href=${`/p/${row.id}`} dir="auto"><${Text} text=${headline(row.input_preview)} /></a>
       <time datetime=${row.created_at}>${when(row.created_at)}</time></li>`)}</ol>
-    <a href="/?view=history">All of the history</a>`;
+    <a href="/?view=history">All history</a>`;
 }
