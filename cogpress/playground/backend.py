@@ -183,4 +183,5 @@ def _parse_response(call: exchange.Exchange) -> dict[str, Any]:
         detail = answer.get("detail") or answer.get("error") or answer
     if isinstance(detail, list) and all(isinstance(item, dict) for item in detail):
         detail = "; ".join(f"{'.'.join(map(str, item.get('loc', ())[2:]))}: {item.get('msg')}" for item in detail)
-    raise Rejected(f"The model server refused the prediction ({call.status}): {detail}")
+    kind = Rejected if call.status < 500 else CogpressError
+    raise kind(f"The model server refused the prediction ({call.status}): {detail}")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from cogpress.cog.process import Server
 from cogpress.playground.openai import parameters
 from cogpress.playground.openai import routes as openai_routes
-from cogpress.playground.openai.errors import OpenAIError
+from cogpress.playground.openai.errors import OpenAIError, from_prediction
 from cogpress.playground.openai.responses import Completion, chat_logprobs, encoded, text_logprobs
 from cogpress.playground.openai.tools import Tools, read
 from cogpress.playground.records import Prediction, Version
@@ -688,3 +688,26 @@ def test_with_the_real_engine(trained_weights: Path, tmp_path: Path) -> None:
 
 class Colour(BaseModel):
     colour: str = Field(pattern="^(red|green)$")
+
+
+@pytest.mark.parametrize(
+    ("started", "fault", "error", "status", "code"),
+    [
+        (False, "server", "The model server at http://x does not answer.", 503, "model_unavailable"),
+        (True, "server", "The model server at http://x stopped while this prediction ran.", 500, "prediction_failed"),
+        (False, "input", "The model server refused the prediction (422): too long", 400, "refused_by_model"),
+        (True, None, "The prompt is too long.", 400, "refused_by_model"),
+        (True, None, "ValueError: oh", 500, "prediction_failed"),
+    ],
+)
+def test_whose_fault_a_failure_is(started: bool, fault: Any, error: str, status: int, code: str) -> None:
+    async def failed() -> Prediction:
+        prediction = Prediction("x", Version("1" * 64, "local/x", 0.0, {}, "http://nowhere"), {}, {})
+        if started:
+            prediction.start()
+        prediction.end("failed", error=error, fault=fault)
+        return prediction
+
+    found = from_prediction(asyncio.run(failed()))
+    assert found is not None
+    assert (found.status, found.body["error"]["code"]) == (status, code)
