@@ -165,7 +165,7 @@ def _path(wanted: Source, cache: Path) -> FetchedModel:
     if path.is_dir():
         return check(path)
     if not path.is_file():
-        raise CogpressError(f"{wanted.text!r} is not a model's folder or tar. Name {source.FORMS}.")
+        raise CogpressError(f"{wanted.text!r} is not a folder or tar of a model. Name {source.FORMS}.")
     refuse_pickle(PurePosixPath(path.name), path.parent)
     state = path.stat()
 

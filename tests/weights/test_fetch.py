@@ -147,7 +147,7 @@ def test_a_damaged_cache_is_fetched_again(
     content[-1] ^= 1
     weights.write_bytes(content)
     assert same(fetch.model(published + "/manifest.json", tmp_path / "cache").folder, small)
-    assert "fetched again" in capsys.readouterr().err
+    assert "Fetching it again" in capsys.readouterr().err
 
 
 def cut(folder: Path) -> None:
