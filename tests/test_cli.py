@@ -137,7 +137,7 @@ def test_serve_and_predict_from_a_shell(project: Path) -> None:
         status, out, error = said(project, "--url", url, "-i", "text=ha", "-i", "times=4")
         assert (status, out, error) == (1, "", "Error: -i times: '4' is not between 1 and 3.\n")
         taken = script(project, "serve", "--port", str(port))
-        assert "can not be used: Address already in use" in taken.communicate(timeout=60)[1]
+        assert "cannot be used: Address already in use" in taken.communicate(timeout=60)[1]
         assert taken.returncode == 1
     finally:
         serving.send_signal(signal.SIGINT)

@@ -1,7 +1,4 @@
-"""A client for Cog's HTTP API, for our own commands; applications use Replicate's.
-
-Knows the routes and the stream's events; leaves what is asked to its callers.
-"""
+"""The client of a Cog server's HTTP API; applications use Replicate's."""
 
 from __future__ import annotations
 
@@ -16,15 +13,15 @@ from cogpress import http
 from cogpress.errors import CogpressError
 
 _TIMEOUT = httpx.Timeout(10.0, read=None)
-"""Connecting is quick or fails; an answer takes as long as it takes."""
+"""Connecting is quick or fails; an answer may take any time."""
 
 
 _AROUND_ERRORS = ("Prediction failed: ", "Training failed: ", "Generator iteration error: ", "CogpressError: ")
-"""What the runtime puts before the text of what a runner raised, in this order."""
+"""Prefixes that the runtime adds to a runner's error, in this order."""
 
 
 class BusyError(CogpressError):
-    """Every slot of the server is taken; the same request may go through a moment later."""
+    """Every slot of the server is taken; the same request may succeed a moment later."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Event:
 
 
 def health(url: str) -> dict[str, Any] | None:
-    """What a server says of itself; None where none answers within two seconds."""
+    """A server's health report; None where none answers within two seconds."""
     try:
         with http.connect(url, timeout=2.0) as opened:
             answer = opened.get(f"{url}/health-check").json()
@@ -54,30 +51,31 @@ def openapi(url: str) -> dict[str, Any]:
     """A server's OpenAPI document.
 
     Raises:
-        CogpressError: no server answers, or it has none.
+        CogpressError: no server answers, or it has no document.
     """
     return dict(_request("GET", url, "/openapi.json").json())
 
 
 def predict(url: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Run a prediction to its end and return it whole, succeeded or canceled. An input that is None is left out.
+    """Run a prediction to its end and return it, succeeded or canceled. Inputs that are None are left out.
 
     Raises:
-        CogpressError: the input is refused, every slot is taken, or the prediction fails.
+        BusyError: every slot is taken.
+        CogpressError: the input is refused, or the prediction fails.
     """
     return _finished(_request("POST", url, "/predictions", _body(inputs)).json())
 
 
 def train(url: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Run a training on a server in training mode to its end and return it whole; raises as `predict` does.
+    """Run a training to its end on a server in training mode and return it; raises as `predict` does.
 
-    Files of the output come as data URLs.
+    Output files come as data URLs.
     """
     return _finished(_request("POST", url, "/trainings", _body(inputs)).json())
 
 
 def cancel(url: str, identifier: str) -> bool:
-    """Cancel a running prediction; False where there is none of that id."""
+    """Cancel a running prediction; False where no prediction has this id."""
     try:
         _request("POST", url, f"/predictions/{identifier}/cancel")
     except _NotFound:
@@ -88,13 +86,13 @@ def cancel(url: str, identifier: str) -> bool:
 def stream(url: str, inputs: dict[str, Any], identifier: str | None = None) -> Iterator[Event]:
     """Run a prediction and yield its events as they arrive.
 
-    Closing the iterator cancels the prediction, except between `start` and what the runner itself sends first: the
-    runtime loses a cancellation that comes before the runner began.
+    Closing the iterator cancels the prediction, except between `start` and the runner's first output: the runtime loses
+    a cancellation that comes before the runner begins.
 
     Args:
         url: a Cog server whose runner streams.
-        inputs: the prediction's input; one that is None is left out.
-        identifier: the prediction's id, to `cancel` it by.
+        inputs: the prediction's input; those that are None are left out.
+        identifier: an id to `cancel` the prediction with.
 
     Raises:
         CogpressError: as `predict`, or the stream breaks off.
@@ -114,17 +112,17 @@ def stream(url: str, inputs: dict[str, Any], identifier: str | None = None) -> I
                     return
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _unreachable(url, error) from None
-    raise CogpressError(f"{url} broke the stream off before its end. The server's log tells why.")
+    raise CogpressError(f"{url} broke off the stream before its end. Look into the server's log.")
 
 
 def _body(inputs: dict[str, Any]) -> dict[str, Any]:
-    # The runtime refuses null, even for an input that may be left out.
+    # The runtime refuses null, even for an optional input.
     return {"input": {name: value for name, value in inputs.items() if value is not None}}
 
 
 def _event(name: str, data: dict[str, Any]) -> Event:
     if name == "error":
-        raise CogpressError(f"The stream is not whole: {data.get('error') or data}. Ask again.")
+        raise CogpressError(f"The stream is incomplete: {data.get('error') or data}. Run the prediction again.")
     if name == "output":
         return Event(name, text=str(data["chunk"]), data=data)
     if name == "completed":
@@ -139,14 +137,14 @@ def _finished(prediction: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_error(error: str) -> str:
-    """What a runner raised, without the runtime's words before it."""
+    """A runner's error without the runtime's prefixes."""
     for words in _AROUND_ERRORS:
         error = error.removeprefix(words)
-    return error or "The prediction failed; the server's log tells why."
+    return error or "The prediction failed. Look into the server's log."
 
 
 class _NotFound(CogpressError):
-    """The server has nothing there."""
+    """The server has no such route or prediction."""
 
 
 def _request(method: str, url: str, route: str, body: dict[str, Any] | None = None) -> httpx.Response:
@@ -177,5 +175,5 @@ def _refused(response: httpx.Response) -> CogpressError:
     if response.status_code == 404:
         return _NotFound(f"The server has no {response.request.url.path}.")
     if response.status_code == 422:
-        return CogpressError(f"The server refuses the input (422): {detail}")
+        return CogpressError(f"The server rejects the input (422): {detail}")
     return CogpressError(f"The server answers {response.status_code}: {detail}")

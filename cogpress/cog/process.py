@@ -1,8 +1,4 @@
-"""The image's own server, run from `cog.yaml` without Docker.
-
-Knows what `cog build` would have set (the schema file, the references, the concurrency) and how to start, watch and
-end the runtime with everything that it started; leaves requests to `client`.
-"""
+"""The image's own server without Docker: start, watch and stop Cog's runtime with what `cog build` would have set."""
 
 from __future__ import annotations
 
@@ -26,22 +22,21 @@ from cogpress.cog import client, schema
 from cogpress.errors import CogpressError
 
 GRACE_SECONDS = 10.0
-"""How long a stopping server may take to end its predictions before it is killed."""
+"""For a stopping server to end its predictions before it is killed."""
 
 ALONE_SECONDS = 15.0
-"""How long the runtime may be without a worker process while it says that it starts; it starts one at once."""
+"""For a starting runtime without a worker process; it starts one at once."""
 
 FAMILY_SECONDS = 2.0
-"""How long the engine's processes may take to end after the server, and again when told to, before they are killed."""
+"""For the engine's processes to end after the server, and again after SIGTERM, before they are killed."""
 
 _LOG_LINES = 12
 
 
 class Server:
-    """Cog's real runtime on one project, in a process of its own.
+    """Cog's real runtime on one project, in its own process.
 
-    As a context manager it starts on entry and leaves nothing running on exit, nor when this process ends otherwise
-    than by being killed.
+    A context manager: it starts on entry and stops on exit, also when this process ends for any reason but SIGKILL.
     """
 
     def __init__(
@@ -60,13 +55,13 @@ class Server:
 
         Args:
             root: the folder with `cog.yaml`.
-            weights: what `COG_WEIGHTS` says: a folder, a tar or a URL. None leaves it to the runner.
+            weights: the value of `COG_WEIGHTS`: a folder, a tar or a URL; None leaves it to the runner.
             port: 0 takes a free one.
-            host: the address to listen on; loopback unless asked otherwise.
+            host: the address to listen on.
             mode: which endpoints to serve.
-            log: file for the server's output; None prints it to the terminal.
+            log: a file for the server's output; None prints to the terminal.
             env: more environment variables.
-            max_concurrency: predictions at once; None takes the runner's `@cog.concurrent`.
+            max_concurrency: concurrent predictions; None takes the runner's `@cog.concurrent`.
 
         Raises:
             CogpressError: the weights do not exist.
@@ -88,12 +83,12 @@ class Server:
 
     @property
     def pid(self) -> int | None:
-        """The server's process, which leads a session of its own; None where it was not started."""
+        """The server's process, which leads its own session; None before the start."""
         return self._process.pid if self._process is not None else None
 
     @property
     def alive(self) -> bool:
-        """Whether the server's process runs."""
+        """Whether the server's process is running."""
         return self._process is not None and self._process.poll() is None
 
     def __enter__(self) -> Server:
@@ -109,13 +104,13 @@ class Server:
         """Start the runtime; returns before it is ready.
 
         Raises:
-            CogpressError: `cog.yaml` is missing or names what is not there, or the port is taken.
+            CogpressError: `cog.yaml` is missing or names something missing, or the port is taken.
         """
         settings = read_cog_yaml(self.root)
         run, train = settings.get("run"), settings.get("train")
         wanted = "train" if self.mode == "train" else "run"
         if not settings.get(wanted):
-            raise CogpressError(f"{self.root / 'cog.yaml'} has no `{wanted}:`, so there is nothing to serve. Add it.")
+            raise CogpressError(f"{self.root / 'cog.yaml'} has no `{wanted}:`. Add it.")
         check_free(self.host, self.port)
         schema.write(self.root, run, train)
         command = [sys.executable, "-m", "cog.server.http", "--host", self.host]
@@ -126,7 +121,7 @@ class Server:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             output = self.log.open("wb")
         try:
-            # A session of its own, so that Ctrl-C in a terminal reaches us alone and we end the server in order.
+            # Its own session: Ctrl-C in a terminal reaches this process alone, which stops the server in order.
             self._process = subprocess.Popen(
                 command,
                 cwd=self.root,
@@ -152,7 +147,7 @@ class Server:
             "COG_TRAIN_TYPE_STUB": train or "",
             "COG_MAX_CONCURRENCY": str(concurrency),
             "PORT": str(self.port),
-            # The runtime starts its worker as `python`, which must be the one that has cog.
+            # The runtime starts its worker as `python`, which must be the one with cog installed.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")])),
             "PYTHONUNBUFFERED": "1",
@@ -168,46 +163,46 @@ class Server:
     def wait_ready(
         self, timeout: float = 1800.0, on_wait: Callable[[float], None] = lambda _seconds: None
     ) -> dict[str, Any]:
-        """Wait until the runner's `setup()` is done; returns the last health answer.
+        """Wait until the runner's `setup()` is done and return the last health report.
 
         Args:
             timeout: seconds.
             on_wait: called about four times a second with the seconds waited.
 
         Raises:
-            CogpressError: setup failed, the server ended, or time is up; quotes the end of the log.
+            CogpressError: setup failed, the server exited, or time is up; quotes the end of the log.
         """
         started = alone_since = time.monotonic()
         while (waited := time.monotonic() - started) < timeout:
             self._check_alive(" before it was ready")
             health = client.health(self.url) or {}
-            # The endpoint always answers 200; only its status tells.
+            # The endpoint always answers 200; only `status` tells.
             status = health.get("status")
             if status in ("READY", "BUSY"):
                 return health
             if status in ("SETUP_FAILED", "DEFUNCT", "UNHEALTHY"):
-                raise CogpressError(f"The runner did not get ready: {_reason(health)}{self._log_end()}")
-            # A worker that could not even start leaves the runtime waiting for it for ever.
+                raise CogpressError(f"The runner's setup failed: {_reason(health)}{self._log_end()}")
+            # The runtime waits forever for a worker that could not even start.
             if status != "STARTING" or self._has_worker():
                 alone_since = time.monotonic()
             elif time.monotonic() - alone_since > ALONE_SECONDS:
-                raise CogpressError(f"The server's worker process ended before its setup began.{self._log_end()}")
+                raise CogpressError(f"The server's worker process exited before its setup began.{self._log_end()}")
             on_wait(waited)
             time.sleep(0.25)
         raise CogpressError(f"The server was not ready after {timeout:.0f} s.{self._log_end()}")
 
     def wait(self) -> None:
-        """Wait for as long as the server runs.
+        """Wait while the server runs.
 
         Raises:
-            CogpressError: it ended, which it does not do by itself.
+            CogpressError: it exited, which it never does by itself.
         """
         while True:
             self._check_alive()
             time.sleep(0.5)
 
     def stop(self) -> None:
-        """End the server and every process that it started, first kindly; twice does no harm."""
+        """Stop the server and every process that it started, with SIGTERM first; twice does no harm."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -220,7 +215,7 @@ class Server:
         status = self._process.poll()
         if status is not None:
             how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-            raise CogpressError(f"The server ended{before}, {how}.{self._log_end()}")
+            raise CogpressError(f"The server exited{before}, {how}.{self._log_end()}")
 
     def _has_worker(self) -> bool:
         try:
@@ -231,20 +226,20 @@ class Server:
 
     def _log_end(self) -> str:
         if self.log is None or not self.log.is_file():
-            return "\nIts output above tells more."
+            return "\nSee its output above."
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         end = "".join(f"\n    {line[:300]}" for line in lines[-_LOG_LINES:])
         return f"\nThe log ends:{end}\nAll of it is in {self.log}."
 
 
 def end_family(leader: subprocess.Popen[bytes], grace: float | None = None) -> None:
-    """End a process that leads a session, and everything that it started, first kindly.
+    """Stop a process that leads a session, and everything that it started, with SIGTERM first.
 
     Args:
         leader: the process, started with `start_new_session=True`.
-        grace: seconds that it may take before it is killed; None takes `GRACE_SECONDS`.
+        grace: seconds before it is killed; None takes `GRACE_SECONDS`.
     """
-    # An engine runs in grandchildren, which outlive the leader, so they are noted while it lives.
+    # An engine runs in grandchildren, which outlive the leader: list them while it lives.
     family = _family(leader.pid)
     try:
         leader.send_signal(signal.SIGTERM)
@@ -255,7 +250,7 @@ def end_family(leader: subprocess.Popen[bytes], grace: float | None = None) -> N
     except subprocess.TimeoutExpired:
         pass
     finally:
-        # Also when waiting was cut off, by a second Ctrl-C.
+        # Also when a second Ctrl-C interrupts the wait.
         killed = [process for process in family | _family(leader.pid) if _signal(process, signal.SIGKILL)]
         leader.kill()
         leader.wait()
@@ -263,7 +258,7 @@ def end_family(leader: subprocess.Popen[bytes], grace: float | None = None) -> N
 
 
 def end_session(leader: psutil.Process) -> None:
-    """End a process that leads a session and everything that it started, of a run that was killed."""
+    """Stop what a killed run left: a process that leads a session, and everything that it started."""
     family = {leader, *_family(leader.pid)}
     told = [process for process in family if _signal(process, signal.SIGTERM)]
     _, left = psutil.wait_procs(told, timeout=GRACE_SECONDS)
@@ -271,7 +266,7 @@ def end_session(leader: psutil.Process) -> None:
 
 
 def _family(pid: int) -> set[psutil.Process]:
-    """A process's descendants, and everything else in the session that it leads; not the process itself."""
+    """A process's descendants and everything else in the session that it leads, without the process itself."""
     found: set[psutil.Process] = set()
     with contextlib.suppress(psutil.NoSuchProcess):
         found.update(psutil.Process(pid).children(recursive=True))
@@ -285,7 +280,7 @@ def _family(pid: int) -> set[psutil.Process]:
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> bool:
-    """Send a signal to a process; False where it was gone already."""
+    """Send a signal to a process; False where it is gone already."""
     try:
         process.send_signal(number)
     except psutil.NoSuchProcess:
@@ -294,7 +289,7 @@ def _signal(process: psutil.Process, number: signal.Signals) -> bool:
 
 
 def _reason(health: dict[str, Any]) -> str:
-    """What the runner raised, without the runtime's words around it."""
+    """The runner's error without the runtime's prefixes."""
     if health.get("user_healthcheck_error"):
         return str(health["user_healthcheck_error"])
     logs = str((health.get("setup") or {}).get("logs") or "").strip()
@@ -302,12 +297,12 @@ def _reason(health: dict[str, Any]) -> str:
 
 
 def _weights(given: str | None) -> str | None:
-    """What `COG_WEIGHTS` is to say: a path that also holds in the server's working directory, or a URL."""
+    """The value of `COG_WEIGHTS`: a URL, or a path that is also valid in the server's working directory."""
     if given is None or "://" in given:
         return given
     path = Path(given).expanduser().resolve()
     if not path.exists():
-        raise CogpressError(f"There are no weights at {path}. Make some with scripts/train, or name others.")
+        raise CogpressError(f"There are no weights at {path}. Make them with scripts/train, or name others.")
     return str(path)
 
 
@@ -315,7 +310,7 @@ def read_cog_yaml(root: Path) -> dict[str, Any]:
     """The project's `cog.yaml`.
 
     Raises:
-        CogpressError: it is missing or no YAML mapping.
+        CogpressError: it is missing or not a YAML mapping.
     """
     path = root / "cog.yaml"
     try:
@@ -335,17 +330,17 @@ def _environment(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def free_port(host: str) -> int:
-    """A port that nothing listens on now."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def check_free(host: str, port: int) -> None:
-    """Check that a port can be listened on.
+    """Check that a port is free.
 
     Raises:
-        CogpressError: it can not.
+        CogpressError: it is not.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -353,5 +348,5 @@ def check_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise CogpressError(
-                f"Port {port} on {host} can not be used: {error.strerror}. Stop what uses it, or choose another."
+                f"Port {port} on {host} cannot be used: {error.strerror}. Stop what uses it, or choose another."
             ) from None

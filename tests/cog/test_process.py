@@ -186,13 +186,13 @@ def fails(root: Path, behaviour: str, timeout: float = 30) -> str:
 
 def test_setup_that_fails_is_quoted(root: Path) -> None:
     message = fails(root, "fail")
-    assert message.startswith("The runner did not get ready: RuntimeError: there are no weights in this folder\n")
+    assert message.startswith("The runner's setup failed: RuntimeError: there are no weights in this folder\n")
     assert "Loading predictor" in message  # what the worker logs right before it ends can be lost
     assert message.endswith(f"All of it is in {root / 'server.log'}.")
 
 
 def test_a_worker_that_dies_in_setup_is_noticed(root: Path) -> None:
-    assert fails(root, "die").startswith("The runner did not get ready: worker crashed")
+    assert fails(root, "die").startswith("The runner's setup failed: worker crashed")
 
 
 def test_a_failing_health_check_is_noticed(root: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_worker_that_can_not_start_is_noticed(root: Path, monkeypatch: pytest.
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     with Server(root, env={"PATH": path}, log=root / "server.log") as served, pytest.raises(CogpressError) as error:
         served.wait_ready(30)
-    assert str(error.value).startswith("The server's worker process ended before its setup began.")
+    assert str(error.value).startswith("The server's worker process exited before its setup began.")
     assert "this python has no cog" in str(error.value)
 
 
@@ -237,7 +237,7 @@ def test_a_server_that_ends_later_is_noticed(root: Path) -> None:
     with Server(root, log=root / "server.log") as served:
         served.wait_ready(30)
         httpx.post(f"{served.url}/shutdown")
-        with pytest.raises(CogpressError, match="The server ended, with exit status 0"):
+        with pytest.raises(CogpressError, match="The server exited, with exit status 0"):
             served.wait()
 
 
@@ -319,6 +319,6 @@ def test_a_port_in_use_is_named(root: Path) -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(
-            CogpressError, match=rf"Port {port} on 127\.0\.0\.1 can not be used: Address already in use"
+            CogpressError, match=rf"Port {port} on 127\.0\.0\.1 cannot be used: Address already in use"
         ):
             Server(root, port=port).start()
