@@ -33,6 +33,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test as `unit` that no other marker says to be long."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("slow", "server", "train")):
+            item.add_marker("unit")
+
+
 @pytest.fixture(scope="session")
 def cache() -> Path:
     """Where models and trained weights are kept between runs, each under a key of all that made it."""

@@ -1,11 +1,13 @@
-"""What the scripts take and what they say."""
+"""The scripts' options, help, messages and exit statuses."""
 
 from __future__ import annotations
 
 import json
+import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from cogpress import cli
 from cogpress.cog import client
 from cogpress.cog.process import free_port
 from cogpress.errors import CogpressError
+from cogpress.setup import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,11 +54,34 @@ def test_steps_say_what_and_how_long() -> None:
     assert lines[3].startswith("✓ Pack  0.0 s")
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run a script in this process, with the environment that it would enter; returns its exit status."""
+    monkeypatch.setattr(environment, "enter", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(name: str, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [f"scripts/{name}", *arguments])
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as stopped:
+            return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+        return 0
+
+    return run
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").iterdir() if path.is_file()))
-def test_every_script_explains_itself(script: str) -> None:
-    shown = subprocess.run([sys.executable, ROOT / "scripts" / script, "--help"], capture_output=True, text=True)
+def test_every_script_has_help(script: str, here: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert here(script, "--help") == 0
+    assert f"usage: scripts/{script}" in capsys.readouterr().out
+
+
+def test_scripts_run_by_themselves() -> None:
+    """As a user starts them, without this process's imports and path."""
+    shown = subprocess.run([ROOT / "scripts" / "serve", "--help"], capture_output=True, text=True, cwd="/")
     assert shown.returncode == 0, shown.stderr
-    assert f"usage: scripts/{script}" in shown.stdout
+    assert "usage: scripts/serve" in shown.stdout
     assert "Traceback" not in shown.stderr
 
 
@@ -65,19 +91,20 @@ def test_scripts_stay_thin() -> None:
         assert len(path.read_text().splitlines()) < most, path
 
 
-def test_predict_names_a_wrong_input_before_anything_starts() -> None:
-    command = [sys.executable, ROOT / "scripts" / "predict", "-i", "promt=hi"]
-    shown = subprocess.run(command, capture_output=True, text=True)
-    assert shown.returncode == 1
-    assert shown.stderr.startswith("Error: There is no input 'promt'.")
+def test_predict_names_a_wrong_input_before_anything_starts(
+    here: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert here("predict", "-i", "promt=hi") == 1
+    assert capsys.readouterr().err.startswith("Error: There is no input 'promt'.")
 
 
-def test_train_names_a_missing_file_without_a_stack_trace(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "scripts" / "train", "--train-data", str(tmp_path / "none.jsonl")]
-    shown = subprocess.run([*command, "--run", str(tmp_path / "run")], capture_output=True, text=True)
-    assert shown.returncode == 1
-    assert "none.jsonl does not exist" in shown.stderr
-    assert "Traceback" not in shown.stderr
+def test_train_names_a_missing_file_without_a_stack_trace(
+    here: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert here("train", "--train-data", str(tmp_path / "none.jsonl"), "--run", str(tmp_path / "run")) == 1
+    shown = capsys.readouterr().err
+    assert "none.jsonl does not exist" in shown
+    assert "Traceback" not in shown
 
 
 SAYS = """
