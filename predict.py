@@ -19,7 +19,7 @@ class Runner(BaseRunner):
         from cogpress.serve import model as serving
 
         streaming.install()
-        self.server = serving.Server(
+        self.server = serving.ServedModel(
             weights, config.load(ROOT / "model.yaml"), ROOT, concurrency=type(self).run.__cog_concurrent_max__
         )
         self.server.engine.yield_cores()

@@ -70,8 +70,8 @@ def _ours(root: Path, weights: Path, questions: Sequence[dict[str, Any]]) -> dic
     settings = config.load(root / "model.yaml")
     made = []
 
-    def start() -> serving.Server:
-        made.append(serving.Server(str(weights), settings, root, concurrency=serving.batch_size()))
+    def start() -> serving.ServedModel:
+        made.append(serving.ServedModel(str(weights), settings, root, concurrency=serving.batch_size()))
         return made[0]
 
     with tempfile.TemporaryDirectory() as folder:

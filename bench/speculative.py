@@ -91,7 +91,7 @@ async def _ask_all(
 ) -> tuple[dict[str, float], list[str]]:
     settings = config.load(root / "model.yaml")
     serve = settings.serve.model_copy(update={"speculative": speculative})
-    server = serving.Server(str(weights), settings.model_copy(update={"serve": serve}), root, concurrency=16)
+    server = serving.ServedModel(str(weights), settings.model_copy(update={"serve": serve}), root, concurrency=16)
 
     async def ask(row: dict[str, Any]) -> tuple[str, int]:
         metrics: dict[str, Any] = {}

@@ -1,8 +1,6 @@
 """Several adapters over one base: from the names in `model.yaml` to adapters that an engine serves.
 
-The base that they share is the dequantized one that they were trained on, so that each answers as training scored it.
-Knows which adapters can share a base, and fetches each at its first use; leaves the arithmetic to `merge` and loading
-and evicting to the engine.
+The shared base is the dequantized one that they were trained on, so that each answers as training scored it.
 """
 
 from __future__ import annotations
@@ -23,22 +21,22 @@ from cogpress.weights import fetch, manifest
 
 
 @dataclass(frozen=True)
-class Ready:
-    """An adapter that can be answered with, and what its prompts must look like."""
+class ReadyAdapter:
+    """An adapter that is fetched and checked, and its prompt template."""
 
     adapter: Adapter
     prompt: config.Prompt
 
 
 def read(name: str, folder: Path) -> LoraAdapter:
-    """An adapter that can be served without being merged.
+    """Read an adapter that can be served without merging it.
 
     Args:
-        name: as messages call it.
+        name: its name in messages.
         folder: where it is.
 
     Raises:
-        CogpressError: it is none of cogpress, or engines can not apply what it uses.
+        CogpressError: cogpress did not make it, or engines cannot apply all that it changes.
     """
     found = adapter.read(folder)
     wrong = sorted(found.replaced)
@@ -61,11 +59,11 @@ class Adapters:
     """The adapters of one server."""
 
     def __init__(self, sources: Mapping[str, str], settings: config.Config, root: Path) -> None:
-        """Know their names; nothing is fetched yet.
+        """Fetches nothing yet.
 
         Args:
-            sources: where each is, by name; a path is relative to `root`.
-            settings: of the project.
+            sources: the source of each adapter, by name; a path is relative to `root`.
+            settings: the project's configuration.
             root: the project's folder.
         """
         self._sources = {
@@ -74,22 +72,22 @@ class Adapters:
         self._settings = settings
         self._root = root
         self._cache = root / ".cache"
-        self._ready: dict[str, Ready] = {}
+        self._ready: dict[str, ReadyAdapter] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self.key = ""
-        """What an adapter's `base_key` must be."""
+        """The `base_key` that all adapters must have."""
         self.rank = 0
-        """The largest rank that the engine has room for."""
+        """The largest rank that the engine makes room for."""
 
     def weights(self, wanted: str | os.PathLike[str] | None) -> str:
-        """The source of the base that they share; made where it is not there yet.
+        """The source of the shared base; it is made if it does not exist yet.
 
         Args:
-            wanted: a source of it that a user named; None for `root/weights` or, where that holds other weights, a
-                folder in the cache.
+            wanted: a source that the user named; None for `root/weights` or, if that holds other weights, a folder in
+                the cache.
 
         Raises:
-            CogpressError: the adapters' base is not the one of model.yaml.
+            CogpressError: the adapters were trained on another base than model.yaml's.
         """
         first = next(iter(self._sources))
         trained = read(first, fetch.adapter(self._sources[first], self._cache).folder)
@@ -107,7 +105,7 @@ class Adapters:
             return str(folder)
         target = self._cache / "shared" / self.key[:16]
         if not (target / manifest.NAME).is_file():
-            print("Making the base that the adapters share, once.", flush=True)
+            print("Making the base that the adapters share (only once).", flush=True)
             base_folder = fetch.base(self._settings.base.source, self._cache)
             merge.write_base(base_folder, trained.folder, target)
         return str(target)
@@ -116,7 +114,7 @@ class Adapters:
         """Refuse weights that are not the adapters' base.
 
         Raises:
-            CogpressError: says how to make it.
+            CogpressError: they are not.
         """
         if (found.manifest or {}).get("shared_base") != self.key:
             raise CogpressError(
@@ -124,11 +122,11 @@ class Adapters:
                 "scripts/merge --base-alone, or name no weights."
             )
 
-    async def get(self, name: str) -> Ready:
-        """An adapter by name; fetched and checked at its first use.
+    async def get(self, name: str) -> ReadyAdapter:
+        """An adapter by name, fetched and checked on first use.
 
         Raises:
-            CogpressError: there is none of this name, it can not be had, or it does not belong to the base.
+            CogpressError: there is no such adapter, it is not available, or it belongs to another base.
         """
         if name not in self._sources:
             known = ", ".join(self._sources) or "none: model.yaml lists no adapters"
@@ -138,7 +136,7 @@ class Adapters:
                 self._ready[name] = await asyncio.to_thread(self._load, name)
         return self._ready[name]
 
-    def _load(self, name: str) -> Ready:
+    def _load(self, name: str) -> ReadyAdapter:
         folder = fetch.adapter(self._sources[name], self._cache).folder
         found = read(name, folder)
         if found.base_key != self.key:
@@ -153,4 +151,4 @@ class Adapters:
                 "in model.yaml to it."
             )
         number = 1 + list(self._sources).index(name)
-        return Ready(Adapter(name, number, folder, largest), config.Prompt.model_validate(found.facts["prompt"]))
+        return ReadyAdapter(Adapter(name, number, folder, largest), config.Prompt.model_validate(found.facts["prompt"]))

@@ -1,6 +1,6 @@
-"""What a server tells of its work: a JSON line for each prediction, and Prometheus metrics on a port of loopback.
+"""A server's log, one JSON line per prediction, and its Prometheus metrics on a loopback port.
 
-Prompts and answers are in neither, unless `serve.log` asks for them.
+Neither contains prompts or answers, unless `serve.log` is `prompts`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Record = Callable[[str, Any], None]
 
 
 @dataclass
-class Prediction:
-    """One prediction that is worked on.
+class RunningPrediction:
+    """A prediction in progress.
 
-    `given` are its inputs, `started` is a reading of `time.perf_counter`; `text` and `generated` grow meanwhile.
+    `given` holds its inputs, `started` a reading of `time.perf_counter`; `text` and `generated` grow as it runs.
     """
 
     given: Mapping[str, Any]
@@ -44,26 +44,26 @@ class Prediction:
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def record(self, name: str, value: Any) -> None:
-        """Give a metric to whoever asked, and keep it."""
+        """Pass a metric to the caller, and keep it."""
         self.metrics[name] = value
         self._record(name, value)
 
 
 class Observer:
-    """Tells what happens to predictions, as the options say."""
+    """Logs and counts predictions, as `serve.log` and `serve.metrics_port` say."""
 
     def __init__(self, serve: Serve) -> None:
-        """Open the port, where there is one.
+        """Open the metrics port, if one is set.
 
         Raises:
-            CogpressError: the port is taken.
+            CogpressError: the port cannot be opened.
         """
         self._log = serve.log
         self._metrics = _Metrics(serve.metrics_port) if serve.metrics_port is not None else None
 
     @contextmanager
-    def watch(self, prediction: Prediction) -> Iterator[None]:
-        """Count a prediction as running in the block, and tell how it ended after it."""
+    def watch(self, prediction: RunningPrediction) -> Iterator[None]:
+        """Count a prediction as running within the block, and log how it ended."""
         if self._metrics is not None:
             self._metrics.running.inc()
         outcome: Outcome = "canceled"
@@ -83,12 +83,12 @@ class Observer:
             self._tell(prediction, outcome, error)
 
     def refused(self, given: Mapping[str, Any], error: str) -> None:
-        """A prediction was refused before anything was generated."""
+        """Count and log a prediction that was refused before anything was generated."""
         if self._metrics is not None:
             self._metrics.predictions.labels("failed").inc()
-        self._tell(Prediction(given, lambda _name, _value: None, time.perf_counter()), "failed", error)
+        self._tell(RunningPrediction(given, lambda _name, _value: None, time.perf_counter()), "failed", error)
 
-    def _tell(self, prediction: Prediction, outcome: Outcome, error: str) -> None:
+    def _tell(self, prediction: RunningPrediction, outcome: Outcome, error: str) -> None:
         if self._log == "none":
             return
         facts: dict[str, Any] = {
@@ -102,27 +102,27 @@ class Observer:
             **{name: value for name, value in prediction.metrics.items() if name != "logprobs"},
         }
         if error:
-            # What comes after a colon can quote what was typed.
+            # The text after a colon may quote the user's input.
             facts["error"] = error if self._log == "prompts" else error.partition(":")[0][:80]
         if self._log == "prompts":
             facts |= {"input": dict(prediction.given), "output": "".join(prediction.text)}
-        # The prediction's log may be closed already; the work itself is done.
+        # The prediction's log may be closed already, and the answer is complete.
         with suppress(OSError, ValueError):
             print(json.dumps(facts, ensure_ascii=False, default=str), file=sys.stderr, flush=True)
 
 
 def _unset(name: str) -> list[Any]:
-    """What an input is when it was not given: the runtime fills defaults in."""
+    """Values that mean an input was not given, since the runtime fills in defaults."""
     return [None, "", *(getattr(one, name) for one in (Request(), Sampling()) if hasattr(one, name))]
 
 
 class _Metrics:
-    """The kit's own metrics; vLLM adds its own (queue, KV cache) to the same port."""
+    """cogpress's metrics; vLLM adds its own (queue, KV cache) to the same port."""
 
     def __init__(self, port: int) -> None:
         from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
-        self.running = Gauge("cogpress_predictions_running", "Predictions that are worked on or wait for the engine.")
+        self.running = Gauge("cogpress_predictions_running", "Predictions in progress or waiting for the engine.")
         self.predictions = Counter("cogpress_predictions", "Predictions that ended, by status.", ["status"])
         self.tokens = Counter("cogpress_tokens", "Tokens read (prompt) and generated (answer).", ["kind"])
         self.first = Histogram(
@@ -134,10 +134,10 @@ class _Metrics:
             start_http_server(port, addr=HOST)
         except OSError as error:
             raise CogpressError(
-                f"serve.metrics_port is {port}, which can not be opened: {error.strerror}. Name another."
+                f"serve.metrics_port is {port}, which cannot be opened: {error.strerror}. Set another."
             ) from None
 
-    def count(self, prediction: Prediction, outcome: Outcome) -> None:
+    def count(self, prediction: RunningPrediction, outcome: Outcome) -> None:
         self.predictions.labels(outcome).inc()
         self.tokens.labels("prompt").inc(prediction.metrics.get("input_token_count", 0))
         self.tokens.labels("answer").inc(prediction.generated)

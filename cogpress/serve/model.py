@@ -1,7 +1,4 @@
-"""From a prediction's inputs to a stream of text with metrics; everything that `predict.py` does, without Cog.
-
-Knows prompts, limits and the order of a start; leaves weights to `fetch`, tokens to `engine` and the wire to Cog.
-"""
+"""Everything that `predict.py` does, without Cog: load a model, and answer predictions with text and metrics."""
 
 from __future__ import annotations
 
@@ -21,16 +18,16 @@ from cogpress.errors import CogpressError
 from cogpress.files import recover
 from cogpress.serve import requests as inputs
 from cogpress.serve.adapters import Adapters
-from cogpress.serve.metrics import Observer, Prediction, Record
+from cogpress.serve.metrics import Observer, Record, RunningPrediction
 from cogpress.serve.requests import Request
 from cogpress.weights import base, fetch, manifest
 
 LONG_TEXT = 20_000
-"""Characters from which on a text is tokenized in a thread: below, that takes a few milliseconds."""
+"""Number of characters from which a text is tokenized in a thread; a shorter one takes a few milliseconds."""
 
 
-class Server:
-    """One loaded model and its tokenizer."""
+class ServedModel:
+    """A loaded model that answers predictions."""
 
     def __init__(
         self, weights: str | os.PathLike[str] | None, settings: config.Config, root: Path, *, concurrency: int
@@ -38,14 +35,14 @@ class Server:
         """Find, check and load weights.
 
         Args:
-            weights: a source, as `fetch.model` takes it; None for `root/weights`, or `serve.weights` where that
-                folder holds no model.
-            settings: `serve` is used, and `prompt` where the weights bring none.
+            weights: a source, as `fetch.model` takes it; None for `root/weights`, or `serve.weights` if that folder
+                holds no model.
+            settings: its `serve`, `adapters` and, for weights that bring none, `prompt` are used.
             root: the project's folder.
-            concurrency: predictions that run at once.
+            concurrency: number of predictions at once.
 
         Raises:
-            CogpressError: there are no weights, or they are not what was written.
+            CogpressError: there are no weights, or they differ from their manifest.
         """
         started = time.perf_counter()
         self.adapters = Adapters(settings.adapters, settings, root)
@@ -56,7 +53,7 @@ class Server:
         if shared:
             self.adapters.check(found)
         self.folder = found.folder
-        # What a prompt must look like was decided in training, so it travels with the weights.
+        # Training decided what a prompt looks like, so it travels with the weights.
         prompt = (found.manifest or {}).get("prompt")
         self.prompt = config.Prompt.model_validate(prompt) if prompt else settings.prompt
         self.observer = Observer(serve)
@@ -68,8 +65,8 @@ class Server:
         self.engine = engine.load(self.folder, serve, concurrency, self.adapters.rank)
         ready = time.perf_counter()
         self.cold_start = {**seconds, "tokenizer": read - fetched, "engine": ready - read, "total": ready - started}
-        """Seconds of the start: `fetch` and `check`, at the same time `imports` (which `saved` so much), `tokenizer`,
-        `engine`, and `total`; from the first answer on also its `first_token`."""
+        """Seconds of each part of the start: `fetch` and `check` with `imports` beside them (which `saved` some),
+        `tokenizer`, `engine` and `total`; after the first answer also `first_token`."""
         self.verified = manifest.state(self.folder, found.manifest)
         """Whether these very weights passed verification."""
         print(manifest.STATE_MESSAGES[self.verified], cold_start_line(self.cold_start), sep="\n", flush=True)
@@ -78,12 +75,12 @@ class Server:
         """The prompt's token ids.
 
         Args:
-            request: what is asked.
-            prompt: what a prompt must look like; the model's own where not given.
-            tokenizer: the model's, where not the server's own is to be used.
+            request: the prediction's inputs.
+            prompt: template and system text; the model's own by default.
+            tokenizer: another instance of the model's tokenizer, for use in a thread.
 
         Raises:
-            CogpressError: nothing was asked, the JSON of an input is not as described, or the chat template refuses.
+            CogpressError: the prompt is empty, an input's JSON is malformed, or the chat template refuses.
         """
         return prompts.encode(tokenizer or self.tokenizer, inputs.question(request), prompt or self.prompt)
 
@@ -91,14 +88,14 @@ class Server:
         """Check a request and stream its answer.
 
         Args:
-            given: a prediction's inputs, by name; `max_tokens` is lowered to what the context has room for.
+            given: a prediction's inputs, by name; `max_tokens` is lowered to the room left in the context.
             record: takes the metrics: tokens in and out, seconds to the first token, tokens per second after it (the
-                reciprocal of the mean inter-token latency), and log-probabilities where asked for.
-            stream: give the text as it is generated; otherwise all of it at the end, which costs a little less.
+                reciprocal of the mean inter-token latency), and log-probabilities if requested.
+            stream: yield text as it is generated; otherwise all of it at the end, which costs a little less.
 
         Raises:
-            CogpressError: before anything is generated: the engine is dead, the inputs are not as described, the
-                prompt fills the context, or the adapter can not be had.
+            CogpressError: raised before anything is generated: the engine is dead, an input is invalid, the prompt
+                fills the context, or the adapter is not available.
         """
         started = time.perf_counter()
         try:
@@ -106,7 +103,9 @@ class Server:
         except CogpressError as error:
             self.observer.refused(given, str(error))
             raise
-        return self._stream(prompt, replace(sampling, stream=stream), adapter, Prediction(given, record, started))
+        return self._stream(
+            prompt, replace(sampling, stream=stream), adapter, RunningPrediction(given, record, started)
+        )
 
     async def _understand(self, given: Mapping[str, Any]) -> tuple[list[int], Sampling, Adapter | None]:
         if self.engine.dead:
@@ -117,8 +116,8 @@ class Server:
         room = self.engine.max_context - len(prompt)
         if room < 1:
             raise CogpressError(
-                f"The prompt is {len(prompt)} tokens long and the context {self.engine.max_context}, which must hold "
-                "the answer too. Shorten the prompt."
+                f"The prompt is {len(prompt)} tokens long and the context {self.engine.max_context}, which must also "
+                "hold the answer. Shorten the prompt."
             )
         most = min(sampling.max_tokens, room)
         sampling = replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
@@ -126,7 +125,7 @@ class Server:
         return prompt, sampling, ready.adapter if ready else None
 
     async def _encode(self, request: Request, prompt: config.Prompt | None) -> list[int]:
-        """`encode`; of long texts in a thread, with a tokenizer of its own, so that nobody's stream waits for it."""
+        """`encode`, but long texts in a thread with its own tokenizer, so that no stream waits for it."""
         size = sum(len(text) for text in vars(request).values() if isinstance(text, str))
         if size < LONG_TEXT:
             return self.encode(request, prompt)
@@ -136,7 +135,7 @@ class Server:
             return await asyncio.to_thread(self.encode, request, prompt, self._long_tokenizer)
 
     async def _stream(
-        self, prompt: list[int], sampling: Sampling, adapter: Adapter | None, prediction: Prediction
+        self, prompt: list[int], sampling: Sampling, adapter: Adapter | None, prediction: RunningPrediction
     ) -> AsyncIterator[str]:
         first = 0.0
         tokens = first_tokens = 0
@@ -175,10 +174,10 @@ class Server:
             print(f"First token of the first answer after {seconds:.2f} s.", flush=True)
 
     def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
-        """As metrics: each token's text and log-probability, and those of the most likely in its place."""
+        """Metrics: the text and log-probability of each token, and of the most likely ones in its place."""
 
         def described(token: int, value: float) -> dict[str, Any]:
-            # What is impossible has no finite logarithm, and JSON no infinity.
+            # An impossible token has log-probability -infinity, which JSON cannot hold.
             return {"token": str(self.tokenizer.decode([token])), "id": token, "logprob": max(round(value, 5), -9999.0)}
 
         steps = zip(delta.token_ids, delta.logprobs, delta.alternatives, strict=True)
@@ -192,10 +191,10 @@ class Server:
 
 
 def find_weights(weights: str | os.PathLike[str] | None, root: Path, serve: config.Serve) -> str:
-    """The source of the weights to serve: what was asked for, else `root/weights`, else `serve.weights`.
+    """The source of the weights to serve: `weights` if given, else `root/weights`, else `serve.weights`.
 
     Raises:
-        CogpressError: none of them is there.
+        CogpressError: there are none.
     """
     if weights is not None:
         return os.fspath(weights)
@@ -212,14 +211,14 @@ def find_weights(weights: str | os.PathLike[str] | None, root: Path, serve: conf
 
 
 def batch_size() -> int:
-    """Requests at once that keep an engine full: more than that wait in it without making it faster."""
+    """The number of concurrent requests beyond which an engine gets no faster."""
     import torch
 
     return 256 if torch.cuda.is_available() else 64
 
 
 def with_draft(serve: config.Serve, root: Path) -> config.Serve:
-    """The options with the model that drafts, where one is named, in a folder of this machine."""
+    """The options, with a draft model fetched and replaced by its local folder."""
     if serve.speculative is None or "model" not in serve.speculative:
         return serve
     named = serve.speculative["model"]
@@ -229,13 +228,13 @@ def with_draft(serve: config.Serve, root: Path) -> config.Serve:
 
 
 def fetch_and_import(wanted: str, cache: Path, serve: config.Serve) -> tuple[fetch.FetchedModel, dict[str, float]]:
-    """Get and check the weights while the engine is imported, which takes as long as gigabytes of download.
+    """Fetch and check the weights while the engine is imported, which takes as long as downloading gigabytes.
 
     Returns:
-        the model, and the seconds that each of `fetch`, `check` and `imports` took and that were `saved`.
+        the model, and the seconds of `fetch`, `check` and `imports`, and those `saved` by doing them at once.
 
     Raises:
-        CogpressError: of the fetch, at once. Any exception of the imports is raised here too.
+        CogpressError: from the fetch, without waiting for the imports. Exceptions of the imports are raised too.
     """
     # The two threads must not import the same packages at once.
     fetch.prepare(wanted)
@@ -257,7 +256,7 @@ def fetch_and_import(wanted: str, cache: Path, serve: config.Serve) -> tuple[fet
 
 
 def cold_start_line(seconds: dict[str, float]) -> str:
-    """One line that says where the time of a start went."""
+    """One line that breaks down the time of a start."""
     parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if name not in ("total", "saved"))
     return (
         f"Ready to answer after {seconds['total']:.1f} s: {parts}; fetching and checking during the imports saved "

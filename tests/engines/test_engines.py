@@ -43,7 +43,9 @@ class Loop:
 class Asked:
     """An engine with its tokenizer, to be asked from a test."""
 
-    def __init__(self, made: engine.Engine, tokenizer: Any, ready: dict[str, adapters.Ready], loop: Loop) -> None:
+    def __init__(
+        self, made: engine.Engine, tokenizer: Any, ready: dict[str, adapters.ReadyAdapter], loop: Loop
+    ) -> None:
         self.engine, self.tokenizer, self.ready, self.loop = made, tokenizer, ready, loop
 
     def prompt(self, text: str, adapter: str | None = None, **fields: Any) -> list[int]:
@@ -69,19 +71,19 @@ class Asked:
 
 
 @pytest.fixture(scope="module")
-def ready(trained_weights: Path, operations_adapter: Path) -> dict[str, adapters.Ready]:
+def ready(trained_weights: Path, operations_adapter: Path) -> dict[str, adapters.ReadyAdapter]:
     found = {}
     for number, (name, folder) in enumerate(
         {"queries": trained_weights.parent / "adapter", "operations": operations_adapter}.items(), 1
     ):
         read = adapters.read(name, folder)
         prompt = config.Prompt.model_validate(read.facts["prompt"])
-        found[name] = adapters.Ready(Adapter(name, number, folder, adapters.rank(read)), prompt)
+        found[name] = adapters.ReadyAdapter(Adapter(name, number, folder, adapters.rank(read)), prompt)
     return found
 
 
 @pytest.fixture(scope="module")
-def shared_base(base_folder: Path, ready: dict[str, adapters.Ready], cache: Path) -> Path:
+def shared_base(base_folder: Path, ready: dict[str, adapters.ReadyAdapter], cache: Path) -> Path:
     key = {adapters.read(name, one.adapter.folder).base_key for name, one in ready.items()}
     [only] = key
     target = cache / "shared" / only[:16]
@@ -92,7 +94,7 @@ def shared_base(base_folder: Path, ready: dict[str, adapters.Ready], cache: Path
 
 @pytest.fixture(scope="module", params=engine.names())
 def asked(
-    request: pytest.FixtureRequest, shared_base: Path, ready: dict[str, adapters.Ready], tokenizer: Any
+    request: pytest.FixtureRequest, shared_base: Path, ready: dict[str, adapters.ReadyAdapter], tokenizer: Any
 ) -> Iterator[Asked]:
     loop = Loop()
     settings = config.Serve(engine=request.param, max_context=2048)
@@ -139,7 +141,11 @@ def test_adapters_of_two_tasks_and_the_base_answer_side_by_side(asked: Asked, ro
 
 
 def test_the_reference_takes_adapters_in_turn_where_it_keeps_one(
-    shared_base: Path, ready: dict[str, adapters.Ready], tokenizer: Any, rows: list[questions.Row], tmp_path: Path
+    shared_base: Path,
+    ready: dict[str, adapters.ReadyAdapter],
+    tokenizer: Any,
+    rows: list[questions.Row],
+    tmp_path: Path,
 ) -> None:
     loop = Loop()
     settings = config.Serve(engine="transformers", max_context=2048, adapters_kept=1)

@@ -26,7 +26,7 @@ def test_greedy_answers_are_those_without_it(trained_weights: Path, answered: li
 
     async def ask() -> tuple[list[str], str]:
         settings_with = settings.model_copy(update={"serve": serve})
-        server = serving.Server(str(trained_weights), settings_with, ROOT, concurrency=16)
+        server = serving.ServedModel(str(trained_weights), settings_with, ROOT, concurrency=16)
 
         async def answer(**inputs: Any) -> str:
             chunks = await server.answer({"max_tokens": 160, **inputs}, lambda _name, _value: None)

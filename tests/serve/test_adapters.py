@@ -56,7 +56,7 @@ def made(root: Path) -> multilora.Adapters:
     return multilora.Adapters(settings.adapters, settings, root)
 
 
-def get(adapters: multilora.Adapters, name: str) -> multilora.Ready:
+def get(adapters: multilora.Adapters, name: str) -> multilora.ReadyAdapter:
     return asyncio.run(adapters.get(name))
 
 

@@ -113,10 +113,10 @@ def test_errors_are_told_line_by_line(tmp_path: Path, go: Callable[..., batch.To
     assert said[1].startswith("The line is not JSON: Expecting")
     assert said[2].startswith("The line must be a JSON object")
     assert said[3] == "There is nothing to answer."
-    assert said[4].startswith("There is no input 'temperatur'. There are: prompt,")
+    assert said[4].startswith("There is no input 'temperatur'. The inputs are prompt,")
     assert said[5] == "temperature is 9; it must be from 0.0 to 5.0."
-    assert said[6] == "temperature must be of the type number, not str."
-    assert said[7] == "max_tokens must be of the type integer, not bool."
+    assert said[6] == "temperature must be of type number, not str."
+    assert said[7] == "max_tokens must be of type integer, not bool."
     assert found[7]["custom_id"] == "mine"
     assert found[8]["output"] == 'answer to {"question": "q"}'
     assert found[8]["completion"] == "c"
@@ -169,5 +169,5 @@ def test_a_finished_file_asks_no_model(tmp_path: Path, go: Callable[..., batch.T
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CogpressError, match="can not be read"):
+    with pytest.raises(CogpressError, match="cannot be read"):
         batch.count(tmp_path / "none")

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = config.Prompt(system="Write the query.", template="{question}\nColumns:\n{columns}")
 
 
-def server(tokenizer: Any, prompt: config.Prompt = TEMPLATE) -> serving.Server:
+def server(tokenizer: Any, prompt: config.Prompt = TEMPLATE) -> serving.ServedModel:
     """A server without weights or engine: inputs are understood before either is used."""
-    made = object.__new__(serving.Server)
+    made = object.__new__(serving.ServedModel)
     made.prompt, made.tokenizer = prompt, tokenizer
     return made
 
