@@ -17,9 +17,9 @@ from cogpress.errors import CogpressError
 
 
 def parser(root: Path, reference: str, **more: Any) -> argparse.ArgumentParser:
-    """A parser with one option for each input of a Cog function, so that a shell and Cog share one definition.
+    """A parser with one option for each input of a Cog function, so that the shell and Cog share one definition.
 
-    Bounds are checked when parsing; an option that is not given is None, which the configuration reads as not given.
+    Parsing checks bounds. An option that is not given is None.
 
     Args:
         root: the project's folder.
@@ -27,7 +27,7 @@ def parser(root: Path, reference: str, **more: Any) -> argparse.ArgumentParser:
         more: for `argparse.ArgumentParser`.
 
     Raises:
-        CogpressError: the reference can not be described.
+        CogpressError: the reference cannot be described.
     """
     made = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, **more)
     for name, field in schema.inputs(root, reference).items():
@@ -66,26 +66,26 @@ def _option_type(field: dict[str, Any]) -> Callable[[str], Any]:
 
 
 def parse_inputs(pairs: list[str], fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """`name=value` pairs, as `cog predict -i` takes them, to a prediction's input.
+    """A prediction's inputs from `name=value` pairs, as `cog predict -i` takes them.
 
-    A value `@file` is the file's text, or for a file input its content as a data URL. Lists and objects are JSON.
+    `@file` is the file's text, or its content as a data URL where the input is a file. Lists and objects are JSON.
 
     Args:
-        pairs: what was given.
-        fields: the inputs that there are, as `schema.fields` and `schema.inputs` describe them.
+        pairs: as given.
+        fields: the model's inputs, as `schema.fields` and `schema.inputs` describe them.
 
     Raises:
-        CogpressError: a pair without `=`, an input that does not exist or is given twice or is missing, a value of the
-            wrong type or out of bounds, a file that can not be read.
+        CogpressError: a pair without `=`, an unknown, repeated or missing input, a value of the wrong type or out of
+            bounds, an unreadable file.
     """
     values: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
             raise CogpressError(f"-i {pair}: write -i name=value.")
-        # Said here, because the runtime leaves unknown inputs out without a word.
+        # The runtime drops unknown inputs silently.
         if name not in fields:
-            raise CogpressError(f"There is no input {name!r}. There are: {', '.join(fields)}.")
+            raise CogpressError(f"There is no input {name!r}. Use one of {', '.join(fields)}.")
         if name in values:
             raise CogpressError(f"-i {name} is given twice. Give it once.")
         try:
@@ -93,7 +93,7 @@ def parse_inputs(pairs: list[str], fields: dict[str, dict[str, Any]]) -> dict[st
         except ValueError as error:
             raise CogpressError(f"-i {name}: {text!r} {error}.") from None
         except OSError as error:
-            raise CogpressError(f"-i {name}: {text[1:]} can not be read: {error.strerror}.") from None
+            raise CogpressError(f"-i {name}: Could not read {text[1:]}: {error.strerror}.") from None
     missing = [name for name, field in fields.items() if field.get("required") and name not in values]
     if missing:
         raise CogpressError(f"The input {missing[0]} is missing. Give it with -i {missing[0]}=...")
@@ -109,23 +109,23 @@ def _from_file(name: str, field: dict[str, Any]) -> Any:
     try:
         return _converted(content.decode("utf-8"), field)
     except UnicodeDecodeError:
-        raise ValueError("is not a text file in UTF-8") from None
+        raise ValueError("is not a UTF-8 text file") from None
 
 
 def _given(text: str, field: dict[str, Any]) -> Any:
     if field.get("format") == "uri" and not re.match(r"(https?|data):", text):
-        raise ValueError("is no URL; for a file of this machine write @ before its name")
+        raise ValueError("is not a URL; for a local file write @ before its name")
     return _converted(text, field)
 
 
 _NUMBERS: dict[Any, tuple[type[int] | type[float], str]] = {
-    "integer": (int, "is no whole number"),
-    "number": (float, "is no number"),
+    "integer": (int, "is not an integer"),
+    "number": (float, "is not a number"),
 }
 
 
 def _converted(text: str, field: dict[str, Any]) -> Any:
-    """A text as the value that an input's schema asks for; ValueError says how it is not one."""
+    """A text as a value of an input's schema; a ValueError says why it is not one."""
     kind = field.get("type")
     value: Any = text
     if kind in _NUMBERS:

@@ -1,7 +1,4 @@
-"""The program `cog`, driven: which command is run, with which environment, and what came of it.
-
-Knows its options and that a token goes to its standard input alone; leaves what appears on Replicate to `steps`.
-"""
+"""Run `cog login` and `cog push`. A token goes to the program's standard input alone."""
 
 from __future__ import annotations
 
@@ -26,22 +23,22 @@ _LINE = 300
 
 
 def command(model: str, settings: Push) -> list[str]:
-    """What builds the image and pushes it to a model, owner/name."""
+    """The command that builds the image and pushes it to a model, owner/name."""
     layers = ["--separate-weights"] if settings.weights == "layer" else []
     return ["cog", "push", f"{REGISTRY}/{model}", *layers, "--progress", "plain"]
 
 
 def environment(token: str) -> dict[str, str]:
-    """What `cog` and the build get to see: no token."""
+    """The environment of `cog` and the build, without tokens."""
     kept = {name: value for name, value in os.environ.items() if "TOKEN" not in name.upper() and token not in value}
     return kept | {"COG_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
 
 
 def login(root: Path, token: str) -> None:
-    """Log in to Replicate's registry; the token goes to the program's standard input.
+    """Log in to Replicate's registry.
 
     Raises:
-        CogpressError: it is refused, or there is no `cog`.
+        CogpressError: it is refused, or `cog` is not installed.
     """
     try:
         done = subprocess.run(
@@ -51,18 +48,18 @@ def login(root: Path, token: str) -> None:
         raise _missing(error) from None
     if done.returncode:
         told = redacted(" ".join((done.stderr or done.stdout).split())[-_LINE:], token)
-        raise CogpressError(f"cog login was refused: {told}. Check REPLICATE_API_TOKEN.")
+        raise CogpressError(f"cog login failed: {told}. Check REPLICATE_API_TOKEN.")
 
 
 def push(root: Path, arguments: list[str], token: str, log: Path, on_line: Callable[[str], None]) -> str | None:
-    """Build and push; returns the image's digest where the output tells it.
+    """Build and push; returns the image's digest where the output has it.
 
     Args:
         root: the project's folder.
         arguments: the whole command.
-        token: what must be in no output.
-        log: takes all of it.
-        on_line: is told each line.
+        token: redacted in the output.
+        log: the file for the output.
+        on_line: called with each line.
 
     Raises:
         CogpressError: it failed; quotes the end of its output.
@@ -104,10 +101,10 @@ def push(root: Path, arguments: list[str], token: str, log: Path, on_line: Calla
         end = "".join(f"\n    {line}" for line in lines)
         raise CogpressError(
             f"{' '.join(arguments)} failed with exit status {status}. Its output ends:{end}\nAll of it is in {log}. "
-            "Correct what it names and run this again: what is done is not done again."
+            "Fix the problem and run this again: finished steps are not repeated."
         )
     return digest
 
 
 def _missing(error: OSError) -> CogpressError:
-    return CogpressError(f"cog can not be started ({error.strerror}). Install it as cog.run says.")
+    return CogpressError(f"Could not start cog ({error.strerror}). Install it as described at cog.run.")

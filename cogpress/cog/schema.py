@@ -1,8 +1,7 @@
-"""What a runner or a training function takes, as the OpenAPI document that Cog's runtime reads.
+"""The inputs of a runner or training function as the OpenAPI document that Cog's runtime reads.
 
-`cog build` writes `.cog/openapi_schema.json` into an image; without it the runtime checks no input, shows no
-`/openapi.json` and refuses to stream. Here it is made from the same description of inputs that Cog's own SDK makes,
-in the form that `cog build` gives it; what each input means is `predict.py`'s and `train.py`'s.
+`cog build` writes it into an image as `.cog/openapi_schema.json`; without it the runtime checks no input, serves no
+`/openapi.json` and refuses to stream. This module makes the same document from the SDK's own description of the inputs.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
 
 PLACE = Path(".cog") / "openapi_schema.json"
-"""Where the runtime looks, from its working directory, once: at the end of the runner's setup."""
+"""From the runtime's working directory; read once, at the end of the runner's setup."""
 
 
 @dataclass(frozen=True)
 class _Endpoint:
-    """The names that Cog gives one endpoint and what belongs to it; a training's differ from a prediction's."""
+    """Cog's names for an endpoint and its parts: a prediction's or a training's."""
 
     verb: str
     noun: str
@@ -48,8 +47,8 @@ def openapi(root: Path, predict: str | None, train: str | None = None) -> dict[s
         train: the training function, such as `train.py:train`.
 
     Raises:
-        CogpressError: a reference names nothing, the SDK refuses what it names, or an input has other choices in
-            training than in predicting, which the document has no room for.
+        CogpressError: a reference names nothing, the SDK refuses what it names, or an input has different choices in
+            training and prediction, which the document cannot hold.
     """
     import cog
 
@@ -62,8 +61,8 @@ def openapi(root: Path, predict: str | None, train: str | None = None) -> dict[s
         for name, made in _schemas(_inspect(root, reference), endpoint).items():
             if schemas.setdefault(name, made) != made:
                 raise CogpressError(
-                    f"The input {name} of {reference} has other choices than that of {predict}, and Cog's document "
-                    "holds one list for each name. Give them the same choices, or rename one."
+                    f"The input {name} of {reference} has other choices than that of {predict}, but Cog's document "
+                    "holds one list per name. Give both the same choices, or rename one."
                 )
         operation = _operation(endpoint)
         if endpoint is _PREDICTIONS and streams(root, reference):
@@ -79,15 +78,15 @@ def openapi(root: Path, predict: str | None, train: str | None = None) -> dict[s
 
 
 def write(root: Path, predict: str | None, train: str | None = None) -> Path:
-    """Write the document where the runtime reads it, whole or not at all.
+    """Write the document where the runtime reads it, atomically.
 
-    One document serves both modes of the runtime, so that two servers on one folder never disagree about it.
+    One document serves both modes of the runtime, so that two servers in one folder never disagree about it.
     """
     path = root / PLACE
     document = openapi(root, predict, train)
     try:
         if read_json(path) == document:
-            return path  # the folder may be one that can not be written to, such as an image's
+            return path  # the folder may be read-only, as in an image
     except (FileNotFoundError, ValueError):
         pass
     path.parent.mkdir(exist_ok=True)
@@ -96,22 +95,22 @@ def write(root: Path, predict: str | None, train: str | None = None) -> Path:
 
 
 def inputs(root: Path, reference: str) -> dict[str, dict[str, Any]]:
-    """Each input's JSON schema by name, in the order of the form; see `fields`."""
+    """A runner's inputs; see `fields`."""
     return _fields(_schemas(_inspect(root, reference), _PREDICTIONS), "Input")
 
 
 def fields(document: dict[str, Any], key: str = "Input") -> dict[str, dict[str, Any]]:
-    """Each input of a document's predictions by name, in the order of the form; of its trainings, by `TrainingInput`.
+    """Each prediction input's JSON schema by name, in the form's order; training inputs with the key `TrainingInput`.
 
-    Choices are written out as `enum`, and the key `required` says whether the input must be given.
+    Choices are in `enum`, and `required` says whether the input must be given.
     """
     return _fields(document.get("components", {}).get("schemas", {}), key)
 
 
 def concurrency(root: Path, reference: str) -> int:
-    """How many predictions a runner serves at once: its `@cog.concurrent(max=N)`, else 1.
+    """A runner's concurrent predictions: its `@cog.concurrent(max=N)`, else 1.
 
-    Only the image build reads the decorator; the runtime itself takes the number from its environment.
+    Only the image build reads the decorator; the runtime takes the number from its environment.
     """
     method = _run_method(root, reference)
     for decorator in method.decorator_list if method else []:
@@ -123,7 +122,7 @@ def concurrency(root: Path, reference: str) -> int:
 
 
 def streams(root: Path, reference: str) -> bool:
-    """Whether a runner's method carries `@cog.streaming`, which leaves no mark at run time."""
+    """Whether a runner's method carries `@cog.streaming`, which leaves no trace at run time."""
     method = _run_method(root, reference)
     return method is not None and any(
         _name(item.func if isinstance(item, ast.Call) else item) == "streaming" for item in method.decorator_list
@@ -149,12 +148,12 @@ def _run_method(root: Path, reference: str) -> ast.FunctionDef | ast.AsyncFuncti
 
 @dataclass(frozen=True)
 class _Described:
-    """What the SDK makes of a runner or a function."""
+    """The SDK's description of a runner or a function."""
 
     inputs: dict[str, Any]
     output: Any
     written: dict[str, Any]
-    """Each input's `Input(...)` as it is written: the SDK's description leaves some of it out."""
+    """Each input's `Input(...)` as written: the SDK's description omits some of it."""
 
 
 def _inspect(root: Path, reference: str) -> _Described:
@@ -162,11 +161,11 @@ def _inspect(root: Path, reference: str) -> _Described:
 
     file, _, name = reference.partition(":")
     if not file.endswith(".py") or not name:
-        raise CogpressError(f"cog.yaml names {reference!r}; write file.py:Name, such as predict.py:Runner.")
+        raise CogpressError(f"cog.yaml names {reference!r}. Write file.py:Name, such as predict.py:Runner.")
     if not (root / file).is_file():
         raise CogpressError(f"{root / file}, which cog.yaml names, does not exist. Correct cog.yaml.")
     module = ".".join(Path(file).with_suffix("").parts)
-    # Another project's module of the same name must not answer for this one.
+    # Another project's module of the same name must not be taken for this one.
     loaded = sys.modules.pop(module, None)
     sys.path.insert(0, str(root))
     importlib.invalidate_caches()
@@ -175,7 +174,7 @@ def _inspect(root: Path, reference: str) -> _Described:
         found = getattr(sys.modules[module], name)
         function = found if inspect.isfunction(found) else _inspector._selected_predict_method(found, reference)[1]
     except (ImportError, SyntaxError, ValueError, TypeError) as error:
-        raise CogpressError(f"{reference} can not be described: {error}") from error
+        raise CogpressError(f"Could not describe {reference}: {error}") from error
     finally:
         sys.path.remove(str(root))
         sys.modules.pop(module, None)
@@ -218,7 +217,7 @@ def _schemas(described: _Described, endpoint: _Endpoint) -> dict[str, Any]:
 
 
 def _property(name: str, field: Any, written: Any, schemas: dict[str, Any]) -> dict[str, Any]:
-    """One input's schema; the list of its choices is added to `schemas`."""
+    """One input's schema; its choices are added to `schemas`."""
     found: dict[str, Any] = {"x-order": field.order}
     if field.choices:
         choices = {"title": name, "description": "An enumeration.", "enum": list(field.choices)}
@@ -234,7 +233,7 @@ def _property(name: str, field: Any, written: Any, schemas: dict[str, Any]) -> d
         found["deprecated"] = True
     keywords = {
         "description": field.description,
-        # As written: the description holds bounds as floats, which are wrong for the largest integers.
+        # As written: the SDK's description holds bounds as floats, which are wrong for the largest integers.
         "minimum": getattr(written, "ge", None),
         "maximum": getattr(written, "le", None),
         "minLength": field.min_length,
@@ -334,4 +333,4 @@ _COMMON: dict[str, Any] = {
         },
     },
 }
-"""What every document of Cog's holds besides."""
+"""In every document of Cog's."""

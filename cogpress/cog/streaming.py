@@ -1,14 +1,14 @@
-"""Real streaming with concurrency and cancellation in Cog's runtime: the workaround for coglet, and nothing else.
+"""A workaround for coglet: streaming with concurrency and cancellation in Cog's runtime.
 
 Three facts about coglet 0.23.1, each tested against the real runtime in `tests/cog/test_streaming.py`:
 
-1. It collects an async generator to the end before it sends anything, so `async def run()` that yields does not
+1. It collects an async generator to the end before it sends anything, so an `async def run()` that yields does not
    stream. A *sync* generator streams, but a runner whose `run()` is one serves one prediction at a time.
 2. `async def run()` may *return* a sync generator, which then streams, many at once, each drained in a thread.
-   So the tokens are produced on the event loop by a task, the pump, and reach the thread through a queue.
-3. A cancelled prediction or a dropped connection calls `cancel()` on the future that
-   `asyncio.run_coroutine_threadsafe` returned for `run()`. In this form that future is done long before, so nothing
-   would stop. `install()` gives coglet futures whose `cancel()` reaches the pump as well.
+   So a task on the event loop, the pump, produces the tokens, and a queue brings them to the thread.
+3. A canceled prediction or a dropped connection calls `cancel()` on the future that
+   `asyncio.run_coroutine_threadsafe` returned for `run()`. Here that future is done long before, so nothing would
+   stop. `install()` gives coglet futures whose `cancel()` also reaches the pump.
 
 When a new Cog streams async generators itself, the tests of these facts fail and this module can go.
 """
@@ -24,17 +24,17 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
 
 _pumps: contextvars.ContextVar[list[asyncio.Task[None]]] = contextvars.ContextVar("cogpress_pumps")
-"""The pumps that the running prediction has started."""
+"""The pumps of the running prediction."""
 
 
 class _Ended(NamedTuple):
-    """The last item of a queue: what the pump ended with."""
+    """The last item of a queue: how the pump ended."""
 
     error: BaseException | None
 
 
 def install() -> None:
-    """Let `cancel()` on the futures of `asyncio.run_coroutine_threadsafe` reach the pumps; twice does no harm."""
+    """Make `cancel()` on the futures of `asyncio.run_coroutine_threadsafe` reach the pumps; twice does no harm."""
     original: Callable[..., concurrent.futures.Future[Any]] = asyncio.run_coroutine_threadsafe
     if getattr(original, "reaches_pumps", False):
         return
@@ -67,8 +67,8 @@ def install() -> None:
 def stream(chunks: AsyncIterator[str]) -> Iterator[str]:
     """Start draining `chunks` on the running event loop; return a sync generator of the same chunks.
 
-    To be called inside `async def run()`, whose return value it is. An exception of the source, and cancellation as
-    `asyncio.CancelledError`, is raised in the generator; the source is closed in every case.
+    Call it inside `async def run()` and return its result. The generator raises the source's exception, or
+    `asyncio.CancelledError` after a cancellation; the source is closed in every case.
     """
     items: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -76,7 +76,7 @@ def stream(chunks: AsyncIterator[str]) -> Iterator[str]:
         try:
             async for chunk in chunks:
                 # At the end of the loop's turn: one step of the engine brings a chunk for every stream, and a thread
-                # that is woken at once only waits for the interpreter, which the loop still holds.
+                # woken earlier would only wait for the interpreter lock, which the loop still holds.
                 loop.call_soon(items.put, chunk)
         finally:
             close = getattr(chunks, "aclose", None)
@@ -84,7 +84,7 @@ def stream(chunks: AsyncIterator[str]) -> Iterator[str]:
                 await close()
 
     def ended(task: asyncio.Task[None]) -> None:
-        # Also for a task that was cancelled before its first step, so that the thread below never waits for ever.
+        # Also for a task canceled before its first step, so that the thread below never waits forever.
         items.put(_Ended(asyncio.CancelledError() if task.cancelled() else task.exception()))
 
     loop = asyncio.get_running_loop()
@@ -93,7 +93,7 @@ def stream(chunks: AsyncIterator[str]) -> Iterator[str]:
     _pumps.get([]).append(task)
 
     def drain() -> Iterator[str]:
-        # The event loop keeps only weak references to its tasks, so one is held here for as long as it is drained.
+        # The event loop keeps only weak references to its tasks: hold one while it is drained.
         held = task
         while not isinstance(item := items.get(), _Ended):
             yield item

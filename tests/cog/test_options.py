@@ -39,9 +39,9 @@ def test_inputs_take_the_types_of_the_form(tmp_path: Path) -> None:
     [
         ("prompt", "name=value"),
         ("other=1", "no input 'other'.*prompt, count"),
-        ("count=many", "is no whole number"),
+        ("count=many", "is not an integer"),
         ("flag=yes", "neither true nor false"),
-        ("prompt=@/no/file", "can not be read"),
+        ("prompt=@/no/file", "Could not read"),
     ],
 )
 def test_wrong_inputs_are_explained(pair: str, said: str) -> None:
@@ -57,7 +57,7 @@ def test_training_options_are_the_training_inputs(capsys: pytest.CaptureFixture[
     assert given["epochs"] is None
     for wrong, said in (
         (["--rank", "0"], "0 is not between 1 and 512"),
-        (["--rank", "x"], "no whole number"),
+        (["--rank", "x"], "not an integer"),
         (["--quantization", "int3"], "invalid choice"),
     ):
         with pytest.raises(SystemExit):
@@ -101,7 +101,7 @@ def test_lists_files_and_choices_are_taken(tmp_path: Path) -> None:
         (["text=ab", "stop=a"], "is not JSON"),
         (["text=ab", 'stop={"a": 1}'], "is not a JSON list"),
         (["text=ab", "file=some.txt"], "write @ before its name"),
-        (["text=@{binary}"], "is not a text file in UTF-8"),
+        (["text=@{binary}"], "is not a UTF-8 text file"),
     ],
 )
 def test_inputs_out_of_bounds_are_explained(tmp_path: Path, pairs: list[str], said: str) -> None:

@@ -318,7 +318,5 @@ def test_a_port_in_use_is_named(root: Path) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(
-            CogpressError, match=rf"Port {port} on 127\.0\.0\.1 cannot be used: Address already in use"
-        ):
+        with pytest.raises(CogpressError, match=rf"Port {port} on 127\.0\.0\.1 cannot be used: Address already in use"):
             Server(root, port=port).start()

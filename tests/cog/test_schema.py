@@ -205,7 +205,7 @@ def test_other_choices_of_the_same_name_in_training_are_refused(tmp_path: Path) 
         ("other.py:Runner", RUNNER, "other.py.* does not exist"),
         ("predict.py:Other", RUNNER, "Other"),
         ("predict.py:Runner", "import nothing_of_this_name", "nothing_of_this_name"),
-        ("predict.py:Runner", "class Runner(", "can not be described"),
+        ("predict.py:Runner", "class Runner(", "Could not describe"),
         ("predict.py:Runner", "class Runner: pass", "run or predict method not found"),
         ("predict.py:Runner", runner_with(inputs="text"), "missing type annotation"),
         ("predict.py:Runner", runner_with(inputs="text: int = Input(default=9, le=8)"), "must be at maximum 8"),
