@@ -40,27 +40,27 @@ def run(
         root: the project's folder.
         settings: of `model.yaml`; `data.train` is used where no examples are named.
         inputs: the training's, by name.
-        model: what trains: owner/name, or owner/name:version.
-        console: where progress is shown.
-        destination: gets the new version; the model where not given.
-        hardware: of a destination that is made.
+        model: the trainer: owner/name, or owner/name:version.
+        console: for progress.
+        destination: the model that gets the new version; by default the trainer.
+        hardware: of a destination that is created.
         no_fetch: leave the weights on Replicate.
-        no_verify: do not compare the weights with what the training scored.
+        no_verify: do not verify the weights against what the training scored.
         run: folder for the weights; `runs/training-ID` where not given.
-        install: copy them to `weights/`, too.
+        install: also copy them to `weights/`.
 
     Raises:
-        CogpressError: something is missing, Replicate refuses, the training fails, or the weights are not whole or not
+        CogpressError: something is missing, Replicate refuses, the training fails, or the weights are damaged or not
             what was trained.
     """
     if model is None:
-        raise CogpressError("Name what trains on Replicate with --model owner/name: scripts/push makes such a model.")
+        raise CogpressError("Name the model that trains with --model owner/name. scripts/push makes such a model.")
     if no_fetch and install:
         raise CogpressError("--install needs the weights here. Leave --no-fetch out.")
     given = dict(inputs)
     data = given.pop("train_data", None) or settings.data.train
     if data is None:
-        raise CogpressError("There are no examples: name them with --train-data, or as data.train in model.yaml.")
+        raise CogpressError("There are no examples. Name them with --train-data, or as data.train in model.yaml.")
     target = destination or model.partition(":")[0]
     replicate = connect()
     try:
@@ -74,11 +74,11 @@ def run(
                 lambda text: console.print(Text(text.rstrip("\n"), "dim"), soft_wrap=True),
                 lambda status, found: _tell(console, status, found),
             )
-            say(trained.version or "it made no version")
+            say(trained.version or "no new version")
     finally:
         replicate.close()
     if no_fetch:
-        console.print(f"Ask it as {trained.version}.", soft_wrap=True)
+        console.print(f"The new version is {trained.version}.", soft_wrap=True)
         return trained
     folder = run or root / "runs" / f"training-{trained.id}"
     with step("Fetch and check the weights", console) as say:
@@ -89,12 +89,12 @@ def run(
         say(f"{len((found.manifest or {}).get('files') or {})} files as their manifest says")
     if not with_adapter:
         console.print(
-            "The tar holds no adapter, so that the weights can not be verified. "
-            f"Push {model.partition(':')[0]} again with this cogpress, whose trainings keep it, and train anew.",
+            "The tar holds no adapter, so the weights cannot be verified. Push "
+            f"{model.partition(':')[0]} again with this cogpress, whose trainings keep the adapter, and train again.",
             soft_wrap=True,
         )
     elif no_verify:
-        console.print(f"Compare them with what was trained: scripts/verify {folder / 'weights'}", soft_wrap=True)
+        console.print(f"Verify them with: scripts/verify {folder / 'weights'}", soft_wrap=True)
     else:
         _verify(root, settings, inputs, root / data, folder, console)
     if install:
@@ -123,17 +123,17 @@ def fetch_weights(trained: training.Trained, cache: Path) -> fetch.FetchedModel:
 
 
 def _verify(root: Path, settings: Config, inputs: dict[str, Any], data: Path, run: Path, console: Console) -> None:
-    """Compare what was fetched with what the training scored.
+    """Verify the fetched weights against what the training scored.
 
     Raises:
-        CogpressError: it can not be compared, or is not the same; the weights stay where they are.
+        CogpressError: they cannot be verified, or differ; the weights stay where they are.
     """
     weights = run / "weights"
     try:
         if settings.verify.examples is None:
             given = {name: value for name, value in inputs.items() if name not in ("train_data", "skip_bad_lines")}
             trained = settings.override(given)
-            with step("Examples that the training held out", console):
+            with step("Prepare the training's held-out examples", console):
                 pipeline.held_out_again(
                     trained,
                     data,

@@ -1,7 +1,4 @@
-"""What callers of a model would notice of a new version: its inputs and its output compared with the live version's.
-
-Knows schemas alone; leaves whether a change is wanted to who pushes.
-"""
+"""Breaking changes of a model's schema: what callers of the live version would notice of a new one."""
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ _UPPER = {"maximum", "maxLength"}
 
 
 def breaking(live: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Each way in which a call that works with the live version would fail or mean something else with the new one.
+    """Each change that makes a call of the live version fail, or mean something else, with the new one.
 
     Args:
-        live: the OpenAPI document of the version that is asked now.
-        new: that of the version that would take its place.
+        live: the live version's OpenAPI document.
+        new: that of the version to replace it.
     """
     return [*_inputs(schema.fields(live), schema.fields(new)), *_output(live, new)]
 
@@ -32,7 +29,7 @@ def _inputs(live: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> 
         yield from _narrowed(name, before, new[name])
     for name, field in new.items():
         if name not in live and field.get("required"):
-            yield f"input {name} is new and must be given"
+            yield f"input {name} is new and required"
 
 
 def _narrowed(name: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -40,9 +37,9 @@ def _narrowed(name: str, before: dict[str, Any], now: dict[str, Any]) -> Iterato
         yield f"input {name} takes {_kind(now)} instead of {_kind(before)}"
         return
     if now.get("required") and not before.get("required"):
-        yield f"input {name} must be given now"
+        yield f"input {name} is required now"
     if before.get("nullable") and not now.get("nullable"):
-        yield f"input {name} can not be null any more"
+        yield f"input {name} can no longer be null"
     for key in sorted(_LOWER | _UPPER):
         old, bound = before.get(key), now.get(key)
         if bound is not None and (old is None or (bound > old if key in _LOWER else bound < old)):
@@ -54,7 +51,7 @@ def _narrowed(name: str, before: dict[str, Any], now: dict[str, Any]) -> Iterato
         if "enum" not in before:
             yield f"input {name} takes only {', '.join(map(str, now['enum']))}"
         elif lost:
-            yield f"input {name} does not take {', '.join(lost)} any more"
+            yield f"input {name} no longer takes {', '.join(lost)}"
     if not now.get("required") and not before.get("required") and before.get("default") != now.get("default"):
         yield f"input {name} has the default {now.get('default')!r} instead of {before.get('default')!r}"
 
@@ -71,7 +68,7 @@ def _output(live: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     if before != now:
         yield f"the output is {now} instead of {before}"
     if _streams(live) and not _streams(new):
-        yield "the output does not stream any more"
+        yield "the output no longer streams"
 
 
 def _shape(document: dict[str, Any]) -> str:
@@ -80,7 +77,7 @@ def _shape(document: dict[str, Any]) -> str:
 
 
 def _described(made: dict[str, Any], schemas: dict[str, Any], depth: int) -> str:
-    """An output's type in words; of an object also what it holds."""
+    """An output's type in words, with an object's properties."""
     reference = str(made.get("$ref", ""))
     if reference and depth < 8:
         return _described(schemas.get(reference.rpartition("/")[2], {}), schemas, depth + 1)

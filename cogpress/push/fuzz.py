@@ -1,7 +1,6 @@
-"""Inputs made up from a model's schema, and whether the model bears them.
+"""Fuzzing: predictions with inputs generated from the model's schema.
 
-An input may be refused with a sentence; what must not happen is an error of the program itself, a prediction that
-never ends, or a model that answers nothing afterwards. The same seed makes the same inputs.
+The model may refuse an input with a message for the user; it must not crash, hang, or stop answering afterwards.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ TEXTS = (
     "e\u0301\u200d\u2028\u202e",
     "long " * 200,
 )
-"""What people and programs put into fields of text."""
+"""Values for text inputs."""
 
 FIXED = {"max_tokens": 32}
-"""Of inputs by these names, unless `push.fuzz.fixed` says otherwise: answers need not be long."""
+"""Values of inputs by these names, unless `push.fuzz.fixed` has others: answers need not be long."""
 
 _CRASH = re.compile(r"^(?:\w+\.)*(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt|Iteration|Exit))\b")
 _REFUSALS = {"CogpressError", "ValueError"}
-"""How a runner refuses an input; every other exception is a fault of it."""
+"""A runner refuses an input with one of these; any other exception is a crash."""
 
 
 def inputs(document: dict[str, Any], settings: Fuzz) -> list[dict[str, Any]]:
-    """The inputs to ask with.
+    """Inputs for the predictions; the same seed gives the same ones.
 
     Args:
         document: the model's OpenAPI document.
-        settings: how many, from which seed, and what is not made up.
+        settings: how many, from which seed, and which inputs are not generated.
     """
     chance = random.Random(settings.seed)  # not for secrets
     fields = schema.fields(document)
@@ -67,7 +66,7 @@ def inputs(document: dict[str, Any], settings: Fuzz) -> list[dict[str, Any]]:
 
 
 def _special(field: dict[str, Any]) -> bool:
-    """Files and secrets are nothing to make up."""
+    """Files and secrets are not generated."""
     return field.get("format") in ("uri", "password") or bool(field.get("x-cog-secret"))
 
 
@@ -90,7 +89,7 @@ def _value(field: dict[str, Any], chance: random.Random) -> Any:
 
 
 def _number(field: dict[str, Any], chance: random.Random) -> Any:
-    """A bound, the default, or something between; where there is no bound, near the default."""
+    """A bound, the default, or a value between the bounds; without bounds, near the default."""
     default = field.get("default") or 0
     low, high = field.get("minimum"), field.get("maximum")
     low = low if low is not None else min(default, high if high is not None else default) - 10
@@ -103,17 +102,17 @@ def _number(field: dict[str, Any], chance: random.Random) -> Any:
 def run(
     replicate: Replicate, version: str, asked: Sequence[dict[str, Any]], *, timeout: float, parallel: int
 ) -> list[Outcome]:
-    """Ask with each input, and judge; in order.
+    """Run a prediction for each input and judge it; outcomes in order.
 
     Args:
         replicate: where.
         version: the pushed version's id.
         asked: the inputs.
-        timeout: seconds that one prediction may take.
-        parallel: predictions at once.
+        timeout: seconds for each prediction.
+        parallel: concurrent predictions.
 
     Raises:
-        CogpressError: Replicate can not be asked.
+        CogpressError: Replicate cannot be reached, or refuses.
     """
 
     def one(numbered: tuple[int, dict[str, Any]]) -> Outcome:
@@ -123,7 +122,7 @@ def run(
         except RefusedError as error:
             if error.status != 422:
                 raise
-            return Outcome(f"fuzz {number}", False, f"its own schema refuses it: {error}")
+            return Outcome(f"fuzz {number}", False, f"its own schema rejects it: {error}")
         fault = _fault(made)
         return Outcome(f"fuzz {number}", fault is None, fault or str(made["status"]), prediction=str(made["id"]))
 
@@ -132,7 +131,7 @@ def run(
 
 
 def _fault(made: dict[str, Any]) -> str | None:
-    """What is wrong with how a prediction ended; None where it succeeded or refused its input with a sentence."""
+    """The fault of a prediction; None where it succeeded or refused its input with a message for the user."""
     if made.get("status") == "succeeded":
         return None
     error = str(made.get("error") or "")
@@ -141,5 +140,5 @@ def _fault(made: dict[str, Any]) -> str | None:
     plain = client.plain_error(error)
     crash = _CRASH.match(plain)
     if not error or (crash and crash["kind"] not in _REFUSALS):
-        return f"it failed without a reason that a user can act on: {plain[:200]}"
+        return f"it failed without a message for the user: {plain[:200]}"
     return None

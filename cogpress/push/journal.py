@@ -1,7 +1,4 @@
-"""The steps of a push that were done, each under a key of all that it depends on, so that a later push goes on there.
-
-Knows the file; leaves what a step depends on to `steps`.
-"""
+"""Run the steps of a push and record each under a key of everything that it depends on, so that a push can resume."""
 
 from __future__ import annotations
 
@@ -25,15 +22,15 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of a step.
+    """The outcome of a step.
 
     Attributes:
-        key: of what it depended on.
-        outcome: `failed` is a judgement of what was tested, which would be the same again.
-        result: what later steps use of it.
+        key: of everything that it depended on.
+        outcome: `failed` where the version was rejected, as it would be again.
+        result: for later steps.
         message: why it failed.
-        seconds: that it took.
-        at: when it ended, in seconds since 1970.
+        seconds: its duration.
+        at: when it ended, as a Unix time.
     """
 
     key: str
@@ -45,14 +42,14 @@ class Entry:
 
 
 class Journal:
-    """The file of one destination."""
+    """The recorded steps of one destination."""
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
-        """Read it; what can not be read, or is of another format, counts as nothing done.
+        """Read the file; one that is damaged or of another format counts as empty.
 
         Args:
-            path: where it is.
-            fresh: forget what it holds.
+            path: of the file.
+            fresh: ignore what it holds.
         """
         self.path = path
         self._steps: dict[str, Entry] = {}
@@ -66,12 +63,12 @@ class Journal:
             return
 
     def find(self, step: str, key: str) -> Entry | None:
-        """What became of a step that depended on the same; None where it did not."""
+        """The outcome of a step with the same key; None where there is none."""
         found = self._steps.get(step)
         return found if found is not None and found.key == key else None
 
     def note(self, step: str, key: str, seconds: float, result: dict[str, Any], message: str | None = None) -> None:
-        """Write down that a step passed, or with a message that it failed."""
+        """Record that a step passed, or with a message that it failed."""
         outcome: Literal["passed", "failed"] = "passed" if message is None else "failed"
         self._steps[step] = Entry(key, outcome, result, message or "", round(seconds, 3), time.time())
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +77,7 @@ class Journal:
 
 
 def key(depends: Any) -> str:
-    """One text for everything that a step depends on, which must be JSON."""
+    """A hash of everything that a step depends on, which must be JSON."""
     return hashlib.sha256(json.dumps(depends, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -88,14 +85,14 @@ Say = Callable[[str], None]
 
 
 class RejectedError(CogpressError):
-    """What was pushed did not do what was asked; it would be the same again, so the step is not done again."""
+    """A test rejects what was pushed. It would do so again, so the step is not repeated until something changes."""
 
 
 class StepRunner:
-    """Does steps; `done` has the seconds and the result of each, by name."""
+    """Runs steps; `done` has the seconds and the result of each, by name."""
 
     def __init__(self, journal: Journal, console: Console) -> None:
-        """Begin with what the journal holds."""
+        """Start from a journal."""
         self.done: dict[str, dict[str, Any]] = {}
         self._journal, self._console = journal, console
 
@@ -110,13 +107,13 @@ class StepRunner:
         act: Callable[[Say], dict[str, Any]],
         still: Callable[[dict[str, Any]], bool] = lambda _result: True,
     ) -> dict[str, Any]:
-        """Do a step, unless it was done with all that it depends on as it is.
+        """Run a step, unless it passed before and nothing that it depends on has changed.
 
         Args:
-            name: for people, and in the journal.
-            depends: on what; JSON.
-            act: does it; says what came of it and returns what later steps use.
-            still: whether an earlier result is still there.
+            name: in the terminal and the journal.
+            depends: what it depends on, as JSON.
+            act: does it, says its result and returns what later steps need.
+            still: whether an earlier result still exists.
 
         Raises:
             CogpressError: it fails, or it failed before and nothing has changed.
@@ -125,8 +122,8 @@ class StepRunner:
         before = self._journal.find(name, made)
         if before is not None and before.outcome == "failed":
             raise CogpressError(
-                f"{name} failed before, and nothing that it depends on has changed: {before.message}\nCorrect it and "
-                "run this again; or do every step again, with --fresh."
+                f"{name} failed before, and nothing that it depends on has changed: {before.message}\nFix it and run "
+                "this again, or repeat every step with --fresh."
             )
         if before is not None and still(before.result):
             told = f"as before ({before.seconds:.1f} s, {time.strftime('%Y-%m-%d %H:%M', time.localtime(before.at))})"

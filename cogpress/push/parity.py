@@ -1,8 +1,4 @@
-"""Whether what runs on Replicate answers as the same weights do here, token by token, and how fast.
-
-The check of `verify`'s engine once more, with Replicate in the engine's place: its greedy answers to held-out examples
-and their log-probabilities, beside those that transformers computes from the local weights.
-"""
+"""Replicate versus transformers here: greedy tokens and log-probabilities of the same weights, and speed."""
 
 from __future__ import annotations
 
@@ -28,23 +24,23 @@ from cogpress.verify.report import Check
 from cogpress.weights import base, fetch, manifest
 
 NEEDED = ("messages", "system_prompt", "temperature", "max_tokens", "logprobs")
-"""Inputs without which the check can not be made."""
+"""Inputs that the comparison needs."""
 
 _CAUSE = (
-    "Replicate answers otherwise than transformers does here with the same weights: look at serve.* in model.yaml "
-    "(mode, dtype), at the hardware, and whether the image has these weights."
+    "Replicate's answers differ from those of transformers here with the same weights. Check serve.* in model.yaml "
+    "(mode, dtype), the hardware, and whether the image has these weights."
 )
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The local weights, and what to ask.
+    """The local weights and the questions.
 
     Attributes:
-        folder: the weights.
+        folder: of the weights.
         examples: held out.
-        scheme: of the weights' quantization.
-        answers: what the reference of the verification answered to the examples; None where it did not.
+        scheme: the weights' quantization.
+        answers: the verification's reference answers to the examples; None where there are none.
     """
 
     folder: Path
@@ -53,19 +49,19 @@ class Reference:
     answers: list[str] | None
 
     def depends(self) -> Any:
-        """What a step that asks them depends on."""
+        """What the comparison depends on, as JSON."""
         asked = [[example.asked, example.answer] for example in self.examples]
         return [asked, self.scheme, manifest.fingerprint(self.folder), self.answers]
 
 
 def reference(settings: Config, root: Path) -> Reference:
-    """Find the weights that the image serves, and the examples that they were not trained on.
+    """Find the weights that the image serves, and held-out examples.
 
     Raises:
         CogpressError: there are none.
     """
     try:
-        # What is fetched at the start is what is served, whatever lies here.
+        # Weights that are fetched at the start are the ones served, whatever this folder holds.
         named_source = settings.serve.weights if settings.push.weights == "fetched" else None
         folder = fetch.model(serving.find_weights(named_source, root, settings.serve), root / ".cache").folder
         facts = manifest.read(folder) or {}
@@ -79,7 +75,7 @@ def reference(settings: Config, root: Path) -> Reference:
         prompt = Prompt.model_validate(facts["prompt"]) if "prompt" in facts else settings.prompt
         examples = verify.held_out(settings.verify, root, run or root, prompt)[: settings.push.rows]
     except CogpressError as error:
-        raise CogpressError(f"{error} Or set push.parity to false in model.yaml, and nothing is compared.") from None
+        raise CogpressError(f"{error} Or set push.parity to false in model.yaml to skip the comparison.") from None
     answers = None
     try:
         found = read_json((run or root) / verify.REFERENCE)["answers"]
@@ -90,7 +86,7 @@ def reference(settings: Config, root: Path) -> Reference:
 
 
 def inputs(reference: Reference) -> list[dict[str, Any]]:
-    """What Replicate is asked: greedy, with each token's log-probability."""
+    """Inputs for Replicate: greedy, with each token's log-probability."""
     tokenizer = base.tokenizer(reference.folder)
     longest = max(len(tokenizer.encode(example.answer)) for example in reference.examples)
     common = {"system_prompt": "", "temperature": 0, "max_tokens": 2 * longest + 16, "logprobs": 0}
@@ -100,7 +96,7 @@ def inputs(reference: Reference) -> list[dict[str, Any]]:
 def compare(
     replicate: Replicate, version: str, settings: Config, found: Reference
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Ask Replicate, compare with transformers, and measure.
+    """Ask Replicate, compare with transformers and measure speed.
 
     Args:
         replicate: where.
@@ -109,10 +105,10 @@ def compare(
         found: the local weights and the examples.
 
     Returns:
-        the checks, and metrics: agreement, difference, scores, speeds.
+        the checks and the metrics: agreement, difference, scores, speeds.
 
     Raises:
-        CogpressError: a prediction fails, or tells no log-probabilities.
+        CogpressError: a prediction fails or has no log-probabilities.
     """
 
     def ask(given: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +142,7 @@ def _answer(made: dict[str, Any]) -> parity.Answer:
     tokens = (made.get("metrics") or {}).get("logprobs")
     if not isinstance(tokens, list):
         raise CogpressError(
-            "The pushed version tells no log-probabilities in its metrics, so its answers can not be compared. Record "
+            "The pushed version records no log-probabilities in its metrics, so its answers cannot be compared. Record "
             "them as predict.py does, or set push.parity to false in model.yaml."
         )
     text = text_of(made.get("output") or "")

@@ -1,7 +1,4 @@
-"""The steps of a push, in their order: each under a key of what it depends on, timed, and not done twice.
-
-Knows the order and what each step hands on; leaves how a thing is done or judged to the file of its name.
-"""
+"""A push, step by step: preflight, the test model, its tests, then the real model and its deployment."""
 
 from __future__ import annotations
 
@@ -29,28 +26,28 @@ from cogpress.replicate.api import RefusedError, Replicate
 from cogpress.verify import run as verify
 
 APPEAR_SECONDS = 300.0
-"""How long a pushed version may take to be listed."""
+"""For a pushed version to be listed."""
 
 PREFLIGHT, MODELS = "Preflight", "Models on Replicate"
-BESIDE, PUSHED = "Inputs and output beside the live version", "Inputs and output of what was pushed"
+BESIDE, PUSHED = "Schema compared with the live version", "Schema of the pushed version compared"
 TEST_PUSH, REAL_PUSH = "Push to the test model", "Push to the model"
-TESTS, SAME = "Test predictions", "Answers beside the live version"
-FUZZ, PARITY = "Fuzz", "The same answers as here"
-TRAINING, DEPLOYMENT = "Training with what was pushed", "Deployment"
-"""The steps, as people see them and as the journal has them."""
+TESTS, SAME = "Test predictions", "Answers compared with the live version"
+FUZZ, PARITY = "Fuzz", "Answers compared with the local weights"
+TRAINING, DEPLOYMENT = "Training with the pushed version", "Deployment"
+"""The steps' names in the terminal and the journal."""
 
 
 class Push:
     """One push, from preflight to the model that people use."""
 
     def __init__(self, target: Target, settings: Config, replicate: Replicate, console: Console) -> None:
-        """Read what earlier pushes to the same place did; nothing runs yet.
+        """Read the journal of earlier pushes to the same destination; nothing runs yet.
 
         Args:
             target: what is pushed where.
             settings: of `model.yaml`.
-            replicate: where to.
-            console: where progress is shown.
+            replicate: the client.
+            console: for progress.
         """
         self.target, self.settings, self.replicate, self.console = target, settings, replicate, console
         self.journal = journal.Journal(target.folder / "journal.json", fresh=target.fresh)
@@ -59,10 +56,10 @@ class Push:
         self._sku: str | None = None
 
     def run(self) -> Shipped:
-        """Do every step that was not done before.
+        """Run every step that an earlier push did not do.
 
         Raises:
-            CogpressError: a step fails; the next push goes on with it.
+            CogpressError: a step fails; the next push resumes there.
         """
         target, settings = self.target, self.settings
         self._steps.once(PREFLIGHT, self._preflight)
@@ -79,9 +76,7 @@ class Push:
         self._parity(tested)
         self._training(tested)
         if fingerprint(target.root, settings) != image:
-            raise CogpressError(
-                "The project was changed while its push was tested. Run this again to test it as it is."
-            )
+            raise CogpressError("The project changed during the push. Run this again to test it as it is now.")
         shipped = self._pushed(REAL_PUSH, target.destination, image, after=tested)
         final = self._document(target.destination, shipped)
         if schema.fields(final) != schema.fields(document):
@@ -97,7 +92,7 @@ class Push:
         return made
 
     def push_depends(self, model: str, image: str, after: str | None) -> Any:
-        """What a push depends on: the image, the command, and the version that was tested before."""
+        """What a push depends on: the image, the command, and the version tested before."""
         return [image, cog.command(model, self.settings.push), after]
 
     def tests_depend(self, version: str) -> Any:
@@ -107,7 +102,7 @@ class Push:
         return [version, asked, self.settings.verify.score, push.timeout]
 
     def fuzz_depends(self, version: str, asked: list[dict[str, Any]]) -> Any:
-        """What the made-up inputs depend on."""
+        """What the fuzzing depends on."""
         return [version, asked, example(self.settings), self.settings.push.timeout]
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -118,16 +113,19 @@ class Push:
         try:
             named: str | None = self.hardware
         except CogpressError:
-            named = None  # it is asked for again where a model has to be made, and then said
+            named = None  # reported later, if a model has to be created
         report = preflight.run(preflight.Request(self.target.root, self.target.destination, named))
         if not report.passed:
             report.print(self.console)
             raise CogpressError(
-                f"Preflight found {len(report.of('failed'))} of the reasons for which a push fails; they are above. "
-                "Correct them and run this again."
+                f"Preflight found {len(report.of('failed'))} problems that would make the push fail, listed above. "
+                "Fix them and run this again."
             )
         warnings = len(report.of("warning"))
-        say(f"{len(report.of('passed'))} passed" + (f", {warnings} to look at (scripts/preflight)" if warnings else ""))
+        say(
+            f"{len(report.of('passed'))} passed"
+            + (f", {warnings} warnings (see scripts/preflight)" if warnings else "")
+        )
         if machine.logged_in() is False:
             cog.login(self.target.root, self.replicate.token)
         return {"passed": len(report.of("passed")), "warnings": warnings}
@@ -139,11 +137,9 @@ class Push:
             found = self.replicate.find(routes.model(name))
             if found is None:
                 self._make_model(name, visibility)
-                made.append(f"{name} made, {visibility}, on {self.hardware}")
+                made.append(f"{name} created, {visibility}, on {self.hardware}")
             elif name == self.target.destination and found.get("visibility") not in (None, visibility):
-                self.notes.append(
-                    f"{name} is {found['visibility']} and stays so: change it in its settings on Replicate."
-                )
+                self.notes.append(f"{name} stays {found['visibility']}: change that in its settings on Replicate.")
         say("; ".join(made) or "both exist")
         return {"made": made}
 
@@ -157,13 +153,13 @@ class Push:
 
     @property
     def hardware(self) -> str:
-        """The SKU, by the plan where none was named."""
+        """The SKU, chosen by the plan where none is named."""
         if self._sku is None:
             self._sku = hardware(self.target, self.settings)
         return self._sku
 
     def local_schema(self) -> dict[str, Any]:
-        """The document that the image will have."""
+        """The OpenAPI document that the image will have."""
         named = read_cog_yaml(self.target.root)
         return schema.openapi(self.target.root, named.get("run") or named.get("predict"), named.get("train"))
 
@@ -178,18 +174,18 @@ class Push:
             found = compatibility.breaking(old, new)
             if found and not self.target.allow_breaking:
                 raise RejectedError(
-                    f"Callers of {self.target.destination} would notice: {'; '.join(found)}. Keep what they use, or "
+                    f"Breaking changes for callers of {self.target.destination}: {'; '.join(found)}. Undo them, or "
                     "push with --allow-breaking."
                 )
             if found:
-                self.notes.append(f"Beside the version before, {version}: {'; '.join(found)}.")
-            say(f"{len(found)} breaking changes, allowed" if found else f"{what} takes what version {version} takes")
+                self.notes.append(f"Breaking changes since version {version}: {'; '.join(found)}.")
+            say(f"{len(found)} breaking changes, allowed" if found else f"{what} is compatible with version {version}")
             return {"breaking": found}
 
         self._steps.kept(name, [live.get("id"), new, self.target.allow_breaking], act)
 
     def _pushed(self, name: str, model: str, image: str, after: str | None = None) -> str:
-        """The id of the version that a push of the image makes."""
+        """The id of the version that a push of the image creates."""
         command = cog.command(model, self.settings.push)
 
         def act(say: Say) -> dict[str, Any]:
@@ -226,21 +222,21 @@ class Push:
                 return new[0]
             if time.monotonic() - began > APPEAR_SECONDS:
                 raise CogpressError(
-                    f"cog push succeeded, and no new version of {model} appeared within {APPEAR_SECONDS:.0f} s. Look "
-                    "at its page on Replicate, and run this again."
+                    f"cog push succeeded, but no new version of {model} appeared within {APPEAR_SECONDS:.0f} s. Look "
+                    "at its page on Replicate, then run this again."
                 )
             time.sleep(1.0)
 
     def _document(self, model: str, version: str) -> dict[str, Any]:
         found = (self.replicate.find(routes.version(model, version)) or {}).get("openapi_schema")
         if not isinstance(found, dict):
-            raise CogpressError(f"Version {version[:12]} of {model} has no schema, so nothing can be asked of it.")
+            raise CogpressError(f"Version {version[:12]} of {model} has no schema. Look at its page on Replicate.")
         return found
 
     def _tests(self, version: str) -> None:
         push = self.settings.push
         if not push.tests:
-            self.notes.append("model.yaml has no push.tests, so no test prediction was run.")
+            self.notes.append("model.yaml has no push.tests, so no test predictions ran.")
             return
         score = verify.scorer(self.settings.verify.score)
 
@@ -250,24 +246,24 @@ class Push:
             )
             self.console.print(testcases.table(outcomes))
             testcases.judge(outcomes, "test predictions", version)
-            say(f"{len(outcomes)} of {len(outcomes)} as they must be")
+            say(f"{len(outcomes)}/{len(outcomes)} passed")
             return {"outcomes": [outcome.to_dict() for outcome in outcomes]}
 
         self._steps.kept(TESTS, self.tests_depend(version), act)
 
     def compared_inputs(self) -> dict[str, dict[str, Any]]:
-        """The inputs of tests that have an answer, by title."""
+        """The inputs of tests that expect an answer, by title."""
         numbered = enumerate(self.settings.push.tests, 1)
         return {testcases.title(at, one): one.input for at, one in numbered if one.error is None and not one.cancels}
 
     def _same(self, version: str, live: dict[str, Any], image: str) -> None:
-        """The same inputs on both versions: other answers are told, and fail where `push.same_answers` asks for it."""
+        """The same inputs on both versions: different answers are noted, or fail with `push.same_answers`."""
         asked, old = self.compared_inputs(), str(live.get("id") or "")
         if not asked or not old or old == version:
             return
         done = self.journal.find(REAL_PUSH, journal.key(self.push_depends(self.target.destination, image, version)))
         if done is not None and done.result.get("version") == old:
-            return  # the live one is what an earlier run of this push made
+            return  # an earlier run of this push made the live one
         required = self.settings.push.same_answers
 
         def act(say: Say) -> dict[str, Any]:
@@ -277,14 +273,14 @@ class Push:
             other = [name for name, before, now in zip(asked, *both, strict=True) if before is None or before != now]
             if other and required:
                 raise RejectedError(
-                    f"Version {version[:12]} answers otherwise than {old[:12]}, the live one: {', '.join(other)}."
+                    f"Version {version[:12]} answers differently from the live version {old[:12]}: {', '.join(other)}."
                 )
             say(f"{len(asked) - len(other)} of {len(asked)} equal")
             return {"asked": len(asked), "other": other}
 
         found = self._steps.kept(SAME, [version, old, asked, required, self.settings.push.timeout], act)
         if found["other"]:
-            self.notes.append(f"Answers otherwise than the version before: {', '.join(found['other'])}.")
+            self.notes.append(f"Answers differ from the previous version's: {', '.join(found['other'])}.")
 
     def _fuzz(self, version: str, document: dict[str, Any]) -> None:
         push = self.settings.push
@@ -295,7 +291,7 @@ class Push:
 
         def act(say: Say) -> dict[str, Any]:
             outcomes = fuzz.run(self.replicate, version, asked, timeout=push.timeout, parallel=push.parallel)
-            if again is not None:  # what it was asked may have ended it
+            if again is not None:  # an input may have broken it
                 made = testcases.predict(self.replicate, version, again, push.timeout)
                 alive = made.get("status") == "succeeded"
                 outcomes.append(Outcome("the first test again", alive, str(made.get("error") or made.get("status"))))
@@ -305,15 +301,15 @@ class Push:
             told = "; ".join(
                 f"{outcome.name} {_shown(asked, at)}" for at, outcome in enumerate(outcomes) if outcome in bad
             )
-            testcases.judge(outcomes, "made-up inputs", version, f" They are {told}" if told else "")
-            say(f"{len(asked)} made-up inputs answered or refused with a reason")
+            testcases.judge(outcomes, "generated inputs", version, f" Inputs: {told}" if told else "")
+            say(f"{len(asked)} generated inputs answered, or refused with a reason")
             return {"inputs": len(asked)}
 
         self._steps.kept(FUZZ, self.fuzz_depends(version, asked), act)
 
     def _parity(self, version: str) -> None:
         if not self.settings.push.parity:
-            self.notes.append("push.parity is false: what runs on Replicate was not compared with the local weights.")
+            self.notes.append("push.parity is false: answers on Replicate were not compared with the local weights.")
             return
         found = parity.reference(self.settings, self.target.root)
         limits = vars(verify.limits(self.settings.verify, found.scheme))
@@ -322,7 +318,7 @@ class Push:
             checks, metrics = parity.compare(self.replicate, version, self.settings, found)
             failed = [check for check in checks if not check.passed]
             if failed:
-                told = "; ".join(f"{check.name} {check.shown[0]}, to be {check.shown[1]}" for check in failed)
+                told = "; ".join(f"{check.name} {check.shown[0]}, required {check.shown[1]}" for check in failed)
                 raise RejectedError(f"{told}. {failed[0].cause}")
             say(
                 f"{metrics['served_agreement']:.1%} of tokens agree, {metrics['tokens_per_second']:.0f} tokens/s, "
@@ -338,7 +334,7 @@ class Push:
             return
         data = self.target.root / wanted.data
         if not data.is_file():
-            raise CogpressError(f"push.training.data names {data}, which is not there. Correct model.yaml.")
+            raise CogpressError(f"push.training.data names {data}, which does not exist. Correct model.yaml.")
 
         def act(say: Say) -> dict[str, Any]:
             model = self.target.test_model
@@ -361,8 +357,8 @@ class Push:
             )
             if outcomes:
                 self.console.print(testcases.table(outcomes))
-                testcases.judge(outcomes, "predictions of what was trained", trained.version.rpartition(":")[2])
-            say(f"{trained.seconds:.0f} s, {len(outcomes)} predictions of it as they must be")
+                testcases.judge(outcomes, "predictions of the trained version", trained.version.rpartition(":")[2])
+            say(f"{trained.seconds:.0f} s, {len(outcomes)}/{len(outcomes)} predictions passed")
             return {"training": trained.id, "version": trained.version}
 
         self._steps.kept(TRAINING, [version, wanted.model_dump(mode="json"), sha256(data)], act)

@@ -1,7 +1,4 @@
-"""The end of a push: where people find the model, which version it is, how long each step took, and how to call it.
-
-Knows the four ways to call; each program is whole and can be pasted. The token stays in the environment.
-"""
+"""Print the end of a push: the model's page, its version, each step's time, and programs that call it."""
 
 from __future__ import annotations
 
@@ -27,11 +24,11 @@ class Shipped:
     """A finished push.
 
     Attributes:
-        model: as Replicate gives it.
-        version: the id of the one that people get now.
+        model: as Replicate describes it.
+        version: the id of the version that is live now.
         document: its OpenAPI document.
-        steps: seconds, results and whether they were done before, by name.
-        notes: what a reader should know.
+        steps: by name, with seconds, result and whether an earlier push did them.
+        notes: for the user.
     """
 
     model: dict[str, Any]
@@ -42,7 +39,7 @@ class Shipped:
 
 
 def calls(model: str, version: str, example: Mapping[str, Any], base: str = ADDRESS) -> dict[str, str]:
-    """Programs that ask a version with an input, by title.
+    """Whole programs that run a prediction, by title. They read the token from the environment.
 
     Args:
         model: owner/name.
@@ -76,7 +73,7 @@ def calls(model: str, version: str, example: Mapping[str, Any], base: str = ADDR
 
 
 def _curl(base: str, body: Mapping[str, Any], more: str = "") -> str:
-    """In bash and zsh; the token goes through a file descriptor, as the command line can be read by others."""
+    """For bash and zsh. The token goes through a file descriptor, as other users can read a command line."""
     lines = [
         f"curl -sS {shlex.quote(base.rstrip('/') + '/v1/predictions')}",
         "-H @<(printf 'Authorization: Bearer %s' \"$REPLICATE_API_TOKEN\")",
@@ -90,11 +87,11 @@ def show(shipped: Shipped, model: str, example: Mapping[str, Any] | None, base: 
     """Print it.
 
     Args:
-        shipped: what the push made.
+        shipped: the finished push.
         model: owner/name.
-        example: the input of the programs; None for none.
+        example: the programs' input; None prints no programs.
         base: the API's address.
-        console: where to.
+        console: to print to.
     """
     address = str(shipped.model.get("url") or f"https://replicate.com/{model}")
     console.print(Text.assemble("\n", (f"{model} is pushed.", "bold green")))
@@ -108,12 +105,12 @@ def show(shipped: Shipped, model: str, example: Mapping[str, Any] | None, base: 
         return
     for title, program in calls(model, shipped.version, example, base).items():
         console.print(Text(f"\n{title}", "bold"))
-        # Whole lines, so that what is copied is what was meant.
+        # No wrapping, so that programs can be copied.
         console.print(Text(program), soft_wrap=True)
 
 
 def times(steps: Mapping[str, Mapping[str, Any]]) -> Table:
-    """How long each step took."""
+    """Each step's time."""
     table = Table("step", "seconds", "", box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.columns[1].justify = "right"
     for name, found in steps.items():

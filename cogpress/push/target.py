@@ -1,7 +1,4 @@
-"""What a push is asked to do, and each thing that it sends or runs, made in one place for the push and for --dry-run.
-
-Knows names, bodies and hashes; runs and asks nothing, except that the hardware's plan may ask what an account has.
-"""
+"""What is pushed where: names, hardware, example input, and a fingerprint of the image."""
 
 from __future__ import annotations
 
@@ -22,16 +19,16 @@ from cogpress.weights import manifest
 
 @dataclass(frozen=True)
 class Target:
-    """A push, as a user asks for it.
+    """A push, as the user asks for it.
 
     Attributes:
         root: the project's folder.
-        destination: owner/name that people use.
-        test_model: owner/name that is pushed to first.
-        hardware: a SKU, or `auto` for what the plan says.
-        visibility: of the destination, where it is made.
-        allow_breaking: push although callers of the live version would notice.
-        fresh: forget what earlier pushes did.
+        destination: owner/name of the model that people use.
+        test_model: owner/name of the model that is pushed to first.
+        hardware: a SKU, or `auto` for the plan's choice.
+        visibility: of the destination, where it is created.
+        allow_breaking: push in spite of breaking changes.
+        fresh: repeat the steps of earlier pushes.
     """
 
     root: Path
@@ -59,17 +56,17 @@ class Target:
 
     @property
     def folder(self) -> Path:
-        """Where the journal, the logs and the report are."""
+        """Of the journal, the logs and the report."""
         return self.root / "runs" / "push" / self.destination.replace("/", "--")
 
 
 def hardware(target: Target, settings: Config, *, ask: bool = True) -> str:
-    """The SKU to run on: the one that was named, or the cheapest that the plan finds fit.
+    """The SKU to run on: the named one, or the cheapest that fits by the plan.
 
     Args:
-        target: what is pushed where.
+        target: its hardware and project.
         settings: of `model.yaml`.
-        ask: Replicate what hardware the account has; else the dated table tells.
+        ask: ask Replicate for the account's hardware; else use the dated table.
 
     Raises:
         CogpressError: the plan does not know the model, or nothing fits.
@@ -88,16 +85,16 @@ def hardware(target: Target, settings: Config, *, ask: bool = True) -> str:
             path = target.root / settings.plan.hardware if settings.plan.hardware else None
             made = estimate.make(settings, model, table(path, settings.plan.prices))
     except (CogpressError, ValueError) as error:
-        raise CogpressError(f"The plan can not choose hardware: {error} Or name one with --hardware SKU.") from None
+        raise CogpressError(f"The plan cannot choose hardware: {error} Or name it with --hardware SKU.") from None
     if made.hardware is None:
         raise CogpressError(
-            "By the plan the model fits on none of the hardware; scripts/plan shows why. Name one with --hardware SKU."
+            "The model fits on no hardware by the plan; scripts/plan shows why. Name one with --hardware SKU."
         )
     return made.hardware.sku
 
 
 def example(settings: Config) -> dict[str, Any] | None:
-    """The input to show people: the first test's whose answer is one."""
+    """The input to show people: the first test's that has an answer."""
     fine = (case for case in settings.push.tests if case.error is None and not case.cancels)
     found: Case | None = next(fine, None)
     return None if found is None else dict(found.input)
@@ -106,8 +103,8 @@ def example(settings: Config) -> dict[str, Any] | None:
 def fingerprint(root: Path, settings: Config) -> str:
     """One hash of everything that enters the image.
 
-    Files that the weights' manifest lists count by the hash that it records, which preflight compares with the files;
-    of model.yaml, everything counts but its section `push`.
+    Weights count by their hash in the manifest, which preflight compares with the files; of model.yaml, all counts but
+    `push`.
 
     Raises:
         CogpressError: weights that are to be fetched at the start would enter the image.
@@ -115,23 +112,23 @@ def fingerprint(root: Path, settings: Config) -> str:
     try:
         patterns = ignore.Ignore((root / ignore.NAME).read_text(encoding="utf-8"))
     except OSError:
-        raise CogpressError(f"There is no {root / ignore.NAME}. scripts/preflight --fix writes one.") from None
+        raise CogpressError(f"{root / ignore.NAME} is missing. Write it with scripts/preflight --fix.") from None
     entries = [entry for entry in ignore.context(root, patterns) if not entry.name.startswith(".cog/")]
     inside = [entry.name for entry in entries if entry.name.endswith(".safetensors")]
     if settings.push.weights == "fetched":
         if inside:
             raise CogpressError(
-                f"push.weights is fetched, and {inside[0]} would enter the image. Remove the line !weights from "
+                f"push.weights is fetched, but {inside[0]} would enter the image. Remove the line !weights from "
                 f"{ignore.NAME}."
             )
         if "://" not in (settings.serve.weights or ""):
-            raise CogpressError("push.weights is fetched, and serve.weights names no address to fetch them from.")
+            raise CogpressError("push.weights is fetched, but serve.weights names no URL. Name one in model.yaml.")
     listed = (manifest.read(root / "weights") or {}).get("files") or {}
     files = {}
     for entry in entries:
         recorded = listed.get(entry.name.removeprefix("weights/")) if entry.name.startswith("weights/") else None
         if entry.name == "model.yaml":
-            # How a version is tried is not what it does: other tests need no other image.
+            # Other tests need no other image.
             files[entry.name] = journal.key(settings.model_dump(mode="json", exclude={"push"}))
             continue
         known = recorded is not None and recorded.get("bytes") == entry.size

@@ -1,7 +1,4 @@
-"""Test predictions: asked on the pushed version through Replicate's API, and judged without any other model.
-
-Knows what a case of `model.yaml` asks for and when it is fulfilled; leaves HTTP to `replicate`.
-"""
+"""Test predictions: run the cases of `model.yaml` on a version on Replicate, and judge them without another model."""
 
 from __future__ import annotations
 
@@ -24,10 +21,10 @@ from cogpress.replicate import routes
 from cogpress.replicate.api import RefusedError, Replicate, text_of
 
 CANCEL_SECONDS = 15.0
-"""How long a canceled prediction may take to end."""
+"""For a canceled prediction to end."""
 
 LATE_SHARE = 0.25
-"""Text counts as streamed where it arrives over at least this share of the time that the prediction ran."""
+"""Text counts as streamed where it arrives over at least this share of the prediction's run time."""
 
 _SHOWN = 160
 
@@ -36,13 +33,13 @@ Score = Callable[[str, str], bool]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one test prediction.
+    """The outcome of one test prediction.
 
     Attributes:
         name: of the case.
-        passed: whether it did what was asked.
+        passed: whether it met the case's expectations.
         message: why not, or what was seen.
-        seconds: that the prediction ran, without the wait for a machine.
+        seconds: the prediction's run time, without a cold start.
         prediction: its id.
         output: its text.
         metrics: of the model.
@@ -62,16 +59,16 @@ class Outcome:
 
 
 class _Wrong(Exception):
-    """The prediction did not do what was asked."""
+    """The prediction does not meet the case's expectations."""
 
 
 def title(number: int, case: Case) -> str:
-    """A case's name, or its number and what it asks for."""
+    """A case's name, or its number and expectations."""
     return case.name or f"{number}: {', '.join(asks(case)) or 'no error'}"
 
 
 def asks(case: Case) -> list[str]:
-    """What a case asks for, in words."""
+    """A case's expectations, in words."""
     contains = [case.contains] if isinstance(case.contains, str) else list(case.contains)
     found = [
         ("the exact text", case.exact is not None),
@@ -87,7 +84,7 @@ def asks(case: Case) -> list[str]:
 
 
 def table(outcomes: list[Outcome]) -> Table:
-    """Test predictions, for a terminal."""
+    """Test predictions as a table."""
     made = Table("", "test", "what came", "seconds", box=None, padding=(0, 2, 0, 0), header_style="dim")
     made.columns[3].justify = "right"
     for outcome in outcomes:
@@ -98,7 +95,7 @@ def table(outcomes: list[Outcome]) -> Table:
 
 
 def judge(outcomes: list[Outcome], what: str, version: str, more: str = "") -> None:
-    """Say which failed, where any did.
+    """Raise where any test failed.
 
     Raises:
         RejectedError: with the reasons.
@@ -119,19 +116,19 @@ def run(
     parallel: int,
     on_end: Callable[[Outcome], None] = lambda _outcome: None,
 ) -> list[Outcome]:
-    """Ask and judge all cases, so many at once; in their order.
+    """Run and judge all cases; outcomes in their order.
 
     Args:
-        replicate: where.
+        replicate: the client.
         version: the pushed version's id.
         cases: of `model.yaml`.
-        score: tells whether an answer is the expected one.
-        timeout: seconds that one prediction may take, its machine's start among them.
-        parallel: predictions at once.
-        on_end: is told each outcome.
+        score: tells whether an answer matches the expected one.
+        timeout: seconds for each prediction, a cold start included.
+        parallel: concurrent predictions.
+        on_end: called with each outcome.
 
     Raises:
-        CogpressError: Replicate can not be asked.
+        CogpressError: Replicate cannot be reached, or refuses.
     """
 
     def one(numbered: tuple[int, Case]) -> Outcome:
@@ -157,15 +154,15 @@ def _judged(replicate: Replicate, version: str, case: Case, name: str, score: Sc
     except _Wrong as wrong:
         made = dict(replicate.ask(routes.prediction(identifier)))
         return Outcome(name, False, str(wrong), seconds_of(made), identifier, _text(made), _metrics(made))
-    message = f"{pieces} pieces as they were made" if pieces else _short(_text(made) or str(made.get("error")))
+    message = f"streamed in {pieces} pieces" if pieces else _short(_text(made) or str(made.get("error")))
     return Outcome(name, True, message, seconds_of(made), identifier, _text(made), _metrics(made))
 
 
 def answers(replicate: Replicate, version: str, asked: Iterable[dict[str, Any]], settings: Push) -> list[str | None]:
-    """A version's answer to each input; None where it has none.
+    """A version's answer to each input; None where the prediction fails.
 
     Raises:
-        CogpressError: Replicate can not be asked.
+        CogpressError: Replicate cannot be reached, or refuses.
     """
 
     def one(given: dict[str, Any]) -> str | None:
@@ -192,7 +189,7 @@ def predict(replicate: Replicate, version: str, given: dict[str, Any], timeout: 
 
 
 def finished(replicate: Replicate, made: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """A prediction when it has ended; one that takes too long is canceled, and comes back as failed."""
+    """A prediction when it has ended; one that times out is canceled and returned as failed."""
     made = replicate.wait(made, timeout)
     if made.get("status") in ("starting", "processing"):
         replicate.ask(routes.cancel(str(made["id"])))
@@ -206,7 +203,7 @@ def _check(case: Case, made: dict[str, Any], score: Score) -> None:
     error = client.plain_error(str(made.get("error") or ""))
     if case.error is not None:
         if status != "failed" or made.get("timed_out"):
-            raise _Wrong(f"it {status} and should have failed: {_short(text)}")
+            raise _Wrong(f"it {status}, but should have failed: {_short(text)}")
         if case.error not in error:
             raise _Wrong(f"it failed with another error: {_short(error)}")
     elif status != "succeeded":
@@ -219,7 +216,7 @@ def _check(case: Case, made: dict[str, Any], score: Score) -> None:
     if case.json_schema is not None:
         _check_json(case.json_schema, text)
     if case.expected is not None and not score(case.expected, text):
-        raise _Wrong(f"the task's score does not take {_quoted(text)} for {_quoted(case.expected)}")
+        raise _Wrong(f"the task's score does not accept {_quoted(text)} for {_quoted(case.expected)}")
     if case.seconds is not None and seconds_of(made) > case.seconds:
         raise _Wrong(f"it took {seconds_of(made):.2f} s, more than {case.seconds:g} s")
 
@@ -228,18 +225,18 @@ def _check_json(schema: dict[str, Any], text: str) -> None:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise _Wrong(f"it is no JSON ({error}): {_quoted(text)}") from None
+        raise _Wrong(f"it is not JSON ({error}): {_quoted(text)}") from None
     try:
         jsonschema.validate(content, schema)
     except jsonschema.ValidationError as error:
         place = "/".join(map(str, error.absolute_path)) or "the top"
-        raise _Wrong(f"at {place} the JSON schema says: {_short(error.message)}") from None
+        raise _Wrong(f"it does not match the JSON schema at {place}: {_short(error.message)}") from None
     except jsonschema.SchemaError as error:
-        raise CogpressError(f"A json_schema in model.yaml is none: {_short(error.message)}. Correct it.") from None
+        raise CogpressError(f"A json_schema in model.yaml is invalid: {_short(error.message)}. Correct it.") from None
 
 
 def _streamed(replicate: Replicate, made: dict[str, Any], timeout: float) -> int:
-    """Read the stream and see that text came while it was made; the number of pieces."""
+    """The number of a stream's pieces, which must arrive while the prediction runs."""
     pieces: list[str] = []
     arrived: list[float] = []
     running = False
@@ -254,19 +251,19 @@ def _streamed(replicate: Replicate, made: dict[str, Any], timeout: float) -> int
                         "processing",
                     )
             elif name == "error":
-                raise _Wrong(f"the stream tells an error: {_short(data)}")
+                raise _Wrong(f"the stream has an error: {_short(data)}")
     except CogpressError as error:
         raise _Wrong(str(error)) from None
     ended = replicate.wait(made, timeout)
     if ended.get("status") != "succeeded":
-        return 0  # what is said of that is said by the check of the prediction itself
-    # Line breaks that only the stream's form has are not looked at.
+        return 0  # the check of the prediction itself reports it
+    # Apart from line breaks that only the stream has.
     if "".join("".join(pieces).split()) != "".join(_text(ended).split()):
         raise _Wrong("the stream's text is not the prediction's output")
     if len(pieces) < 2:
-        raise _Wrong(f"its text came in {len(pieces)} piece: ask for a longer answer, or it does not stream")
+        raise _Wrong(f"its text came in {len(pieces)} piece: it does not stream, or the answer is too short to tell")
     if not running and arrived[-1] - arrived[0] < LATE_SHARE * seconds_of(ended):
-        raise _Wrong("all of its text came when the prediction had ended, so it does not stream")
+        raise _Wrong("all of its text came after the prediction had ended, so it does not stream")
     return len(pieces)
 
 
@@ -282,12 +279,12 @@ def _canceled(replicate: Replicate, made: dict[str, Any], timeout: float) -> dic
 
 
 def seconds_of(made: dict[str, Any]) -> float:
-    """How long a prediction ran, without the wait for its machine."""
+    """A prediction's run time, without a cold start."""
     return float(_metrics(made).get("predict_time") or 0.0)
 
 
 def _metrics(made: dict[str, Any]) -> dict[str, Any]:
-    # The log-probability of each token is no number to show.
+    # The log-probabilities of all tokens are too long to show.
     return {name: value for name, value in (made.get("metrics") or {}).items() if name != "logprobs"}
 
 
@@ -297,7 +294,7 @@ def _text(made: dict[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """With its white space, which can be what differs."""
+    """With white space visible, which may be the difference."""
     return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r} …"
 
 

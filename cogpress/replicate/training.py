@@ -22,10 +22,10 @@ class Trained:
 
     Attributes:
         id: of the training.
-        version: `owner/name:id` of the version that it made; empty where it made none.
-        weights: the address of the weights; empty where it tells none.
+        version: `owner/name:id` of the new version; empty where it made none.
+        weights: their URL; empty where it gives none.
         metrics: of the training.
-        seconds: that it ran.
+        seconds: its duration.
     """
 
     id: str
@@ -36,10 +36,10 @@ class Trained:
 
 
 def trainer(replicate: Replicate, name: str) -> tuple[str, str, dict[str, Any]]:
-    """The model, version and document that trains: `owner/name`, or `owner/name:version`.
+    """The model, version and OpenAPI document that `owner/name` or `owner/name:version` names.
 
     Raises:
-        CogpressError: there is none, or it can not be trained.
+        CogpressError: there is no such version, or it cannot train.
     """
     model, _, version = name.partition(":")
     found = (
@@ -51,7 +51,7 @@ def trainer(replicate: Replicate, name: str) -> tuple[str, str, dict[str, Any]]:
         raise CogpressError(f"Replicate has no version {name} to train with. Push one with scripts/push {model}.")
     document = found.get("openapi_schema") or {}
     if "TrainingInput" not in document.get("components", {}).get("schemas", {}):
-        raise CogpressError(f"{name} can not be trained: its cog.yaml names no `train:`. Push a version that has one.")
+        raise CogpressError(f"{name} cannot train: its cog.yaml has no `train:`. Push a version that has one.")
     return model, str(found["id"]), document
 
 
@@ -61,15 +61,15 @@ def start(
     """Upload the examples and start a training.
 
     Args:
-        replicate: where.
-        name: what trains, as `trainer` takes it.
-        destination: owner/name of the model that gets the new version; made, private, where it does not exist.
-        data: the examples.
+        replicate: the client.
+        name: the trainer; see `trainer`.
+        destination: owner/name of the model that gets the new version; created, private, where it does not exist.
+        data: the file of examples.
         inputs: the training's other inputs; those that are None are left out.
-        hardware: the SKU of a destination that is made.
+        hardware: the SKU of a destination that is created.
 
     Raises:
-        CogpressError: the file can not be read, or Replicate refuses.
+        CogpressError: the file cannot be read, or Replicate refuses.
     """
     model, version, document = trainer(replicate, name)
     given = {key: value for key, value in inputs.items() if value is not None}
@@ -78,7 +78,9 @@ def start(
     if unknown:
         raise CogpressError(f"The training of {name} has no input {unknown[0]}. Push a version that has it.")
     if not data.is_file():
-        raise CogpressError(f"There are no examples at {data}. Name them with --train-data, or as data.train.")
+        raise CogpressError(
+            f"{data} does not exist. Name the examples with --train-data, or as data.train in model.yaml."
+        )
     if replicate.find(routes.model(destination)) is None:
         if not hardware:
             raise CogpressError(f"{destination} does not exist. Give --hardware SKU to create it, private.")
@@ -94,17 +96,17 @@ def follow(
     on_metrics: Callable[[str, dict[str, Any]], None] = lambda _status, _metrics: None,
     timeout: float | None = None,
 ) -> Trained:
-    """Wait for a training's end, and pass on what it prints as it comes.
+    """Follow a training to its end.
 
     Args:
-        replicate: where.
-        made: the training, as it was started.
-        on_log: is told each new part of the log, of whole lines.
-        on_metrics: is told the status and the metrics, whenever they have changed.
-        timeout: seconds after which it is canceled; None for never.
+        replicate: the client.
+        made: the training, as `start` returned it.
+        on_log: called with each new part of the log, in whole lines.
+        on_metrics: called with the status and the metrics after each change.
+        timeout: seconds before it is canceled; None never cancels.
 
     Raises:
-        CogpressError: it fails, is canceled, or takes too long.
+        CogpressError: it fails, is canceled, or times out.
     """
     identifier, shown, before, began = str(made["id"]), "", None, time.monotonic()
     while True:

@@ -94,7 +94,7 @@ def test_a_score_below_the_references_fails(made: tuple[Machine, PushReplicate])
 
 
 def test_a_runner_that_tells_no_log_probabilities_is_named() -> None:
-    with pytest.raises(CogpressError, match="tells no log-probabilities"):
+    with pytest.raises(CogpressError, match="records no log-probabilities"):
         parity._answer({"output": ["a"], "metrics": {"output_token_count": 1}})
 
 

@@ -155,9 +155,9 @@ def test_a_failing_test_stops_the_push_and_is_not_asked_again(here: Machine, rem
     ("test", "said"),
     [
         ({"input": {"prompt": "a"}, "contains": ["a0", "b"]}, "'b' is not in"),
-        ({"input": {"prompt": "a"}, "json_schema": {}}, "it is no JSON"),
+        ({"input": {"prompt": "a"}, "json_schema": {}}, "it is not JSON"),
         ({"input": {"prompt": "json"}, "json_schema": {"required": ["x"]}}, "'x' is a required property"),
-        ({"input": {"prompt": "json"}, "expected": "{}"}, "task's score does not take"),
+        ({"input": {"prompt": "json"}, "expected": "{}"}, "task's score does not accept"),
         ({"input": {"prompt": "fail"}}, "it failed: ValueError: bad things happen"),
         ({"input": {"prompt": "fail"}, "error": "other"}, "another error"),
         ({"input": {"prompt": "a"}, "error": "x"}, "should have failed"),
@@ -209,7 +209,7 @@ def test_a_model_that_only_seems_to_stream_is_found(pushed: Any, monkeypatch: py
     monkeypatch.setattr(Replicate, "stream", late)
     case = config.Case(input={"prompt": "s", "count": 10, "delay": 0.1}, streams=True)
     [outcome] = testcases.run(replicate, version, [case], str.__eq__, timeout=30, parallel=1)
-    assert "when the prediction had ended" in outcome.message
+    assert "after the prediction had ended" in outcome.message
 
 
 def test_fuzz_finds_a_fault_of_the_program_and_takes_a_refusal(pushed: Any) -> None:
@@ -220,7 +220,7 @@ def test_fuzz_finds_a_fault_of_the_program_and_takes_a_refusal(pushed: Any) -> N
     found = fuzz.run(replicate, version, asked, timeout=30, parallel=2)
     assert [outcome.passed for outcome in found] == [False, True, True, False]
     assert "KeyError" in found[0].message
-    assert "its own schema refuses it" in found[3].message
+    assert "its own schema rejects it" in found[3].message
 
 
 def test_breaking_changes_block_unless_allowed(here: Machine, remote: PushReplicate) -> None:
@@ -229,7 +229,7 @@ def test_breaking_changes_block_unless_allowed(here: Machine, remote: PushReplic
     here.swap("le=100000)", "le=50)")
     here.swap('default="word"', 'default="other"')
     here.settings(tests=[])
-    said = r"Callers of local/model would notice: .*default 'other' instead of 'word'; input count has the maximum 50"
+    said = r"Breaking changes for callers of local/model: .*default 'other' instead of 'word'; input count has the maximum 50"
     with pytest.raises(CogpressError, match=said):
         push(here)
     assert here.calls() == []  # found before anything is built
@@ -241,7 +241,7 @@ def test_breaking_changes_block_unless_allowed(here: Machine, remote: PushReplic
 
 def test_what_preflight_finds_stops_the_push(here: Machine, remote: PushReplicate) -> None:
     (here.root / "weights" / "model.safetensors").write_text("changed")
-    with pytest.raises(CogpressError, match=r"Preflight found 2 of the reasons"):
+    with pytest.raises(CogpressError, match=r"Preflight found 2 problems"):
         push(here)
     assert here.calls() == []
     assert remote.changes() == []
@@ -294,7 +294,7 @@ def test_a_project_that_changes_while_it_is_tested_is_not_pushed(
         here.swap("default=3", "default=4")
 
     monkeypatch.setattr(run.Push, "_fuzz", change)
-    with pytest.raises(CogpressError, match="was changed while its push was tested"):
+    with pytest.raises(CogpressError, match="changed during the push"):
         push(here)
     assert PUSH not in here.calls()
 
@@ -322,7 +322,7 @@ def test_weights_that_are_fetched_at_the_start_are_in_no_layer(here: Machine) ->
     with pytest.raises(CogpressError, match="would enter the image"):
         fingerprint(here.root, settings)
     (here.root / ".dockerignore").write_text((here.root / ".dockerignore").read_text() + "weights\n")
-    with pytest.raises(CogpressError, match="names no address"):
+    with pytest.raises(CogpressError, match="names no URL"):
         fingerprint(here.root, settings)
     serve = config.Serve(weights="https://example.com/manifest.json")
     fingerprint(here.root, settings.model_copy(update={"serve": serve}))
@@ -338,9 +338,9 @@ def test_the_command(here: Machine, remote: PushReplicate, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert "cog push r8.im/local/model-test" in done.stdout
     done = subprocess.run([*command, "local/model", "--test-model", "local/model"], capture_output=True, text=True)
-    assert (done.returncode, "can not be local/model itself" in done.stderr) == (1, True)
+    assert (done.returncode, "local/model cannot be its own test model" in done.stderr) == (1, True)
     done = subprocess.run([*command, "model"], capture_output=True, text=True)
-    assert (done.returncode, "is no owner/name" in done.stderr) == (1, True)
+    assert (done.returncode, "is not owner/name" in done.stderr) == (1, True)
     environment = {name: value for name, value in os.environ.items() if name != "REPLICATE_API_TOKEN"}
     done = subprocess.run([*command, "local/model"], capture_output=True, text=True, env=environment)
     assert (done.returncode, "REPLICATE_API_TOKEN is not set" in done.stderr) == (1, True)
@@ -355,10 +355,10 @@ def test_answers_are_compared_with_the_live_versions(here: Machine) -> None:
     here.swap("{{prompt}}{{number}} ".replace("{{", "{").replace("}}", "}"), "{prompt}-{number} ")
     shipped, said = push(here)
     assert shipped.steps[run.SAME]["other"] == ["1: no error"]
-    assert "Answers otherwise than the version before: 1: no error." in " ".join(said.split())
+    assert "Answers differ from the previous version's: 1: no error." in " ".join(said.split())
     here.settings(tests=tests, fuzz={"rounds": 0}, same_answers=True)
     here.swap("{prompt}-{number} ", "{prompt}+{number} ")
-    with pytest.raises(CogpressError, match=r"answers otherwise than \w+, the live one: 1: no error"):
+    with pytest.raises(CogpressError, match=r"answers differently from the live version \w+: 1: no error"):
         push(here)
 
 
@@ -377,7 +377,7 @@ def test_a_journal_that_is_damaged_counts_as_nothing_done(tmp_path: Path) -> Non
 def test_hardware_is_the_plans(here: Machine) -> None:
     settings = config.load(here.root / "model.yaml")
     target = Target.of(here.root, settings, "local/model")
-    with pytest.raises(CogpressError, match="The plan can not choose hardware"):
+    with pytest.raises(CogpressError, match="The plan cannot choose hardware"):
         hardware(target, settings)
     llama = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     llama |= {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "intermediate_size": 128}

@@ -138,7 +138,7 @@ def test_a_push_tries_training_too(here: Machine, remote: PushReplicate) -> None
     target = Target.of(here.root, settings, "local/trained", hardware="gpu-l40s")
     file = StringIO()
     console = Console(file=file, width=80)
-    with pytest.raises(CogpressError, match=r"train-examples\.txt, which is not there"):
+    with pytest.raises(CogpressError, match=r"train-examples\.txt, which does not exist"):
         run.push(target, settings, console)
     (here.root.parent / "train-examples.txt").write_text("text\n")
     here.commit()
