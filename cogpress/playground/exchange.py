@@ -19,16 +19,16 @@ from cogpress.playground.records import Prediction
 
 
 class Exchange(asyncio.Protocol):
-    """A request on a connection of its own; `done` is set when the answer is whole or the connection breaks."""
+    """A request on its own connection; `done` is set when the response is complete or the connection breaks."""
 
     def __init__(self, request: bytes, prediction: Prediction) -> None:
         self.status = 0
         self.body = b""
-        """An answer that is no stream, when it is whole."""
+        """The complete response, if it is not a stream."""
         self.completed: dict[str, Any] | None = None
-        """The last event of a stream that ended as it should."""
+        """The last event of a complete stream."""
         self.broken = False
-        """Whether the connection ended before the answer did."""
+        """Whether the connection ended before the response did."""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._request = request
         self._prediction = prediction
@@ -40,7 +40,7 @@ class Exchange(asyncio.Protocol):
         self._transport: asyncio.BaseTransport | None = None
         self._next = 0
 
-    # What the event loop calls.
+    # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -50,13 +50,13 @@ class Exchange(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, ValueError, KeyError, TypeError):
-            # A server that is not Cog's, or a wire that is not a wire.
+            # Not a Cog server, or a corrupt connection.
             self._finish(broken=True)
 
     def connection_lost(self, _error: Exception | None) -> None:
         self._finish(broken=True)
 
-    # What the parser calls.
+    # Called by the parser.
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"content-type":
@@ -68,7 +68,7 @@ class Exchange(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         if not self._streams:
-            self._blocks.append(body)  # joined once, at the end: it may be a file of many megabytes
+            self._blocks.append(body)  # joined once at the end: it may be a file of many megabytes
             return
         for event in self._decoder.feed(body):
             if event.data:
@@ -78,12 +78,10 @@ class Exchange(asyncio.Protocol):
         self.body = b"".join(self._blocks)
         self._finish(broken=self._streams and self.completed is None)
 
-    # What an event says.
-
     def _event(self, name: str, data: dict[str, Any]) -> None:
         prediction = self._prediction
         if name == "output":
-            # After a gap nothing more is added; the last event has the whole output.
+            # After a gap nothing is added; the last event has the whole output.
             self._whole = self._whole and data["index"] == self._next
             if self._whole:
                 self._next += 1
@@ -109,7 +107,7 @@ class Exchange(asyncio.Protocol):
             self.done.set_result(None)
 
     def close(self) -> None:
-        """Drop the connection, which also cancels what still runs at its other end."""
+        """Drop the connection, which cancels the prediction if it still runs."""
         if self._transport is not None:
             self._transport.abort()  # type: ignore[attr-defined]
 

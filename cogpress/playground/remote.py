@@ -1,4 +1,4 @@
-"""A model on Replicate as a backend."""
+"""Run predictions on Replicate: create, follow and cancel them through its API."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from cogpress.replicate.routes import Call
 POLL_SECONDS = 0.5
 
 PATIENCE_SECONDS = 60.0
-"""How long Replicate may be out of reach while a prediction of ours runs there."""
+"""How long Replicate may be unreachable while a prediction runs there."""
 
 SILENT_SECONDS = 120.0
-"""How long a stream may say nothing before the prediction itself is looked at instead."""
+"""The longest silence of a stream; after that the prediction itself is polled."""
 
 TRIES = 2
-"""Of a request. The queue repeats what still fails, and cancels what waits."""
+"""Attempts at a request. The queue repeats what still fails, and cancels what waits."""
 
 LONGEST_WAIT = 60.0
-"""Seconds between them."""
+"""Seconds between attempts."""
 
 
 class _Missing(CogpressError):
-    """There is nothing of this name."""
+    """There is no such model, version or deployment."""
 
 
 class Remote:
@@ -43,12 +43,12 @@ class Remote:
     slots: int | None = None
 
     def __init__(self, name: str, token: str | None = None, base: str | None = None) -> None:
-        """Describe it; nothing is asked yet.
+        """Sends nothing yet.
 
         Args:
-            name: of the model, with a version or without, or of a deployment.
-            token: the one in REPLICATE_API_TOKEN where not given.
-            base: Replicate's address where it is not the usual one (also REPLICATE_BASE_URL).
+            name: of the model, with or without a version, or of a deployment.
+            token: default: REPLICATE_API_TOKEN.
+            base: address of the API; default: REPLICATE_BASE_URL, or else Replicate's own.
 
         Raises:
             CogpressError: there is no token.
@@ -58,7 +58,7 @@ class Remote:
         environ |= {"REPLICATE_BASE_URL": base} if base else {}
         self._name, _, self._version = name.partition(":")
         self._kind: Literal["models", "deployments", ""] = ""
-        """Of what predictions are created by name; empty where they are created by version."""
+        """What `name` names; empty if predictions are created by version."""
         self._found = False
         timeout = httpx.Timeout(20, read=SILENT_SECONDS)
         self._replicate = AsyncReplicate(*credentials(environ), tries=TRIES, longest_wait=LONGEST_WAIT, timeout=timeout)
@@ -82,14 +82,14 @@ class Remote:
             try:
                 return await self._ask(routes.predict_by_name(self._kind, self._name, inputs))
             except _Missing:
-                # Replicate runs only models of its own choice by name, all others by version.
+                # Replicate runs only official models by name, all others by version.
                 if not self._version:
                     raise
                 self._kind = ""
         return await self._ask(routes.predict(self._version, inputs))
 
     async def _follow(self, prediction: Prediction, made: dict[str, Any]) -> None:
-        # Without a stream, or where it breaks off, what is missing comes with the prediction itself.
+        # If there is no stream or it breaks off, the rest comes with the prediction itself.
         with contextlib.suppress(httpx.HTTPError, NoStreamError):
             await self._stream(prediction, made)
         while made.get("status") not in ENDED:
@@ -121,17 +121,17 @@ class Remote:
                     return
 
     async def _state(self, identifier: str) -> dict[str, Any]:
-        """A prediction that was created. What is in the way for a while must not lose it, nor have it made again."""
+        """The state of a created prediction. A temporary failure must neither lose it nor create it again."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
                 return await self._ask(routes.prediction(identifier))
             except Busy:
-                continue  # it waited for as long as it was told
+                continue  # the client has waited as long as Replicate asked
             except Unreachable as error:
                 if time.monotonic() > deadline:
-                    # No Unreachable, upon which it would be run anew.
-                    raise CogpressError(f"The prediction was lost from sight: {error}") from None
+                    # Not Unreachable, after which the queue would create it again.
+                    raise CogpressError(f"Lost track of the prediction on Replicate: {error}") from None
                 await asyncio.sleep(POLL_SECONDS)
 
     async def _ask(self, call: Call) -> dict[str, Any]:
@@ -165,14 +165,14 @@ class Remote:
         try:
             found = await self._find()
         except Busy:
-            raise CogpressError("Replicate takes no more requests now. Try again in a minute.") from None
+            raise CogpressError("Replicate is limiting requests. Try again in a minute.") from None
         schema = found.get("openapi_schema")
         if not isinstance(schema, dict):
-            raise CogpressError(f"The model {self._name} on Replicate has no version that tells its inputs.")
+            raise CogpressError(f"The model {self._name} on Replicate has no version with a schema.")
         return schema
 
     async def _find(self) -> dict[str, Any]:
-        """The version that answers, and how it is asked."""
+        """Find the version, and whether predictions are created by name."""
         if self._version:
             found = await self._ask(routes.version(self._name, self._version))
             self._found = True

@@ -180,5 +180,5 @@ def test_what_can_not_be_reached_for_long_fails_and_is_not_made_again(monkeypatc
     with replicate(replies) as stub:
         found = run(stub)
     assert found.status == "failed"
-    assert "lost from sight" in str(found.error)
+    assert "Lost track of" in str(found.error)
     assert stub.count(BY_NAME) == 1
