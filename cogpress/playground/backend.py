@@ -117,7 +117,7 @@ class Cog:
 
     def _conclude(self, prediction: Prediction, call: exchange.Exchange) -> None:
         if call.broken:
-            if prediction.cancel_asked:
+            if prediction.cancel_requested:
                 prediction.end("canceled")
                 return
             if not call.status:

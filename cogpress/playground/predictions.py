@@ -124,7 +124,7 @@ class Predictions:
         if prediction.ended or prediction.id not in self._alive:
             return
         _, queue = self._alive[prediction.id]
-        prediction.cancel_asked = True
+        prediction.cancel_requested = True
         if queue.drop(prediction):
             return
         with contextlib.suppress(CogpressError):  # the wait below shows whether it ended

@@ -104,7 +104,7 @@ class Queue:
             prediction.end("failed", error=told, fault="server")
         finally:
             self.running.discard(prediction)
-            if again and prediction.cancel_asked:
+            if again and prediction.cancel_requested:
                 prediction.end("canceled")
                 again = False
             if again:

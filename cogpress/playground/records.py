@@ -185,7 +185,7 @@ class Prediction:
     first_output: float = 0.0
     fault: Fault | None = None
     """Whose fault a failure is, if it was not the model that failed."""
-    cancel_asked: bool = False
+    cancel_requested: bool = False
     unreachable_since: float = 0.0
     _outputs: int = 0
     _waiting: list[asyncio.Future[None]] = field(default_factory=list)

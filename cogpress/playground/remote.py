@@ -69,7 +69,7 @@ class Remote:
         made = await self._create(prediction.payload)
         self._remote[prediction.id] = made
         try:
-            if prediction.cancel_asked:
+            if prediction.cancel_requested:
                 await self.cancel(prediction)
             await self._follow(prediction, made)
         finally:

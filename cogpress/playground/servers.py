@@ -187,7 +187,7 @@ class OnDemandServer:
                 cog = self._cog
             if cog is None:
                 raise CogpressError("The model's server was stopped to make room for another. Run it again.")
-            if prediction.cancel_asked:
+            if prediction.cancel_requested:
                 prediction.end("canceled")
                 return
             await cog.run(prediction)

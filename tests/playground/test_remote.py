@@ -162,7 +162,7 @@ def test_a_prediction_that_waits_there_is_canceled_there() -> None:
 
     async def act(prediction: Prediction, queue: Queue) -> None:
         await asyncio.sleep(0.05)
-        prediction.cancel_asked = True
+        prediction.cancel_requested = True
         await queue.backend.cancel(prediction)
 
     with replicate(replies) as stub:
