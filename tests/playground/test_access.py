@@ -1,4 +1,4 @@
-"""Who is let in, how much they may send, and how often."""
+"""Access control: tokens, origins, body sizes and rates."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_requests_of_other_sites_pages_are_refused(local: Local) -> None:
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "["])
-def test_names_that_were_made_to_point_here_are_refused(local: Local, host: str) -> None:
+def test_dns_rebinding_is_refused(local: Local, host: str) -> None:
     with socket.create_connection(("127.0.0.1", local.port)) as connection:
         connection.sendall(f"GET /v1/account HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 421 ")
@@ -109,7 +109,7 @@ def test_too_much_is_refused(local: Local) -> None:
     assert local.create({"count": 1}, wait=True)["status"] == "succeeded"
 
 
-def test_too_often_is_told_when_to_come_again(guarded: Local) -> None:
+def test_a_rate_limited_client_is_told_when_to_retry(guarded: Local) -> None:
     answers = [guarded.ask("GET", "/v1/account") for _ in range(130)]
     refused = [answer for answer in answers if answer.status_code == 429]
     assert refused

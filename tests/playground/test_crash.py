@@ -1,4 +1,4 @@
-"""What happens to predictions when one of the processes ends: each is accounted for."""
+"""Every prediction is accounted for when one of the processes dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a complaint to training data: what the playground exports is what training reads, asked as it was served."""
+"""The exported ratings are training data whose prompts are those that were served."""
 
 from __future__ import annotations
 

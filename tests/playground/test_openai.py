@@ -94,7 +94,7 @@ SCHEMA = {
         }
     }
 }
-"""Of a model that takes conversations and schemas."""
+"""The schema of a model that takes conversations and JSON schemas."""
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def cog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A model whose inputs are few."""
+    """A model with few inputs."""
     with echoing(tmp_path_factory.mktemp("echo")) as cog:
         yield cog
 
@@ -176,7 +176,7 @@ def test_a_streamed_chat_completion(client: Any) -> None:
 
 
 def test_the_wire(local: Local) -> None:
-    """What every client can read: one line of ASCII for each chunk, and the end that OpenAI writes."""
+    """Each chunk is one line of ASCII, and the stream ends as OpenAI's does."""
     body = {"model": "teller", "messages": say("a\u2028b", "c"), "stream": True}
     answer = local.ask("POST", "/v1/chat/completions", body)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -340,7 +340,7 @@ def test_models(client: Any, local: Local) -> None:
 
 
 def test_a_model_with_few_inputs(client: Any) -> None:
-    """What it can not be told is refused where it matters, and ignored where it does not."""
+    """Parameters that have no input are refused if they would change the answer, and ignored if not."""
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
     made = client.chat.completions.create(
         model="echo", messages=messages, presence_penalty=0, top_p=1, user="u", logprobs=False, extra_body={"count": 2}
@@ -350,7 +350,7 @@ def test_a_model_with_few_inputs(client: Any) -> None:
         with pytest.raises(openai.BadRequestError, match="has no input") as refused:
             client.chat.completions.create(model="echo", messages=messages, **{name: value})
         assert refused.value.param == name
-    with pytest.raises(openai.BadRequestError, match="response_format can not be followed"):
+    with pytest.raises(openai.BadRequestError, match="does not support response_format"):
         client.chat.completions.create(model="echo", messages=messages, response_format={"type": "json_object"})
     with pytest.raises(openai.BadRequestError, match="answers one question"):
         client.chat.completions.create(model="echo", messages=[*messages, *messages[1:]])
@@ -383,7 +383,7 @@ def test_a_model_with_few_inputs(client: Any) -> None:
         ({"tool_choice": "required"}, "tool_choice", "tools is empty"),
     ],
 )
-def test_what_can_not_be_done_is_said(client: Any, more: dict[str, Any], param: str, words: str) -> None:
+def test_unsupported_requests_are_refused(client: Any, more: dict[str, Any], param: str, words: str) -> None:
     with pytest.raises(openai.BadRequestError, match=words) as refused:
         client.chat.completions.create(**{"model": "teller", "messages": say("a"), **more})
     assert refused.value.param == param
@@ -578,7 +578,7 @@ def test_instructor(client: Any, mode: str) -> None:
 
 
 def test_instructor_asks_again(client: Any, local: Local) -> None:
-    """An answer that its schema refuses is asked for again, with what was wrong."""
+    """Instructor repeats a request whose answer does not fit the schema, with the error."""
     made = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA)
     before = local.ask("GET", "/playground/api/history").json()["total"]
     with pytest.raises(Exception, match="greater than or equal to 0"):
@@ -589,7 +589,7 @@ def test_instructor_asks_again(client: Any, local: Local) -> None:
 
 
 def test_a_model_on_replicate_is_fronted(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Replicate that is asked is the other local one."""
+    """Here the other playground stands in for Replicate."""
     monkeypatch.setenv("REPLICATE_BASE_URL", local.url)
     monkeypatch.setenv("REPLICATE_API_TOKEN", TOKEN)
     with Local(local.root, [("near", "replicate:local/teller")], data=tmp_path) as near:
@@ -609,7 +609,7 @@ def test_a_model_on_replicate_is_fronted(local: Local, tmp_path: Path, monkeypat
 
 
 def test_a_stream_that_waits_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without text for long, a stream begins with lines that clients skip; what fails then is told in the stream."""
+    """A stream without text begins with comments after a while; a later failure is reported in the stream."""
     monkeypatch.setattr(openai_routes, "PULSE_SECONDS", 0.05)
 
     class Parts:
@@ -647,7 +647,7 @@ def test_a_stream_that_waits_long_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.server
 @pytest.mark.slow
 def test_with_the_real_engine(trained_weights: Path, tmp_path: Path) -> None:
-    """One model that has learnt something, through the official client and Instructor."""
+    """A trained model through the official client and Instructor."""
     with Server(ROOT, weights=str(trained_weights), log=tmp_path / "server.log") as cog:
         cog.wait_ready(300)
         with Local(ROOT, [("queries", cog.url)], data=tmp_path / "data") as local:

@@ -74,13 +74,13 @@ class Runner(BaseRunner):
         if style == "loud":
             text = text.upper()
         if text == "fail":
-            raise ValueError("This prompt can not be answered.")
+            raise ValueError("This prompt cannot be answered.")
         print("saying", len(text), "characters")
         return streaming.stream(self.pieces({prefix!r} + text, pause))
 """
 
 SLOW = {"prompt": "word ", "times": 40, "pause": 0.05}
-"""An answer of fifty pieces in two and a half seconds."""
+"""An answer of fifty chunks in two and a half seconds."""
 
 NOT_YET = "\u2013"
 
@@ -95,7 +95,7 @@ NASTY = [
     "'''\"\"\" ''' </script> <!-- -->\r\nJSON\nEOF\n",
     HOSTILE,
 ]
-"""Texts that break programs which quote carelessly."""
+"""Texts that break careless quoting."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def base(cogs: list[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 class Killed(Exception):
-    """Thrown into `playground`, has it end as by a crash."""
+    """Thrown into `playground` to kill it as a crash would."""
 
 
 def playground(cogs: list[Server], folder: Path, port: int = 0, **variables: str) -> Generator[str, None, None]:
@@ -191,7 +191,7 @@ Opener = Callable[..., Page]
 
 @pytest.fixture
 def visit(browser: Browser, base: str) -> Iterator[Opener]:
-    """Open a path of the page in a browser of its own; at the end nothing may have gone wrong in any of them."""
+    """Open a path in a new browser context; none may have logged an error at the end."""
     contexts: list[BrowserContext] = []
     wrong: list[str] = []
 
@@ -255,7 +255,7 @@ def output(page: Page) -> Locator:
 
 
 def eventually(true: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait until something is so; the page's policy keeps Playwright from evaluating conditions there itself."""
+    """Wait for a condition; the page's content security policy keeps Playwright from evaluating it there."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -263,7 +263,7 @@ def eventually(true: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def shown(page: Page) -> str:
-    """The output as a reader sees it, less the names of invisible characters."""
+    """The visible output, without the names of invisible characters."""
     return str(output(page).text_content())
 
 
@@ -280,7 +280,7 @@ def ask(base: str, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def versions(base: str) -> list[str]:
-    """Of the one model, in the order of the page."""
+    """The versions of the one model, in the page's order."""
     [model] = httpx.get(f"{base}/playground/api/config").json()["models"]
     return [version["id"] for version in model["versions"]]
 
@@ -380,7 +380,7 @@ def test_a_failure_says_why(visit: Opener) -> None:
     page = visit()
     run(page, wait=False, prompt="fail")
     finished(page, "failed")
-    expect(page.get_by_role("alert")).to_contain_text("This prompt can not be answered.")
+    expect(page.get_by_role("alert")).to_contain_text("This prompt cannot be answered.")
 
 
 def test_json_answers_are_laid_out_and_can_be_seen_as_they_came(visit: Opener) -> None:
@@ -706,7 +706,7 @@ def streamed(events: str) -> str:
 
 
 def test_every_value_survives_being_written_as_code(visit: Opener) -> None:
-    """The functions that quote, with a thousand values made of what quoting stumbles over."""
+    """The literal functions, with a thousand random values that are hard to quote."""
     page = visit()
     chance = random.Random(7)
     parts = [
@@ -863,7 +863,7 @@ def test_a_phone_needs_no_sideways_scrolling(visit: Opener, base: str, path: str
 
 
 def contrast(one: str, other: str) -> float:
-    """Of two colours, as WCAG computes it."""
+    """The contrast ratio of two colours, by WCAG's formula."""
 
     def luminance(colour: str) -> float:
         parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def kit(folder: Path, setup: str = "") -> Path:
-    """A project with the kit's own command, served by the light runner, whose setup does what it is told."""
+    """A project with the real command and the light runner, whose setup runs `setup`."""
     root = project(folder)
     runner = root / "predict.py"
     runner.write_text(runner.read_text().replace("streaming.install()", f"streaming.install()\n        {setup}"))
@@ -39,7 +39,7 @@ def kit(folder: Path, setup: str = "") -> Path:
 
 
 def servers(root: Path) -> list[psutil.Process]:
-    """Everything that runs for a project, whoever started it."""
+    """Every process of a project."""
     found = []
     for process in psutil.process_iter(["cwd", "cmdline"]):
         if process.info["cwd"] == str(root) or str(root) in " ".join(process.info["cmdline"] or []):
@@ -48,7 +48,7 @@ def servers(root: Path) -> list[psutil.Process]:
 
 
 class Command:
-    """The command as a process, and what it said."""
+    """The command as a process, and its output."""
 
     def __init__(self, root: Path, *arguments: str) -> None:
         self.process = subprocess.Popen(
@@ -75,7 +75,7 @@ class Command:
         return found[0]
 
     def interrupt(self) -> int:
-        """As Ctrl-C does; the server has a session of its own and is not told."""
+        """As Ctrl-C does; the server is in another session and gets no signal."""
         self.process.send_signal(signal.SIGINT)
         status = self.process.wait(30)
         self._reading.join(5)

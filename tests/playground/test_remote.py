@@ -1,4 +1,4 @@
-"""A model on Replicate as a backend, against a stub that refuses, fails and forgets as the real one may."""
+"""A model on Replicate as a backend, against a stub that refuses and fails as the real one may."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_refusals_are_told_and_nothing_that_is_not_there_is_waited_for() -> None
 
 
 def test_a_prediction_that_waits_there_is_canceled_there() -> None:
-    """A model that is cold stays at starting for minutes."""
+    """A cold model stays at starting for minutes."""
     replies: dict[str, list[Reply]] = {
         "GET /v1/models/o/m": [MODEL],
         BY_NAME: [(201, MADE)],
@@ -170,7 +170,7 @@ def test_a_prediction_that_waits_there_is_canceled_there() -> None:
     assert stub.count("POST /v1/predictions/far/cancel") == 2
 
 
-def test_what_can_not_be_reached_for_long_fails_and_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prediction_that_stays_unreachable_fails_and_is_not_created_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "PATIENCE_SECONDS", 0.2)
     replies: dict[str, list[Reply]] = {
         "GET /v1/models/o/m": [MODEL],

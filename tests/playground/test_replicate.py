@@ -1,4 +1,4 @@
-"""Replicate's API over the real Cog runtime: what requests are answered with."""
+"""Replicate's API over the real Cog runtime."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_cancel_while_running_and_while_waiting(local: Local) -> None:
 
 
 def test_cancel_at_once(local: Local) -> None:
-    """The runtime loses a cancellation that comes before the runner began."""
+    """The runtime loses a cancellation that arrives before the runner began."""
     for _ in range(5):
         made = local.create({"count": 1000, "delay": 0.05})
         assert local.ask("POST", f"/v1/predictions/{made['id']}/cancel").json()["status"] == "canceled"

@@ -1,4 +1,4 @@
-"""The playground over the real engine with a model that has learnt something, through Replicate's own client."""
+"""The playground over the real engine with a trained model, through Replicate's own client."""
 
 from __future__ import annotations
 

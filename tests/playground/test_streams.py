@@ -1,4 +1,4 @@
-"""Streams that are silent for long: kept open by comments, which no client takes for an event."""
+"""Comments keep a silent stream open, and no client takes them for events."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_a_file_in_an_answer_is_undone_in_pieces(tmp_path: Path, size: int, monk
 
 
 def test_a_model_on_replicate_is_fronted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Replicate that is asked is another local one."""
+    """Another playground stands in for Replicate."""
     root = project(tmp_path / "echo")
     (root / "w").mkdir()
     (root / "w" / "config.json").write_text("w")

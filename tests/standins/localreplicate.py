@@ -112,7 +112,7 @@ def echoing(folder: Path) -> Iterator[Server]:
 
 
 def refusal(*arguments: str) -> str:
-    """What scripts/playground says when it does not start."""
+    """The error with which scripts/playground does not start."""
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "playground", *arguments], capture_output=True, text=True, timeout=60
     )
@@ -122,7 +122,7 @@ def refusal(*arguments: str) -> str:
 
 
 def javascript() -> Path:
-    """The folder in which programs find Replicate's and OpenAI's JavaScript clients, installed at first use."""
+    """The folder with Replicate's and OpenAI's JavaScript clients, installed on first use."""
     import pytest  # not for the process that this file also is
 
     folder = ROOT / "tests" / "js"

@@ -145,7 +145,7 @@ class _Parser:
         """Set an input, as JSON if the model expects a string."""
         param = param or name
         if name not in self.known:
-            detail = f"This model has no input {name[:80]}, so {param[:80]} has no effect. Leave out {param[:80]}."
+            detail = f"This model has no input {name[:80]}, so it does not support {param[:80]}. Leave it out."
             raise OpenAIError(detail, param[:80], code="unsupported_parameter")
         if not isinstance(value, str) and _takes_text(self.known[name]):
             value = json.dumps(value, ensure_ascii=False)
