@@ -229,7 +229,7 @@ def test_breaking_changes_block_unless_allowed(here: Machine, remote: PushReplic
     here.swap("le=100000)", "le=50)")
     here.swap('default="word"', 'default="other"')
     here.settings(tests=[])
-    said = r"Breaking changes for callers of local/model: .*default 'other' instead of 'word'; input count has the maximum 50"
+    said = r"Breaking changes for callers of local/model: .*default 'other' instead of 'word'; input count has the max"
     with pytest.raises(CogpressError, match=said):
         push(here)
     assert here.calls() == []  # found before anything is built

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from cogpress import config
 from cogpress.cog import schema
-from cogpress.push import compatibility, fuzz, testcases
+from cogpress.push import compatibility, fuzz, run, testcases
 from cogpress.push.testcases import Outcome
+from tests.standins.localreplicate import ROOT
 
 
 def document(inputs: dict[str, Any], output: Any = None, required: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
@@ -90,16 +91,12 @@ def test_another_output_is_named() -> None:
 
 
 def test_the_kits_own_runner_breaks_nothing_of_itself() -> None:
-    from tests.standins.localreplicate import ROOT
-
     made = schema.openapi(ROOT, "predict.py:Runner")
     assert compatibility.breaking(made, json.loads(json.dumps(made))) == []
 
 
 def test_made_up_inputs_are_allowed_by_the_schema_and_the_same_for_a_seed() -> None:
     import jsonschema
-
-    from tests.standins.localreplicate import ROOT
 
     made = schema.openapi(ROOT, "predict.py:Runner")
     found = fuzz.inputs(made, config.Fuzz(rounds=50, leave_out=("tools",)))
@@ -157,12 +154,23 @@ def test_a_test_that_can_not_be_fulfilled_is_refused(case: dict[str, Any]) -> No
         config.Case.model_validate(case)
 
 
-def test_the_page_lists_every_option_of_a_test() -> None:
-    from tests.standins.localreplicate import ROOT
-
+def test_the_page_names_every_expectation_and_every_step() -> None:
+    """Its options are in docs/configuration.md, which is generated."""
     page = (ROOT / "docs" / "push.md").read_text()
-    for section in (config.Case, config.Fuzz, config.Deployment, config.TestTraining, config.Push):
-        assert not [name for name in section.model_fields if f"`{name}`" not in page and f"`push.{name}`" not in page]
+    assert not [name for name in config.Case.model_fields if name != "name" and f"`{name}`" not in page]
+    steps = (
+        run.PREFLIGHT,
+        run.MODELS,
+        run.BESIDE,
+        run.TEST_PUSH,
+        run.PUSHED,
+        run.TESTS,
+        run.SAME,
+        run.FUZZ,
+        run.PARITY,
+    )
+    for step in (*steps, run.TRAINING, run.REAL_PUSH, run.DEPLOYMENT):
+        assert f"| {step} |" in page
 
 
 def test_outcomes_fit_a_terminal() -> None:

@@ -1,8 +1,8 @@
-"""The stand-in for `cog`: refuses what the real one would, or what a careful caller must not do, and notes each call.
+"""The stand-in for `cog`: it records each call and refuses what the real program would, or what leaks a token.
 
-A test copies it onto the PATH as `cog`, with `cog-standin.json` beside it: the token that nobody but its standard input
-may hold, and the address of the stand-in for Replicate (tests/standins/pushreplicate.py), where a push makes a version
-appear. It has nothing but Python's own library, as it is a program and not a part of the kit.
+A test copies it onto the PATH as `cog`, with `cog-standin.json` beside it: the token, which only standard input may
+hold, and the address of the stand-in for Replicate (tests/standins/pushreplicate.py), where a push creates a version.
+It uses only the standard library, as it runs outside the package.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A web server for tests, with ranges, validators and the faults of real ones."""
+"""A web server for tests, with ranges, validators and the faults of real servers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 
 class FileServer:
-    """Serves a folder on loopback; its attributes change how, and what was asked is in `log`.
+    """Serves a folder on loopback. Attributes change its behavior; `log` has the requests.
 
     Attributes:
         ranges, etags: whether the server has them.
-        cuts: connections that are still to be cut, each after `cut_after` bytes of a file's body.
-        busy: requests that are still to be answered with 503.
-        chunked: whether the size is left unsaid.
+        cuts: connections still to cut, each after `cut_after` bytes of a file's body.
+        busy: requests still to answer with 503.
+        chunked: whether responses omit the size.
         delay: seconds before each block of 64 kB.
         redirects: `{path: URL}`.
-        headers: more of each answer's.
+        headers: added to each response.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +39,7 @@ class FileServer:
         self.lock = threading.Lock()
 
     def asked(self, path: str) -> list[str | None]:
-        """The ranges that were asked for of a path, but for the first byte, by which clients look."""
+        """The requested ranges of a path, without the first byte alone, which clients request to look at a file."""
         return [wanted for _, asked, wanted in self.log if asked == path and wanted != "bytes=0-0"]
 
     def take(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A project that passes preflight and really runs, on a machine that has stand-ins for all that a push needs."""
+"""A project that passes preflight and runs, on a machine with stand-ins for everything that a push needs."""
 
 from __future__ import annotations
 

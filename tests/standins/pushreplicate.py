@@ -19,7 +19,7 @@ from tests.standins.localreplicate import TOKEN, Local
 
 
 class PushReplicate(Local):
-    """It as a process; see `Local`."""
+    """The stand-in as a process; see `Local`."""
 
     program = Path(__file__)
 
@@ -27,17 +27,17 @@ class PushReplicate(Local):
         super().__init__(folder, [], data=folder / "data", token=TOKEN, **more)
 
     def fault(self, method: str, route: str, status: int, times: int = 1, **headers: str) -> None:
-        """Answer the next requests for a route with an error; `headers` with _ for -."""
+        """Answer the next requests for a route with an error; in `headers`, _ stands for -."""
         body = {"method": method, "route": route, "status": status, "times": times}
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         assert self.ask("POST", "/standin/fault", {**body, "headers": named}).status_code == 200
 
     def asked(self) -> list[dict[str, Any]]:
-        """What it was asked since the last time, without the stand-in's own routes."""
+        """Requests since the last call, without the stand-in's own routes."""
         return list(self.ask("POST", "/standin/asked").json())
 
     def changes(self) -> list[str]:
-        """Requests since the last time that change something, as `METHOD route`."""
+        """Requests since the last call that change something, as `METHOD route`."""
         return [f"{one['method']} {one['path']}" for one in self.asked() if one["method"] != "GET"]
 
 
@@ -120,7 +120,7 @@ class Standin:
         return await self.train(version, destination, *more)
 
     def copy(self, root: Path) -> tuple[str, Path]:
-        """What would enter the image, and a hash of it."""
+        """A hash and a copy of what would enter the image."""
         from cogpress.preflight.ignore import Ignore, context
 
         entries = context(root, Ignore((root / ".dockerignore").read_text()))
