@@ -1,8 +1,4 @@
-"""What a model's config.json alone tells: its parameters, counted exactly, and what each token leaves in the KV cache.
-
-Knows transformers, which builds any architecture without weights on the meta device; leaves bytes to `memory` and
-getting whole models to `fetch`.
-"""
+"""A model's architecture from its config.json alone: exact parameter counts and KV cache entries per token."""
 
 from __future__ import annotations
 
@@ -20,15 +16,15 @@ from cogpress.errors import CogpressError
 from cogpress.weights import base, fetch, hub
 
 ATTENTION = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
-"""Kinds of layers, by transformers' names, and whether their cache ends at the window."""
+"""Kinds of attention layers, by transformers' names, and whether a window bounds their cache."""
 
 MAX_CONFIG = 4 << 20
-"""Bytes of a config.json."""
+"""Size limit of a config.json, in bytes."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """Linear layers of one name and shape: `count` of them in the whole model, without the output layer."""
+    """The linear layers of one name and shape, `count` in the whole model; the output layer is not among them."""
 
     name: str
     inputs: int
@@ -37,17 +33,17 @@ class Linear:
 
     @property
     def weights(self) -> int:
-        """Of all of them, without biases."""
+        """Their weights in total, without biases."""
         return self.inputs * self.outputs * self.count
 
 
 @dataclass(frozen=True)
 class Cache:
-    """What one attention layer keeps for each token.
+    """The KV cache of one attention layer.
 
     Attributes:
-        values: numbers a token: 2 x KV heads x head width; with multi-head latent attention its compressed form.
-        window: tokens that are kept at most; None for all.
+        values: values per token: 2 x KV heads x head width; for multi-head latent attention, its compressed form.
+        window: the most tokens that are kept; None for all.
     """
 
     values: int
@@ -56,23 +52,22 @@ class Cache:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model, without its weights.
+    """A model without its weights.
 
     Attributes:
-        kind: transformers' name of the architecture.
-        parameters: all, each once: a tied output layer is its embedding.
-        embedding: of the input embedding.
-        head: of the output layer where it is not tied, else 0.
-        linears: every other linear layer.
-        experts: weights of experts that are held as one tensor and not as linear layers.
-        expert_share: of the experts' weights, how much one token uses.
-        caches: of the layers that have attention.
+        kind: transformers' name for the architecture.
+        parameters: all parameters; a tied output layer is not counted twice.
+        embedding: parameters of the input embedding.
+        head: parameters of the output layer; 0 if it is tied.
+        linears: all other linear layers.
+        experts: weights of experts that are stored as one tensor instead of linear layers.
+        expert_share: the share of the experts' weights that one token uses.
+        caches: one for each attention layer.
         heads, key_value_heads, head_width, hidden, intermediate, vocabulary, max_context: as in config.json;
             `intermediate` counts what one token uses.
-        gated: whether the feed-forward part has a gate beside its way up (SwiGLU and the like).
+        gated: whether the feed-forward network is gated (SwiGLU and the like).
         dtype: of the weights, as config.json names it.
-        scheme: how the weights are quantized already, as compressed-tensors and others name it; None where they are
-            not.
+        scheme: how the weights are quantized, by the name in `quantization_config`; None if they are not.
     """
 
     kind: str
@@ -96,12 +91,12 @@ class Architecture:
 
     @property
     def layers(self) -> int:
-        """Layers with attention."""
+        """Number of attention layers."""
         return len(self.caches)
 
     @property
     def linear_weights(self) -> int:
-        """Weights that QLoRA and quantization schemes make small: of linear layers, without the output layer."""
+        """Weights that QLoRA and quantization schemes compress: those of linear layers except the output layer."""
         return sum(linear.weights for linear in self.linears)
 
     @property
@@ -111,7 +106,7 @@ class Architecture:
 
     @property
     def active(self) -> float:
-        """Weights that one token is multiplied with: all but the input embedding, of experts only its own."""
+        """Weights that take part in computing one token: all but the input embedding and the experts that it skips."""
         unused = (1 - self.expert_share) * self.experts
         return self.parameters - unused - (0 if self.tied else self.embedding)
 
@@ -119,11 +114,11 @@ class Architecture:
         """Parameters of a LoRA adapter: A of rank x inputs and B of outputs x rank (Hu et al. 2021) on each layer.
 
         Args:
-            rank: the adapter's.
-            targets: names of layers, separated by commas, or `all-linear`.
+            rank: of the adapter.
+            targets: layer names, separated by commas, or `all-linear`.
 
         Raises:
-            CogpressError: a name is no linear layer of this model.
+            CogpressError: the model has no linear layer of a name.
         """
         return sum(rank * (linear.inputs + linear.outputs) * linear.count for linear in self.targeted(targets))
 
@@ -131,7 +126,7 @@ class Architecture:
         """The linear layers that `train.target_modules` names.
 
         Raises:
-            CogpressError: a name is no linear layer of this model.
+            CogpressError: the model has no linear layer of a name.
         """
         if targets == "all-linear":
             return self.linears
@@ -139,30 +134,30 @@ class Architecture:
         known = {linear.name for linear in self.linears}
         if unknown := sorted(names - known):
             raise CogpressError(
-                f"target_modules names {unknown[0]}, which is no linear layer of this model. "
-                f"It has: {', '.join(sorted(known))}."
+                f"target_modules names {unknown[0]}, which is not a linear layer of this model. "
+                f"Choose from {', '.join(sorted(known))}."
             )
         return tuple(linear for linear in self.linears if linear.name in names)
 
 
 def of(text: str, cache: Path) -> Architecture:
-    """The architecture of a model by its source; of a model elsewhere only config.json is fetched.
+    """The architecture of a model by its source; only its config.json is downloaded where the source allows that.
 
     Args:
-        text: `embedded`, a folder, a config.json, or another source, as `fetch.base` takes it.
+        text: `embedded`, a folder, a config.json, or another source that `fetch.base` takes.
         cache: where fetched models are kept.
 
     Raises:
-        CogpressError: there is no such model, or transformers does not know its architecture.
+        CogpressError: there is no such model, or transformers does not support its architecture.
     """
     return read(config(text, cache), source.shown(text))
 
 
 def config(text: str, cache: Path) -> dict[str, Any]:
-    """A model's config.json, without its weights where its source allows that. A tar is fetched whole.
+    """A model's config.json. A tar is fetched whole; of other sources only this file.
 
     Raises:
-        CogpressError: it is not there, or is no JSON object.
+        CogpressError: it does not exist, or is not a JSON object.
     """
     shown = source.shown(text)
     if text == "embedded":
@@ -179,7 +174,7 @@ def config(text: str, cache: Path) -> dict[str, Any]:
             return _parsed(path.read_bytes(), str(path))
         except OSError as error:
             raise CogpressError(
-                f"{path} can not be read ({error.strerror}). Name a folder with a config.json."
+                f"{path} cannot be read ({error.strerror}). Name a folder with a config.json."
             ) from None
     return _parsed((fetch.model(text, cache).folder / "config.json").read_bytes(), shown)
 
@@ -190,26 +185,26 @@ def _parsed(content: bytes, shown: str) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise CogpressError(f"The config.json of {shown} is no JSON object. Name another model.")
+        raise CogpressError(f"The config.json of {shown} is not a JSON object. Name another model.")
     return found
 
 
 def read(settings: Mapping[str, Any], shown: str = "This config.json") -> Architecture:
-    """Build the model that a config.json describes on the meta device, where tensors have shapes and no content.
+    """Build the model that a config.json describes on the meta device, where tensors have shapes but no data.
 
     Args:
-        settings: what config.json holds; code that it names is never run.
-        shown: what messages call the model.
+        settings: the content of config.json; code that it refers to is never run.
+        shown: the model's name in messages.
 
     Raises:
-        CogpressError: transformers does not know the architecture, or a layer's memory is not that of attention.
+        CogpressError: transformers does not support the architecture, or a layer is not an attention layer.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     base.quiet_libraries()
-    # How the weights are quantized changes how they are held and not how many there are.
+    # Quantization changes how weights are stored, not their number.
     plain = {name: value for name, value in settings.items() if name not in ("quantization_config", "auto_map")}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -221,7 +216,7 @@ def read(settings: Mapping[str, Any], shown: str = "This config.json") -> Archit
             StrictDataclassError) as error:  # fmt: skip
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CogpressError(
-            f"{shown} is no language model that transformers can build: {said} Name one of a known architecture."
+            f"transformers cannot build {shown} as a language model: {said} Name a model of a supported architecture."
         ) from None
     return _described(model, settings, shown)
 
@@ -273,7 +268,7 @@ def _head_width(text: Any, heads: int) -> int:
 
 
 def _experts(text: Any) -> tuple[int, int]:
-    """Experts that a token uses, and experts that there are; 0 and 0 where there are none."""
+    """The number of experts that a token uses, and of all experts; 0 and 0 without experts."""
     many = None
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         many = many or getattr(text, name, None)
@@ -282,22 +277,22 @@ def _experts(text: Any) -> tuple[int, int]:
 
 
 def _intermediate(text: Any, used: int) -> int:
-    """The feed-forward part's width for one token."""
+    """The width of the feed-forward network for one token."""
     width = getattr(text, "moe_intermediate_size", None) if used else None
     width = width or getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    # Some models give a width for each layer.
+    # Some models set a width per layer.
     width = max(width) if isinstance(width, list | tuple) else width
     return int(width) * max(1, used)
 
 
 def _caches(text: Any, heads: int, shown: str) -> tuple[Cache, ...]:
-    """What each layer keeps of a token (Shazeer 2019; Ainslie et al. 2023, grouped-query attention)."""
+    """The KV cache of each layer (Shazeer 2019; Ainslie et al. 2023, grouped-query attention)."""
     layers = int(text.num_hidden_layers)
     kinds = list(getattr(text, "layer_types", None) or ())
     if unknown := sorted({kind for kind in kinds if kind not in ATTENTION}):
         raise CogpressError(
-            f"{shown} has layers of the kind {unknown[0]}, whose memory is not that of attention and is not planned "
-            "here. Measure it by serving it."
+            f"{shown} has layers of kind {unknown[0]}, whose memory cannot be planned, as it is not that of attention. "
+            "Measure it by serving the model."
         )
     if latent := getattr(text, "kv_lora_rank", None):
         # Multi-head latent attention (DeepSeek-V2, 2024): one compressed vector and one rotated key for all heads.
@@ -310,12 +305,12 @@ def _caches(text: Any, heads: int, shown: str) -> tuple[Cache, ...]:
     if not kinds:
         return (Cache(values, window),) * layers
     shared = int(getattr(text, "num_kv_shared_layers", 0) or 0)
-    # Layers that read another layer's keys and values keep none themselves.
+    # Layers that share another layer's keys and values store none.
     return tuple(Cache(values, window if ATTENTION[kind] else None) for kind in kinds[: layers - shared])
 
 
 def scheme_of(found: Any) -> str | None:
-    """The scheme of a `quantization_config`, by the name that scripts/quantize has for it; None where there is none."""
+    """The scheme of a `quantization_config`, by its name in scripts/quantize; None without one."""
     if not isinstance(found, Mapping):
         return None
     method = str(found.get("quant_method") or "")

@@ -1,7 +1,6 @@
-"""Speed and money: how fast a machine trains and answers, and what that costs. Pure arithmetic.
+"""Speed and cost of training and serving on a machine: rooflines, queues and Replicate's billing, as pure arithmetic.
 
-Knows rooflines, queues and how Replicate bills; leaves what fits to `memory` and prices to `hardware`. Speeds that were
-measured always win over those reckoned here, whose efficiencies are assumed.
+Measured speeds take precedence over those estimated here, whose efficiencies are assumptions.
 """
 
 from __future__ import annotations
@@ -14,27 +13,27 @@ from cogpress.plan.hardware import Machine
 from cogpress.plan.memory import Serving, Training, cache_of_sequence, serving_weights
 
 READING = 0.6
-"""Share of a GPU's bandwidth that decoding reaches. Assumed."""
+"""Share of a GPU's memory bandwidth that decoding reaches. Assumed."""
 
 COMPUTING = 0.45
-"""Share of a GPU's arithmetic that a prompt's pass reaches. Assumed."""
+"""Share of a GPU's arithmetic throughput that prefill reaches. Assumed."""
 
 LEARNING = 0.3
-"""Share of a GPU's arithmetic that training reaches. Assumed; quantized bases are dequantized in each pass."""
+"""Share of a GPU's arithmetic throughput that training reaches. Assumed; each pass dequantizes a quantized base."""
 
 SHARING = 0.8
-"""What several GPUs that share a model keep of their common speed. Assumed."""
+"""Efficiency of tensor parallelism over several GPUs. Assumed."""
 
 STEP = 0.002
-"""Seconds of each decoding step that no arithmetic explains: launches, sampling, scheduling. Assumed."""
+"""Overhead of each decoding step in seconds: kernel launches, sampling, scheduling. Assumed."""
 
 MONTH = 365.25 / 12 * 24 * 3600
-"""Seconds."""
+"""In seconds."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked: tokens of each request, and requests a second, arriving independently of one another."""
+    """Tokens of each request, and requests per second, which arrive independently of one another."""
 
     input_tokens: int
     output_tokens: int
@@ -46,10 +45,10 @@ class Speed:
     """How fast a machine answers.
 
     Attributes:
-        tokens_per_second: output of all sequences together, at the full concurrency.
-        stream_tokens_per_second: of one sequence alone.
-        seconds: of one request alone.
-        measured: whether the first is a measurement.
+        tokens_per_second: output of all sequences together, at full concurrency.
+        stream_tokens_per_second: output of a single sequence.
+        seconds: duration of a single request.
+        measured: whether `tokens_per_second` was measured.
     """
 
     tokens_per_second: float
@@ -59,10 +58,10 @@ class Speed:
 
 
 def step_seconds(model: Architecture, how: Serving, machine: Machine, sequences: int, context: int) -> float:
-    """Of one decoding step: what it reads or what it computes, whichever takes longer (Williams et al. 2009).
+    """Duration of one decoding step: the longer of reading memory and computing (the roofline, Williams et al. 2009).
 
-    A step reads all weights once, of experts at most all that its sequences use, and each sequence's cache; it computes
-    two operations a weight and sequence (Kaplan et al. 2020, section 2.1).
+    A step reads all weights once (of the experts, those that its sequences use) and each sequence's cache; it computes
+    two operations per weight and sequence (Kaplan et al. 2020, section 2.1).
     """
     together = machine.gpus * (SHARING if machine.gpus > 1 else 1)
     weights = serving_weights(model, how.scheme)
@@ -75,22 +74,22 @@ def step_seconds(model: Architecture, how: Serving, machine: Machine, sequences:
 
 
 def speed(model: Architecture, how: Serving, machine: Machine, load: Load, measured: float | None = None) -> Speed:
-    """A machine's speed at a load's lengths.
+    """A machine's speed for requests of a load's lengths.
 
-    At the full concurrency each sequence's prompt is computed while the others wait, which chunked prefill spreads but
-    does not avoid.
+    At full concurrency the other sequences wait while a prompt is computed; chunked prefill spreads that wait but does
+    not avoid it.
 
     Args:
-        measured: output tokens a second of all sequences together, where somebody measured them.
+        measured: measured output tokens per second of all sequences together.
     """
     together = machine.gpus * (SHARING if machine.gpus > 1 else 1)
     prompt = 2 * model.active * load.input_tokens / (machine.tflops * 1e12 * COMPUTING * together)
     halfway = load.input_tokens + load.output_tokens // 2
     alone = step_seconds(model, how, machine, 1, halfway)
     full = step_seconds(model, how, machine, how.concurrency, halfway)
-    reckoned = how.concurrency * load.output_tokens / (how.concurrency * prompt + load.output_tokens * full)
+    estimated = how.concurrency * load.output_tokens / (how.concurrency * prompt + load.output_tokens * full)
     return Speed(
-        tokens_per_second=measured or reckoned,
+        tokens_per_second=measured or estimated,
         stream_tokens_per_second=1 / alone,
         seconds=prompt + load.output_tokens * alone,
         measured=measured is not None,
@@ -98,16 +97,16 @@ def speed(model: Architecture, how: Serving, machine: Machine, load: Load, measu
 
 
 def per_million_tokens(price_per_second: float, tokens_per_second: float) -> float:
-    """US dollars for a million output tokens of a machine that is never idle."""
+    """US dollars per million output tokens of a machine that is never idle."""
     return price_per_second / tokens_per_second * 1e6
 
 
 def training_speed(model: Architecture, how: Training, machine: Machine) -> float:
-    """Tokens a second on one GPU.
+    """Tokens per second on one GPU.
 
-    Two operations a weight and token forward, two for the gradients of activations, two for those of weights where
-    these are trained (Kaplan et al. 2020, section 2.1), and two for activations that are computed again. Attention adds
-    two products of length x width a layer each time, over the half of the length that a token sees on average.
+    Two operations per weight and token in the forward pass, two for the gradients of activations, two for those of
+    weights that are trained (Kaplan et al. 2020, section 2.1), and two for recomputed activations. Attention adds two
+    products of length x width per layer each time, over the half of the length that a token sees on average.
     """
     times = 2 + (1 if how.method == "full" else 0) + (1 if how.checkpointing else 0)
     attention = 2 * 2 * how.length / 2 * model.heads * model.head_width * model.layers
@@ -117,12 +116,12 @@ def training_speed(model: Architecture, how: Training, machine: Machine) -> floa
 
 @dataclass(frozen=True)
 class Running:
-    """What a load costs in one of two ways.
+    """The cost of a load, serverless or always on.
 
     Attributes:
-        instances: online on average.
-        per_month: US dollars.
-        cold: share of the requests that wait for a start.
+        instances: paid instances on average.
+        per_month: in US dollars.
+        cold: share of requests that wait for a cold start.
         wait: seconds that such a request waits on average.
     """
 
@@ -133,7 +132,7 @@ class Running:
 
 
 def always_on(load: Load, speed: Speed, price_per_second: float) -> Running:
-    """As many instances as the load needs, never stopped (a deployment's minimum)."""
+    """As many instances as the load needs, always online (a deployment's minimum)."""
     instances = max(1, math.ceil(load.per_second * load.output_tokens / speed.tokens_per_second))
     return Running(instances, instances * price_per_second * MONTH, 0.0, 0.0)
 
@@ -141,24 +140,24 @@ def always_on(load: Load, speed: Speed, price_per_second: float) -> Running:
 def serverless(
     load: Load, speed: Speed, price_per_second: float, *, cold_start: float, idle: float, private: bool
 ) -> Running:
-    """Instances that start when a request comes and stop when none has come for some time.
+    """Instances that start on a request and stop after some time without one.
 
-    Of a private model all time online is paid: starting, idle and active; of a public one active time alone.
+    For a private model all time online is paid: starting, idle and active; for a public one, active time only.
 
-    Requests arrive at a rate r and take s seconds, many at once: a queue M/G/∞, whose busy periods last
-    (e^(rs) - 1) / r on average and whose idle ones 1/r. An instance outlives an idle period with probability
-    1 - e^(-r·idle) and pays (1 - e^(-r·idle)) / r of it. From one start to the next there are e^(r·idle) busy periods
-    on average, and one more 1/r that nothing is online. Everybody who comes during a start waits: the first all of it,
-    the others half on average.
+    Requests arrive at rate r and take s seconds, many at once: an M/G/∞ queue, whose busy periods last
+    (e^(rs) - 1) / r on average and whose idle periods 1/r. An instance outlives an idle period with probability
+    1 - e^(-r·idle) and pays (1 - e^(-r·idle)) / r of it. Between two starts there are e^(r·idle) busy periods on
+    average, and one more 1/r during which nothing is online. Every request that arrives during a start waits: the first
+    for all of it, the others for half on average.
 
     Args:
-        cold_start: seconds from a request that finds nothing online to the model being ready.
+        cold_start: seconds from a request that finds nothing online until the model is ready.
         idle: seconds without a request after which an instance stops.
-        private: whose model it is.
+        private: whether the model is private.
     """
     steady = always_on(load, speed, price_per_second)
     rate, seconds = load.per_second, speed.seconds
-    # Where the load needs several instances, or an idle period of that length never comes, nothing ever stops.
+    # With several instances, or if an idle period of that length practically never comes, nothing ever stops.
     if steady.instances > 1 or rate * (seconds + idle) > 500:
         paid = steady.instances if private else rate * load.output_tokens / speed.tokens_per_second
         return Running(paid, paid * price_per_second * MONTH, 0.0, 0.0)

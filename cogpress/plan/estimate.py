@@ -1,8 +1,4 @@
-"""Will it fit, and what will it cost: a model's architecture, memory, hardware and load put together.
-
-Knows which question goes to which part and how machines are ranked; leaves counting to `architecture`, bytes to
-`memory`, speed and money to `cost`, and prices to `hardware`.
-"""
+"""Will it fit, and what will it cost: architecture, memory, hardware and load combined, and machines ranked by cost."""
 
 from __future__ import annotations
 
@@ -22,10 +18,10 @@ from cogpress.plan.hardware import Machine, Table
 from cogpress.plan.memory import METHODS, Memory, Method, Scheme, Serving, Training
 
 MOST = 4096
-"""Rows of a batch, and sequences at once, beyond which nobody looks."""
+"""Upper bound of the search for the largest batch and the largest number of sequences."""
 
 OLDEST = (7, 5)
-"""The compute capability that the image's CUDA 13 and vLLM need: Turing's."""
+"""The compute capability that the image's CUDA 13 and vLLM require: Turing's."""
 
 NEEDS: dict[Scheme, tuple[tuple[int, int], str]] = {
     "bfloat16": ((8, 0), "has no bfloat16: serve float16"),
@@ -33,20 +29,20 @@ NEEDS: dict[Scheme, tuple[tuple[int, int], str]] = {
     "int4": (OLDEST, "has no kernels for 4-bit weights"),
     "awq": (OLDEST, "has no kernels for 4-bit weights"),
 }
-"""What each scheme needs of a GPU, and what to say where it is not so."""
+"""The compute capability that each scheme requires, and what to say of a GPU that lacks it."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A training on one machine's first GPU.
+class TrainingEstimate:
+    """Training on one machine's first GPU.
 
     Attributes:
-        refused: why it does not work there; None where it does.
-        room: bytes left; negative where it does not fit.
-        batch: the largest at the wanted length; 0 where not even one row fits.
-        length: the largest at the wanted batch, at most the model's context.
-        tokens_per_second, seconds, dollars: None where unknown.
-        measured: whether the speed was.
+        refused: why it does not work there; None if it does.
+        room: bytes left; negative if it does not fit.
+        batch: the largest batch at the wanted length; 0 if not even one row fits.
+        length: the largest length at the wanted batch, at most the model's context.
+        tokens_per_second, seconds, dollars: None if unknown.
+        measured: whether the speed was measured.
     """
 
     machine: Machine
@@ -62,15 +58,15 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Served:
-    """Serving on one machine; memory and room are each GPU's.
+class ServingEstimate:
+    """Serving on one machine; memory and room are per GPU.
 
     Attributes:
-        refused: why it does not work there; None where it does.
-        room: bytes left of what vLLM may use; negative where it does not fit.
-        context: the largest at the wanted concurrency, at most the model's.
-        concurrency: the largest at the wanted context.
-        per_million: US dollars for a million output tokens at the wanted concurrency.
+        refused: why it does not work there; None if it does.
+        room: bytes left of what vLLM may use; negative if it does not fit.
+        context: the largest context at the wanted concurrency, at most the model's.
+        concurrency: the largest concurrency at the wanted context.
+        per_million: US dollars per million output tokens at the wanted concurrency.
     """
 
     machine: Machine
@@ -86,17 +82,17 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All answers about one model.
+class Estimate:
+    """The whole plan for one model.
 
     Attributes:
-        model: its source, as it may be shown.
-        training, serving: what was asked for.
-        methods: memory of each way to train, as asked for otherwise, with and without checkpointing.
-        schemes: memory of each way to serve, as asked for otherwise, on one GPU.
-        trained, served: by machine, those that fit first, by cost.
-        tokens: of the training, and where that number is from; None where unknown.
-        notes: what a reader should know of the numbers.
+        model: its source, without secrets.
+        training, serving: what the plan is for.
+        methods: memory of each training method, otherwise as in `training`, with and without checkpointing.
+        schemes: memory of each serving scheme, otherwise as in `serving`, on one GPU.
+        trained, served: by machine; those that fit come first, by cost.
+        tokens: number of training tokens, and where that number is from; None if unknown.
+        notes: caveats about the numbers.
     """
 
     model: str
@@ -107,13 +103,13 @@ class Plan:
     table: Table
     methods: dict[str, tuple[Memory, Memory]]
     schemes: dict[str, Memory]
-    trained: tuple[Trained, ...]
-    served: tuple[Served, ...]
+    trained: tuple[TrainingEstimate, ...]
+    served: tuple[ServingEstimate, ...]
     tokens: tuple[int, str] | None
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for programs. Memory is in bytes, money in US dollars."""
+        """The plan as JSON: memory in bytes, money in US dollars."""
         data = asdict(self)
         table = data.pop("table")
         table["dated"] = table["dated"].isoformat()
@@ -137,7 +133,7 @@ class Plan:
 
     @property
     def hardware(self) -> Machine | None:
-        """The cheapest machine to serve on; None where none fits."""
+        """The cheapest machine to serve on; None if none fits."""
         first = self.served[0] if self.served else None
         return first.machine if first and first.refused is None else None
 
@@ -153,21 +149,21 @@ def make(
     *,
     report: Mapping[str, Any] | None = None,
     notes: tuple[str, ...] = (),
-) -> Plan:
+) -> Estimate:
     """Plan a model's training and serving.
 
     Args:
-        settings: of `model.yaml`; `base`, `train`, `serve` and `plan` are used.
-        model: its architecture.
+        settings: the configuration; its `base`, `train`, `serve` and `plan` are used.
+        model: the architecture.
         table: the hardware to choose from.
-        report: what a run counted of the training's data, as `data_report` reads it.
-        notes: to be kept with the plan's own.
+        report: a run's report of its data, as `data_report` reads it.
+        notes: added to the plan's own.
 
     Raises:
-        CogpressError: an option does not fit the model, or names hardware that there is not.
+        CogpressError: an option does not fit the model, or names hardware that does not exist.
     """
     for sku in (*settings.plan.tokens_per_second, *settings.plan.training_tokens_per_second):
-        # Of an account's list, which can be shorter, a measured speed may name more.
+        # An account's list may be shorter than the hardware whose speed was measured.
         if not table.listed:
             table.machine(sku)
     train, serve = training_of(settings, model, report or {}), serving_of(settings, model)
@@ -184,14 +180,14 @@ def make(
         said.append(caution)
     if table.unknown:
         said.append(
-            f"The account has hardware that the table does not know: {', '.join(table.unknown)}. Describe it in a file "
-            "like cogpress/plan/hardware.yaml, named in model.yaml under plan.hardware."
+            f"The account has hardware that the table lacks: {', '.join(table.unknown)}. Describe it in a file like "
+            "cogpress/plan/hardware.yaml, named in model.yaml under plan.hardware."
         )
     if not (asked.tokens_per_second and asked.training_tokens_per_second):
-        said.append("Speeds that are not measured are reckoned from data sheets: expect half to double.")
-    # A training takes one GPU; more of them would be paid and idle.
+        said.append("Speeds that were not measured are estimated from data sheets: expect half to double.")
+    # Training uses one GPU; any others would be paid for and idle.
     trainers = [one for one in table.machines if one.gpus <= 1] or table.machines
-    return Plan(
+    return Estimate(
         model=source.shown(settings.base.source),
         architecture=model,
         training=train,
@@ -214,9 +210,9 @@ def make(
 
 
 def training_of(settings: Config, model: Architecture, report: Mapping[str, Any]) -> Training:
-    """How `model.yaml` trains on a GPU. Rows are never longer than the model's context.
+    """Training on a GPU as `model.yaml` configures it. Rows are at most as long as the model's context.
 
-    The share of tokens with loss is what `plan.answer_share` says, or what the report counted, or all.
+    The share of tokens with loss is `plan.answer_share`, else that of the report, else 1.
     """
     counted = (
         report["learnt_tokens"] / report["tokens"] if report.get("learnt_tokens") and report.get("tokens") else 1.0
@@ -237,7 +233,7 @@ def training_of(settings: Config, model: Architecture, report: Mapping[str, Any]
 
 
 def serving_of(settings: Config, model: Architecture) -> Serving:
-    """How `model.yaml` serves on one GPU.
+    """Serving on one GPU as `model.yaml` configures it.
 
     Raises:
         CogpressError: the context is longer than the model's.
@@ -245,7 +241,7 @@ def serving_of(settings: Config, model: Architecture) -> Serving:
     asked, serve = settings.plan, settings.serve
     context = asked.context or serve.max_context or min(model.max_context, 4096)
     if context > model.max_context:
-        raise CogpressError(f"plan.context is {context}, and the model's is {model.max_context}. Lower it.")
+        raise CogpressError(f"plan.context is {context}, above the model's {model.max_context}. Lower it.")
     return Serving(
         scheme=_scheme(settings, model),
         context=context,
@@ -263,8 +259,8 @@ def _scheme(settings: Config, model: Architecture) -> Scheme:
     if model.scheme is not None:
         if model.scheme not in known:
             raise CogpressError(
-                f"The weights are quantized by {model.scheme}, which is not planned here. Set plan.scheme to what is "
-                "closest in bits."
+                f"The weights are quantized with {model.scheme}, which has no formula here. Set plan.scheme to the "
+                "scheme that is closest in bits."
             )
         return known[known.index(model.scheme)]  # type: ignore[arg-type]
     dtype = settings.serve.dtype if settings.serve.dtype != "auto" else model.dtype
@@ -273,11 +269,11 @@ def _scheme(settings: Config, model: Architecture) -> Scheme:
 
 
 def training_tokens(settings: Config, report: Mapping[str, Any]) -> tuple[int, str] | None:
-    """How many tokens a training sees, and how that is known; None where nothing tells.
+    """The number of tokens that training sees, and where it is from; None if unknown.
 
     Args:
-        settings: of `model.yaml`.
-        report: what a run of the same data counted (`data.json`); empty where there is none.
+        settings: the configuration.
+        report: a run's report of the same data (`data.json`); empty without one.
     """
     train = settings.train
     if settings.plan.training_tokens is not None:
@@ -294,7 +290,7 @@ def training_tokens(settings: Config, report: Mapping[str, Any]) -> tuple[int, s
 
 
 def data_report(run: Path) -> dict[str, Any]:
-    """What a run counted of its data; empty where it has not."""
+    """A run's report of its data; empty without one."""
     try:
         found = read_json(run / "data.json")
     except (OSError, ValueError):
@@ -303,7 +299,7 @@ def data_report(run: Path) -> dict[str, Any]:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to `most` that fits, where all below one that fits do too; 0 where not even 1 does."""
+    """The largest number from 1 to `most` that fits, given that all smaller ones fit too; 0 if not even 1 does."""
     low, high = 0, most + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -313,7 +309,7 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 def _trained(
     model: Architecture, how: Training, machine: Machine, settings: Config, tokens: tuple[int, str] | None
-) -> Trained:
+) -> TrainingEstimate:
     def room(**changed: Any) -> float:
         return machine.gpu_bytes - memory.training(model, replace(how, **changed)).total
 
@@ -323,8 +319,8 @@ def _trained(
     if refused is None and left < 0:
         refused = f"lacks {-left / 1e9:.1f} GB"
     if _no_gpu(machine):
-        return Trained(machine, refused, needed, left, 0, 0)
-    found = Trained(
+        return TrainingEstimate(machine, refused, needed, left, 0, 0)
+    found = TrainingEstimate(
         machine,
         refused,
         needed,
@@ -342,10 +338,10 @@ def _trained(
     return replace(found, tokens_per_second=rate, measured=measured is not None, seconds=seconds, dollars=paid)
 
 
-def _served(model: Architecture, how: Serving, machine: Machine, settings: Config, load: Load) -> Served:
+def _served(model: Architecture, how: Serving, machine: Machine, settings: Config, load: Load) -> ServingEstimate:
     how = replace(how, gpus=max(1, machine.gpus))
     if how.scheme == "bfloat16" and settings.serve.dtype == "auto" and (0, 0) < machine.capability < (8, 0):
-        # What the engine does on such GPUs by itself.
+        # As the engine does on such GPUs.
         how = replace(how, scheme="float16")
     allowed = machine.gpu_bytes * settings.serve.gpu_memory_share
 
@@ -355,8 +351,8 @@ def _served(model: Architecture, how: Serving, machine: Machine, settings: Confi
     needed = memory.serving(model, how)
     left = allowed - needed.total
     if refused := _no_gpu(machine) or _cannot(model, how, machine):
-        return Served(machine, refused, needed, left, 0, 0)
-    found = Served(
+        return ServingEstimate(machine, refused, needed, left, 0, 0)
+    found = ServingEstimate(
         machine,
         f"lacks {-left / 1e9:.1f} GB on each GPU" if left < 0 else None,
         needed,
@@ -389,7 +385,7 @@ def _no_gpu(machine: Machine) -> str | None:
     if not machine.gpus:
         return "has no GPU, which the image needs"
     if machine.capability < OLDEST:
-        return "is older than what CUDA 13 knows"
+        return "is older than CUDA 13 supports"
     return None
 
 
@@ -405,14 +401,14 @@ def _ranked(rows: list[Any], key: Callable[[Any], tuple[Any, ...]]) -> tuple[Any
     return tuple(sorted(rows, key=key))
 
 
-def _training_rank(row: Trained) -> tuple[Any, ...]:
+def _training_rank(row: TrainingEstimate) -> tuple[Any, ...]:
     price = row.machine.price_per_second
     paid = row.dollars if row.dollars is not None else (price if price is not None else float("inf"))
     return (row.refused is not None, paid, row.machine.gpus, -row.room if row.refused else 0)
 
 
-def _serving_rank(row: Served) -> tuple[Any, ...]:
-    """What the load costs a month, by the cheaper way; then the price of an hour."""
+def _serving_rank(row: ServingEstimate) -> tuple[Any, ...]:
+    """The load's cost per month, the cheaper way; then the machine's price."""
     ways = [way.per_month for way in (row.serverless, row.always_on) if way is not None]
     price = row.machine.price_per_second
     return (row.refused is not None, min(ways, default=float("inf")), float("inf") if price is None else price)

@@ -1,7 +1,4 @@
-"""Replicate's hardware: what each machine has and costs, by a dated table that users can change.
-
-Knows the table and the list that an account sees; leaves what fits where to `plan`.
-"""
+"""Replicate's hardware: what each machine has and costs, from a dated table that users can change."""
 
 from __future__ import annotations
 
@@ -13,36 +10,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import pydantic
 import yaml
 from pydantic import Field
 
-from cogpress import source
 from cogpress.errors import CogpressError
+from cogpress.replicate import routes
+from cogpress.replicate.api import RefusedError, Replicate, credentials
 
 TABLE = Path(__file__).with_name("hardware.yaml")
-"""The table that comes with the kit."""
-
-ADDRESS = "https://api.replicate.com"
-
-TIMEOUT = 10.0
-"""Seconds that Replicate has to answer: the plan can do without."""
+"""The table that comes with cogpress."""
 
 
 class Machine(pydantic.BaseModel):
     """One kind of machine.
 
     Attributes:
-        sku: Replicate's name of it.
-        name: for people.
-        aliases: other names that Replicate has had for it.
-        gpus: how many; 0 for none.
-        gpu_memory_gb: of each GPU, in 10^9 bytes.
+        sku: Replicate's name for it.
+        name: its display name.
+        aliases: other names that Replicate has used for it.
+        gpus: number of GPUs.
+        gpu_memory_gb: memory of each GPU, in 10^9 bytes.
         capability: NVIDIA's compute capability.
-        bandwidth_gb_per_second: of each GPU's memory.
-        tflops: of each GPU, in 16 bits without sparsity.
-        price_per_second: US dollars; None where it is not known.
+        bandwidth_gb_per_second: memory bandwidth of each GPU.
+        tflops: 16-bit throughput of each GPU, without sparsity.
+        price_per_second: in US dollars; None if unknown.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -59,26 +51,26 @@ class Machine(pydantic.BaseModel):
 
     @property
     def gpu_bytes(self) -> float:
-        """Of each GPU's memory."""
+        """Memory of each GPU, in bytes."""
         return self.gpu_memory_gb * 1e9
 
     @property
     def price_per_hour(self) -> float | None:
-        """US dollars."""
+        """In US dollars; None if unknown."""
         return None if self.price_per_second is None else 3600 * self.price_per_second
 
 
 @dataclass(frozen=True)
 class Table:
-    """Machines, and how far to trust what they cost.
+    """Machines, and where their prices are from.
 
     Attributes:
         machines: in the table's order.
-        dated: when the prices were read.
-        source: where they are from.
-        checked: whether somebody has compared them with Replicate's page.
-        unknown: SKUs that the account has and the table does not.
-        listed: whether the machines are those that the account has.
+        dated: the day on which the prices were read.
+        source: where they were read.
+        checked: whether someone compared them with Replicate's pricing page.
+        unknown: SKUs that the account has and the table lacks.
+        listed: whether the machines are those of the account.
     """
 
     machines: tuple[Machine, ...]
@@ -89,26 +81,26 @@ class Table:
     listed: bool = False
 
     def machine(self, sku: str) -> Machine:
-        """A machine by its SKU or by another name of it.
+        """A machine by its SKU or an alias.
 
         Raises:
-            CogpressError: there is none; names those that there are.
+            CogpressError: there is no such machine.
         """
         for machine in self.machines:
             if sku in (machine.sku, *machine.aliases):
                 return machine
         raise CogpressError(
-            f"There is no hardware {sku!r}. There is: {', '.join(one.sku for one in self.machines)}. For others write "
-            "a file like cogpress/plan/hardware.yaml and name it in model.yaml, under plan.hardware."
+            f"There is no hardware {sku!r}. Choose one of {', '.join(one.sku for one in self.machines)}, or describe "
+            "it in a file like cogpress/plan/hardware.yaml, named in model.yaml under plan.hardware."
         )
 
     def caution(self) -> str | None:
-        """What to say of the prices; None where they were checked."""
+        """A warning about the prices; None if they were checked."""
         if self.checked:
             return None
         return (
-            f"Prices are of {self.dated:%Y-%m-%d} and unconfirmed: compare them with replicate.com/pricing, and "
-            "correct them in model.yaml, under plan.prices."
+            f"Prices are from {self.dated:%Y-%m-%d} and unconfirmed: compare them with replicate.com/pricing, and "
+            "correct them in model.yaml under plan.prices."
         )
 
 
@@ -116,11 +108,11 @@ def table(path: Path | None = None, prices: Mapping[str, float] | None = None) -
     """The table, with a user's changes.
 
     Args:
-        path: a file of the same form, whose machines change those of the same SKU, option by option, or are added.
-        prices: US dollars a second by SKU, over everything else.
+        path: a file of the same form, whose machines override those of the same SKU, field by field, or are added.
+        prices: US dollars per second by SKU; they override everything else.
 
     Raises:
-        CogpressError: the file can not be read or is not valid, or a price is of no machine.
+        CogpressError: the file cannot be read or is invalid, or a price names no machine.
     """
     raw = _raw(TABLE)
     rows = {str(row.get("sku")): row for row in raw["machines"]}
@@ -149,7 +141,7 @@ def _raw(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CogpressError(f"{path} can not be read: {error.strerror}. Correct plan.hardware in model.yaml.") from None
+        raise CogpressError(f"{path} cannot be read: {error.strerror}. Correct plan.hardware in model.yaml.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CogpressError(f"{path} is not YAML: {' '.join(str(error).split())}. Correct that line.") from None
     rows = data.get("machines") if isinstance(data, dict) else None
@@ -159,11 +151,11 @@ def _raw(path: Path) -> dict[str, Any]:
 
 
 def _machine(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], path: Path) -> Machine:
-    """A row, whose `like` names another one for all that it does not say itself."""
+    """A row; fields that it lacks come from the row that its `like` names."""
     whole = dict(row)
     if like := whole.pop("like", None):
         if like not in rows or "like" in rows[like]:
-            raise CogpressError(f"{path}: {row.get('sku')} is like {like}, which is no machine that is whole itself.")
+            raise CogpressError(f"{path}: {row.get('sku')} is like {like}, which is no complete machine. Correct it.")
         whole = {**{name: value for name, value in rows[like].items() if name != "aliases"}, **whole}
     try:
         return Machine.model_validate(whole)
@@ -174,41 +166,29 @@ def _machine(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], path
 
 
 def _date(given: Any, path: Path) -> datetime.date:
-    # Text, too: a library of vLLM's (lm-format-enforcer) takes dates out of PyYAML's loader when it is imported.
+    # Text too, because a dependency of vLLM (lm-format-enforcer) removes dates from PyYAML's loader on import.
     with contextlib.suppress(ValueError):
         return datetime.date.fromisoformat(str(given)[:10])
-    raise CogpressError(f"{path} has no date. Write dated: YEAR-MONTH-DAY, the day that its prices were read.")
+    raise CogpressError(f"{path} has no date. Add dated: YEAR-MONTH-DAY, the day on which its prices were read.")
 
 
-def account_skus(token: str, address: str | None = None) -> list[str]:
-    """The SKUs that an account may use, as Replicate lists them.
-
-    Args:
-        token: of the account; never shown.
-        address: Replicate's, where it is not the usual one.
+def account_skus() -> list[str]:
+    """The SKUs that Replicate lists for the account of REPLICATE_API_TOKEN.
 
     Raises:
-        CogpressError: Replicate refuses, can not be reached, or answers something else.
+        CogpressError: Replicate refuses, cannot be reached, or does not answer with a list of hardware.
     """
-    url = f"{(address or ADDRESS).rstrip('/')}/v1/hardware"
-    if not source.allowed(url):
-        raise CogpressError("REPLICATE_BASE_URL must be https: a token would be read on its way.")
+    replicate = Replicate(*credentials(), tries=1)
     try:
-        answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=TIMEOUT)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise CogpressError(f"Replicate can not be reached for its hardware ({type(error).__name__}).") from None
-    if answer.status_code == 401:
-        raise CogpressError("Replicate does not know the token in REPLICATE_API_TOKEN (401). Set it to yours.")
-    if answer.status_code != 200:
-        raise CogpressError(f"Replicate answers {answer.status_code} to the question for its hardware.")
-    try:
-        return [str(one["sku"]) for one in answer.json()]
-    except (ValueError, KeyError, TypeError):
-        raise CogpressError("What answers in Replicate's place lists no hardware. Check REPLICATE_BASE_URL.") from None
+        return [str(one["sku"]) for one in replicate.ask(routes.hardware())]
+    except (KeyError, TypeError):
+        raise CogpressError(f"{replicate.name} lists no hardware. Check REPLICATE_BASE_URL.") from None
+    finally:
+        replicate.close()
 
 
 def of_account(known: Table, skus: Sequence[str]) -> Table:
-    """The table's machines that an account has, and the names of those that the table does not know."""
+    """The table, reduced to an account's machines, with the SKUs that it lacks in `unknown`."""
     machines = tuple(
         one.model_copy(update={"sku": name})
         for one in known.machines
@@ -220,19 +200,16 @@ def of_account(known: Table, skus: Sequence[str]) -> Table:
 
 
 def current(known: Table) -> tuple[Table, str | None]:
-    """The table as the account of REPLICATE_API_TOKEN sees it, and a note where that can not be told.
-
-    Without a token it is the table as it is.
+    """The table as the account of REPLICATE_API_TOKEN sees it; otherwise the whole table, with a note that says why.
 
     Raises:
-        CogpressError: Replicate does not know the token.
+        CogpressError: Replicate rejects the token.
     """
-    token = os.environ.get("REPLICATE_API_TOKEN")
-    if not token:
+    if not os.environ.get("REPLICATE_API_TOKEN"):
         return known, "Set REPLICATE_API_TOKEN to see only the hardware that your account has."
     try:
-        return of_account(known, account_skus(token, os.environ.get("REPLICATE_BASE_URL"))), None
+        return of_account(known, account_skus()), None
     except CogpressError as error:
-        if "(401)" in str(error):
+        if isinstance(error, RefusedError) and error.status == 401:
             raise
         return known, f"{error} The table's hardware is shown."

@@ -1,7 +1,6 @@
-"""How much memory training and serving need, by part. Pure arithmetic: no file, no library, no machine.
+"""Memory of training and serving by part, in bytes, as pure arithmetic with a source for each formula.
 
-Knows formulas, each with where it is from; leaves what a model is made of to `architecture`, and machines to
-`hardware`. All results are bytes. What is assumed and not derived is a constant here, and says so.
+Constants that are assumed rather than derived say so.
 """
 
 from __future__ import annotations
@@ -13,51 +12,51 @@ from typing import Literal
 from cogpress.plan.architecture import Architecture
 
 Method = Literal["full", "lora", "int8", "nf4"]
-"""Full fine-tuning, LoRA on 16-bit weights, on 8-bit weights (LLM.int8()), and QLoRA."""
+"""Full fine-tuning, LoRA on 16-bit weights, LoRA on 8-bit weights (LLM.int8()), and QLoRA."""
 
 Scheme = Literal["float32", "bfloat16", "float16", "int8", "int4", "fp8", "awq"]
-"""How weights are held to be served: by type, or by scheme of scripts/quantize."""
+"""How served weights are stored: a dtype, or a scheme of scripts/quantize."""
 
 METHODS: tuple[Method, ...] = ("full", "lora", "int8", "nf4")
 TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-"""Of a weight in NF4 with double quantization: 4 bits, an 8-bit constant for each 64 weights, and a 32-bit constant for
-each 256 of those (Dettmers et al. 2023, section 3)."""
+"""Bits per weight in NF4 with double quantization: 4, plus an 8-bit constant per 64 weights and a 32-bit constant per
+256 of those (Dettmers et al. 2023, section 3)."""
 
 ADAM_8BIT = 2 * (1 + 4 / 256)
-"""Bytes of AdamW's two states with 8 bits each and a 32-bit constant a block (Dettmers et al. 2022; bitsandbytes has
-blocks of 256)."""
+"""Bytes per parameter of AdamW's two 8-bit states, with a 32-bit constant per block (Dettmers et al. 2022; blocks of
+256 in bitsandbytes)."""
 
 BLOCK = 16
-"""Tokens of a block of vLLM's KV cache (Kwon et al. 2023; vLLM's default)."""
+"""Tokens per block of vLLM's KV cache (Kwon et al. 2023; vLLM's default)."""
 
 CUDA_CONTEXT = 0.6e9
-"""Bytes of a process's CUDA context and of what libraries keep on each GPU. Assumed; vLLM calls it non-torch memory."""
+"""Bytes of a process's CUDA context and its libraries on each GPU. Assumed; vLLM calls it non-torch memory."""
 
 CUDA_GRAPHS = 0.8e9
-"""Bytes of vLLM's captured graphs on each GPU. Assumed, by what its log usually says."""
+"""Bytes of vLLM's captured graphs on each GPU. Assumed, from its usual logs."""
 
 FRAGMENTATION = 0.04
-"""Share of what a training allocates that PyTorch's allocator keeps beside it in pieces too small. Assumed."""
+"""Memory that PyTorch's allocator loses to fragmentation, as a share of what training allocates. Assumed."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """One way to train: what decides its memory.
+    """All of a training that decides its memory.
 
     Attributes:
-        method: what is trained and how the base is held.
-        batch: rows at once, without accumulation.
-        length: tokens of each, padding counted in.
-        rank: the adapter's; not for `full`.
-        targets: which layers have an adapter, as `train.target_modules`.
-        accumulation: batches of one optimizer step; from the second on, the gradients of those before are there.
-        checkpointing: whether activations are computed again in the backward pass.
-        optimizer: AdamW's states in 32 or in 8 bits.
-        fused: whether attention never holds its scores (sdpa), or does (eager).
-        answers: share of the tokens with loss; only these have logits.
-        frame: bytes that the process has before a model is loaded.
+        method: what is trained, and how the base is stored.
+        batch: rows per forward pass, without accumulation.
+        length: tokens per row, including padding.
+        rank: of the adapter; unused for `full`.
+        targets: layers with an adapter, as in `train.target_modules`.
+        accumulation: batches per optimizer step; from the second on, the earlier gradients are in memory.
+        checkpointing: whether activations are recomputed in the backward pass.
+        optimizer: AdamW with 32-bit or 8-bit states.
+        fused: whether attention avoids storing its scores (sdpa) or stores them (eager).
+        answers: share of tokens with loss; only these have logits.
+        frame: bytes that the process uses before a model is loaded.
     """
 
     method: Method = "nf4"
@@ -75,17 +74,17 @@ class Training:
 
 @dataclass(frozen=True)
 class Serving:
-    """One way to serve: what decides its memory on each of `gpus`.
+    """All of a serving setup that decides its memory on each of `gpus`.
 
     Attributes:
-        scheme: how the weights are held.
-        context: tokens of each sequence, prompt and answer.
-        concurrency: sequences at once.
-        cache_bytes: of a number in the KV cache; 1 with an FP8 cache.
-        gpus: that share weights and heads (tensor parallelism, Shoeybi et al. 2019).
-        batched: tokens of one forward pass (vLLM's max_num_batched_tokens).
+        scheme: how the weights are stored.
+        context: tokens per sequence, prompt and answer.
+        concurrency: number of sequences at once.
+        cache_bytes: bytes per value in the KV cache; 1 for FP8.
+        gpus: number of GPUs that share weights and heads (tensor parallelism, Shoeybi et al. 2019).
+        batched: tokens per forward pass (vLLM's max_num_batched_tokens).
         compiled: whether graphs are captured.
-        frame: bytes that the process has before a model is loaded.
+        frame: bytes that the process uses before a model is loaded.
     """
 
     scheme: Scheme = "bfloat16"
@@ -112,19 +111,19 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """The sum of all parts."""
         return sum(vars(self).values())
 
 
 def training(model: Architecture, how: Training) -> Memory:
     """The peak of a training step: the larger of two moments.
 
-    Between forward and backward pass all saved activations exist. Beside them there are either the logits with their
-    gradients, or one layer's gradients, workspace and, with checkpointing, its activations computed again: the larger
-    of both counts. Of all that is trained only the output layer has a gradient then, unless batches are accumulated;
-    an adapter's gradients are counted all the same, as they are small.
+    Between forward and backward pass all saved activations are in memory, and beside them the larger of two: the logits
+    with their gradients, or one layer's gradients, workspace and (with checkpointing) recomputed activations. Unless
+    batches are accumulated, only the output layer has a gradient at that moment; an adapter's gradients are counted
+    nonetheless, as they are small.
 
-    At the end of the backward pass all gradients exist, and no activations but those of one layer.
+    At the end of the backward pass all gradients are in memory, and the activations of one layer.
     """
     trained = model.parameters if how.method == "full" else model.adapter(how.rank, how.targets)
     tokens = how.batch * how.length
@@ -135,7 +134,7 @@ def training(model: Architecture, how: Training) -> Memory:
         kept += cast_weights(model)
     passing = workspace(model, how) + (saved if how.checkpointing else 0)
     scores = logits(model, tokens * how.answers)
-    # Autocast keeps what is trained in 32 bits, and gradients have their parameter's type.
+    # Autocast keeps trained parameters in 32 bits, and gradients have their parameter's dtype.
     gradients = 4.0 * trained
     first = 4.0 * model.vocabulary * model.hidden if how.method == "full" and how.accumulation == 1 else gradients
     last = workspace(model, how) + saved
@@ -153,12 +152,12 @@ def training(model: Architecture, how: Training) -> Memory:
 
 
 def training_weights(model: Architecture, method: Method) -> float:
-    """The base as training holds it.
+    """The base model's weights in training.
 
-    Full fine-tuning under autocast has weights of 32 bits (with gradients and AdamW's moments 16 bytes a parameter, as
-    Rajbhandari et al. 2020, section 3.1, count for mixed precision). bitsandbytes makes linear layers small and leaves
+    Full fine-tuning under autocast has 32-bit weights (with gradients and AdamW's moments 16 bytes per parameter, as
+    Rajbhandari et al. 2020, section 3.1, count for mixed precision). bitsandbytes quantizes linear layers and leaves
     embeddings, output layer, norms and fused experts in 16 bits; LLM.int8() (Dettmers et al. 2022) keeps one 32-bit
-    constant for each output.
+    constant per output.
     """
     if method == "full":
         return 4.0 * model.parameters
@@ -171,17 +170,17 @@ def training_weights(model: Architecture, method: Method) -> float:
 
 
 def saved_by_layer(model: Architecture, how: Training) -> float:
-    """What one layer saves of each token for the backward pass, without checkpointing.
+    """Bytes per token that one layer saves for the backward pass, without checkpointing.
 
-    Derived as in Korthikanti et al. 2022, section 4.1, for what this kit runs: pre-norm layers with RMS norms, 16-bit
-    products, frozen weights where there is an adapter.
+    Derived as in Korthikanti et al. 2022, section 4.1, for what cogpress runs: pre-norm layers with RMS norms, 16-bit
+    products, frozen weights beside an adapter.
 
-    - Two norms compute in 32 bits and keep their input, trained ones their output too: 4h each.
-    - Each layer with trained weights keeps its own 16-bit copy of its input, and an adapter its r numbers between A and
-      B. A frozen weight's product keeps nothing.
-    - Attention keeps queries, keys and values, these repeated for each query head, and its output; where scores are
-      not fused away, also the softmax in 32 and in 16 bits.
-    - The feed-forward part keeps what goes into its nonlinearity and what is multiplied with the gate.
+    - Two norms compute in 32 bits and save their input, and trained ones their output too: 4h each.
+    - Each layer with trained weights saves its own 16-bit copy of its input, and an adapter the r values between A and
+      B. The product with a frozen weight saves nothing.
+    - Attention saves queries, its output, and keys and values repeated for each query head; unless it is fused, also
+      the softmax in 32 and in 16 bits.
+    - The feed-forward network saves the input of its nonlinearity and the factors of its gate.
     """
     full = how.method == "full"
     layers = max(1, model.layers)
@@ -200,9 +199,9 @@ def saved_by_layer(model: Architecture, how: Training) -> float:
 
 
 def workspace(model: Architecture, how: Training) -> float:
-    """What the backward pass of one layer holds for a moment.
+    """Temporary memory of one layer's backward pass.
 
-    The gradients of the feed-forward part's three tensors, in 16 bits, and of the 32-bit copy of its input to an
+    The gradients of the feed-forward network's three tensors in 16 bits, and of the 32-bit copy of its input to an
     adapter; those of unfused scores in 32 and 16 bits; and the largest quantized layer, dequantized.
     """
     tokens = how.batch * how.length
@@ -214,24 +213,24 @@ def workspace(model: Architecture, how: Training) -> float:
 
 
 def cast_weights(model: Architecture) -> float:
-    """The 16-bit copies of 32-bit weights that autocast makes and the backward pass still needs."""
+    """The 16-bit copies of 32-bit weights that autocast makes for the forward pass and keeps for the backward pass."""
     return 2.0 * (model.linear_weights + model.experts)
 
 
 def logits(model: Architecture, tokens: float) -> float:
-    """Logits of tokens with loss: 16 bits, and the loss's log-probabilities and two gradients in 32 bits.
+    """Logits of tokens with loss in 16 bits, and the loss's log-probabilities and two gradients in 32 bits.
 
-    `trainer.AnswerTrainer` computes them for answers alone. PyTorch's cross_entropy keeps the log-probabilities, and
-    its backward pass makes the gradient of these and then that of the logits, before anything is freed.
+    `train.loop.AnswerTrainer` computes them for answers only. PyTorch's cross_entropy keeps the log-probabilities, and
+    its backward pass makes their gradient and then that of the logits before anything is freed.
     """
     return 14.0 * model.vocabulary * tokens
 
 
 def serving_weights(model: Architecture, scheme: Scheme) -> float:
-    """The weights as served: linear layers by scheme, all else in 16 bits (as `quantize` and compressed-tensors do).
+    """Served weights: linear layers by scheme, the rest in 16 bits (as `quantize` and compressed-tensors store them).
 
-    `int8` and `fp8` have one 16-bit scale for each output, `int4` one for each group of 128 or, where that does not
-    divide the layers, 64 or 32 inputs; `awq` a 4-bit zero point beside it.
+    `int8` and `fp8` have one 16-bit scale per output; `int4` has one per group of 128 inputs, or 64 or 32 if 128 does
+    not divide the layers; `awq` adds a 4-bit zero point per group.
     """
     if scheme in TYPES:
         return float(TYPES[scheme] * model.parameters)
@@ -244,9 +243,9 @@ def serving_weights(model: Architecture, scheme: Scheme) -> float:
 
 
 def cache_of_sequence(model: Architecture, tokens: int, cache_bytes: int = 2) -> float:
-    """The KV cache of one sequence: for each layer its values a token, in whole blocks, at most a window of them.
+    """The KV cache of one sequence: each layer's values per token, in whole blocks, at most a window of them.
 
-    A window can begin anywhere in its first block and so touches one block more (vLLM's SlidingWindowSpec counts so).
+    A window may start anywhere in a block, so it touches one block more (as in vLLM's SlidingWindowSpec).
     """
     total = 0.0
     for layer in model.caches:
@@ -260,26 +259,26 @@ def cache_of_sequence(model: Architecture, tokens: int, cache_bytes: int = 2) ->
 def cache(model: Architecture, how: Serving) -> float:
     """The KV cache of all sequences on one GPU.
 
-    Key and value heads are divided among GPUs; where there are fewer heads than GPUs, each holds one whole head.
+    Key and value heads are divided among the GPUs; with fewer heads than GPUs, each GPU holds a whole head.
     """
     share = max(1 / how.gpus, 1 / model.key_value_heads)
     return how.concurrency * cache_of_sequence(model, how.context, how.cache_bytes) * share
 
 
 def pass_activations(model: Architecture, how: Serving) -> float:
-    """What one forward pass holds at its peak, which vLLM measures at its start and sets aside.
+    """Peak memory of one forward pass, which vLLM measures at its start and reserves.
 
-    Of each token the residual twice and the widest of the feed-forward part's tensors (gate and up together, and their
-    product), in 16 bits; and of each sequence the logits in 16 bits and three times in 32, for the sampler.
+    Per token the residual twice and the widest tensors of the feed-forward network (gate and up together, and their
+    product), in 16 bits; per sequence the logits once in 16 bits and three times in 32, for the sampler.
     """
-    # A pass never has more tokens than all sequences together.
+    # A pass has at most the tokens of all sequences together.
     tokens = min(how.batched, how.context * how.concurrency)
     widest = max((3 if model.gated else 2) * model.intermediate / how.gpus, 4.0 * model.heads * model.head_width)
     return tokens * 2 * (2 * model.hidden + widest) + how.concurrency * model.vocabulary * 14
 
 
 def serving(model: Architecture, how: Serving) -> Memory:
-    """What one GPU of those that serve holds: its part of the weights and of the cache, a pass, graphs and context."""
+    """Memory of each serving GPU: its share of weights and cache, a forward pass, graphs and CUDA context."""
     return Memory(
         weights=serving_weights(model, how.scheme) / how.gpus,
         cache=cache(model, how),

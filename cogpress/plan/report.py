@@ -1,7 +1,4 @@
-"""A plan for people and programs: tables, JSON and a picture.
-
-Knows how a plan looks; leaves every number to `plan`.
-"""
+"""A plan as tables, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from cogpress.plan import cost, hardware
 from cogpress.plan import estimate as planning
 from cogpress.plan.architecture import Architecture
 from cogpress.plan.cost import Running
-from cogpress.plan.estimate import Plan
+from cogpress.plan.estimate import Estimate
 from cogpress.plan.hardware import Machine
 from cogpress.plan.memory import Memory
 
@@ -30,22 +27,22 @@ NAME = "plan.json"
 PICTURE = "plan.png"
 
 RATES = tuple(10 ** (power / 4) for power in range(21))
-"""Requests an hour on the picture: from one to a hundred thousand."""
+"""Requests per hour on the plot: from one to a hundred thousand."""
 
 _METHODS = {"full": "full", "lora": "LoRA", "int8": "LoRA on int8", "nf4": "QLoRA (nf4)"}
 
 
 def changed(settings: Config, asked: Mapping[str, Any], speeds: Sequence[str], model: str | None) -> Config:
-    """What `model.yaml` says, with a command's options over it.
+    """The configuration, overridden by the command's options.
 
     Args:
-        settings: of `model.yaml`.
-        asked: options of the section `plan` by name.
-        speeds: measured output tokens a second, as `SKU=TOKENS`.
-        model: another source than the base's.
+        settings: the configuration.
+        asked: options of the section `plan`, by name.
+        speeds: measured output tokens per second, as `SKU=TOKENS`.
+        model: a source that replaces the base's.
 
     Raises:
-        CogpressError: an option is out of bounds or a speed is not of that form.
+        CogpressError: an option is out of bounds, or a speed is malformed.
     """
     data = settings.model_dump()
     data["plan"] |= asked
@@ -56,17 +53,17 @@ def changed(settings: Config, asked: Mapping[str, Any], speeds: Sequence[str], m
         except ValueError:
             equals = ""
         if not equals:
-            raise CogpressError(f"--speed {pair} is not of the form SKU=TOKENS, such as gpu-l40s=900.")
+            raise CogpressError(f"--speed {pair} must have the form SKU=TOKENS, such as gpu-l40s=900.")
     if model is not None:
         data["base"]["source"] = model
     return config.parse(data, "What was given")
 
 
-def of_project(settings: Config, root: Path, model: Architecture) -> Plan:
-    """Plan with the hardware that `model.yaml` and the account name, and with what the run counted of its data.
+def of_project(settings: Config, root: Path, model: Architecture) -> Estimate:
+    """Plan with the hardware of `model.yaml` and the account, and with the run's report of its data.
 
     Raises:
-        CogpressError: as `plan.make`; the table can not be read; Replicate does not know the token.
+        CogpressError: as `estimate.make`; or the table cannot be read, or Replicate rejects the token.
     """
     path = root / settings.plan.hardware if settings.plan.hardware else None
     table, note = hardware.current(hardware.table(path, settings.plan.prices))
@@ -75,23 +72,23 @@ def of_project(settings: Config, root: Path, model: Architecture) -> Plan:
 
 
 def gigabytes(number: float) -> str:
-    """Bytes in words, in units of 10^9 bytes."""
+    """Bytes, formatted in units of 10^9."""
     return f"{number / 1e9:,.2f} GB" if abs(number) < 1e10 else f"{number / 1e9:,.1f} GB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words."""
+    """Seconds, formatted in a fitting unit."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def dollars(amount: float) -> str:
-    """US dollars, with more digits where there are few of them."""
+    """US dollars, formatted with more digits for small amounts."""
     return f"${amount:,.0f}" if amount >= 100 else f"${amount:,.2f}" if amount >= 0.1 else f"${amount:.4f}"
 
 
-def tables(plan: Plan) -> RenderableType:
+def tables(plan: Estimate) -> RenderableType:
     """The whole plan, for a terminal of 80 columns or more."""
     parts: list[RenderableType] = [
         _model(plan),
@@ -107,7 +104,7 @@ def tables(plan: Plan) -> RenderableType:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """Numbers beside names, narrow: what decides is to be seen at once."""
+    """A narrow table of numbers beside names."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", title_style="bold")
     for at, name in enumerate(columns):
         table.add_column(name, justify="right" if at else "left", no_wrap=True, vertical="bottom")
@@ -115,7 +112,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _unfit(rows: Sequence[tuple[str, str | None, str]]) -> Text:
-    """The machines that do not fit, by reason, with what would."""
+    """The machines that do not fit, by reason, with what would fit."""
     reasons: dict[str, list[str]] = {}
     for sku, refused, most in rows:
         if refused:
@@ -125,12 +122,12 @@ def _unfit(rows: Sequence[tuple[str, str | None, str]]) -> Text:
 
 
 def _most(count: int, length: int, of: str) -> str:
-    """What would fit, where something does."""
+    """What would fit, if anything."""
     found = [f"{count:,} {of}"] * bool(count) + [f"{length:,} tokens long"] * bool(length)
     return f" (at most {' or '.join(found)})" if found else ""
 
 
-def _model(plan: Plan) -> Table:
+def _model(plan: Estimate) -> Table:
     model = plan.architecture
     table = _table(plan.model, "", "")
     table.show_header = False
@@ -139,15 +136,15 @@ def _model(plan: Plan) -> Table:
     facts = [
         ("architecture", model.kind),
         ("parameters", f"{model.parameters:,}"),
-        ("of these in the embedding", f"{model.embedding:,}" + (" (also the output layer)" if model.tied else "")),
-        ("of these in linear layers", f"{model.linear_weights + model.experts:,}"),
+        ("  in the embedding", f"{model.embedding:,}" + (" (also the output layer)" if model.tied else "")),
+        ("  in linear layers", f"{model.linear_weights + model.experts:,}"),
         (f"adapter of rank {plan.training.rank}", f"{model.adapter(plan.training.rank, plan.training.targets):,}"),
         ("attention", f"{model.layers} layers, {model.heads} heads, {model.key_value_heads} of keys and values"),
         ("longest context", f"{model.max_context:,} tokens"),
-        ("KV cache of a token", f"{token / 1024:,.1f} KiB"),
+        ("KV cache per token", f"{token / 1024:,.1f} KiB"),
     ]
     if model.expert_share < 1:
-        facts.insert(2, ("used by each token", f"{model.active:,.0f}"))
+        facts.insert(2, ("used per token", f"{model.active:,.0f}"))
     if windows:
         window = min(one.window for one in model.caches if one.window)
         facts.append(("layers with a window", f"{windows}, of {window:,} tokens"))
@@ -156,7 +153,7 @@ def _model(plan: Plan) -> Table:
     return table
 
 
-def _methods(plan: Plan) -> Table:
+def _methods(plan: Estimate) -> Table:
     how = plan.training
     table = _table(
         f"Memory of training in GB: {how.batch} rows of {how.length:,} tokens, {how.answers:.0%} of them with loss",
@@ -170,7 +167,7 @@ def _methods(plan: Plan) -> Table:
     return table
 
 
-def _schemes(plan: Plan) -> Table:
+def _schemes(plan: Estimate) -> Table:
     how = plan.serving
     table = _table(
         f"Memory of serving in GB: {how.concurrency} sequences of {how.context:,} tokens, one GPU",
@@ -182,7 +179,7 @@ def _schemes(plan: Plan) -> Table:
     return table
 
 
-def _trained(plan: Plan) -> Table:
+def _trained(plan: Estimate) -> Table:
     told = f"{plan.tokens[0]:,} tokens ({plan.tokens[1]})" if plan.tokens else "an unknown number of tokens"
     table = _table(
         f"Training with {_METHODS[plan.training.method]} on one GPU: {told}",
@@ -199,7 +196,7 @@ def _trained(plan: Plan) -> Table:
     return table
 
 
-def _served(plan: Plan) -> Table:
+def _served(plan: Estimate) -> Table:
     how = plan.serving
     table = _table(
         f"Serving {how.scheme}, {how.concurrency} sequences of {how.context:,} tokens",
@@ -216,7 +213,7 @@ def _served(plan: Plan) -> Table:
         paid = "?" if row.per_million is None else dollars(row.per_million)
         fits = (_gb(row.room), *_numbers(row.context, row.concurrency))
         table.add_row(row.machine.sku, _price(row.machine), *fits, together, alone, paid)
-    table.caption, table.caption_justify = "* reckoned, not measured", "left"
+    table.caption, table.caption_justify = "* estimated, not measured", "left"
     return table
 
 
@@ -225,7 +222,7 @@ def _price(machine: Machine) -> str:
 
 
 def _gb(number: float) -> str:
-    """Bytes in units of 10^9, where the unit stands elsewhere."""
+    """Bytes in units of 10^9, without the unit."""
     return gigabytes(number).removesuffix(" GB")
 
 
@@ -233,7 +230,7 @@ def _numbers(*values: int) -> Iterable[str]:
     return [f"{value:,}" if value else "-" for value in values]
 
 
-def _costs(plan: Plan) -> Table:
+def _costs(plan: Estimate) -> Table:
     load = plan.load
     table = _table(
         f"A month of {3600 * load.per_second:,.0f} requests an hour: {load.input_tokens} + {load.output_tokens} tokens",
@@ -247,11 +244,11 @@ def _costs(plan: Plan) -> Table:
     return table
 
 
-def write(plan: Plan, folder: Path, console: Console, asked: config.Plan) -> None:
-    """Write the plan's JSON and picture into a folder, and say where.
+def write(plan: Estimate, folder: Path, console: Console, asked: config.Plan) -> None:
+    """Write the plan's JSON and plot into a folder, and print their paths.
 
     Args:
-        asked: the section of `model.yaml` that the plan was made by, for the picture's curves.
+        asked: the section `plan` of the configuration, for the plot's curves.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / NAME, plan.as_json())
@@ -260,7 +257,7 @@ def write(plan: Plan, folder: Path, console: Console, asked: config.Plan) -> Non
     console.print(f"Written: {folder / NAME}, {folder / PICTURE}", highlight=False, soft_wrap=True)
 
 
-def _bars(plan: Plan) -> list[tuple[str, dict[str, float]]]:
+def _bars(plan: Estimate) -> list[tuple[str, dict[str, float]]]:
     def parts(one: Memory) -> dict[str, float]:
         return {name: value / 1e9 for name, value in vars(one).items()}
 
@@ -269,8 +266,8 @@ def _bars(plan: Plan) -> list[tuple[str, dict[str, float]]]:
     return methods + [(f"serve {name}", parts(plan.schemes[name])) for name in shown]
 
 
-def _curves(plan: Plan, asked: config.Plan) -> tuple[str, list[tuple[float, Running, Running]]] | None:
-    """The cheapest machine's cost by requests an hour, serverless and always on; None where no cost is known."""
+def _curves(plan: Estimate, asked: config.Plan) -> tuple[str, list[tuple[float, Running, Running]]] | None:
+    """The cheapest machine's cost by requests per hour, serverless and always on; None if no cost is known."""
     best = next((row for row in plan.served if row.speed is not None and row.always_on is not None), None)
     if best is None or best.speed is None or best.machine.price_per_second is None:
         return None

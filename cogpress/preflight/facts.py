@@ -92,7 +92,7 @@ class Facts:
     weights: Weights
     hardware: Hardware | None
     """What the model is to run on, where it is named and in the table."""
-    served: estimate.Served | None
+    served: estimate.ServingEstimate | None
     """What scripts/plan says of serving there, where it knows the model and the hardware."""
     machine: Machine
     replicate: Asked
@@ -195,7 +195,9 @@ def _hardware(request: Request, settings: config.Config | None) -> Hardware | No
         return None
 
 
-def _served(weights: Weights, settings: config.Config | None, known: Hardware | None) -> estimate.Served | None:
+def _served(
+    weights: Weights, settings: config.Config | None, known: Hardware | None
+) -> estimate.ServingEstimate | None:
     if settings is None or known is None or known.gpus == 0 or "hidden_size" not in weights.model:
         return None
     try:

@@ -33,11 +33,11 @@ def test_many_streams_are_bound_by_computing() -> None:
 
 def test_a_measured_speed_wins() -> None:
     load = Load(500, 200, 1)
-    reckoned = cost.speed(LLAMA3, Serving(), L40S, load)
+    estimated = cost.speed(LLAMA3, Serving(), L40S, load)
     measured = cost.speed(LLAMA3, Serving(), L40S, load, 321.0)
-    assert not reckoned.measured
-    assert measured == replace(reckoned, tokens_per_second=321.0, measured=True)
-    assert reckoned.tokens_per_second > reckoned.stream_tokens_per_second
+    assert not estimated.measured
+    assert measured == replace(estimated, tokens_per_second=321.0, measured=True)
+    assert estimated.tokens_per_second > estimated.stream_tokens_per_second
 
 
 def test_training_takes_four_operations_a_weight_and_two_more_with_checkpointing() -> None:

@@ -18,13 +18,13 @@ from cogpress import config
 from cogpress.errors import CogpressError
 from cogpress.plan import estimate, hardware, memory
 from cogpress.plan import report as plan_report
-from cogpress.plan.estimate import Plan
+from cogpress.plan.estimate import Estimate
 from tests.standins.architectures import LLAMA3, SMOLLM2
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plan"
 
 
-def made(asked: dict[str, Any] | None = None, model: Any = LLAMA3, **sections: Any) -> Plan:
+def made(asked: dict[str, Any] | None = None, model: Any = LLAMA3, **sections: Any) -> Estimate:
     settings = config.parse({**sections, "plan": asked or {}}, "test")
     return estimate.make(settings, model, hardware.table())
 
@@ -126,7 +126,7 @@ def test_a_plan_is_shown_as_tables_json_and_a_picture(tmp_path: Path) -> None:
     console.print(plan_report.tables(found))
     plan_report.write(found, tmp_path, console, config.Plan())
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("8,030,261,248", "QLoRA (nf4)", "gpu-l40s", "128.0 KiB", "reckoned, not measured", "unconfirmed"):
+    for part in ("8,030,261,248", "QLoRA (nf4)", "gpu-l40s", "128.0 KiB", "estimated, not measured", "unconfirmed"):
         assert part in text, part
     data = json.loads((tmp_path / plan_report.NAME).read_text())
     assert data["architecture"]["parameters"] == 8_030_261_248

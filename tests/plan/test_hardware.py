@@ -81,7 +81,7 @@ def test_a_wrong_file_is_explained(tmp_path: Path, text: str, said: str) -> None
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(CogpressError, match=said):
         hardware.table(tmp_path / "own.yaml")
-    with pytest.raises(CogpressError, match="can not be read"):
+    with pytest.raises(CogpressError, match="cannot be read"):
         hardware.table(tmp_path / "none.yaml")
 
 
@@ -137,8 +137,8 @@ def test_replicates_faults_are_explained(replicate: type[_Replicate], monkeypatc
     replicate.answer = (200, {"detail": "odd"})
     assert "lists no hardware" in str(hardware.current(hardware.table())[1])
     monkeypatch.setenv("REPLICATE_API_TOKEN", "wrong")
-    with pytest.raises(CogpressError, match=r"does not know the token.*401") as error:
+    with pytest.raises(CogpressError, match="rejects the token") as error:
         hardware.current(hardware.table())
     assert "wrong" not in str(error.value)
     monkeypatch.setenv("REPLICATE_BASE_URL", "http://example.org")
-    assert "must be https" in str(hardware.current(hardware.table())[1])
+    assert "is neither https nor this machine" in str(hardware.current(hardware.table())[1])
