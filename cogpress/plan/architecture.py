@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogpress import http as web
-from cogpress import source
+from cogpress import http, source
 from cogpress.errors import CogpressError
 from cogpress.weights import base, fetch, hub
 
@@ -166,7 +165,7 @@ def config(text: str, cache: Path) -> dict[str, Any]:
     if wanted.kind == "hub":
         return _parsed(hub.file(wanted, "config.json").read_bytes(), shown)
     if wanted.kind == "files":
-        return _parsed(web.read(fetch.beside(wanted.text, "config.json"), MAX_CONFIG), shown)
+        return _parsed(http.read(fetch.beside(wanted.text, "config.json"), MAX_CONFIG), shown)
     path = Path(wanted.text).expanduser()
     if wanted.kind == "path" and (path.is_dir() or path.suffix == ".json"):
         path = path / "config.json" if path.is_dir() else path

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
-from cogpress import http as web
+from cogpress import http
 from cogpress.errors import CogpressError
 from cogpress.files import is_full
 from cogpress.weights import pget
@@ -29,7 +29,7 @@ SPARE = 64 << 20
 """Bytes of the disk that a download leaves free."""
 
 
-def get(wanted: Sequence[tuple[web.Remote, Path]], parts: Path, *, also: int = 0) -> None:
+def get(wanted: Sequence[tuple[http.Remote, Path]], parts: Path, *, also: int = 0) -> None:
     """Download files to their places, with a progress bar; those in place already are not downloaded again.
 
     Args:
@@ -57,7 +57,7 @@ def get(wanted: Sequence[tuple[web.Remote, Path]], parts: Path, *, also: int = 0
         with _bar(name, total, here) as bar:
             left = _by_pget(todo, bar)
             if left:
-                with web.client() as client:
+                with http.client() as client:
                     _Streams(client, bar).run(left)
     except OSError as error:
         for job in todo:
@@ -91,7 +91,7 @@ def check_room(folder: Path, needed: int) -> None:
 class _Job:
     """One file to download, and the part of it that is here."""
 
-    remote: web.Remote
+    remote: http.Remote
     place: Path
     part: Path
 
@@ -126,7 +126,7 @@ class _Streams:
         self._stop = threading.Event()
 
     def run(self, jobs: list[_Job]) -> None:
-        with ThreadPoolExecutor(web.CONNECTIONS) as pool:
+        with ThreadPoolExecutor(http.CONNECTIONS) as pool:
             futures = [pool.submit(self._download, job) for job in jobs]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
@@ -153,7 +153,7 @@ class _Streams:
                 self._count(-at)
                 at = 0
             headers = {"Range": f"bytes={at}-{(size or 0) - 1}", "If-Range": str(remote.validator)}
-            with web.request(self._client, remote.url, headers if job.resumable else None) as response:
+            with http.request(self._client, remote.url, headers if job.resumable else None) as response:
                 expected = f"bytes {at}-{(size or 0) - 1}/{size}"
                 if job.resumable and (response.status_code != 206 or response.headers.get("content-range") != expected):
                     job.forget()
@@ -170,7 +170,7 @@ class _Streams:
 
         try:
             if not job.resumable or at != size:
-                web.retried(stream, remote.shown, progress=lambda: at if job.resumable else 0, pause=self._pause)
+                http.retried(stream, remote.shown, progress=lambda: at if job.resumable else 0, pause=self._pause)
         except BaseException:
             if not job.resumable or at > (size or 0):
                 job.forget()

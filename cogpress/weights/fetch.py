@@ -26,8 +26,7 @@ import filelock
 import numpy  # noqa: F401
 import safetensors
 
-from cogpress import http as web
-from cogpress import source
+from cogpress import http, source
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, recover, write_json
 from cogpress.source import Source
@@ -189,7 +188,7 @@ def _lift(folder: Path) -> None:
 def _tar(wanted: Source, cache: Path) -> FetchedModel:
     with _alone(wanted.text, wanted.shown, cache) as entry:
         try:
-            [remote] = web.look([wanted.text])
+            [remote] = http.look([wanted.text])
         except CogpressError as error:
             return _kept(entry, wanted, error)
         tar = entry / "parts" / f"{remote.key}.tar"
@@ -210,14 +209,14 @@ def _files(wanted: Source, cache: Path) -> FetchedModel:
     """A folder published with its manifest, whose URL names it; the files are beside it."""
     with _alone(wanted.text, wanted.shown, cache) as entry:
         try:
-            listed = web.read(wanted.text, MAX_MANIFEST)
+            listed = http.read(wanted.text, MAX_MANIFEST)
         except CogpressError as error:
             return _kept(entry, wanted, error)
 
         def fill(folder: Path) -> None:
             (folder / manifest.NAME).write_bytes(listed)
             sizes = manifest.listed(folder, wanted.shown)
-            remotes = web.look([beside(wanted.text, name) for name in sizes])
+            remotes = http.look([beside(wanted.text, name) for name in sizes])
             for remote, (name, size) in zip(remotes, sizes.items(), strict=True):
                 if remote.size not in (None, size):
                     raise CogpressError(
@@ -239,7 +238,7 @@ def _files(wanted: Source, cache: Path) -> FetchedModel:
 def _fetch_verification(url: str, folder: Path) -> None:
     """Fetch the verification report published beside a manifest, if there is one: it can be newer than the weights."""
     try:
-        report = web.read(beside(url, VERIFICATION), MAX_MANIFEST)
+        report = http.read(beside(url, VERIFICATION), MAX_MANIFEST)
         write_json(folder / VERIFICATION, json.loads(report))
     except (CogpressError, ValueError):
         return  # there is none, or the server answers with a page of its own

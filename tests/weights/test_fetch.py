@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cogpress import http as web
+from cogpress import http
 from cogpress.errors import CogpressError
 from cogpress.files import write_json
 from cogpress.weights import archive, fetch, manifest, pget
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "BACKOFF", 0.001)
+    monkeypatch.setattr(http, "BACKOFF", 0.001)
     monkeypatch.setattr(pget, "program", lambda: None)
 
 
