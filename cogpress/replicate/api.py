@@ -43,12 +43,12 @@ _REFUSALS = {
 
 
 class RefusedError(CogpressError):
-    """Replicate answered with an error: `status`, and its own words in `detail`."""
+    """Replicate answered with an error: `status`."""
 
-    def __init__(self, status: int, text: str, detail: str = "") -> None:
+    def __init__(self, status: int, text: str) -> None:
         """Note what callers decide by."""
         super().__init__(text)
-        self.status, self.detail = status, detail
+        self.status = status
 
 
 def explained(answer: Answer, what: str) -> tuple[str, str]:
@@ -69,7 +69,7 @@ class _Client:
         if 200 <= answer.status < 300:
             return answer.content
         text = redacted(" ".join(explained(answer, call.what)), self.token)
-        raise RefusedError(answer.status, text, redacted(answer.detail, self.token))
+        raise RefusedError(answer.status, text)
 
     def _stream_url(self, prediction: Mapping[str, Any]) -> str:
         url = str((prediction.get("urls") or {}).get("stream") or "")

@@ -36,7 +36,7 @@ class Runner(BaseRunner):
             yield word + "\\n"
             time.sleep(seconds)
             if fail:
-                raise ValueError("this can not be said")
+                raise ValueError("this cannot be said")
             self.record_metric("words", number + 1)
 """
 
@@ -53,7 +53,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def url(served: str) -> str:
-    """The server with its one slot free, which is so a moment after the last prediction's answer."""
+    """The server, once its only slot is free again."""
     assert free(served)
     return served
 
@@ -97,7 +97,7 @@ def test_events_arrive_while_the_prediction_runs(url: str) -> None:
 
 
 def test_text_with_every_kind_of_line_break_arrives_whole(url: str) -> None:
-    """Unicode knows more line breaks than the stream's format does; a model writes any of them."""
+    """Unicode has more line breaks than the stream's format, and a model writes any of them."""
     text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\r\nh\ni\u00e9\U0001f600"
     events = list(client.stream(url, {"text": text}))
     assert "".join(event.text for event in events if event.kind == "output") == f"{text}\n"
@@ -105,7 +105,7 @@ def test_text_with_every_kind_of_line_break_arrives_whole(url: str) -> None:
 
 @pytest.mark.parametrize("ask", [client.predict, lambda url, inputs: list(client.stream(url, inputs))])
 def test_what_goes_wrong_is_the_servers_own_words(url: str, ask: Callable[..., object]) -> None:
-    with pytest.raises(CogpressError, match=r"^ValueError: this can not be said$"):
+    with pytest.raises(CogpressError, match=r"^ValueError: this cannot be said$"):
         ask(url, {"fail": True})
     assert free(url)
     with pytest.raises(
@@ -163,7 +163,7 @@ def test_a_proxy_for_the_internet_is_not_asked_for_this_machine(url: str, monkey
 
 @pytest.fixture
 def answer() -> Iterator[Callable[..., str]]:
-    """A server that gives one answer to everything, at the URL that the fixture's function returns."""
+    """A function that starts a server with one answer to everything and returns its URL."""
     servers: list[HTTPServer] = []
 
     def start(body: str, status: int = 200) -> str:

@@ -21,7 +21,7 @@ CURRENT_KEYS = {"build", "environment", "image", "run", "train", "weights"}
 CURRENT_BUILD_KEYS = {
     *("cuda", "cudnn", "gpu", "python_requirements", "python_version", "run", "sdk_version", "system_packages"),
 }
-"""Without those that are deprecated: predict, concurrency; python_packages, pre_install."""
+"""Without the deprecated ones: predict, concurrency; python_packages, pre_install."""
 
 FORBIDDEN_VARIABLES = (
     r"PATH|LD_LIBRARY_PATH|LIBRARY_PATH|PYTHONPATH|PYTHONUNBUFFERED|VIRTUAL_ENV|HF_ENDPOINT|"
@@ -38,7 +38,7 @@ def pins(text: str) -> dict[str, str]:
 
 
 def definition(reference: str) -> ast.stmt:
-    """What `file.py:name` names."""
+    """The object that `file.py:name` names."""
     file, name = reference.split(":")
     for statement in ast.parse((ROOT / file).read_text()).body:
         if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and statement.name == name:
@@ -113,7 +113,7 @@ def test_the_same_libraries_on_cpu_and_gpu() -> None:
 
 
 def test_one_cuda() -> None:
-    """The toolkit's parts are of the image's CUDA; cuda-python 12 would overwrite files of cuda-bindings 13."""
+    """The toolkit's parts must match the image's CUDA: cuda-python 12 would overwrite files of cuda-bindings 13."""
     gpu = pins(lock("gpu.lock"))
     toolkit = [name for name in gpu if re.fullmatch(r"nvidia-(cuda-\w+|nvjitlink|nvvm)|cuda-(python|bindings)", name)]
     assert len(toolkit) > 8

@@ -1,4 +1,4 @@
-"""Starting, watching and ending Cog's real runtime, with runners that load no model."""
+"""Starting, watching and stopping Cog's real runtime, with runners that load no model."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test ends all that it started, processes that left their parents included."""
+    """Every test stops everything that it started, including orphans."""
     monkeypatch.setattr(server, "FAMILY_SECONDS", 0.1)
     monkeypatch.setenv("COGPRESS_TEST", str(tmp_path))  # marks the processes of this test, whoever their parent is
     yield
@@ -205,8 +205,8 @@ def test_waiting_ends_and_setup_is_cut_off(root: Path) -> None:
     assert time.monotonic() - started < 10
 
 
-def test_a_worker_that_can_not_start_is_noticed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runtime itself would say STARTING for ever."""
+def test_a_worker_that_cannot_start_is_noticed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime itself would report STARTING forever."""
     monkeypatch.setattr(server, "ALONE_SECONDS", 1.0)
     programs = root / "programs"
     programs.mkdir()

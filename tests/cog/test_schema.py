@@ -1,4 +1,4 @@
-"""The OpenAPI document: what cog build would write, and what the real runtime does with it. No model is loaded."""
+"""The OpenAPI document: what `cog build` would write, and what the real runtime does with it. No model is loaded."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_other_choices_of_the_same_name_in_training_are_refused(tmp_path: Path) 
         ("predict.py:Runner", runner_with("@cog.concurrent(max=2)"), "requires an async function"),
     ],
 )
-def test_what_can_not_be_described_is_named(tmp_path: Path, reference: str, source: str, complaint: str) -> None:
+def test_what_cannot_be_described_is_named(tmp_path: Path, reference: str, source: str, complaint: str) -> None:
     project(tmp_path, source)
     before = list(sys.path), set(sys.modules)
     with pytest.raises(CogpressError, match=complaint):
@@ -270,7 +270,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, st
 
 @pytest.fixture
 def served(started: tuple[Path, str]) -> tuple[Path, str]:
-    """The server with its one slot free, which is so a moment after the last prediction's answer."""
+    """The server, once its only slot is free again."""
     deadline = time.monotonic() + 5
     while (client.health(started[1]) or {}).get("status") != "READY" and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -321,7 +321,7 @@ def test_the_runtime_streams(served: tuple[Path, str]) -> None:
 
 
 def test_facts_about_the_runtime_that_others_build_on(served: tuple[Path, str]) -> None:
-    """What `client` and `cli` make up for: when one of these fails, they can be simpler."""
+    """`client` and `options` work around these: when one fails, they can be simpler."""
     nothing = httpx.post(f"{served[1]}/predictions", json={"input": {"prompt": "a", "seed": None}})
     assert nothing.status_code == 422, "null is refused for an optional input; client leaves None out"
     unknown = httpx.post(f"{served[1]}/predictions", json={"input": {"prompt": "a", "promt": "b"}})

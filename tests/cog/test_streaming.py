@@ -86,7 +86,7 @@ def arrivals(server: Server, count: int) -> list[float]:
 
 
 def ended(server: Server, seconds: float = 1.0) -> bool:
-    """Whether the source of a prediction was closed within so many seconds."""
+    """Whether a prediction's source is closed within so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if (server.root / "ended").exists():
@@ -157,7 +157,7 @@ def test_slots_come_back(ours: Server) -> None:
 
 
 def test_a_stream_canceled_before_its_first_step_ends() -> None:
-    """Otherwise its thread, and with it a slot of the runtime, would wait for ever."""
+    """Otherwise its thread, and with it a slot of the runtime, would wait forever."""
 
     async def chunks() -> AsyncIterator[str]:
         yield "never"

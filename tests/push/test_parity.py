@@ -1,4 +1,4 @@
-"""What runs on Replicate beside the same weights here: the kit's own runner and a small random model, really served."""
+"""Replicate versus the same weights here, with the real runner and a small random model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def made(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, PushReplicate]]:
-    """A project with the kit's own runner and the small model, and where it is pushed."""
+    """A project with the real runner and the small model, and the Replicate that it is pushed to."""
     folder = tmp_path_factory.mktemp("fidelity")
     with PushReplicate(folder / "replicate") as remote, pytest.MonkeyPatch.context() as patch:
         here = machine(folder, remote.url, patch)

@@ -1,4 +1,4 @@
-"""A whole push against the kit's own Replicate over the real Cog runtime, with a stand-in for `cog`."""
+"""A whole push against the local Replicate over the real Cog runtime, with a stand-in for `cog`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def here(tmp_path: Path, remote: PushReplicate, monkeypatch: pytest.MonkeyPatch)
 
 
 def push(here: Machine, dry: bool = False, **more: Any) -> tuple[Any, str]:
-    """A push, and what it prints on 80 columns."""
+    """A push and its output in 80 columns."""
     settings = config.load(here.root / "model.yaml")
     file = StringIO()
     console = Console(file=file, width=80, highlight=False)
@@ -62,12 +62,12 @@ def push(here: Machine, dry: bool = False, **more: Any) -> tuple[Any, str]:
 
 
 def before(shipped: Any) -> set[str]:
-    """The steps that were done by an earlier push."""
+    """The steps that an earlier push did."""
     return {name for name, found in shipped.steps.items() if found["before"]}
 
 
 def changing(text: str) -> set[str]:
-    """Requests that change something, as a dry run shows them."""
+    """The requests of a dry run that change something."""
     return set(re.findall(r"(?:POST|PATCH) /v1/[a-z]+", text))
 
 
@@ -178,7 +178,7 @@ def test_what_a_test_asks_for_is_judged(pushed: Any, test: dict[str, Any], said:
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A version that runs, made once."""
+    """A running version, made once."""
     folder = tmp_path_factory.mktemp("pushed")
     with PushReplicate(folder / "replicate") as remote, pytest.MonkeyPatch.context() as patch:
         here = machine(folder, remote.url, patch)

@@ -149,7 +149,7 @@ def test_a_refusal_is_told_from_a_fault(made: dict[str, Any], passes: bool) -> N
         {"input": {}, "seconds": 0},
     ],
 )
-def test_a_test_that_can_not_be_fulfilled_is_refused(case: dict[str, Any]) -> None:
+def test_a_test_that_cannot_be_met_is_refused(case: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         config.Case.model_validate(case)
 

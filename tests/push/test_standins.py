@@ -1,4 +1,4 @@
-"""The stand-ins that the tests of a push lean on: they must refuse what the real ones would."""
+"""The stand-ins for tests of a push refuse what the real services would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The users' GitHub workflow: what it runs exists, and nobody but a push sees the token."""
+"""The users' GitHub workflow: its commands exist, and only the push sees the token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainings on Replicate from this machine, against the kit's own Replicate over the real Cog runtime."""
+"""Training on Replicate from this machine, against the local Replicate over the real Cog runtime."""
 
 from __future__ import annotations
 
