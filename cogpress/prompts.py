@@ -27,7 +27,7 @@ Message = Mapping[str, Any]
 NO_LOSS = -100
 """Label of a token without loss; PyTorch's cross entropy ignores it."""
 
-SWITCHES = ("enable_thinking", "thinking")
+_SWITCHES = ("enable_thinking", "thinking")
 """Names of the switch for reasoning in chat templates: Qwen's and SmolLM3's, DeepSeek's and Granite's."""
 
 _TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -183,7 +183,7 @@ def encode_prompt(
     knows = variables(tokenizer)
     if tools and "tools" not in knows:
         raise CogpressError("This model's chat template knows no tools. Leave tools empty, or describe them in text.")
-    switch = next((name for name in SWITCHES if name in knows), None)
+    switch = next((name for name in _SWITCHES if name in knows), None)
     if thinking is not None and switch is None:
         raise CogpressError("This model's chat template has no switch for reasoning. Leave thinking empty.")
     if not tokenizer.chat_template:

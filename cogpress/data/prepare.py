@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,31 +82,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types: the number of problems and the first of them, without `lengths`."""
-        return {
-            "lines": self.lines,
-            "bad_lines": len(self.problems),
-            "first_bad_lines": [
-                {"file": problem.file, "line": problem.line, "reason": problem.reason}
-                for problem in self.problems[:PROBLEMS_SHOWN]
-            ],
-            "formats": dict(self.formats),
-            "empty_answers": self.empty_answers,
-            "duplicates": self.duplicates,
-            "cut": self.cut,
-            "too_long": self.too_long,
-            "no_room": self.no_room,
-            "leaked": self.leaked,
-            "near_leaked": self.near_leaked,
-            "train": self.train,
-            "validation": self.validation,
-            "tokens": self.tokens,
-            "learnt_tokens": self.learnt_tokens,
-            "max_length": self.max_length,
-            "length_p50": self.length_p50,
-            "length_p95": self.length_p95,
-            "length_max": self.length_max,
-            "notes": list(self.notes),
-        }
+        told = asdict(self)
+        problems = told.pop("problems")
+        del told["lengths"]
+        counted = {"lines": self.lines, "bad_lines": len(problems), "first_bad_lines": problems[:PROBLEMS_SHOWN]}
+        return {**counted, **told}
 
     def table(self) -> Table:
         """The report for a terminal."""

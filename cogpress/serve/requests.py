@@ -116,10 +116,10 @@ def _message(at: int, message: Any) -> dict[str, Any]:
     if calls and message.get("content") is None:
         message = {**message, "content": ""}
     if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-        raise CogpressError(f"Message {at} must be an object with the texts role and content.")
+        raise CogpressError(f"Message {at} must be an object with role and content, both strings.")
     role = message["role"]
     if role not in ROLES:
-        raise CogpressError(f"Message {at} has the role {role!r}; use system, user, assistant or tool.")
+        raise CogpressError(f"Message {at} has role {role!r}; use system, user, assistant or tool.")
     if role == "system" and at > 1:
         raise CogpressError(f"Message {at} is a system message; only the first message may be one.")
     kept: dict[str, Any] = {"role": role, "content": message["content"]}
@@ -134,7 +134,7 @@ def _call(at: int, call: Any) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise CogpressError(
-            f'Message {at}: each of its tool_calls must be {{"function": {{"name": ..., "arguments": ...}}}}.'
+            f'Message {at}: each of tool_calls must be {{"function": {{"name": ..., "arguments": ...}}}}.'
         )
     arguments = function.get("arguments", {})
     # OpenAI's clients send arguments as JSON text; templates write an object.
