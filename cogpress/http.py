@@ -74,9 +74,9 @@ def _for(url: str) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    # At their usual level these log each URL, with its signature.
+    # Below this level they log each URL, with its signature, and headers that are not understood.
     for name in ("httpx", "httpcore", "httpx_retries"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 _Client = TypeVar("_Client", httpx.Client, httpx.AsyncClient)
