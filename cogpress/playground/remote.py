@@ -61,7 +61,7 @@ class Remote:
         """What `name` names; empty if predictions are created by version."""
         self._found = False
         timeout = httpx.Timeout(20, read=SILENT_SECONDS)
-        self._replicate = AsyncReplicate(*credentials(environ), tries=TRIES, longest_wait=LONGEST_WAIT, timeout=timeout)
+        self._replicate = AsyncReplicate(*credentials(environ), tries=TRIES, longest=LONGEST_WAIT, timeout=timeout)
         self._remote: dict[str, dict[str, Any]] = {}
 
     async def run(self, prediction: Prediction) -> None:

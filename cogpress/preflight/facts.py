@@ -253,7 +253,7 @@ def _replicate(request: Request, destination: str | None) -> Asked:
     if not token:
         return Asked(problem="there is no REPLICATE_API_TOKEN to ask Replicate with")
     try:
-        client = api.Replicate(*api.credentials(), tries=TRIES, longest_wait=LONGEST_WAIT)
+        client = api.Replicate(*api.credentials(), tries=TRIES, longest=LONGEST_WAIT)
     except CogpressError as error:
         return Asked(problem=str(error), tried=True)
     calls = [routes.account(), routes.hardware()]

@@ -58,58 +58,38 @@ def explained(answer: Answer, what: str) -> tuple[str, str]:
     return f"Replicate {reason} (request for {what}){f': {detail}' if detail else ''}.", fix
 
 
-class _Client:
-    """What the synchronous and the asynchronous client share."""
+def _content(call: Call, answer: Answer, token: str) -> Any:
+    if 200 <= answer.status < 300:
+        return answer.content
+    raise RefusedError(answer.status, redacted(" ".join(explained(answer, call.what)), token))
 
-    def __init__(self, token: str, base: str) -> None:
-        self.token, self.base = token, base.rstrip("/")
-        self.name = f"Replicate's API at {source.shown(self.base)}"
 
-    def _content(self, call: Call, answer: Answer) -> Any:
-        if 200 <= answer.status < 300:
-            return answer.content
-        text = redacted(" ".join(explained(answer, call.what)), self.token)
-        raise RefusedError(answer.status, text)
-
-    def _stream_url(self, prediction: Mapping[str, Any]) -> str:
-        url = str((prediction.get("urls") or {}).get("stream") or "")
-        if not source.allowed(url) or urlsplit(url).scheme != urlsplit(self.base).scheme:
-            raise NoStreamError("Replicate gives no address for the stream. Add @cog.streaming to the runner's run().")
-        return url
+def _name(base: str) -> str:
+    return f"Replicate's API at {source.shown(base)}"
 
 
 class NoStreamError(CogpressError):
     """A prediction does not stream."""
 
 
-class Replicate(_Client):
+def _stream_url(made: Mapping[str, Any], base: str) -> str:
+    url = str((made.get("urls") or {}).get("stream") or "")
+    if not source.allowed(url) or urlsplit(url).scheme != urlsplit(base).scheme:
+        raise NoStreamError("Replicate gives no address for the stream. Add @cog.streaming to the runner's run().")
+    return url
+
+
+class Replicate(http.Api):
     """Replicate, asked with a token."""
 
-    def __init__(
-        self, token: str, base: str = ADDRESS, *, tries: int = TRIES, longest_wait: float = LONGEST_WAIT
-    ) -> None:
-        """Nothing is asked yet.
-
-        Args:
-            token: the account's; sent in a header to Replicate alone.
-            base: the API's address without `/v1`.
-            tries: of each request.
-            longest_wait: seconds between two of them.
-        """
-        super().__init__(token, base)
-        self._api = http.Api(self.base, token, self.name, tries=tries, longest=longest_wait)
-
-    def close(self) -> None:
-        """Close its connections."""
-        self._api.close()
+    def __init__(self, token: str, base: str = ADDRESS, *, tries: int = TRIES, longest: float = LONGEST_WAIT) -> None:
+        """See `http.Api`; `base` is the API's address without `/v1`."""
+        super().__init__(base, token, _name(base), tries=tries, longest=longest)
+        self.token = token
 
     def answer(self, call: Call) -> Answer:
-        """The answer to a request, good or refused.
-
-        Raises:
-            UnavailableError: Replicate cannot be reached, or stays busy.
-        """
-        return self._api.send(call.method, call.route, call.body, idempotent=call.idempotent, **call.more)
+        """The answer to a request, good or refused; raises as `http.Api.send`."""
+        return self.send(call.method, call.route, call.body, idempotent=call.idempotent, **call.more)
 
     def ask(self, call: Call) -> Any:
         """The content of a good answer.
@@ -118,7 +98,7 @@ class Replicate(_Client):
             RefusedError: any other answer, explained.
             UnavailableError: Replicate cannot be reached, or stays busy.
         """
-        return self._content(call, self.answer(call))
+        return _content(call, self.answer(call), self.token)
 
     def find(self, call: Call) -> dict[str, Any] | None:
         """The content of a good answer; None where there is no such thing."""
@@ -147,7 +127,7 @@ class Replicate(_Client):
         Raises:
             CogpressError: there is no stream, or it breaks off.
         """
-        url = self._stream_url(made)
+        url = _stream_url(made, self.base)
         try:
             # Without the token: the address itself is the key, and it may be another server's.
             with (
@@ -177,38 +157,32 @@ class Replicate(_Client):
         return str(self.ask(routes.upload(path.name, content))["urls"]["get"])
 
 
-class AsyncReplicate(_Client):
+class AsyncReplicate(http.AsyncApi):
     """As `Replicate`, for an event loop."""
 
     def __init__(
-        self,
-        token: str,
-        base: str = ADDRESS,
-        *,
-        tries: int = TRIES,
-        longest_wait: float = LONGEST_WAIT,
-        timeout: httpx.Timeout,
+        self, token: str, base: str = ADDRESS, *, tries: int, longest: float = LONGEST_WAIT, timeout: httpx.Timeout
     ) -> None:
-        """See `Replicate`; `timeout` is of each try, and of the silence in a stream."""
-        super().__init__(token, base)
-        self._api = http.AsyncApi(self.base, token, self.name, tries=tries, longest=longest_wait, timeout=timeout)
+        """See `http.AsyncApi`; `timeout` is of each try, and of the silence in a stream."""
+        super().__init__(base, token, _name(base), tries=tries, longest=longest, timeout=timeout)
+        self.token = token
         # Without the token: a stream's address itself is the key, and it may be another server's.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._streams = http.connect_async(self.base, timeout=timeout, limits=limits)
 
     async def close(self) -> None:
         """Close its connections."""
-        await self._api.close()
+        await super().close()
         await self._streams.aclose()
 
     async def ask(self, call: Call) -> Any:
         """See `Replicate.ask`."""
-        answer = await self._api.send(call.method, call.route, call.body, idempotent=call.idempotent, **call.more)
-        return self._content(call, answer)
+        answer = await self.send(call.method, call.route, call.body, idempotent=call.idempotent, **call.more)
+        return _content(call, answer, self.token)
 
     async def stream(self, made: dict[str, Any]) -> AsyncGenerator[tuple[str, str], None]:
         """See `Replicate.stream`; a stream that breaks off raises `httpx.HTTPError`."""
-        async with self._streams.stream("GET", self._stream_url(made), headers=http.EVENT_STREAM) as response:
+        async with self._streams.stream("GET", _stream_url(made, self.base), headers=http.EVENT_STREAM) as response:
             if response.status_code != 200:
                 raise NoStreamError(f"The stream answers {response.status_code} instead of text.")
             async for event in http.events_async(response):
