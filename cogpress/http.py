@@ -119,7 +119,7 @@ def retries(tries: int, longest: float, *, idempotent: bool = True, read: Any = 
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """An API's answer: the status, the JSON of a good one, and what a refusal says."""
 
     status: int
@@ -153,7 +153,7 @@ class _Requests:
         safe = method not in ("POST", "PATCH") if idempotent is None else idempotent
         return {"retry": self._retries[safe]}
 
-    def _answer(self, response: httpx.Response, retry: Retry) -> Answer:
+    def _answer(self, response: httpx.Response, retry: Retry) -> Reply:
         status = response.status_code
         if retry.is_retryable_status_code(status):
             tries = f"{retry.total + 1} times in a row" if retry.total else "once"
@@ -165,9 +165,9 @@ class _Requests:
         if response.is_success:
             if content is None and status != 204:
                 raise CogpressError(f"{self.name} did not answer with JSON. Check its address.")
-            return Answer(status, content)
+            return Reply(status, content)
         detail = content.get("detail") or content.get("error") if isinstance(content, dict) else None
-        return Answer(status, None, detail if isinstance(detail, str) else "")
+        return Reply(status, None, detail if isinstance(detail, str) else "")
 
     def _unreachable(self, error: httpx.HTTPError, retry: Retry) -> UnavailableError:
         begun = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
@@ -201,7 +201,7 @@ class Api(_Requests):
         """Close its connections."""
         self._http.close()
 
-    def send(self, method: str, route: str, body: Any = None, *, idempotent: bool | None = None, **more: Any) -> Answer:
+    def send(self, method: str, route: str, body: Any = None, *, idempotent: bool | None = None, **more: Any) -> Reply:
         """The answer to one request, good or refused.
 
         Args:
@@ -242,7 +242,7 @@ class AsyncApi(_Requests):
 
     async def send(
         self, method: str, route: str, body: Any = None, *, idempotent: bool | None = None, **more: Any
-    ) -> Answer:
+    ) -> Reply:
         """See `Api.send`."""
         extensions = self._extensions(method, idempotent)
         try:
@@ -300,7 +300,7 @@ async def events_async(response: httpx.Response) -> AsyncGenerator[ServerSentEve
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """A file on a server, as the server describes it.
 
     Attributes:
@@ -326,7 +326,7 @@ class Remote:
         return source.shown(self.url)
 
 
-def look(urls: Sequence[str]) -> list[Remote]:
+def look(urls: Sequence[str]) -> list[RemoteFile]:
     """Each file's size and version, without downloading it.
 
     Raises:
@@ -437,8 +437,8 @@ def request(opened: httpx.Client, url: str, headers: dict[str, str] | None = Non
         yield response
 
 
-def _look(opened: httpx.Client, url: str) -> Remote:
-    def ask() -> Remote:
+def _look(opened: httpx.Client, url: str) -> RemoteFile:
+    def ask() -> RemoteFile:
         # One byte: a signed URL often allows GET alone, not HEAD.
         with request(opened, url, {"Range": "bytes=0-0"}) as response:
             headers = response.headers
@@ -451,6 +451,6 @@ def _look(opened: httpx.Client, url: str) -> Remote:
             else:
                 size = headers.get("content-length", "")
             known = int(size) if size.isascii() and size.isdecimal() else None
-            return Remote(url, known, validator, ranges=response.status_code == 206)
+            return RemoteFile(url, known, validator, ranges=response.status_code == 206)
 
     return retried(ask, source.shown(url))

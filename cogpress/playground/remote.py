@@ -37,7 +37,7 @@ class _Missing(CogpressError):
     """There is no such model, version or deployment."""
 
 
-class Remote:
+class ReplicateBackend:
     """A model or deployment `owner/name`, or one version of a model `owner/name:version`."""
 
     slots: int | None = None

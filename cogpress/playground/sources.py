@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from cogpress import config
 from cogpress.errors import CogpressError
 from cogpress.playground.backend import Backend, Cog, Rewrite
-from cogpress.playground.remote import Remote
+from cogpress.playground.remote import ReplicateBackend
 from cogpress.playground.servers import OnDemandServer, ServerPool
 from cogpress.serve import model as serving
 
@@ -37,7 +37,7 @@ class Sources:
         if source.startswith(("http://", "https://")):
             return Cog(source, None, self._rewrite)
         if source.startswith("replicate:"):
-            return Remote(source.removeprefix("replicate:"))
+            return ReplicateBackend(source.removeprefix("replicate:"))
         if source.startswith("folder:"):
             weights = source.removeprefix("folder:") or None
             name = f"server-{hashlib.sha256(source.encode()).hexdigest()[:8]}"

@@ -17,7 +17,7 @@ from cogpress import config, source
 from cogpress.cog.program import REGISTRY
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
-from cogpress.http import Answer, Api
+from cogpress.http import Api, Reply
 from cogpress.plan import architecture, estimate, hardware
 from cogpress.plan.hardware import Machine as Hardware
 from cogpress.preflight import machine
@@ -73,7 +73,7 @@ class Weights:
 class Asked:
     """A server's answers by route; `problem` says why there are none, `tried` whether the server was asked."""
 
-    answers: dict[str, Answer] = field(default_factory=dict)
+    answers: dict[str, Reply] = field(default_factory=dict)
     problem: str | None = None
     tried: bool = False
 

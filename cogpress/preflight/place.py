@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cogpress.cog.program import REGISTRY
-from cogpress.http import Answer
+from cogpress.http import Reply
 from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
 from cogpress.preflight.facts import Facts
 from cogpress.replicate.api import explained
@@ -105,7 +105,7 @@ def _unasked(facts: Facts) -> Finding:
     return failed(problem, "Check the network and REPLICATE_BASE_URL, then run this again.")
 
 
-def _refused(answer: Answer, what: str) -> Finding:
+def _refused(answer: Reply, what: str) -> Finding:
     """A 4xx, and what it asks of the user."""
     message, fix = explained(answer, what)
     return failed(message, fix)

@@ -15,8 +15,8 @@ from cogpress.config import Config
 from cogpress.errors import CogpressError
 from cogpress.preflight import machine
 from cogpress.push import fuzz, journal, run, testcases
-from cogpress.push.run import Push
-from cogpress.push.target import Target, example, fingerprint, hardware
+from cogpress.push.run import PushRun
+from cogpress.push.target import PushTarget, example, fingerprint, hardware
 from cogpress.replicate import routes
 from cogpress.replicate.api import Replicate
 from cogpress.replicate.routes import Call
@@ -27,13 +27,13 @@ NEW = "(the new version)"
 """In the place of an id that is known only when the version exists."""
 
 
-def show(target: Target, settings: Config, console: Console) -> None:
+def show(target: PushTarget, settings: Config, console: Console) -> None:
     """Print each step with its commands and requests; steps that would not run again are marked.
 
     Raises:
         CogpressError: as a push would before its first step.
     """
-    push = Push(target, settings, Replicate("none"), console)
+    push = PushRun(target, settings, Replicate("none"), console)
     console.print(Text("Dry run: nothing is run, asked or written. A push would do this:", "bold"))
     for number, (name, before, lines) in enumerate(_steps(push), 1):
         told = Text("  done before", "green") if before else Text()
@@ -42,7 +42,7 @@ def show(target: Target, settings: Config, console: Console) -> None:
             console.print(Padding(Text(line, "dim" if before else ""), (0, 0, 0, 3)))
 
 
-def _steps(push: Push) -> Iterator[tuple[str, bool, list[str]]]:
+def _steps(push: PushRun) -> Iterator[tuple[str, bool, list[str]]]:
     """Each step's name, whether it is done with everything that it depends on unchanged, and what it does."""
     target, settings = push.target, push.settings
     sku = _sku(push)
@@ -82,7 +82,7 @@ def _steps(push: Push) -> Iterator[tuple[str, bool, list[str]]]:
         yield run.DEPLOYMENT, False, [f"{_shown(create)}, or", f"{_shown(update)}, where it exists"]
 
 
-def _asked(push: Push, version: str | None) -> Iterator[tuple[str, bool, list[str]]]:
+def _asked(push: PushRun, version: str | None) -> Iterator[tuple[str, bool, list[str]]]:
     settings = push.settings.push
     if settings.tests:
         done = version is not None and bool(_before(push, run.TESTS, push.tests_depend(version)))
@@ -102,7 +102,7 @@ def _asked(push: Push, version: str | None) -> Iterator[tuple[str, bool, list[st
         yield run.PARITY, False, [told]
 
 
-def _before(push: Push, name: str, depends: Any) -> dict[str, Any]:
+def _before(push: PushRun, name: str, depends: Any) -> dict[str, Any]:
     """The result of a step that was done and depends on nothing that changed; else empty."""
     found = push.journal.find(name, journal.key(depends))
     return found.result if found is not None and found.outcome == "passed" else {}
@@ -116,7 +116,7 @@ def _shown(call: Call) -> str:
     return f"{call.method} {call.route} {_json(call.body)}"
 
 
-def _sku(push: Push) -> str:
+def _sku(push: PushRun) -> str:
     try:
         return hardware(push.target, push.settings, ask=False)
     except CogpressError:

@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Entry:
+class StepRecord:
     """The outcome of a step.
 
     Attributes:
@@ -52,17 +52,17 @@ class Journal:
             fresh: ignore what it holds.
         """
         self.path = path
-        self._steps: dict[str, Entry] = {}
+        self._steps: dict[str, StepRecord] = {}
         if fresh:
             return
         try:
             content = read_json(path)
             if content["format"] == FORMAT:
-                self._steps = {name: Entry(**entry) for name, entry in content["steps"].items()}
+                self._steps = {name: StepRecord(**entry) for name, entry in content["steps"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return
 
-    def find(self, step: str, key: str) -> Entry | None:
+    def find(self, step: str, key: str) -> StepRecord | None:
         """The outcome of a step with the same key; None where there is none."""
         found = self._steps.get(step)
         return found if found is not None and found.key == key else None
@@ -70,7 +70,7 @@ class Journal:
     def note(self, step: str, key: str, seconds: float, result: dict[str, Any], message: str | None = None) -> None:
         """Record that a step passed, or with a message that it failed."""
         outcome: Literal["passed", "failed"] = "passed" if message is None else "failed"
-        self._steps[step] = Entry(key, outcome, result, message or "", round(seconds, 3), time.time())
+        self._steps[step] = StepRecord(key, outcome, result, message or "", round(seconds, 3), time.time())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         steps = {name: asdict(entry) for name, entry in self._steps.items()}
         write_json(self.path, {"format": FORMAT, "steps": steps})

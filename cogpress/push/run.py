@@ -19,7 +19,7 @@ from cogpress.preflight import machine
 from cogpress.push import compatibility, fuzz, journal, parity, summary, testcases
 from cogpress.push.journal import RejectedError, Say, StepRunner
 from cogpress.push.summary import Shipped
-from cogpress.push.target import Target, example, fingerprint, hardware
+from cogpress.push.target import PushTarget, example, fingerprint, hardware
 from cogpress.push.testcases import Outcome
 from cogpress.replicate import api, routes, training
 from cogpress.replicate.api import RefusedError, Replicate
@@ -37,10 +37,10 @@ TRAINING, DEPLOYMENT = "Training with the pushed version", "Deployment"
 """The steps' names in the terminal and the journal."""
 
 
-class Push:
+class PushRun:
     """One push, from preflight to the model that people use."""
 
-    def __init__(self, target: Target, settings: Config, replicate: Replicate, console: Console) -> None:
+    def __init__(self, target: PushTarget, settings: Config, replicate: Replicate, console: Console) -> None:
         """Read the journal of earlier pushes to the same destination; nothing runs yet.
 
         Args:
@@ -387,7 +387,7 @@ class Push:
         self._steps.kept(DEPLOYMENT, [version, wanted.model_dump(), self.target.hardware], act, still)
 
 
-def push(target: Target, settings: Config, console: Console) -> Shipped:
+def push(target: PushTarget, settings: Config, console: Console) -> Shipped:
     """Push, and print how to call what was pushed.
 
     Raises:
@@ -395,7 +395,7 @@ def push(target: Target, settings: Config, console: Console) -> Shipped:
     """
     replicate = api.connect()
     try:
-        shipped = Push(target, settings, replicate, console).run()
+        shipped = PushRun(target, settings, replicate, console).run()
     finally:
         replicate.close()
     summary.show(shipped, target.destination, example(settings), replicate.base, console)

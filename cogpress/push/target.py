@@ -18,7 +18,7 @@ from cogpress.weights import manifest
 
 
 @dataclass(frozen=True)
-class Target:
+class PushTarget:
     """A push, as the user asks for it.
 
     Attributes:
@@ -40,7 +40,9 @@ class Target:
     fresh: bool = False
 
     @classmethod
-    def of(cls, root: Path, settings: Config, destination: str, test_model: str | None = None, **more: Any) -> Target:
+    def of(
+        cls, root: Path, settings: Config, destination: str, test_model: str | None = None, **more: Any
+    ) -> PushTarget:
         """A target with valid names; `more` are other attributes.
 
         Raises:
@@ -60,7 +62,7 @@ class Target:
         return self.root / "runs" / "push" / self.destination.replace("/", "--")
 
 
-def hardware(target: Target, settings: Config, *, ask: bool = True) -> str:
+def hardware(target: PushTarget, settings: Config, *, ask: bool = True) -> str:
     """The SKU to run on: the named one, or the cheapest that fits by the plan.
 
     Args:

@@ -14,7 +14,7 @@ import httpx
 
 from cogpress import http, source
 from cogpress.errors import CogpressError
-from cogpress.http import Answer
+from cogpress.http import Reply
 from cogpress.redact import redacted
 from cogpress.replicate import routes
 from cogpress.replicate.routes import Call
@@ -51,14 +51,14 @@ class RefusedError(CogpressError):
         self.status = status
 
 
-def explained(answer: Answer, what: str) -> tuple[str, str]:
+def explained(answer: Reply, what: str) -> tuple[str, str]:
     """What a refusal of a request means, and what to do."""
     detail = " ".join(answer.detail.split()).rstrip(".")
     reason, fix = _REFUSALS.get(answer.status, (f"answers {answer.status}", "Read what it says and run this again."))
     return f"Replicate {reason} (request for {what}){f': {detail}' if detail else ''}.", fix
 
 
-def _content(call: Call, answer: Answer, token: str) -> Any:
+def _content(call: Call, answer: Reply, token: str) -> Any:
     if 200 <= answer.status < 300:
         return answer.content
     raise RefusedError(answer.status, redacted(" ".join(explained(answer, call.what)), token))
@@ -87,7 +87,7 @@ class Replicate(http.Api):
         super().__init__(base, token, _name(base), tries=tries, longest=longest)
         self.token = token
 
-    def answer(self, call: Call) -> Answer:
+    def answer(self, call: Call) -> Reply:
         """The answer to a request, good or refused; raises as `http.Api.send`."""
         return self.send(call.method, call.route, call.body, idempotent=call.idempotent, **call.more)
 

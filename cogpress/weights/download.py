@@ -29,7 +29,7 @@ SPARE = 64 << 20
 """Bytes of the disk that a download leaves free."""
 
 
-def get(wanted: Sequence[tuple[http.Remote, Path]], parts: Path, *, also: int = 0) -> None:
+def get(wanted: Sequence[tuple[http.RemoteFile, Path]], parts: Path, *, also: int = 0) -> None:
     """Download files to their places, with a progress bar; those in place already are not downloaded again.
 
     Args:
@@ -91,7 +91,7 @@ def check_room(folder: Path, needed: int) -> None:
 class _Job:
     """One file to download, and the part of it that is here."""
 
-    remote: http.Remote
+    remote: http.RemoteFile
     place: Path
     part: Path
 

@@ -79,7 +79,7 @@ def run(
     """One prediction through a queue, as the playground runs it."""
 
     async def main() -> Prediction:
-        queue = Queue(remote.Remote(name, TOKEN, stub.url), lambda _prediction: None)
+        queue = Queue(remote.ReplicateBackend(name, TOKEN, stub.url), lambda _prediction: None)
         version = Version("1" * 64, "local/x", 0.0, SCHEMA, f"replicate:{name}")
         prediction = Prediction("near", version, {}, {"prompt": "x"})
         queue.put(prediction)
@@ -134,7 +134,7 @@ def test_a_deployment_is_asked_by_its_name() -> None:
         "POST /v1/deployments/o/m/predictions": [(201, DONE)],
     }
     with replicate(replies) as stub:
-        assert asyncio.run(remote.Remote("o/m", TOKEN, stub.url).schema()) == SCHEMA
+        assert asyncio.run(remote.ReplicateBackend("o/m", TOKEN, stub.url).schema()) == SCHEMA
         assert run(stub).status == "succeeded"
 
 
@@ -148,7 +148,7 @@ def test_refusals_are_told_and_nothing_that_is_not_there_is_waited_for() -> None
         assert found.status == "failed"
         assert "prompt is too long" in str(found.error)
         with pytest.raises(CogpressError, match="cannot find it"):
-            asyncio.run(remote.Remote("o/none", TOKEN, stub.url).schema())
+            asyncio.run(remote.ReplicateBackend("o/none", TOKEN, stub.url).schema())
 
 
 def test_a_prediction_that_waits_there_is_canceled_there() -> None:

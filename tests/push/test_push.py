@@ -20,7 +20,7 @@ from cogpress import config
 from cogpress.errors import CogpressError
 from cogpress.preflight import place
 from cogpress.push import dry_run, journal, run, testcases
-from cogpress.push.target import Target, fingerprint, hardware
+from cogpress.push.target import PushTarget, fingerprint, hardware
 from cogpress.replicate import routes
 from cogpress.replicate.api import Replicate
 from tests.standins.localreplicate import ROOT, TOKEN, javascript
@@ -55,7 +55,7 @@ def push(here: Machine, dry: bool = False, **more: Any) -> tuple[Any, str]:
     settings = config.load(here.root / "model.yaml")
     file = StringIO()
     console = Console(file=file, width=80, highlight=False)
-    target = Target.of(here.root, settings, "local/model", **{"hardware": "gpu-l40s", **more})
+    target = PushTarget.of(here.root, settings, "local/model", **{"hardware": "gpu-l40s", **more})
     shipped = (dry_run.show if dry else run.push)(target, settings, console)
     assert TOKEN not in file.getvalue()
     return shipped, file.getvalue()
@@ -287,13 +287,13 @@ def test_a_version_is_found_without_a_digest(here: Machine) -> None:
 def test_a_project_that_changes_while_it_is_tested_is_not_pushed(
     here: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = run.Push._fuzz
+    real = run.PushRun._fuzz
 
-    def change(self: run.Push, *given: Any) -> None:
+    def change(self: run.PushRun, *given: Any) -> None:
         real(self, *given)
         here.swap("default=3", "default=4")
 
-    monkeypatch.setattr(run.Push, "_fuzz", change)
+    monkeypatch.setattr(run.PushRun, "_fuzz", change)
     with pytest.raises(CogpressError, match="changed during the push"):
         push(here)
     assert PUSH not in here.calls()
@@ -376,7 +376,7 @@ def test_a_journal_that_is_damaged_counts_as_nothing_done(tmp_path: Path) -> Non
 
 def test_hardware_is_the_plans(here: Machine) -> None:
     settings = config.load(here.root / "model.yaml")
-    target = Target.of(here.root, settings, "local/model")
+    target = PushTarget.of(here.root, settings, "local/model")
     with pytest.raises(CogpressError, match="The plan cannot choose hardware"):
         hardware(target, settings)
     llama = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -384,4 +384,4 @@ def test_hardware_is_the_plans(here: Machine) -> None:
     (here.root / "weights" / "config.json").write_text(json.dumps(llama))
     assert hardware(target, settings) in ("gpu-t4", "gpu-l40s")  # what the account has
     assert hardware(target, settings, ask=False).startswith("gpu-")
-    assert textwrap.dedent(hardware(Target.of(here.root, settings, "a/b", hardware="cpu"), settings)) == "cpu"
+    assert textwrap.dedent(hardware(PushTarget.of(here.root, settings, "a/b", hardware="cpu"), settings)) == "cpu"

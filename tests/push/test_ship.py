@@ -22,7 +22,7 @@ from cogpress import config, pipeline
 from cogpress.errors import CogpressError
 from cogpress.preflight import place
 from cogpress.push import run
-from cogpress.push.target import Target
+from cogpress.push.target import PushTarget
 from cogpress.train import run as training
 from cogpress.verify import report as verdict
 from cogpress.weights import manifest
@@ -67,7 +67,7 @@ def shipped(here: Machine) -> tuple[Any, str]:
     file = StringIO()
     settings = config.load(here.root / "model.yaml")
     assert settings.push.parity
-    target = Target.of(here.root, settings, "local/observe", hardware="gpu-l40s")
+    target = PushTarget.of(here.root, settings, "local/observe", hardware="gpu-l40s")
     made = run.push(target, settings, Console(file=file, width=80, highlight=False))
     assert TOKEN not in file.getvalue()
     return made, file.getvalue()

@@ -14,7 +14,7 @@ from cogpress import config, remote_training
 from cogpress.errors import CogpressError
 from cogpress.preflight import place
 from cogpress.push import dry_run, run
-from cogpress.push.target import Target
+from cogpress.push.target import PushTarget
 from cogpress.replicate import training
 from cogpress.replicate.api import Replicate
 from tests.standins.localreplicate import TOKEN
@@ -135,7 +135,7 @@ def test_a_push_tries_training_too(here: Machine, remote: PushReplicate) -> None
         },
     )
     settings = config.load(here.root / "model.yaml")
-    target = Target.of(here.root, settings, "local/trained", hardware="gpu-l40s")
+    target = PushTarget.of(here.root, settings, "local/trained", hardware="gpu-l40s")
     file = StringIO()
     console = Console(file=file, width=80)
     with pytest.raises(CogpressError, match=r"train-examples\.txt, which does not exist"):
