@@ -359,7 +359,7 @@ def test_a_model_with_few_inputs(client: Any) -> None:
 @pytest.mark.parametrize(
     ("more", "param", "words"),
     [
-        ({"n": 2}, "n", "one answer a request"),
+        ({"n": 2}, "n", "one answer per request"),
         ({"temperature": 7}, "temperature", "maximum"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "minimum"),
         ({"temperature": "hot"}, "temperature", "type"),

@@ -205,7 +205,7 @@ def test_what_is_deleted_is_said_to_be(tmp_path: Path) -> None:
         for route in (f"/v1/predictions/{first['id']}", f"/playground/api/predictions/{first['id']}/rating"):
             answer = local.ask("GET", route)
             assert answer.status_code == 404
-            assert "it was deleted" in answer.json()["detail"]
+            assert "It was deleted" in answer.json()["detail"]
         answer = local.ask("GET", first["urls"]["stream"].removeprefix(local.url))
         assert (answer.status_code, answer.json()["detail"]) == (404, "This prediction was deleted.")
         assert local.ask("GET", f"/p/{first['id']}").status_code == 200  # the page, which says it
