@@ -352,7 +352,7 @@ def test_a_model_with_few_inputs(client: Any) -> None:
         assert refused.value.param == name
     with pytest.raises(openai.BadRequestError, match="does not support response_format"):
         client.chat.completions.create(model="echo", messages=messages, response_format={"type": "json_object"})
-    with pytest.raises(openai.BadRequestError, match="answers one question"):
+    with pytest.raises(openai.BadRequestError, match="takes no conversations"):
         client.chat.completions.create(model="echo", messages=[*messages, *messages[1:]])
 
 

@@ -163,7 +163,7 @@ class _Parser:
             self.put("messages", messages)
             return
         if [one["role"] for one in messages] not in (["user"], ["system", "user"]):
-            detail = "This model takes single questions: messages may be one user message, or a system message and one."
+            detail = "This model takes no conversations: send one user message, optionally after a system message."
             raise OpenAIError(detail, "messages")
         self.put("prompt", messages[-1]["content"], "messages")
         if len(messages) > 1:
