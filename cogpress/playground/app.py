@@ -151,7 +151,7 @@ async def training_log(parts: Parts, request: Request) -> Response:
     """A training's log so far, from the runtime."""
     body = await web.read_json(request)
     if not parts.trainings.report(request.path_params["id"], request.path_params["key"], body):
-        raise web.Problem(404, "Not found", "There is no such training.")
+        raise web.HTTPProblem(404, "Not found", "There is no such training.")
     return Response(status_code=204)
 
 

@@ -15,8 +15,8 @@ from cogpress.playground.export import example, output_text
 from cogpress.playground.store import parsed
 from cogpress.playground.web import (
     GONE,
+    HTTPProblem,
     Parts,
-    Problem,
     base_url,
     bind,
     cursor,
@@ -78,7 +78,7 @@ async def history(parts: Parts, request: Request) -> Response:
             values.append(asked[name])
     if asked.get("rating"):
         if asked["rating"] not in ("good", "bad", "none"):
-            raise Problem(422, "Unprocessable", "rating must be good, bad or none.")
+            raise HTTPProblem(422, "Unprocessable", "rating must be good, bad or none.")
         conditions.append("rating IS NULL" if asked["rating"] == "none" else "rating = ?")
         values += [] if asked["rating"] == "none" else [asked["rating"]]
     words = re.findall(r"\w+", asked.get("q", ""))
@@ -132,7 +132,7 @@ def _preview(text: str) -> str:
 async def _rating(parts: Parts, identifier: str) -> dict[str, Any]:
     found = await parts.store.find(identifier)
     if found is None:
-        raise Problem(404, "Not found", GONE)
+        raise HTTPProblem(404, "Not found", GONE)
     return {"rating": found["rating"], "note": found["note"] or "", "correction": found["correction"]}
 
 
@@ -148,10 +148,10 @@ async def rate(parts: Parts, request: Request) -> Response:
     body = await read_json(request)
     value, note, correction = body.get("rating"), body.get("note") or "", body.get("correction")
     if value not in ("good", "bad", None):
-        raise Problem(422, "Unprocessable", "rating must be good, bad or null.")
+        raise HTTPProblem(422, "Unprocessable", "rating must be good, bad or null.")
     for name, text, most in (("note", note, _NOTE), ("correction", correction or "", _CORRECTION)):
         if not isinstance(text, str) or len(text) > most:
-            raise Problem(422, "Unprocessable", f"{name} must be a string of at most {most:,} characters.")
+            raise HTTPProblem(422, "Unprocessable", f"{name} must be a string of at most {most:,} characters.")
     await parts.store.write(
         "UPDATE predictions SET rating = ?, note = ?, correction = ? WHERE id = ?",
         *(value, note or None, correction or None, identifier),
@@ -163,7 +163,7 @@ async def export(parts: Parts, request: Request) -> Response:
     """Rated answers as a JSONL file for `train.py`; the header X-Left-Out counts those without a right answer."""
     wanted = request.query_params.get("rating", "all")
     if wanted not in ("good", "bad", "all"):
-        raise Problem(422, "Unprocessable", "rating must be good, bad or all.")
+        raise HTTPProblem(422, "Unprocessable", "rating must be good, bad or all.")
     which = "rating IS NOT NULL" if wanted == "all" else "rating = ?"
     rows = await parts.store.read(
         f"SELECT * FROM predictions WHERE {which} ORDER BY seq", *([] if wanted == "all" else [wanted])

@@ -49,7 +49,7 @@ class Parts:
     prompt: Prompt = field(default_factory=Prompt)
 
 
-class Problem(Exception):
+class HTTPProblem(Exception):
     """An error response in Replicate's form."""
 
     def __init__(self, status: int, title: str, detail: str, **more: Any) -> None:
@@ -69,7 +69,7 @@ def _endpoint(parts: Parts, handler: Handler) -> Callable[[Request], Awaitable[R
     async def endpoint(request: Request) -> Response:
         try:
             return await handler(parts, request)
-        except Problem as problem:
+        except HTTPProblem as problem:
             return problem_response(problem.body)
         except InvalidInput as error:
             fields = [
@@ -85,13 +85,13 @@ def _endpoint(parts: Parts, handler: Handler) -> Callable[[Request], Awaitable[R
     return endpoint
 
 
-def invalid(fields: list[dict[str, str]]) -> Problem:
+def invalid(fields: list[dict[str, str]]) -> HTTPProblem:
     """The response to a request with invalid fields, each with its type, field and description."""
     detail = "".join(f"- {one['field']}: {one['description']}\n" for one in fields)
-    return Problem(422, "Input validation failed", detail, invalid_fields=fields)
+    return HTTPProblem(422, "Input validation failed", detail, invalid_fields=fields)
 
 
-def invalid_field(field: str, description: str, kind: str = "value_error") -> Problem:
+def invalid_field(field: str, description: str, kind: str = "value_error") -> HTTPProblem:
     """The response to a request with one invalid field."""
     return invalid([{"type": kind, "field": field, "description": description}])
 
@@ -111,7 +111,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     """A request's body.
 
     Raises:
-        Problem: it is not a JSON object.
+        HTTPProblem: it is not a JSON object.
     """
 
     def refuse(name: str) -> Any:
@@ -120,9 +120,9 @@ async def read_json(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(await request.body() or b"{}", parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise Problem(400, "Bad request", f"The body is not valid JSON: {error}.") from None
+        raise HTTPProblem(400, "Bad request", f"The body is not valid JSON: {error}.") from None
     if not isinstance(body, dict):
-        raise Problem(400, "Bad request", "The body must be a JSON object.")
+        raise HTTPProblem(400, "Bad request", "The body must be a JSON object.")
     return body
 
 
@@ -130,7 +130,7 @@ def string(body: dict[str, Any], name: str, *, required: bool = False) -> str | 
     """A string in a body.
 
     Raises:
-        Problem: it is something else, or missing.
+        HTTPProblem: it is something else, or missing.
     """
     value = body.get(name)
     if (value is None and not required) or isinstance(value, str):
@@ -185,7 +185,7 @@ def _parse_cursor(given: str | None) -> tuple[str, int]:
             raise ValueError
         return direction, max(0, min(int(place), _END))
     except ValueError:
-        raise Problem(400, "Bad request", "The cursor is not valid.") from None
+        raise HTTPProblem(400, "Bad request", "The cursor is not valid.") from None
 
 
 def cursor_place(given: str | None) -> int:

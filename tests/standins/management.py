@@ -13,7 +13,7 @@ from starlette.routing import Route
 from cogpress.playground import web
 from cogpress.playground.api import resources
 from cogpress.playground.catalog import NAME, OWNER
-from cogpress.playground.web import Parts, Problem, invalid_field, json_response, read_json, string, timestamp
+from cogpress.playground.web import HTTPProblem, Parts, invalid_field, json_response, read_json, string, timestamp
 
 HARDWARE = ({"name": "CPU", "sku": "cpu"}, {"name": "T4", "sku": "gpu-t4"}, {"name": "L40S", "sku": "gpu-l40s"})
 FACTS = ("description", "github_url", "paper_url", "license_url", "cover_image_url", "visibility", "hardware")
@@ -75,7 +75,7 @@ class Management:
         body = await read_json(request)
         name = f"{string(body, 'owner', required=True)}/{string(body, 'name', required=True)}"
         if name in parts.catalog.models:
-            raise Problem(409, "Conflict", f"A model named {name} exists already.")
+            raise HTTPProblem(409, "Conflict", f"A model named {name} exists already.")
         if body.get("visibility") not in ("public", "private"):
             raise invalid_field("visibility", "visibility must be public or private")
         _check_hardware(body.get("hardware"))
@@ -92,13 +92,13 @@ class Management:
         found = resources.version_of(parts, request)
         used = [one.name for one in self.deployments.values() if (one.model, one.version) == (found.model, found.id)]
         if used:
-            raise Problem(400, "Bad request", f"The deployment {OWNER}/{used[0]} uses this version.")
+            raise HTTPProblem(400, "Bad request", f"The deployment {OWNER}/{used[0]} uses this version.")
         return await resources.delete_version(parts, request)
 
     def _deployment(self, request: Request) -> Deployment:
         name = request.path_params["name"]
         if name not in self.deployments:
-            raise Problem(404, "Not found", f"There is no deployment {OWNER}/{name}.")
+            raise HTTPProblem(404, "Not found", f"There is no deployment {OWNER}/{name}.")
         return self.deployments[name]
 
     async def create_deployment(self, parts: Parts, request: Request) -> Response:
@@ -107,7 +107,7 @@ class Management:
         if not NAME.fullmatch(name):
             raise invalid_field("name", "name must be letters, digits, dots, dashes and underscores")
         if name in self.deployments:
-            raise Problem(409, "Conflict", f"A deployment named {OWNER}/{name} exists already.")
+            raise HTTPProblem(409, "Conflict", f"A deployment named {OWNER}/{name} exists already.")
         model, version = (str(string(body, key, required=True)) for key in ("model", "version"))
         chosen = parts.catalog.version(model, version)
         made = Deployment(name, chosen.model, chosen.id, time.time(), **_configuration(body, {}))

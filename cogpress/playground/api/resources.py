@@ -13,7 +13,7 @@ from starlette.routing import Route
 from cogpress.playground.catalog import OWNER
 from cogpress.playground.files import StoredFile
 from cogpress.playground.records import HostedModel, Version
-from cogpress.playground.web import Parts, Problem, base_url, bind, invalid_field, json_response, timestamp
+from cogpress.playground.web import HTTPProblem, Parts, base_url, bind, invalid_field, json_response, timestamp
 
 ACCOUNT = {"type": "user", "username": OWNER, "name": "This machine", "github_url": None}
 
@@ -130,7 +130,7 @@ def file_json(base: str, found: StoredFile) -> dict[str, Any]:
 async def _file(parts: Parts, request: Request) -> StoredFile:
     found = await parts.files.find(request.path_params["id"])
     if found is None:
-        raise Problem(404, "Not found", "There is no such file, or it was removed.")
+        raise HTTPProblem(404, "Not found", "There is no such file, or it was removed.")
     return found
 
 
@@ -173,7 +173,7 @@ async def delete_file(parts: Parts, request: Request) -> Response:
 async def download(parts: Parts, request: Request) -> Response:
     """`GET /v1/files/ID/download?key=…`: the content, for anyone who has this URL."""
     if not parts.keys.match("file", request.path_params["id"], request.query_params.get("key", "")):
-        raise Problem(404, "Not found", "There is no such file.")
+        raise HTTPProblem(404, "Not found", "There is no such file.")
     found = await _file(parts, request)
     return FileResponse(parts.files.path(found), headers=parts.files.headers(found))
 

@@ -14,8 +14,8 @@ from cogpress.playground.records import Options, Version
 from cogpress.playground.store import parsed
 from cogpress.playground.web import (
     GONE,
+    HTTPProblem,
     Parts,
-    Problem,
     base_url,
     bind,
     invalid_field,
@@ -152,7 +152,7 @@ async def prediction(parts: Parts, request: Request) -> Response:
     """`GET /v1/predictions/ID`."""
     record = await parts.predictions.record(request.path_params["id"])
     if record is None:
-        raise Problem(404, "Not found", GONE)
+        raise HTTPProblem(404, "Not found", GONE)
     return json_response(prediction_json(parts, base_url(request), record))
 
 
@@ -204,7 +204,7 @@ async def training(parts: Parts, request: Request) -> Response:
     """`GET /v1/trainings/ID`."""
     record = await parts.trainings.record(request.path_params["id"])
     if record is None:
-        raise Problem(404, "Not found", "There is no such training.")
+        raise HTTPProblem(404, "Not found", "There is no such training.")
     return json_response(training_json(base_url(request), record))
 
 

@@ -23,7 +23,7 @@ from cogpress.playground.openai.errors import OpenAIError
 from cogpress.playground.openai.parameters import CompletionRequest
 from cogpress.playground.openai.responses import Completion, encoded
 from cogpress.playground.records import HostedModel, InvalidInput, Options, Prediction, Version
-from cogpress.playground.web import Handler, Parts, Problem, base_url, json_response, read_json
+from cogpress.playground.web import Handler, HTTPProblem, Parts, base_url, json_response, read_json
 
 PULSE_SECONDS = 15.0
 """A stream begins after this long even without text, and then sends a comment this often until there is some."""
@@ -47,7 +47,7 @@ def _endpoint(parts: Parts, handler: Handler) -> Callable[[Request], Awaitable[R
             return await handler(parts, request)
         except OpenAIError as error:
             return problem(error)
-        except Problem as error:
+        except HTTPProblem as error:
             return problem(OpenAIError(error.body["detail"], status=error.body["status"]))
         except NotFound as error:
             return problem(OpenAIError(str(error), "model", status=404, code="model_not_found"))
