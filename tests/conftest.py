@@ -19,6 +19,7 @@ from tests.standins.fileserver import FileServer, serve
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from cogpress.cog.process import Server
     from cogpress.config import Config
     from cogpress.data.prepare import Prepared
     from cogpress.verify.report import Verdict
@@ -34,10 +35,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test as `unit` that no other marker says to be long."""
+    """Mark tests without a marker for long ones as `unit`; run those that share a server one after the other, last."""
     for item in items:
         if not any(item.get_closest_marker(name) for name in ("slow", "server", "train")):
             item.add_marker("unit")
+    items.sort(key=lambda item: "trained_server" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
@@ -185,6 +187,18 @@ def trained_run(base_folder: Path, cache: Path) -> Path:
 def trained_weights(trained_run: Path) -> Path:
     """Weights of a model that has really learnt the worked example."""
     return trained_run / "weights"
+
+
+@pytest.fixture(scope="session")
+def trained_server(trained_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The project's own server with vLLM on `trained_weights`, for all tests that only ask. None of them may end it."""
+    from cogpress.cog import client
+    from cogpress.cog.process import Server
+
+    with Server(ROOT, weights=str(trained_weights), log=tmp_path_factory.mktemp("trained") / "server.log") as server:
+        server.wait_ready(300)
+        client.predict(server.url, {"prompt": "warm up", "max_tokens": 2})
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`predict.py` with a trained model in the real runtime and engine: one server for the whole file."""
+"""`predict.py` with a trained model in the real runtime and engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,9 @@ LONG = {"prompt": "Count up.", "min_tokens": 2000, "max_tokens": 2000}
 """A prediction that would run for half a minute and more."""
 
 
-@pytest.fixture(scope="module")
-def server(trained_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("predict") / "server.log"
-    with Server(ROOT, weights=str(trained_weights), log=log) as server:
-        server.wait_ready(300)
-        client.predict(server.url, {"prompt": "warm up", "max_tokens": 2})
-        yield server
+@pytest.fixture
+def server(trained_server: Server) -> Server:
+    return trained_server
 
 
 @pytest.fixture(scope="module")
@@ -271,25 +266,6 @@ def test_log_probabilities_come_as_metrics(server: Server) -> None:
 def test_a_tar_of_weights_is_served(trained_weights: Path, tmp_path: Path) -> None:
     tar = archive.pack(trained_weights, tmp_path / "weights.tar")
     assert manifest.fingerprint(fetch.model(tar, tmp_path).folder) == manifest.fingerprint(trained_weights)
-
-
-def test_a_dead_engine_is_told_at_once(server: Server) -> None:
-    """Last, because the server is of no use after it."""
-    assert server._process is not None
-    running = client.stream(server.url, LONG)
-    assert next(event for event in running if event.kind == "output")
-    for process in psutil.Process(server._process.pid).children(recursive=True):
-        if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
-            process.kill()
-    started = time.monotonic()
-    with pytest.raises(CogpressError, match="engine has stopped"):
-        list(running)
-    assert time.monotonic() - started < 5
-    started = time.monotonic()
-    with pytest.raises(CogpressError, match="engine has stopped"):
-        client.predict(server.url, {"prompt": "hello"})
-    assert time.monotonic() - started < 2
-    assert (client.health(server.url) or {})["status"] != "READY"
 
 
 def test_training_through_cogs_endpoint_gives_weights_that_are_served(

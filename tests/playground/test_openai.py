@@ -646,44 +646,42 @@ def test_a_stream_that_waits_long_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_with_the_real_engine(trained_weights: Path, tmp_path: Path) -> None:
+def test_with_the_real_engine(trained_server: Server, tmp_path: Path) -> None:
     """A trained model through the official client and Instructor."""
-    with Server(ROOT, weights=str(trained_weights), log=tmp_path / "server.log") as cog:
-        cog.wait_ready(300)
-        with Local(ROOT, [("queries", cog.url)], data=tmp_path / "data") as local:
-            client = openai.OpenAI(base_url=f"{local.url}/v1", api_key="any")
-            ask = [{"role": "user", "content": "Count to three."}]
-            more: dict[str, Any] = {"model": "queries", "messages": ask, "max_tokens": 12}
-            greedy = client.chat.completions.create(**more, temperature=0)
-            assert greedy.usage.completion_tokens <= 12
-            chunks = list(client.chat.completions.create(**more, temperature=0, stream=True))
-            assert "".join(one.choices[0].delta.content or "" for one in chunks) == greedy.choices[0].message.content
-            warm = [client.chat.completions.create(**more, temperature=1.5, seed=seed) for seed in (5, 5)]
-            assert len({one.choices[0].message.content for one in warm}) == 1
-            text = greedy.choices[0].message.content
-            stopped = client.chat.completions.create(**more, temperature=0, stop=[text[3:6]])
-            assert stopped.choices[0].message.content == text[: text.index(text[3:6])]
-            found = client.chat.completions.create(**more, temperature=0, logprobs=True, top_logprobs=2)
-            steps = found.choices[0].logprobs.content
-            assert len(steps) == found.usage.completion_tokens
-            assert all(len(one.top_logprobs) == 2 and one.logprob <= 0 for one in steps)
-            first = client.completions.create(model="queries", prompt="Count to three.", max_tokens=1, temperature=0)
-            assert first.choices[0].finish_reason == "length"
-            with pytest.raises(openai.BadRequestError, match="tokens long and the context"):
-                client.chat.completions.create(model="queries", messages=[{"role": "user", "content": "word " * 20000}])
-            with pytest.raises(openai.BadRequestError, match="knows no tools"):
-                client.chat.completions.create(**more, tools=[TOOL])
-            structured = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA)
-            city = structured.chat.completions.create(
-                **{**more, "max_tokens": 200}, response_model=Colour, temperature=0, max_retries=1
-            )
-            assert city.colour in ("red", "green")
-            stream = client.chat.completions.create(
-                **{**more, "max_tokens": 2000}, stream=True, extra_body={"min_tokens": 2000}
-            )
-            identifier = next(iter(stream)).id.removeprefix("chatcmpl-")
-            stream.close()
-            assert local.wait(identifier)["status"] == "canceled"
+    with Local(ROOT, [("queries", trained_server.url)], data=tmp_path / "data") as local:
+        client = openai.OpenAI(base_url=f"{local.url}/v1", api_key="any")
+        ask = [{"role": "user", "content": "Count to three."}]
+        more: dict[str, Any] = {"model": "queries", "messages": ask, "max_tokens": 12}
+        greedy = client.chat.completions.create(**more, temperature=0)
+        assert greedy.usage.completion_tokens <= 12
+        chunks = list(client.chat.completions.create(**more, temperature=0, stream=True))
+        assert "".join(one.choices[0].delta.content or "" for one in chunks) == greedy.choices[0].message.content
+        warm = [client.chat.completions.create(**more, temperature=1.5, seed=seed) for seed in (5, 5)]
+        assert len({one.choices[0].message.content for one in warm}) == 1
+        text = greedy.choices[0].message.content
+        stopped = client.chat.completions.create(**more, temperature=0, stop=[text[3:6]])
+        assert stopped.choices[0].message.content == text[: text.index(text[3:6])]
+        found = client.chat.completions.create(**more, temperature=0, logprobs=True, top_logprobs=2)
+        steps = found.choices[0].logprobs.content
+        assert len(steps) == found.usage.completion_tokens
+        assert all(len(one.top_logprobs) == 2 and one.logprob <= 0 for one in steps)
+        first = client.completions.create(model="queries", prompt="Count to three.", max_tokens=1, temperature=0)
+        assert first.choices[0].finish_reason == "length"
+        with pytest.raises(openai.BadRequestError, match="tokens long and the context"):
+            client.chat.completions.create(model="queries", messages=[{"role": "user", "content": "word " * 20000}])
+        with pytest.raises(openai.BadRequestError, match="knows no tools"):
+            client.chat.completions.create(**more, tools=[TOOL])
+        structured = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA)
+        city = structured.chat.completions.create(
+            **{**more, "max_tokens": 200}, response_model=Colour, temperature=0, max_retries=1
+        )
+        assert city.colour in ("red", "green")
+        stream = client.chat.completions.create(
+            **{**more, "max_tokens": 2000}, stream=True, extra_body={"min_tokens": 2000}
+        )
+        identifier = next(iter(stream)).id.removeprefix("chatcmpl-")
+        stream.close()
+        assert local.wait(identifier)["status"] == "canceled"
 
 
 class Colour(BaseModel):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -25,6 +27,8 @@ from examples import queries, questions
 from tests.fixtures.make import operations_row
 
 ROOT = Path(__file__).resolve().parents[2]
+LONG = {"prompt": "Count up.", "min_tokens": 2000, "max_tokens": 2000}
+"""A prediction that would run for half a minute and more."""
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +192,24 @@ def test_what_can_not_be_had_fails_alone(server: Server) -> None:
         ask(server, adapter="missing", prompt="x")
     assert "Paris" in ask(server, prompt="What is the capital of France?", system_prompt="")
     assert client.health(server.url)["status"] == "READY"  # type: ignore[index]
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_dead_engine_is_told_at_once(server: Server) -> None:
+    """Last, because it ends the server of this file."""
+    assert server._process is not None
+    running = client.stream(server.url, LONG)
+    assert next(event for event in running if event.kind == "output")
+    for process in psutil.Process(server._process.pid).children(recursive=True):
+        if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
+            process.kill()
+    started = time.monotonic()
+    with pytest.raises(CogpressError, match="engine has stopped"):
+        list(running)
+    assert time.monotonic() - started < 5
+    started = time.monotonic()
+    with pytest.raises(CogpressError, match="engine has stopped"):
+        client.predict(server.url, {"prompt": "hello"})
+    assert time.monotonic() - started < 2
+    assert (client.health(server.url) or {})["status"] != "READY"
