@@ -1,4 +1,4 @@
-"""Throughput of scripts/batch against vLLM's offline engine: same weights, options, prompts and lengths, in one run."""
+"""Throughput of scripts/batch against vLLM's offline engine with the same weights, options and prompts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bench.measure import alternate_aloud, in_fresh_process, medians
-from bench.report import write_report
+from bench.report import speeds, write_report
 from cogpress import config
 from cogpress.cog import schema
 from cogpress.engines import vllm
@@ -25,21 +24,21 @@ from cogpress.serve import model as serving
 from cogpress.weights import base, manifest
 
 MAX_TOKENS = 160
-"""More than any expected answer of the worked example has."""
+"""More than any expected answer of the worked example needs."""
 
 
 def run(
     root: Path, weights: Path, questions: Sequence[dict[str, Any]], out: Path, rounds: int, console: Console
 ) -> dict[str, Any]:
-    """Measure both, each in a process of its own, in an order that alternates; the report holds medians.
+    """Measure both in alternating order, each in its own process, and report medians.
 
     Args:
         root: the project's folder.
         weights: the folder that both serve.
         questions: rows of the worked example.
-        out: where the JSON goes.
-        rounds: how often both are measured.
-        console: where progress is shown.
+        out: the JSON file to write.
+        rounds: number of measurements of each side.
+        console: shows progress and the table.
     """
     sides = {
         "cogpress": partial(in_fresh_process, _ours, root, weights, list(questions)),
@@ -57,9 +56,8 @@ def run(
         "throughput_ratio": found["cogpress"]["tokens_per_second"] / found["vllm"]["tokens_per_second"],
         "rounds": measured,
     }
-    table = Table("", "scripts/batch", "vLLM offline", "ratio")
-    speed = [f"{found[name]['tokens_per_second']:.0f}" for name in sides]
-    table.add_row("tokens per second", *speed, f"x {report['throughput_ratio']:.2f}")
+    titles = {"cogpress": "scripts/batch", "vllm": "vLLM offline"}
+    table = speeds(found, titles, "tokens per second", report["throughput_ratio"])
     table.add_row("tokens", *(f"{found[name]['tokens']:.0f}" for name in sides), "")
     console.print(table)
     write_report(out, report)
@@ -110,11 +108,11 @@ def _theirs(root: Path, weights: Path, questions: Sequence[dict[str, Any]]) -> d
     engine = LLM(**chosen)
     form = config.Prompt.model_validate((manifest.read(weights) or {})["prompt"])
     tokenizer = base.tokenizer(weights)
-    # Rendering and tokenizing are part of the work, as they are of the other side's.
+    # Rendering and tokenizing count on both sides.
     started = time.perf_counter()
     prompts = [{"prompt_token_ids": encode(tokenizer, Question(fields=row["prompt"]), form)} for row in questions]
     outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False)
     seconds = time.perf_counter() - started
-    engine.llm_engine.engine_core.shutdown()  # this process would wait at its end for the engine's
+    engine.llm_engine.engine_core.shutdown()  # otherwise this process waits for the engine's at its end
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     return {"tokens_per_second": tokens / seconds, "tokens": tokens, "seconds": seconds}

@@ -1,7 +1,6 @@
-"""Asking one server one question: the streams of Cog's runtime, of OpenAI's API and of Replicate's, with its token.
+"""Clients for one question: the streams of Cog's runtime, of OpenAI's API and of Replicate's.
 
-Knows the three protocols and which of them a URL means. A request is sent once, whatever comes of it: one that was sent
-again would be measured as slow instead of counted as lost. Leaves asking many questions at once to `load`.
+Requests are never retried: a retried one would be measured as slow instead of counted as lost.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from cogpress.replicate import routes
 from cogpress.replicate.api import ADDRESS, ENDED, AsyncReplicate, NoStreamError, RefusedError, credentials
 
 MAX_TOKENS = 160
-"""More than any expected answer of the worked example has."""
+"""More than any expected answer of the worked example needs."""
 
 TIMEOUT = httpx.Timeout(10.0, read=600.0, pool=None)
-"""A model on Replicate may have to be started first, which takes minutes."""
+"""A model on Replicate may need a cold start, which takes minutes."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every side: the values of the prompt template, or a text."""
+    """A question for every side: values of the prompt template, or a text."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
@@ -48,19 +47,19 @@ class Question:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """As a prediction's input."""
+        """The question as a prediction's input."""
         asked = {"fields": json.dumps(self.fields)} if self.fields else {"prompt": self.text}
         least = {"min_tokens": self.min_tokens} if self.min_tokens else {}
         return {**asked, "max_tokens": self.max_tokens, "temperature": 0, **least}
 
     def messages(self, prompt: Prompt) -> list[prompts.Message]:
-        """As the conversation that cogpress makes of it, for a server that does not know the prompt template."""
+        """The question as the conversation that cogpress makes of it, for a server without the prompt template."""
         return prompts.conversation(prompts.Question(self.text, self.fields or None), prompt)
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the servers that are compared: its name in files, its name for people, and how it is asked."""
+    """One of the compared servers: its name in files, its display name, and its client."""
 
     name: str
     title: str
@@ -68,20 +67,20 @@ class Side:
 
 
 class StatusError(LostError):
-    """A server answered with a status that is an error."""
+    """A server answered with an error status."""
 
     def __init__(self, status: int, text: str) -> None:
-        """Note the status and what to say of it."""
+        """Derive the cause from the status."""
         super().__init__(text, f"HTTP {status}", refused=status in (409, 429, 503))
         self.status = status
 
 
 def connect(url: str, runner: asyncio.Runner, stack: ExitStack) -> httpx.AsyncClient:
-    """One HTTP client for all requests of a side; as `client.connect`, without certificates for plain HTTP.
+    """One HTTP client for all requests of a side.
 
     Args:
         url: https, or http on this machine.
-        runner: of the event loop.
+        runner: runs the event loop.
         stack: closes the connections.
 
     Raises:
@@ -89,7 +88,7 @@ def connect(url: str, runner: asyncio.Runner, stack: ExitStack) -> httpx.AsyncCl
     """
     if not source.allowed(url):
         raise CogpressError(f"{source.shown(url)} cannot be asked: write https://…, or http:// for this machine.")
-    # The client keeps 20 connections by default, and 64 streams would connect anew for most of their questions.
+    # By default httpx keeps 20 connections open, so 64 streams would reconnect for most of their questions.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     opened = http.connect_async(url, timeout=TIMEOUT, limits=limits, headers={"Accept-Encoding": "identity"})
     stack.callback(lambda: runner.run(opened.aclose()))
@@ -120,7 +119,7 @@ def _disconnected(text: str, error: httpx.HTTPError) -> LostError:
 
 
 def _broken(data: str) -> LostError:
-    return LostError(f"The stream is not whole: {_words(data)}", "stream not whole")
+    return LostError(f"The stream is incomplete: {_words(data)}", "stream incomplete")
 
 
 def _words(text: str) -> str:
@@ -133,11 +132,11 @@ _OPENAI_USAGE = re.compile(r'"usage":\s*\{')
 
 
 def cog(opened: httpx.AsyncClient, url: str) -> Ask:
-    """Asks a Cog server whose runner streams.
+    """A client for a Cog server whose runner streams.
 
     Args:
-        opened: the client to ask with.
-        url: the server's, without a path.
+        opened: the HTTP client.
+        url: of the server, without a path.
     """
 
     async def ask(question: Question) -> AsyncIterator[Usage | Later | None]:
@@ -164,13 +163,13 @@ def _usage(prediction: Mapping[str, Any]) -> Usage:
 
 
 def openai(opened: httpx.AsyncClient, url: str, model: str, prompt: Prompt) -> Ask:
-    """Asks an OpenAI server, such as vLLM's.
+    """A client for an OpenAI server, such as vLLM's.
 
     Args:
-        opened: the client to ask with.
-        url: the server's, without a path.
-        model: by the name that it is served under.
-        prompt: what a question must look like.
+        opened: the HTTP client.
+        url: of the server, without a path.
+        model: the name that it is served under.
+        prompt: template and system text of the questions.
     """
 
     async def ask(question: Question) -> AsyncIterator[Usage | Later | None]:
@@ -205,13 +204,13 @@ _MODEL = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ReplicateModel:
-    """One model on Replicate, asked as the official client asks for a stream."""
+    """A client for a model on Replicate, which sends the requests that the official client sends for a stream."""
 
     def __init__(self, replicate: AsyncReplicate, model: str) -> None:
-        """Nothing is asked yet.
+        """Sends nothing yet.
 
         Args:
-            replicate: a client that asks once.
+            replicate: a client that does not retry.
             model: `owner/name`.
         """
         self._replicate, self._model = replicate, model
@@ -222,13 +221,13 @@ class ReplicateModel:
         """Find the model.
 
         Raises:
-            CogpressError: there is none, the token is not accepted, or the API cannot be reached.
+            CogpressError: there is no such model, the token is rejected, or the API cannot be reached.
         """
         found = await self._replicate.ask(routes.model(self._model))
         self._version = str((found.get("latest_version") or {}).get("id") or "")
 
     async def ask(self, question: Question) -> AsyncIterator[Usage | Later | None]:
-        """See `load.Ask`. The seconds begin before the prediction is created; usage is asked for after the load."""
+        """See `load.Ask`. Time starts before the prediction is created; usage is fetched after the load."""
         try:
             made = await self._create(question.inputs)
             async with aclosing(self._replicate.stream(made)) as events:
@@ -261,14 +260,14 @@ class ReplicateModel:
             try:
                 return dict(await self._replicate.ask(routes.predict_by_name("models", self._model, inputs)))
             except RefusedError as error:
-                # Replicate runs only models of its own choice by name, all others by version.
+                # Replicate runs only its official models by name, all others by version.
                 if error.status != 404 or not self._version:
                     raise
                 self._by_version = True
         return dict(await self._replicate.ask(routes.predict(self._version, inputs)))
 
     async def _counted(self, identifier: str) -> Usage:
-        """The metrics appear a moment after the stream's end."""
+        """The metrics, which appear a moment after the end of the stream."""
         for _ in range(10):
             made = await self._replicate.ask(routes.prediction(identifier))
             if made.get("status") in ENDED:
@@ -281,16 +280,16 @@ class ReplicateModel:
 
 
 def remote(url: str, runner: asyncio.Runner, stack: ExitStack, environ: Mapping[str, str] = os.environ) -> Side:
-    """The side behind a URL, found to answer.
+    """The side behind a URL, once it answers.
 
     Args:
         url: of a Cog server, or `OWNER/NAME` or `https://api.replicate.com/v1/models/OWNER/NAME`.
-        runner: of the event loop.
+        runner: runs the event loop.
         stack: closes the connections.
-        environ: where REPLICATE_API_TOKEN and REPLICATE_BASE_URL are.
+        environ: holds REPLICATE_API_TOKEN and REPLICATE_BASE_URL.
 
     Raises:
-        CogpressError: it is none of these, it does not answer, or there is no token for Replicate.
+        CogpressError: the URL is none of these or does not answer, or there is no token for Replicate.
     """
     base = (environ.get("REPLICATE_BASE_URL") or ADDRESS).rstrip("/")
     model = _replicate_model(url, base)
@@ -310,17 +309,17 @@ def remote(url: str, runner: asyncio.Runner, stack: ExitStack, environ: Mapping[
 
 
 def _replicate_model(url: str, base: str) -> str | None:
-    """`owner/name` where a URL means a model on Replicate. The token goes nowhere else than the official client's."""
+    """`owner/name` if a URL means a model on Replicate. The token goes nowhere that the official client's does not."""
     if "://" not in url:
         if not _MODEL.fullmatch(url):
-            raise CogpressError(f"{url} is neither http://host:port, https://… nor OWNER/NAME. Write one of them.")
+            raise CogpressError(f"{url} is neither http://host:port, https://… nor OWNER/NAME. Write one of these.")
         return url
     origin, mark, model = url.rstrip("/").partition("/v1/models/")
     if not mark or not _MODEL.fullmatch(model):
         return None
     if origin not in (ADDRESS, base):
         raise CogpressError(
-            f"{source.shown(origin)} is not Replicate, so it does not get the token. To mean it, set "
+            f"{source.shown(origin)} is not Replicate, so it does not get the token. If it should, set "
             f"REPLICATE_BASE_URL to it and give {model} as the URL."
         )
     return model

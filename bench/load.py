@@ -1,8 +1,6 @@
-"""A load generator: asks many questions at once, notes when text arrives, and says what each user would have seen.
+"""A load generator with closed and open loops, and the statistics of what each user saw.
 
-Knows time, streams and statistics. Leaves servers and their protocols to whoever gives it `ask`, which must be the same
-kind of work for every side of a comparison: one event loop runs all streams, so that the client takes little of a
-machine that it may share with what it measures.
+One event loop runs all streams, so that the client takes little of a machine that it may share with the servers.
 """
 
 from __future__ import annotations
@@ -21,30 +19,30 @@ from cogpress.errors import CogpressError
 
 @dataclass(frozen=True)
 class Usage:
-    """What a server counted for one request; 0 where it does not say."""
+    """A server's token counts for one request; 0 if it does not report them."""
 
     prompt_tokens: int
     tokens: int
 
 
 Later = Callable[[], Awaitable[Usage]]
-"""Gets the usage when the load is over, for servers that must be asked for it with another request."""
+"""Fetches the usage after the load, for servers that need another request for it."""
 
 Ask = Callable[[Any], AsyncIterator[Usage | Later | None]]
-"""Asks one question: yields None for each chunk that carries text, when it arrives, and the usage once, at the end.
-Raises LostError where the request fails."""
+"""Asks one question: yields None when a chunk with text arrives, and the usage once, at the end. Raises LostError if
+the request fails."""
 
 
 class LostError(CogpressError):
-    """A request that got no whole answer."""
+    """A request without a complete answer."""
 
     def __init__(self, text: str, cause: str, *, refused: bool = False) -> None:
-        """Note why.
+        """Keep the cause for the report.
 
         Args:
             text: a sentence.
-            cause: some words, the same for all that were lost alike.
-            refused: the server did not take the request: every slot is in use, or too many requests came.
+            cause: a few words, the same for all requests that were lost alike.
+            refused: the server did not accept the request: all slots are in use, or too many requests came.
         """
         super().__init__(text)
         self.cause, self.refused = cause, refused
@@ -55,31 +53,31 @@ class Answer:
     """One request as its user saw it; times are readings of `time.perf_counter`."""
 
     number: int
-    """Its question's place in the load, from 1."""
+    """The position of its question in the load, from 1."""
     started: float
-    """When it was due: in an open loop that is its arrival, so that a client or a server that is late hides nothing."""
+    """When it was due: in an open loop at its arrival, so that a late client or server hides nothing."""
     late: float
-    """Seconds from then until it was really sent."""
+    """Seconds from then until it was sent."""
     texts: list[float] = field(default_factory=list)
-    """When each chunk with text came."""
+    """When each chunk with text arrived."""
     ended: float = 0.0
     usage: Usage | Later | None = None
     error: str = ""
     cause: str = ""
-    """Why it was lost, in some words; empty where it was not. One without any text is lost without an error."""
+    """Why it was lost, in a few words; empty if it was not. An answer without text is lost without an error."""
     refused: bool = False
 
     @property
     def tokens(self) -> int:
-        """As the server counted them; the chunks with text where it did not."""
+        """The server's count, or the number of chunks with text."""
         counted = self.usage.tokens if isinstance(self.usage, Usage) else 0
         return counted or len(self.texts)
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A load that was run: its answers, the seconds from its first request to its last end, and the share of one core
-    that this process used meanwhile."""
+class LoadResult:
+    """The answers to a load, the seconds from the first request to the last end, and the share of one core that this
+    process used."""
 
     answers: list[Answer]
     seconds: float
@@ -87,28 +85,28 @@ class Taken:
 
     @property
     def error(self) -> str:
-        """The first error, empty where there was none."""
+        """The first error; empty if there was none."""
         return next((answer.error for answer in self.answers if answer.error), "")
 
 
 OnAnswer = Callable[[], None]
-"""Called when a request has ended, however it did."""
+"""Called when a request has ended in any way."""
 
 
 STAGGER_SECONDS = 0.1
-"""Between the starts of two streams. All at once would stay in step for the whole load: prompts are computed together,
-answers end together, and how many of them do decides the figures more than the server does."""
+"""Delay between the starts of two streams. Started at once they would stay in step for the whole load (prompts computed
+together, answers ending together), which would decide the figures more than the server does."""
 
 
 async def closed_loop(
     ask: Ask, questions: Sequence[Any], streams: int, on_answer: OnAnswer = lambda: None, *, stagger: float = 0.0
-) -> Taken:
-    """Ask with so many streams; each sends its next question when its last is answered.
+) -> LoadResult:
+    """Ask with a number of streams, each of which sends its next question once the last is answered.
 
     Args:
         ask: asks one question.
         questions: each is asked once.
-        streams: requests at once.
+        streams: number of requests at once.
         on_answer: called after each.
         stagger: seconds between the starts of two streams.
     """
@@ -116,7 +114,7 @@ async def closed_loop(
 
     async def stream(at: int) -> list[Answer]:
         await asyncio.sleep(at * stagger)
-        # One iterator for all streams, so that none of them is left with a longer list than the others.
+        # All streams share one iterator, so that none ends up with a longer list than the others.
         found = []
         for number, question in waiting:
             found.append(await _one(ask, number, question, time.perf_counter()))
@@ -128,8 +126,8 @@ async def closed_loop(
 
 async def open_loop(
     ask: Ask, questions: Sequence[Any], times: Sequence[float], on_answer: OnAnswer = lambda: None
-) -> Taken:
-    """Ask each question at its time, whether or not earlier ones are answered, as many independent users do.
+) -> LoadResult:
+    """Ask each question at its time, whether or not earlier ones are answered, like many independent users.
 
     Args:
         ask: asks one question.
@@ -149,7 +147,7 @@ async def open_loop(
     return await _taken([user(number, question, begun + at) for number, (question, at) in enumerate(due, 1)])
 
 
-async def _taken(work: list[Any]) -> Taken:
+async def _taken(work: list[Any]) -> LoadResult:
     begun, used = time.perf_counter(), time.process_time()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one) for one in work]
@@ -163,7 +161,7 @@ async def _taken(work: list[Any]) -> Taken:
             except CogpressError:
                 answer.usage = None
     seconds = max(ended - begun, 1e-9)
-    return Taken(answers, seconds, used / seconds)
+    return LoadResult(answers, seconds, used / seconds)
 
 
 async def _one(ask: Ask, number: int, question: Any, due: float) -> Answer:
@@ -183,21 +181,21 @@ async def _one(ask: Ask, number: int, question: Any, due: float) -> Answer:
     return answer
 
 
-def joined(parts: Sequence[Taken]) -> Taken:
-    """Loads that were run one after the other, as one; its answers are numbered on."""
+def joined(parts: Sequence[LoadResult]) -> LoadResult:
+    """Consecutive loads as one, with its answers numbered throughout."""
     answers = [answer for part in parts for answer in part.answers]
     for number, answer in enumerate(answers, 1):
         answer.number = number
     seconds = sum(part.seconds for part in parts)
-    return Taken(answers, seconds, sum(part.client_share * part.seconds for part in parts) / seconds)
+    return LoadResult(answers, seconds, sum(part.client_share * part.seconds for part in parts) / seconds)
 
 
 def arrivals(count: int, rate: float, seed: int) -> list[float]:
     """Seeded Poisson arrivals: seconds from the start, ascending.
 
     Args:
-        count: how many.
-        rate: on average, per second.
+        count: number of arrivals.
+        rate: average arrivals per second.
         seed: the same seed gives the same times, scaled by the rate.
     """
     rng = random.Random(f"arrivals:{seed}")
@@ -212,7 +210,7 @@ def arrivals(count: int, rate: float, seed: int) -> list[float]:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which this share (0 to 1) lies, interpolated; 0 of no values."""
+    """The value below which this share (0 to 1) lies, interpolated; 0 without values."""
     if not values:
         return 0.0
     ordered = sorted(values)
@@ -222,9 +220,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def lost(taken: Taken) -> list[dict[str, Any]]:
-    """The requests that were lost: `request` is the place of its question in the load, from 1; `error` is a sentence,
-    and `cause` the same for all that were lost alike, such as HTTP 409."""
+def lost(taken: LoadResult) -> list[dict[str, Any]]:
+    """The lost requests: `request` is the position of its question in the load, from 1; `error` is a sentence, and
+    `cause` is the same for all requests that were lost alike, such as HTTP 409."""
     found = [answer for answer in taken.answers if answer.cause]
     return [{"request": answer.number, "cause": answer.cause, "error": answer.error} for answer in found]
 
@@ -232,13 +230,13 @@ def lost(taken: Taken) -> list[dict[str, Any]]:
 PERCENTILES = (50, 90, 99)
 
 
-def summary(taken: Taken) -> dict[str, float]:
-    """A load in figures; times are in seconds.
+def summary(taken: LoadResult) -> dict[str, float]:
+    """The figures of a load, with times in seconds.
 
-    `lost` are the requests that failed or had no text in their answer; times are of the others. `ttft` is the time to
-    first token: to the first chunk with text. `itl` is the inter-token latency: between chunks with text, all requests
-    together, so several tokens in one chunk count as one. `stream_tokens_per_second` is the median over requests of
-    their speed after the first text. A figure of which there is nothing to measure is 0.
+    `lost` counts requests that failed or whose answer has no text; times are those of the others. `ttft` is the time to
+    first token, measured to the first chunk with text. `itl` is the inter-token latency, measured between chunks with
+    text over all requests, so several tokens in one chunk count as one. `stream_tokens_per_second` is the median over
+    requests of the speed after the first text. A figure without measurements is 0.
 
     Raises:
         CogpressError: nothing was answered.

@@ -1,8 +1,8 @@
-"""What scripts/plan foretells of memory, against what a step of training and a full load of serving take here.
+"""The memory that scripts/plan predicts against the memory that training and serving use on this machine.
 
-Each case runs in a process of its own. On a CPU the measure is resident memory without pages of files, sampled while
-the work runs, and the process before its model is the frame that the plan's formula gets; on a GPU it is what PyTorch
-allocated, frameless.
+Each case runs in its own process. On a CPU the measure is resident memory without file pages, sampled during the work,
+and the memory before the model is loaded is the formula's `frame`; on a GPU it is what PyTorch allocated, with no
+frame.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from cogpress.plan.memory import Serving, Training
 from cogpress.weights import base, fetch
 
 LIMIT = 0.15
-"""How far a prediction may be from what is measured."""
+"""The largest relative error that is allowed."""
 
 STEPS = 3
-"""Optimizer steps of a training: the first makes the optimizer's states, later ones run beside them."""
+"""Optimizer steps of a training: the first allocates the optimizer's states, the others run with them in memory."""
 
 TRAININGS: dict[str, tuple[Training, ...]] = {
     "135 M": (
@@ -51,37 +51,37 @@ TRAININGS: dict[str, tuple[Training, ...]] = {
         Training(method="lora", batch=2, length=128, checkpointing=False, answers=0.5),
     ),
 }
-"""What is trained, by model. Few tokens of the larger one: two cores compute them in a minute or two."""
+"""Training cases by model; the larger has so few tokens that two cores compute them in a minute or two."""
 
 SERVINGS: dict[str, tuple[Serving, ...]] = {
     "135 M": (Serving(context=1024, concurrency=45, batched=2048, compiled=False),),
     "1.1 B": (Serving(context=512, concurrency=93, batched=512, compiled=False),),
 }
-"""What is served, by model: as many sequences as one GiB of cache holds, which is vLLM's step on a CPU. It touches all
-of that at its start, so that short sequences take as much as long ones."""
+"""Serving cases by model: as many sequences as one GiB of KV cache holds, the unit of vLLM's CPU option. vLLM touches
+all of it at its start, so short sequences use as much as long ones."""
 
 ANSWERS = 16
-"""Tokens of each answer in a measurement of serving: all sequences are decoded at once then."""
+"""Tokens of each answer in a serving case, in which all sequences are decoded at once."""
 
 
 def run(out: Path, cache: Path, work: Path, console: Console, *, quick: bool = False) -> dict[str, Any]:
-    """Measure every case once and compare; serving is measured on CPUs alone, since on a GPU vLLM takes all there is.
+    """Measure every case once and compare. Serving is measured on CPUs only, as on a GPU vLLM takes all memory.
 
     Args:
-        out: where the JSON goes.
+        out: the JSON file to write.
         cache: where fetched models are kept.
-        work: where the 1.1 B checkpoint is made (2.2 GB) and kept for the next time.
-        console: where progress is shown.
+        work: the folder for the 1.1 B checkpoint (2.2 GB, kept for the next time).
+        console: shows progress and the table.
         quick: leave the 1.1 B model out.
 
     Raises:
-        CogpressError: a prediction is further off than `LIMIT`, after everything is written.
+        CogpressError: an error exceeds `LIMIT`; the report is written nonetheless.
     """
     import torch
 
     cuda = torch.cuda.is_available()
-    # In fixed large pieces memory goes back to the system when it is freed, so that what is resident is what is used.
-    # Read by the C library when a process starts, which the measured ones do after this.
+    # With a fixed threshold, freed memory goes back to the system, so that resident memory is memory in use. The C
+    # library reads this when a process starts, as the measured ones do after this.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     folders = {"135 M": fetch.base("embedded", cache)}
     if not quick:
@@ -91,7 +91,7 @@ def run(out: Path, cache: Path, work: Path, console: Console, *, quick: bool = F
         cases: list[Training | Serving] = [*TRAININGS[name], *([] if cuda else SERVINGS[name])]
         for how in cases:
             if isinstance(how, Training):
-                # What each machine's own training takes: see training.arguments and training.attention.
+                # As training chooses on this machine: see train.arguments.
                 optimizer = "paged_adamw_8bit" if cuda else "adamw"
                 how = replace(how, optimizer=optimizer, fused=cuda or how.length > 512)  # type: ignore[arg-type]
             measure = measure_training if isinstance(how, Training) else measure_serving
@@ -99,7 +99,7 @@ def run(out: Path, cache: Path, work: Path, console: Console, *, quick: bool = F
             rows.append({"model": name, **found})
             console.print(f"  {name}, {found['case']}: {found['measured'] / 1e9:.2f} GB, {found['error']:+.1%}")
     report = {"limit": LIMIT, "worst": max(abs(row["error"]) for row in rows), "cases": rows}
-    table = Table("model", "case", "measured", "foretold", "difference", "without the frame")
+    table = Table("model", "case", "measured", "predicted", "difference", "without the frame")
     for row in rows:
         sizes = [f"{row[key] / 1e9:.2f} GB" for key in ("measured", "foretold")]
         table.add_row(row["model"], row["case"], *sizes, f"{row['error']:+.1%}", f"{row['own_error']:+.1%}")
@@ -107,31 +107,31 @@ def run(out: Path, cache: Path, work: Path, console: Console, *, quick: bool = F
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, report)
     if report["worst"] > LIMIT:
-        raise CogpressError(f"A prediction is {report['worst']:.0%} off, and {LIMIT:.0%} are allowed. See {out}.")
+        raise CogpressError(f"A prediction is off by {report['worst']:.0%}; the limit is {LIMIT:.0%}. See {out}.")
     return report
 
 
 def compared(
-    case: str, how: Training | Serving, foretold: memory.Memory, measured: float, frame: float
+    case: str, how: Training | Serving, predicted: memory.Memory, measured: float, frame: float
 ) -> dict[str, Any]:
-    """A measurement beside its prediction; `error` is relative to what was measured, with the frame and without."""
+    """A measurement beside its prediction; errors are relative to the measurement, with the frame and without."""
     own = measured - frame
     return {
         "case": case,
         "how": asdict(how),
         "measured": measured,
-        "foretold": foretold.total,
+        "foretold": predicted.total,
         "frame": frame,
-        "error": foretold.total / measured - 1,
-        "own_error": (foretold.total - frame) / own - 1 if own > 0 else 0.0,
-        "parts": vars(foretold),
+        "error": predicted.total / measured - 1,
+        "own_error": (predicted.total - frame) / own - 1 if own > 0 else 0.0,
+        "parts": vars(predicted),
     }
 
 
 def measure_training(folder: Path, how: Training) -> dict[str, Any]:
-    """Take a few steps as scripts/train does, on rows of random tokens, and compare the peak."""
+    """Train for a few steps as scripts/train does, on rows of random tokens, and compare the peak."""
     base.quiet_libraries()
-    import bitsandbytes  # noqa: F401 - imports belong to the frame
+    import bitsandbytes  # noqa: F401 - imports count as frame
     import peft  # noqa: F401
     import torch
 
@@ -195,13 +195,13 @@ def measure_training(folder: Path, how: Training) -> dict[str, Any]:
         objective.release()
     measured = float(torch.cuda.max_memory_allocated()) if cuda else float(sampled[0])
     how = replace(how, frame=frame)
-    foretold = memory.training(model_facts, how)
+    predicted = memory.training(model_facts, how)
     kept = "checkpointed" if how.checkpointing else "all kept"
-    return compared(f"train {how.method}, {how.batch} x {how.length}, {kept}", how, foretold, measured, frame)
+    return compared(f"train {how.method}, {how.batch} x {how.length}, {kept}", how, predicted, measured, frame)
 
 
 def measure_serving(folder: Path, how: Serving) -> dict[str, Any]:
-    """Serve as many sequences at once as are foretold, in passes as long as foretold, and compare the peak."""
+    """Serve the predicted number of sequences in passes of the predicted length, and compare the peak."""
     facts = architecture.of(str(folder), folder)
     need = memory.cache(facts, how)
     serve = config.Serve(
@@ -213,7 +213,7 @@ def measure_serving(folder: Path, how: Serving) -> dict[str, Any]:
     vllm.prepare(serve)
     import torch
     from vllm import LLM, SamplingParams
-    from vllm.model_executor.models import llama  # noqa: F401 - imports belong to the frame
+    from vllm.model_executor.models import llama  # noqa: F401 - imports count as frame
     from vllm.v1.worker import cpu_worker  # noqa: F401
 
     frame = float(resident())
@@ -233,22 +233,19 @@ def measure_serving(folder: Path, how: Serving) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now and nowhere else.
-
-    Pages of files, of programs and of the checkpoint, are left out: the system drops and reads them as it needs to.
-    """
+    """Resident bytes of this process without file pages (programs, the checkpoint), which the system may drop."""
     whole, of_files = Path("/proc/self/statm").read_text().split()[1:3]
     return (int(whole) - int(of_files)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def own(model: Any) -> None:
-    """Copy what the model has in pages of its checkpoint's file, as safetensors leaves it, so that it is counted."""
+    """Copy tensors that safetensors left in the checkpoint's file pages, so that they are counted."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
 
 
 def tidy() -> None:
-    """Give back to the system what loading has left behind."""
+    """Return freed memory to the system."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -256,7 +253,7 @@ def tidy() -> None:
 
 @contextmanager
 def peak(every: float = 0.005) -> Iterator[list[int]]:
-    """Sample resident memory in a thread; the list's one number is the largest so far."""
+    """Sample resident memory in a thread; the list's only number is the maximum so far."""
     found = [resident()]
     done = threading.Event()
 

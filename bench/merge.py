@@ -1,4 +1,4 @@
-"""The merge against peft's `merge_and_unload`: memory and time on the same files, in one run."""
+"""Memory and time of the merge against peft's `merge_and_unload` on the same files."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ RANK = 16
 def run(out: Path, work: Path, rounds: int, console: Console) -> dict[str, Any]:
     """Merge a random adapter into a random 1.1 B-parameter Llama in bfloat16, by cogpress and by peft.
 
-    Each merge runs in a fresh process, from files to files; its memory is the process's peak resident memory, all its
-    imports counted, and its seconds leave the imports out. Both sides' files are removed when they are measured.
+    Each merge runs in a fresh process, from files to files. Its memory is the process's peak resident memory, including
+    imports; its seconds exclude imports. The merged files are removed after each measurement.
 
     Args:
-        out: where the JSON goes.
-        work: where the checkpoint is made (2.2 GB) and kept for the next time, and the merges are written.
-        rounds: how often each side is measured.
-        console: where progress is shown.
+        out: the JSON file to write.
+        work: the folder for the checkpoint (2.2 GB, kept for the next time) and the merges.
+        rounds: number of measurements of each side.
+        console: shows progress and the table.
     """
     base_folder, adapter_folder = in_fresh_process(make, work)
     sides = {"cogpress": _ours, "peft": _peft}
@@ -61,7 +61,7 @@ def run(out: Path, work: Path, rounds: int, console: Console) -> dict[str, Any]:
 
 
 def make(work: Path) -> tuple[Path, Path]:
-    """A Llama of 1.1 B random parameters in shards of 500 MB, and a random adapter on all its linear layers."""
+    """Make a random 1.1 B-parameter Llama in shards of 500 MB, and a random adapter for all its linear layers."""
     base.quiet_libraries()
     import torch
     from peft import LoraConfig, get_peft_model
@@ -110,7 +110,7 @@ def make(work: Path) -> tuple[Path, Path]:
 
 def _ours(base_folder: Path, adapter_folder: Path, work: Path) -> dict[str, float]:
     base.quiet_libraries()
-    import bitsandbytes  # noqa: F401 - imports are not what is measured
+    import bitsandbytes  # noqa: F401 - imports are not measured
     import peft  # noqa: F401
 
     from cogpress.merge import merge
@@ -139,5 +139,5 @@ def _peft(base_folder: Path, adapter_folder: Path, work: Path) -> dict[str, floa
 
 
 def _peak_gb() -> float:
-    """This process's peak resident memory, 10^9 bytes; Linux counts in KiB."""
+    """This process's peak resident memory in 10^9 bytes; Linux reports KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

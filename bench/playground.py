@@ -1,8 +1,7 @@
-"""What the local Replicate costs: the same Cog server asked directly, and through scripts/playground, in turn.
+"""Overhead of the local Replicate: the same Cog server asked directly and through scripts/playground, in turn.
 
-Knows which loads there are, what is promised and how a report looks; leaves protocols to `clients`, and asking many
-questions at once to `load`. Through the local Replicate a question is two requests, as the official clients send it:
-the prediction is created, and the stream is read from the address that it was given.
+Through the local Replicate a question takes two requests, as the official clients send it: one creates the prediction,
+one reads its stream.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from rich.table import Table
 from bench import clients, load
 from bench.clients import Question
 from bench.measure import Measured, alternate, medians
-from bench.report import Check, judged, require_weights, versions, write_report
+from bench.report import Requirement, judged, require_weights, versions, write_report
 from cogpress.cog.process import Server, end_family, free_port
 from cogpress.errors import CogpressError
 from cogpress.replicate.api import AsyncReplicate
@@ -37,15 +36,15 @@ DIRECT, THROUGH = "direct", "local"
 _TITLES = {DIRECT: "Cog server", THROUGH: "through the\nlocal Replicate"}
 
 ALONE, STREAMS = 1, 16
-"""Streams at once in the two loads; the first is judged by its time to first token, the second by its throughput."""
+"""Numbers of streams: the first is judged by its time to first token, the second by its throughput."""
 
 REQUESTS = {ALONE: 16, STREAMS: 64}
 
 ALONE_TOKENS = 8
-"""Tokens of each answer that is asked for alone: what is measured is over with the first."""
+"""Tokens of each answer with one stream, where only the first is measured."""
 
 LEAST_THROUGHPUT, MOST_TTFT_SECONDS = 0.97, 0.010
-"""What the kit promises: the share of the Cog server's throughput, and how much later the first token may come."""
+"""Required: the share of the Cog server's throughput, and the largest delay of the first token."""
 
 START_SECONDS = 120.0
 
@@ -60,19 +59,19 @@ def run(
     rounds: int = 4,
     requests: Mapping[int, int] = REQUESTS,
 ) -> dict[str, Any]:
-    """Measure both ways to one server, show a table and write JSON.
+    """Measure both ways to one server, print a table and write JSON.
 
     Args:
         root: the project's folder.
         weights: the folder that the Cog server serves.
-        examples: gives so many different values of the prompt template.
-        out: where the JSON goes; logs go beside it.
-        console: where progress and the table are shown.
-        rounds: how often each way is measured under each load.
-        requests: of each round, by streams.
+        examples: returns a number of different values of the prompt template.
+        out: the JSON file to write, with logs beside it.
+        console: shows progress and the table.
+        rounds: number of measurements of each way under each load.
+        requests: per round, by number of streams.
 
     Returns:
-        what was written as JSON.
+        the report.
 
     Raises:
         CogpressError: a server does not start or answer; none stays behind.
@@ -113,9 +112,9 @@ def run(
 def questions_of(
     requests: Mapping[int, int], rounds: int, examples: Callable[[int], Sequence[Mapping[str, Any]]]
 ) -> dict[int, list[list[Question]]]:
-    """Sets of questions by streams: two for each round, and two more of the larger load to warm up with.
+    """Sets of questions by number of streams: two for each round, and two more of the larger load as warm-up.
 
-    Nothing is asked twice: both ways lead to one engine, whose prefix cache would know what the other way has asked.
+    Nothing is asked twice, as both ways share one engine and its prefix cache.
     """
     sets = {streams: 2 * rounds + 2 * (streams == STREAMS) for streams in requests}
     found = iter(examples(sum(sets[streams] * count for streams, count in requests.items())))
@@ -137,7 +136,7 @@ class _Way:
         self._runner, self._ask, self._process = runner, ask, process
 
     def ask(self, questions: Sequence[Question], streams: int) -> dict[str, float]:
-        """The figures of a load, with the processor time that the local Replicate took for each token."""
+        """The figures of a load, with the local Replicate's processor time per token."""
         before = sum(self._process.cpu_times()[:2])
         taken = self._runner.run(load.closed_loop(self._ask, questions, streams))
         used = sum(self._process.cpu_times()[:2]) - before
@@ -170,7 +169,7 @@ def _title(name: str) -> str:
 
 @contextmanager
 def _playground(root: Path, url: str, log: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """A local Replicate before a Cog server, in a process of its own; its address and process."""
+    """A local Replicate in front of a Cog server, in its own process; yields its address and process."""
     port = free_port("127.0.0.1")
     address = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as data, log.open("wb") as output:
@@ -202,12 +201,11 @@ def _answers(address: str) -> bool:
         return False
 
 
-def verdict(measured: Mapping[str, Measured]) -> list[Check]:
-    """What is promised of the local Replicate, as far as it was measured: medians of how the two ways compare in each
-    round, because a machine's speed changes more from one to the next than they differ.
+def verdict(measured: Mapping[str, Measured]) -> list[Requirement]:
+    """The requirements that were measured, by the median over rounds of how the ways compare in each.
 
     Args:
-        measured: by load's name, then way; `load.summary` of each round.
+        measured: by load and way, the `load.summary` of each round.
     """
     checks = []
     if alone := measured.get(f"streams-{ALONE}"):
@@ -216,10 +214,10 @@ def verdict(measured: Mapping[str, Measured]) -> list[Check]:
             for direct, through in zip(alone[DIRECT], alone[THROUGH], strict=True)
         )
         checks.append(
-            Check(
+            Requirement(
                 f"time to first token, alone: at most {1000 * MOST_TTFT_SECONDS:.0f} ms later",
                 f"{1000 * later:+.1f} ms",
-                later <= MOST_TTFT_SECONDS + 1e-9,  # a nanosecond is less than a clock tells
+                later <= MOST_TTFT_SECONDS + 1e-9,  # a tolerance below the clock's resolution
             )
         )
     if many := measured.get(f"streams-{STREAMS}"):
@@ -228,8 +226,8 @@ def verdict(measured: Mapping[str, Measured]) -> list[Check]:
             for direct, through in zip(many[DIRECT], many[THROUGH], strict=True)
         )
         checks.append(
-            Check(
-                f"tokens a second, {STREAMS} streams: at least {LEAST_THROUGHPUT} of the Cog server's",
+            Requirement(
+                f"tokens per second, {STREAMS} streams: at least {LEAST_THROUGHPUT} of the Cog server's",
                 f"{ratio:.3f}",
                 ratio >= LEAST_THROUGHPUT,
             )

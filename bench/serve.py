@@ -1,8 +1,4 @@
-"""Serving speed: the same load on cogpress's server, on vLLM's own with the same weights, and on one more by its URL.
-
-Knows how the sides are measured in turn; leaves protocols to `clients`, the servers on this machine to `sides`, asking
-many questions at once to `load`, what is asked to `workloads`, and judging and showing it to `serve_report`.
-"""
+"""Serving speed: the same load on cogpress's server, on vLLM's own with the same weights, and on one given by URL."""
 
 from __future__ import annotations
 
@@ -21,23 +17,23 @@ from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from bench import clients, load, servers
 from bench.clients import Question, Side
-from bench.load import Taken
+from bench.load import LoadResult
 from bench.measure import Measured, alternate, medians
 from bench.report import hardware, require_weights, versions, write_report
 from bench.serve_report import milliseconds, show, verdict
 from bench.servers import OURS, THEIRS
-from bench.workloads import LOADS, STREAMS, Load, long_question, planned, questions_of, short_questions
+from bench.workloads import LOADS, STREAMS, Workload, long_question, planned, questions_of, short_questions
 from cogpress import config, source
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
 from cogpress.weights import manifest
 
 QUIET_SECONDS = 2.0
-"""Before each measurement. For a second after its last step an engine looks for the next one without a pause (vLLM
-0.32, `SpinCondition`), which took the cores from the other server's first answer: 0.9 s of it."""
+"""Pause before each measurement. For a second after its last step an engine spins (vLLM 0.32, `SpinCondition`), which
+delayed the other server's first answer by 0.9 s."""
 
 OPEN_SHARE = 0.7
-"""Share of the request rate of 16 streams at which questions arrive in the open loop."""
+"""Arrival rate in the open loop, as a share of the request rate with 16 streams."""
 
 
 def run(
@@ -54,27 +50,27 @@ def run(
     url: str | None = None,
     warm_disk: bool = True,
 ) -> dict[str, Any]:
-    """Measure all sides under the same loads, show tables, and write JSON and a picture.
+    """Measure all sides under the same loads, print tables, and write JSON and a plot.
 
-    Both local servers run side by side and are asked in turn, in an order that alternates; figures are medians over
-    the rounds, and what was lost is added up over them and told request by request.
+    Both local servers run side by side and are asked in alternating order. Figures are medians over the rounds; lost
+    requests are summed over them and listed one by one.
 
     Args:
         root: the project's folder.
         weights: the folder that both local servers serve.
         examples: as `questions_of` takes it.
-        out: where the JSON goes; the picture goes beside it.
-        console: where progress and tables are shown.
-        kinds: of load, from `LOADS`.
-        streams: at once, with the worked example's questions.
-        rounds: how often each side is measured under each load.
-        scale: multiplies the requests of each load; None takes 1, with a GPU 8.
+        out: the JSON file to write, with the plot beside it.
+        console: shows progress and tables.
+        kinds: kinds of load, from `LOADS`.
+        streams: numbers of streams for the worked example's questions.
+        rounds: number of measurements of each side under each load.
+        scale: multiplies the requests of each load; by default 1, with a GPU 8.
         url: one more side, as `clients.remote` takes it.
-        warm_disk: start a server once before the starts that are measured, which otherwise do not compare: the first
-            reads from disk, and on a GPU compiles, for the second.
+        warm_disk: start a server once, unmeasured; otherwise the first start reads from disk, and on a GPU compiles,
+            for the second too.
 
     Returns:
-        what was written as JSON.
+        the report.
 
     Raises:
         CogpressError: a side does not start or answer; no server stays behind.
@@ -90,7 +86,7 @@ def run(
         runner = stack.enter_context(asyncio.Runner())
         third = clients.remote(url, runner, stack) if url else None
         columns = (*Progress.get_default_columns(), TextColumn("left, after"), TimeElapsedColumn())
-        # Drawn twice a second, because it is this process that also notes the times.
+        # Only two updates per second, because this process also measures times.
         bar = Progress(*columns, console=console, refresh_per_second=2, speed_estimate_period=120)
         stack.enter_context(bar)
         progress = _Progress(bar, bar.add_task("looking at the machine", total=None))
@@ -139,7 +135,7 @@ def run(
     drawn = [one for one in loads if one.kind == "example"]
     picture = out.with_suffix(".png")
     if drawn:
-        from cogpress import plots  # drawing takes a second to import
+        from cogpress import plots  # takes a second to import
 
         curves = {
             side.title: [{"streams": one.streams, **report["medians"][one.name][side.name]} for one in drawn]
@@ -152,7 +148,7 @@ def run(
 
 
 def _warm_up(side: Side, runner: asyncio.Runner) -> None:
-    """The first requests after a start are slower: alone, many at once, and a long prompt."""
+    """Send the first requests after a start, which are slower: single ones, many at once, and long prompts."""
     long = [replace(long_question(f"warm {at}"), max_tokens=32, min_tokens=32) for at in range(2)]
     short = short_questions("warm", 18, 32)
     for questions, streams in ((short[:2], 1), (short[2:], 16), (long, 1)):
@@ -177,20 +173,20 @@ class _Progress:
 
 @dataclass
 class _Measuring:
-    """One load after the other, each on all sides in turn."""
+    """Runs one load after the other, each on all sides in turn."""
 
     runner: asyncio.Runner
     sides: Mapping[str, Side]
     rounds: int
     progress: _Progress
     rate: float | None = None
-    """Requests a second in the open loop, the same for all sides."""
+    """Requests per second in the open loop, the same for all sides."""
     lost: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    """By load and side, where any was: each request that was lost, and how many for which cause."""
+    """By load and side: every lost request, and counts by cause."""
 
-    def load(self, one: Load, asked: Sequence[Sequence[Question]]) -> Measured:
+    def load(self, one: Workload, asked: Sequence[Sequence[Question]]) -> Measured:
         """Measure all rounds of one load."""
-        if one.kind == "open" and self.rate is None:  # the load with 16 streams was left out
+        if one.kind == "open" and self.rate is None:  # there was no load with 16 streams
             side = next(iter(self.sides.values()))
             self.progress.tell(f"the rate of {side.title} with 16 streams")
             taken = self.runner.run(load.closed_loop(side.ask, short_questions("rate", 64, 60), 16))
@@ -199,13 +195,13 @@ class _Measuring:
         parts = [
             (number, some[at : at + size]) for number, some in enumerate(asked, 1) for at in range(0, len(some), size)
         ]
-        # Each side goes its own way through the same parts.
+        # Each side has its own iterator over the same parts.
         ways = {name: iter(parts) for name in self.sides}
         asks = {name: partial(self._ask, one, side, ways[name]) for name, side in self.sides.items()}
-        waiting: dict[str, list[Taken]] = {name: [] for name in self.sides}
+        waiting: dict[str, list[LoadResult]] = {name: [] for name in self.sides}
         measured: Measured = {name: [] for name in self.sides}
 
-        def end_round(at: int, name: str, part: Taken) -> None:
+        def end_round(at: int, name: str, part: LoadResult) -> None:
             waiting[name].append(part)
             if at % (len(parts) // len(asked)) == 0:
                 whole, waiting[name] = load.joined(waiting[name]), []
@@ -214,7 +210,7 @@ class _Measuring:
         alternate(asks, len(parts), end_round)
         return measured
 
-    def _ask(self, one: Load, side: Side, way: Iterator[tuple[int, Sequence[Question]]]) -> Taken:
+    def _ask(self, one: Workload, side: Side, way: Iterator[tuple[int, Sequence[Question]]]) -> LoadResult:
         number, questions = next(way)
         self.progress.tell(f"{one.title}, round {number}/{self.rounds}, {side.title}")
         done = partial(self.progress.bar.advance, self.progress.task, one.work / one.requests)
@@ -226,7 +222,7 @@ class _Measuring:
         time.sleep(QUIET_SECONDS)
         return self.runner.run(running)
 
-    def _found(self, one: Load, side: Side, taken: Taken, number: int) -> dict[str, float]:
+    def _found(self, one: Workload, side: Side, taken: LoadResult, number: int) -> dict[str, float]:
         try:
             found = load.summary(taken)
         except CogpressError as error:
@@ -243,7 +239,7 @@ class _Measuring:
             self.rate = OPEN_SHARE * found["requests_per_second"]
         return found
 
-    def _note(self, one: Load, side: Side, lost: list[dict[str, Any]]) -> None:
+    def _note(self, one: Workload, side: Side, lost: list[dict[str, Any]]) -> None:
         if lost:
             of_side = self.lost.setdefault(one.name, {}).setdefault(side.name, {"causes": {}, "requests": []})
             of_side["requests"] += lost

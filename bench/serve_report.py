@@ -1,4 +1,4 @@
-"""What `serve` comes to: the verdict on the kit's requirements, and the tables for the console."""
+"""The result of `serve`: requirements, and tables for the console."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ from rich.table import Table
 
 from bench import load
 from bench.measure import Measured
-from bench.report import Check, judged
+from bench.report import Requirement, judged
 from bench.servers import OURS, THEIRS
-from bench.workloads import Load
+from bench.workloads import Workload
 
 LEAST_THROUGHPUT, MOST_TTFT_SECONDS = 0.97, 0.015
-"""What the kit promises against vLLM's own server: total throughput, and how much later the first token may come."""
+"""Required against vLLM's own server: the share of its throughput, and the largest delay of the first token."""
 
 JUDGED_STREAMS, LOSSLESS_STREAMS = (1, 16), 64
 
 
-def verdict(measured: Mapping[str, Measured]) -> list[Check]:
-    """The kit's requirements, as far as they were measured: medians over the rounds of how the sides compare in each.
+def verdict(measured: Mapping[str, Measured]) -> list[Requirement]:
+    """The requirements that were measured, by the median over rounds of how the sides compare in each.
 
     Args:
-        measured: by load's name, then side; `load.summary` of each round.
+        measured: by load and side, the `load.summary` of each round.
     """
     checks = []
     for streams in JUDGED_STREAMS:
         both = measured.get(f"example-{streams}", {})
         if not {OURS, THEIRS} <= both.keys():
             continue
-        # Round by round, because a machine's speed changes more from one to the next than two servers differ.
+        # Round by round, because a machine's speed varies more between rounds than the servers differ.
         rounds = list(zip(both[OURS], both[THEIRS], strict=True))
         ratio = statistics.median(ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in rounds)
         later = statistics.median(ours["ttft_p50"] - theirs["ttft_p50"] for ours, theirs in rounds)
         with_ = f"{streams} stream{'s' * (streams > 1)}"
         checks += [
-            Check(
-                f"tokens a second, {with_}: at least {LEAST_THROUGHPUT} of vLLM's",
+            Requirement(
+                f"tokens per second, {with_}: at least {LEAST_THROUGHPUT} of vLLM's",
                 f"{ratio:.3f}",
                 ratio >= LEAST_THROUGHPUT,
             ),
-            Check(
+            Requirement(
                 f"time to first token, {with_}: at most {1000 * MOST_TTFT_SECONDS:.0f} ms after vLLM's",
                 f"{1000 * later:+.1f} ms",
-                # A nanosecond is less than a clock tells.
+                # A tolerance below the clock's resolution.
                 later <= MOST_TTFT_SECONDS + 1e-9,
             ),
         ]
     if found := measured.get(f"example-{LOSSLESS_STREAMS}", {}).get(OURS):
-        # Added up: a median would hide what was lost in one round.
+        # Summed, because a median would hide losses in one round.
         asked, refused, failed, empty = (
             int(sum(one[key] for one in found)) for key in ("requests", "refused", "failed", "empty")
         )
         lost = failed + empty
         checks.append(
-            Check(
+            Requirement(
                 f"nothing lost with {LOSSLESS_STREAMS} streams",
                 f"{asked - lost} of {asked} answered, {refused} refused, {failed - refused} failed, {empty} empty",
                 lost == 0,
@@ -67,14 +67,14 @@ def verdict(measured: Mapping[str, Measured]) -> list[Check]:
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
-    """Print a report's tables: the sides under each load, what was lost, starts and memory, and the verdict."""
+    """Print a report's tables: the sides under each load, lost requests, starts and memory, and requirements."""
     titles: dict[str, str] = report["sides"]
     table = Table(title="Serving speed", title_justify="left", caption=_CAPTION, caption_justify="left")
     table.add_column("")
     for title in (*titles.values(), "cogpress\nto vLLM's"):
         table.add_column(title, justify="right")
     losses = []
-    for one in (Load(**settings) for settings in report["settings"]["loads"]):
+    for one in (Workload(**settings) for settings in report["settings"]["loads"]):
         lost = report["lost"].get(one.name, {})
         counts = {name: len(lost[name]["requests"]) if name in lost else 0 for name in titles}
         _rows(table, one, report["medians"][one.name], counts, report["settings"]["rounds"])
@@ -100,7 +100,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     measured = [found for one in report["rounds"].values() for rounds in one.values() for found in rounds]
     busy = max(found["client_share"] for found in measured)
     if busy > 0.7:
-        console.print(f"The client itself used up to {busy:.0%} of a core: the highest figures are partly its own.")
+        console.print(f"The client used up to {busy:.0%} of a core, which limits the highest figures.")
 
 
 _CAPTION = (
@@ -110,7 +110,7 @@ _CAPTION = (
 
 
 def _rows(
-    table: Table, one: Load, found: Mapping[str, Mapping[str, float]], lost: Mapping[str, float], rounds: int
+    table: Table, one: Workload, found: Mapping[str, Mapping[str, float]], lost: Mapping[str, float], rounds: int
 ) -> None:
     ours, theirs = found[OURS], found[THEIRS]
 
@@ -147,5 +147,5 @@ def _rows(
 
 
 def milliseconds(seconds: float, sign: str = "") -> str:
-    """Of seconds, without the unit; short times with one digit more."""
+    """Seconds as milliseconds without the unit, with one digit more for short times."""
     return f"{1000 * seconds:{sign},.{1 if abs(seconds) < 0.01 else 0}f}"

@@ -1,8 +1,4 @@
-"""The two servers on this machine: cogpress's and vLLM's own, started one after the other with equal options.
-
-Knows what both are started with, how long each took, the memory that it holds, and that none stays behind. Leaves
-questions to `clients`.
-"""
+"""The two local servers, cogpress's and vLLM's own, started one after the other with equal options."""
 
 from __future__ import annotations
 
@@ -43,7 +39,7 @@ READY_SECONDS = 1800.0
 
 @dataclass(frozen=True)
 class Machine:
-    """What both servers run with: vLLM's options and environment, the GPUs by name, and the share of their memory."""
+    """What both servers run with: vLLM's options and environment, the names of the GPUs, and their memory share."""
 
     options: dict[str, Any]
     environment: dict[str, str]
@@ -52,11 +48,10 @@ class Machine:
 
 
 def machine(root: Path, weights: Path, serve: Serve) -> Machine:
-    """Look at this machine, in another process: torch would take memory, and on a GPU a context, for as long as one
-    runs.
+    """Inspect this machine in another process, since torch would hold memory, and a CUDA context, until the end.
 
     Args:
-        root: the project's folder, whose runner says how many requests run at once.
+        root: the project's folder; its runner sets the concurrency.
         weights: the folder that both serve.
         serve: the options.
 
@@ -77,7 +72,7 @@ def _machine(root: Path, weights: Path, serve: Serve, concurrency: int) -> Machi
     serve = serving.with_draft(serve, root)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus:
-        # Both servers are on the same GPUs at the same time.
+        # Both servers share the GPUs.
         serve = serve.model_copy(update={"gpu_memory_share": serve.gpu_memory_share / 2})
     capability = torch.cuda.get_device_capability() if gpus else None
     options = vllm.options(weights, serve, concurrency, 0, gpus, capability)
@@ -87,11 +82,11 @@ def _machine(root: Path, weights: Path, serve: Serve, concurrency: int) -> Machi
 
 
 _PLAIN_FLAGS = ("disable_log_stats",)
-"""Options of vLLM's server that have no `--no-` form."""
+"""Flags of vLLM's server without a `--no-` form."""
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:
-    """vLLM's engine options as its command line takes them; None is left to its default."""
+    """vLLM's engine options as command-line flags; None keeps the default."""
     found: list[str] = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
@@ -104,7 +99,7 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 
 
 def _project(root: Path, folder: Path, share: float) -> Path:
-    """The project by links, with another `serve.gpu_memory_share`: what a runner serves with is in its folder alone."""
+    """The project as links, with another `serve.gpu_memory_share`, as a runner reads its options from its folder."""
     root = root.resolve()
     run = str(read_cog_yaml(root).get("run", "")).partition(":")[0]
     own = {"cog.yaml", "model.yaml", run}
@@ -112,7 +107,7 @@ def _project(root: Path, folder: Path, share: float) -> Path:
         if entry.name not in own | {".cog", ".git"}:
             (folder / entry.name).symlink_to(entry)
     for name in own - {"model.yaml"}:
-        shutil.copy(root / name, folder / name)  # the runner finds its folder by following links
+        shutil.copy(root / name, folder / name)  # the runner finds its folder by resolving links
     model = yaml.safe_load((root / "model.yaml").read_text(encoding="utf-8")) or {}
     model["serve"] = {**(model.get("serve") or {}), "gpu_memory_share": share}
     (folder / "model.yaml").write_text(yaml.safe_dump(model, allow_unicode=True), encoding="utf-8")
@@ -126,7 +121,7 @@ def _project(root: Path, folder: Path, share: float) -> Path:
 
 @dataclass(frozen=True)
 class Local:
-    """A server that runs: its log, the seconds until it was ready, the process that leads it, GPU memory it took."""
+    """A running server: its log, the seconds until it was ready, its leading process, and the GPU memory it took."""
 
     url: str
     log: Path
@@ -135,7 +130,7 @@ class Local:
     gpu_gb: float | None
 
     def memory_gb(self) -> float:
-        """Its processes' proportional set size: what they share is counted once."""
+        """Its processes' proportional set size, which counts shared memory once."""
         try:
             leader = psutil.Process(self.leader) if self.leader else None
             family = [leader, *leader.children(recursive=True)] if leader else []
@@ -144,7 +139,7 @@ class Local:
         return sum(map(_pss, family)) / 1e9
 
     def parts(self) -> dict[str, float]:
-        """The seconds of each part of its start, where its log tells them."""
+        """The seconds of each part of its start, if its log has them."""
         return cold_start(self.log.read_text(errors="replace")) if self.log.is_file() else {}
 
 
@@ -158,19 +153,19 @@ def start(
     *,
     warm_disk: bool,
 ) -> dict[str, Local]:
-    """Start one after the other, so that the seconds of each are its own.
+    """Start one server after the other, so that neither start slows the other.
 
     Args:
         root: the project's folder.
         weights: the folder that both serve.
         found: what they run with.
-        logs: the folder where their output goes.
+        logs: the folder for their output.
         stack: ends them.
-        tell: takes what is going on.
+        tell: reports progress.
         warm_disk: start a server once before, unmeasured.
 
     Raises:
-        CogpressError: one does not start.
+        CogpressError: a server does not start.
     """
     ours, theirs = (logs / f"serve-{name}.log" for name in (OURS, THEIRS))
     if warm_disk:
@@ -206,11 +201,11 @@ def _cogpress(root: Path, weights: Path, log: Path) -> Iterator[str]:
 
 @contextmanager
 def _vllm(found: Machine, log: Path) -> Iterator[str]:
-    """vLLM's own OpenAI server with the engine options that ours has."""
+    """vLLM's own OpenAI server with our engine options."""
     port = free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-    # Without a line of log for each request, and without sampling options of the weights' own, which ours leaves aside.
+    # No log line per request, and no sampling options from the weights, which ours ignores too.
     command += ["--disable-uvicorn-access-log", "--generation-config", "vllm", *flags(found.options)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -262,7 +257,7 @@ def _pss(process: psutil.Process) -> int:
 
 
 def _gpu_gb() -> float | None:
-    """Memory in use on all GPUs, whose processes a container can not tell apart; None where it can not be asked for."""
+    """Memory in use on all GPUs, since a container cannot tell processes apart; None if it is unknown."""
     try:
         import pynvml
 

@@ -1,4 +1,4 @@
-"""Single-stream speed of one server with and without n-gram speculation, and whether its greedy answers stay."""
+"""Single-stream speed with and without speculation, and whether greedy answers stay the same."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bench.measure import alternate_aloud, in_fresh_process, medians
-from bench.report import write_report
+from bench.report import speeds, write_report
 from cogpress import config
 from cogpress.prompts import Question, conversation
 from cogpress.serve import model as serving
@@ -25,7 +24,7 @@ NGRAM: dict[str, Any] = {
     "prompt_lookup_max": 4,
     "prompt_lookup_min": 1,
 }
-"""What is measured where model.yaml sets no speculation."""
+"""The options if model.yaml sets no speculation."""
 
 MAX_TOKENS = 160
 
@@ -33,17 +32,17 @@ MAX_TOKENS = 160
 def run(
     root: Path, weights: Path, rows: Sequence[dict[str, Any]], out: Path, rounds: int, console: Console
 ) -> dict[str, Any]:
-    """Ask the worked example's questions one after the other, each with an answered one before it in the conversation.
+    """Ask the worked example's questions one after the other, each after an answered one in the same conversation.
 
-    That is how n-gram speculation is used: the answers have a form that the prompt shows.
+    N-gram speculation gains where the prompt shows the form of the answer.
 
     Args:
         root: the project's folder.
-        weights: the folder that is served.
+        weights: the folder to serve.
         rows: rows of the worked example, `prompt` and `completion`; the first is the answered one.
-        out: where the JSON goes.
-        rounds: how often both are measured.
-        console: where progress is shown.
+        out: the JSON file to write.
+        rounds: number of measurements of each side.
+        console: shows progress and the table.
     """
     settings = config.load(root / "model.yaml")
     speculative = settings.serve.speculative or NGRAM
@@ -71,9 +70,8 @@ def run(
         "answers": len(answers["with"]),
         "rounds": measured,
     }
-    table = Table("", "without", "with speculation", "")
-    speed = [f"{found[name]['tokens_per_second']:.1f}" for name in sides]
-    table.add_row("tokens per second, 1 stream", *speed, f"x {report['speedup']:.2f}")
+    titles = {"without": "without", "with": "with speculation"}
+    table = speeds(found, titles, "tokens per second, 1 stream", report["speedup"])
     table.add_row("same greedy answers", "", f"{same} of {report['answers']}", "")
     console.print(table)
     write_report(out, report)

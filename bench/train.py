@@ -1,4 +1,4 @@
-"""Training speed against TRL's SFTTrainer as shipped, at equal loss, in one run."""
+"""Training speed against TRL's SFTTrainer with its defaults, at equal loss."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from cogpress.weights import base
 def run(
     config: Config, prepared: Prepared, base_folder: Path, out: Path, rounds: int, console: Console
 ) -> dict[str, Any]:
-    """Training speed against TRL's SFTTrainer as shipped, on the same rows, base and settings.
+    """Train one epoch on the same rows, base and settings with both trainers.
 
-    Both train one epoch of the same rows; tokens count no padding, seconds are those of `trainer.train()` whole, and
-    the loss is the mean per answer token of the same validation rows after training, measured by the same code.
+    Tokens exclude padding, seconds are those of the whole `trainer.train()`, and the loss is the mean per answer token
+    of the same validation rows after training, measured by the same code.
 
     Returns:
-        the medians of both and their ratios; written to `out` as JSON too.
+        the medians of both and their ratios, which are also written to `out` as JSON.
     """
     sides = {"cogpress": _ours, "trl": _trl}
     measured = alternate_aloud(
@@ -49,7 +49,7 @@ def run(
             name, f"{result['tokens_per_second']:.0f}", f"{result['loss']:.4f}", f"{result['peak_memory_gb']:.2f} GB"
         )
     console.print(table)
-    console.print(f"cogpress trains at {report['speed_ratio']:.2f} times the tokens per second of TRL as shipped.")
+    console.print(f"cogpress trains at {report['speed_ratio']:.2f} times the speed of TRL with its defaults.")
     write_report(out, report)
     return report
 

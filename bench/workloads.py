@@ -1,4 +1,4 @@
-"""What `serve` asks: its loads in order, and the questions of each round, of which none is asked twice."""
+"""The workloads of `serve`, and the questions of each round, none of which is asked twice."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from bench.clients import Question
 from cogpress.errors import CogpressError
 
 LOADS = ("example", "long", "open")
-"""The worked example's questions by streams, long prompts by streams, and the questions as Poisson arrivals."""
+"""The worked example's questions with fixed numbers of streams, long prompts, and the questions as Poisson arrivals."""
 
 STREAMS = (1, 4, 16, 32, 64)
-"""Streams at once with the worked example's questions."""
+"""Numbers of streams for the worked example's questions."""
 
 LONG_STREAMS = (1, 8)
 
 LONG_TOKENS = 256
-"""Tokens of each answer to a long prompt, no fewer and no more."""
+"""The exact number of tokens of each answer to a long prompt."""
 
 LONG_WORDS = 1380
 """Words of a long prompt: about 1,500 tokens."""
 
 
 @dataclass(frozen=True)
-class Load:
-    """One kind of load; `streams` is 0 for the open loop."""
+class Workload:
+    """A load to run; `streams` is 0 for the open loop."""
 
     kind: str
     streams: int
@@ -35,12 +35,12 @@ class Load:
 
     @property
     def name(self) -> str:
-        """For files."""
+        """Its name in files."""
         return f"{self.kind}-{self.streams}" if self.streams else self.kind
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Its display name."""
         if not self.streams:
             return "open loop, random arrivals"
         asked = "example" if self.kind == "example" else "long prompts"
@@ -48,24 +48,24 @@ class Load:
 
     @property
     def turns(self) -> int:
-        """In how many parts a round is asked, each by all sides in turn. Few streams take minutes for few tokens, in
-        which a machine that others share changes its speed."""
+        """The number of parts of a round, each run on all sides in turn. Few streams take minutes for few tokens, in
+        which the speed of a shared machine changes."""
         return 4 if self.kind == "example" and self.streams <= 4 else 1
 
     @property
     def work(self) -> float:
-        """How long it takes, roughly, against other loads: throughput grows with about the 0.7th power of streams."""
+        """Its relative duration, as throughput grows with about the 0.7th power of the streams."""
         tokens = 2 * LONG_TOKENS if self.kind == "long" else 60
         return self.requests * tokens / (self.streams or 8) ** 0.7
 
 
-def planned(kinds: Sequence[str] = LOADS, streams: Sequence[int] = STREAMS, scale: int = 1) -> list[Load]:
-    """The loads that are run, in order; 16 streams come before the open loop, which takes its rate from them.
+def planned(kinds: Sequence[str] = LOADS, streams: Sequence[int] = STREAMS, scale: int = 1) -> list[Workload]:
+    """The loads to run, in order; 16 streams come before the open loop, which takes its rate from them.
 
     Args:
-        kinds: of `LOADS`.
-        streams: at once, with the worked example's questions.
-        scale: multiplies the requests of each load; a fast machine needs more of them for a steady figure.
+        kinds: kinds of load, from `LOADS`.
+        streams: numbers of streams for the worked example's questions.
+        scale: multiplies the requests of each load; a fast machine needs more for stable figures.
 
     Raises:
         CogpressError: there is no such kind, or no load is left.
@@ -76,27 +76,27 @@ def planned(kinds: Sequence[str] = LOADS, streams: Sequence[int] = STREAMS, scal
         raise CogpressError(f"There is no load with {wrong}. The loads are {', '.join(LOADS)}, streams from 1.")
     loads = []
     if "example" in kinds:
-        loads += [Load("example", n, scale * max(12, min(6 * n, 80 + n))) for n in sorted(set(streams))]
+        loads += [Workload("example", n, scale * max(12, min(6 * n, 80 + n))) for n in sorted(set(streams))]
     if "long" in kinds:
-        loads += [Load("long", n, scale * max(3, 2 * n)) for n in LONG_STREAMS]
+        loads += [Workload("long", n, scale * max(3, 2 * n)) for n in LONG_STREAMS]
     if "open" in kinds:
-        loads.append(Load("open", 0, scale * 64))
+        loads.append(Workload("open", 0, scale * 64))
     if not loads:
         raise CogpressError("No load is left to measure. Name at least one, and streams for the example.")
     return loads
 
 
 def questions_of(
-    loads: Sequence[Load], rounds: int, examples: Callable[[int], Sequence[Mapping[str, Any]]]
+    loads: Sequence[Workload], rounds: int, examples: Callable[[int], Sequence[Mapping[str, Any]]]
 ) -> dict[str, list[list[Question]]]:
-    """What is asked in each load and round: every side is asked the same, and nothing is asked twice.
+    """The questions of each load and round, the same for every side.
 
-    Rounds and loads share no question, so that a prefix cache holds nothing but what all prompts begin with.
+    Rounds and loads share no question, so that the prefix cache only hits on the common start of all prompts.
 
     Args:
         loads: as planned.
-        rounds: how many.
-        examples: gives so many different values of the prompt template; the same count gives the same.
+        rounds: number of rounds.
+        examples: returns a number of different values of the prompt template; the same number gives the same values.
     """
     short = [one for one in loads if one.kind != "long"]
     found = iter(examples(rounds * sum(one.requests for one in short)))

@@ -88,11 +88,11 @@ def test_what_is_lost_is_counted_and_told_apart() -> None:
         "The server answers 500: out of memory",
         "The answer broke off before its end.",
         "The prediction failed: no room",
-        'The stream is not whole: {"error":"events were dropped"}',
+        'The stream is incomplete: {"error":"events were dropped"}',
     ]  # fmt: skip
     assert [(one["request"], one["cause"]) for one in load.lost(taken)] == [
         (2, "HTTP 409"), (3, "HTTP 500"), (4, "broken off"), (5, "no text"), (6, "prediction failed"), (7, "no text"),
-        (8, "stream not whole"),
+        (8, "stream incomplete"),
     ]  # fmt: skip
     assert load.lost(taken)[0]["error"] == taken.answers[1].error
 
@@ -255,7 +255,7 @@ def test_streams_begin_one_after_the_other() -> None:
 
 def on_replicate(
     fake: FakeReplicate, url: str = "me/mine", token: str = TOKEN, count: int = 1
-) -> tuple[load.Taken, list[Request]]:
+) -> tuple[load.LoadResult, list[Request]]:
     with standing_in(fake.answer) as server, ExitStack() as stack:
         fake.url = server.url
         runner = stack.enter_context(asyncio.Runner())

@@ -133,7 +133,7 @@ def rounds(**figures: float) -> list[dict[str, float]]:
     [
         ({}, []),
         ({"tokens_per_second": 97.0, "ttft_p50": 0.165}, []),
-        ({"tokens_per_second": 96.0}, ["tokens a second, 1 stream", "tokens a second, 16 streams"]),
+        ({"tokens_per_second": 96.0}, ["tokens per second, 1 stream", "tokens per second, 16 streams"]),
         ({"ttft_p50": 0.166}, ["time to first token, 1 stream", "time to first token, 16 streams"]),
         ({"failed": 1.0, "refused": 1.0}, ["nothing lost with 64 streams"]),
         ({"empty": 1.0}, ["nothing lost with 64 streams"]),

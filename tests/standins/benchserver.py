@@ -120,7 +120,9 @@ def cog_answer(*gaps: float) -> Callable[[Request], Awaitable[Reply]]:
     return answer
 
 
-def ask_all(url: str, side: Callable[[Any], load.Ask], questions: list[clients.Question], streams: int) -> load.Taken:
+def ask_all(
+    url: str, side: Callable[[Any], load.Ask], questions: list[clients.Question], streams: int
+) -> load.LoadResult:
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         http = clients.connect(url, runner, stack)
