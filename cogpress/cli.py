@@ -18,9 +18,9 @@ from cogpress.errors import CogpressError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command: a user's mistake is one message and exit status 1, Ctrl-C is 130, a fault keeps its trace.
+    """Run a command: an expected error is one message and exit status 1, Ctrl-C is 130, a bug keeps its traceback.
 
-    SIGTERM ends the command in order too, with 143, so that no server that it started stays behind.
+    SIGTERM ends the command in order too, with 143, so that its servers end with it.
     """
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -38,13 +38,13 @@ def _terminated(number: int, _frame: FrameType | None) -> None:
 
 
 class Stopwatch:
-    """The speed of work since its first result."""
+    """Measures speed from the first result on."""
 
     def __init__(self) -> None:
         self._began: float | None = None
 
     def rate(self, amount: float) -> float:
-        """So much a second; counts from when there was something for the first time."""
+        """The amount per second since the first call with an amount."""
         now = time.perf_counter()
         if not amount:
             return 0.0
@@ -55,7 +55,7 @@ class Stopwatch:
 
 @contextmanager
 def step(name: str, console: Console) -> Iterator[Callable[[str], None]]:
-    """Print a step's name when it begins and its result and seconds when it ends; the block may `say` the result."""
+    """Print a step's name at its start, and its result and seconds at its end; the block may `say` the result."""
     console.print(Text.assemble(("▸ ", "cyan"), (name, "bold")))
     started = time.perf_counter()
     results: list[str] = []
@@ -65,7 +65,7 @@ def step(name: str, console: Console) -> Iterator[Callable[[str], None]]:
 
 
 def progress_bar(console: Console) -> Callable[[Iterable[Any], int], Iterable[Any]]:
-    """A progress bar for a loop, gone when the loop ends; nothing where the output is no terminal."""
+    """A progress bar for a loop, removed at its end; nothing if the output is not a terminal."""
     if not console.is_terminal:
         return lambda items, _total: items
     return lambda items, total: track(items, total=total, description="  ", transient=True, console=console)

@@ -73,13 +73,13 @@ def test_the_log_says_where_the_time_of_the_start_went(server: Server) -> None:
     assert "First token of the first answer after" in server.log.read_text()
 
 
-def test_the_engine_stands_back_for_what_carries_its_tokens(server: Server) -> None:
+def test_the_engine_has_lower_priority_than_the_api(server: Server) -> None:
     assert server._process is not None
     leader = psutil.Process(server._process.pid)
     family = [leader, *leader.children(recursive=True)]
     engine = [process for process in family if process.name().startswith("VLLM")]
     threads = [thread.id for process in engine for thread in process.threads()]
-    assert len(engine) == 1, "it computes in its own process"
+    assert len(engine) == 1, "the engine computes in its own process"
     assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {max(grammar.NICENESS, leader.nice())}
     runner = engine[0].parent()
     assert runner is not None
@@ -227,7 +227,7 @@ def test_a_conversation_is_continued(server: Server, rows: list[questions.Row]) 
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_answers_keep_to_a_form(server: Server, rows: list[questions.Row], form: dict[str, str], fits: Any) -> None:
+def test_answers_follow_a_form(server: Server, rows: list[questions.Row], form: dict[str, str], fits: Any) -> None:
     texts = [answer(server, row, temperature=1.0, seed=1, **form) for row in rows[:4]]
     assert all(fits(text) for text in texts), texts
 
@@ -246,7 +246,7 @@ def test_answers_keep_to_a_form(server: Server, rows: list[questions.Row], form:
         ({"logprobs": 21}, "logprobs"),
     ],
 )
-def test_what_can_not_be_is_refused_before_anything_is_generated(
+def test_impossible_inputs_are_refused_before_anything_is_generated(
     server: Server, inputs: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(CogpressError, match=said):

@@ -328,7 +328,7 @@ def test_replicates_refusals_are_told_without_the_token(status: int, refused: bo
         ("http://127.0.0.1:9", {}, "http://127.0.0.1:9 does not answer as a Cog server"),
     ],
 )
-def test_a_url_that_can_not_be_asked_is_one_sentence(url: str, environ: dict[str, str], message: str) -> None:
+def test_a_url_that_cannot_be_asked_is_one_sentence(url: str, environ: dict[str, str], message: str) -> None:
     with ExitStack() as stack, pytest.raises(CogpressError, match=message) as error:
         clients.remote(url, stack.enter_context(asyncio.Runner()), stack, environ)
     assert TOKEN not in str(error.value)

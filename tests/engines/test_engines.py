@@ -1,4 +1,4 @@
-"""Every engine is asked the same: the worked example's weights as two adapters over the base that they share."""
+"""The same tests for every engine, with two adapters over the base that they share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 
 class Loop:
-    """An event loop that runs for as long as an engine lives, which belongs to one."""
+    """An event loop that runs for the lifetime of an engine, which belongs to one loop."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -41,7 +41,7 @@ class Loop:
 
 
 class Asked:
-    """An engine with its tokenizer, to be asked from a test."""
+    """An engine and its tokenizer, for tests to ask."""
 
     def __init__(
         self, made: engine.Engine, tokenizer: Any, ready: dict[str, adapters.ReadyAdapter], loop: Loop
@@ -115,7 +115,7 @@ def rows() -> list[questions.Row]:
 
 
 MANY: dict[str, Any] = {f"p{number}": {} for number in range(4000)}
-"""Optional properties, of which each can follow any: more than can be compiled in seconds."""
+"""Optional properties in any order: more than can be compiled in seconds."""
 
 
 def ask(asked: Asked, row: questions.Row) -> list[int]:
@@ -137,10 +137,10 @@ def test_adapters_of_two_tasks_and_the_base_answer_side_by_side(asked: Asked, ro
     queried, named, base = found[:4], found[4:8], found[8]
     assert sum(queries.score(row["answer"], text) for row, text in zip(rows, queried, strict=True)) >= 3
     assert sum(operation(row) == text for row, text in zip(rows, named, strict=True)) >= 3
-    assert "Paris" in base, "the base is untouched by adapters beside it"
+    assert "Paris" in base, "adapters leave the base unchanged"
 
 
-def test_the_reference_takes_adapters_in_turn_where_it_keeps_one(
+def test_the_reference_engine_swaps_adapters_if_it_keeps_only_one(
     shared_base: Path,
     ready: dict[str, adapters.ReadyAdapter],
     tokenizer: Any,
@@ -166,7 +166,7 @@ def test_the_reference_takes_adapters_in_turn_where_it_keeps_one(
     assert len(set(first.values())) == 3
     with pytest.raises((OSError, ValueError)):
         loop.run(fails())
-    # What does not load takes the place of what was there, and nobody answers for it.
+    # The adapter that failed to load has evicted another, and no other adapter answers for it.
     for name in ("operations", "queries", "queries", None, "operations"):
         assert answer(name) == first[name], name
     made.shutdown()
@@ -184,7 +184,7 @@ def test_text_comes_as_it_is_generated_and_ends_with_a_reason(asked: Asked, rows
 
 @pytest.mark.parametrize("text", ["a schema", "an expression", "choices", "EBNF"])
 def test_answers_have_the_form_that_was_asked_for(asked: Asked, text: str) -> None:
-    """By the untuned base, which would not answer so by itself, at a temperature that would break any habit."""
+    """From the untuned base, at a temperature at which it would not follow the form by itself."""
     hot = {"temperature": 1.5, "max_tokens": 200, "seed": 5}
     if text == "a schema":
         schema = {
@@ -221,7 +221,7 @@ def test_answers_have_the_form_that_was_asked_for(asked: Asked, text: str) -> No
         (Structure("json", json.dumps({"enum": ["x" * 100_000]})), "the limit is 65,536"),
     ],
 )
-def test_a_form_that_can_not_be_is_refused_before_anything_is_generated(
+def test_an_impossible_structure_is_refused_before_anything_is_generated(
     asked: Asked, structure: Structure, said: str
 ) -> None:
     started = time.monotonic()
@@ -290,7 +290,7 @@ def test_a_stop_text_that_falls_across_chunks_ends_the_answer(asked: Asked, rows
 
 
 def test_penalties_change_what_is_repeated(asked: Asked, rows: list[questions.Row]) -> None:
-    """The untuned base goes round in circles when it is asked for a query."""
+    """The untuned base repeats itself when it is asked for a query."""
     prompt = f"{rows[0]['question']}\nColumns:\n" + "\n".join(rows[0]["columns"])
     plain = asked.answer(prompt, max_tokens=60)
     for penalty in ({"repetition_penalty": 1.5}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}):

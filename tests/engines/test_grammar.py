@@ -1,4 +1,4 @@
-"""What users want of an answer's form is tried out in a process of its own, with bounds on time and memory."""
+"""User-supplied grammars are compiled in a process with time and memory limits."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def guard(base_folder: Path) -> Iterator[grammar.Guard]:
     made.close()
 
 
-def test_what_compiles_passes_and_so_does_what_is_not_valid(guard: grammar.Guard) -> None:
+def test_valid_and_invalid_structures_pass(guard: grammar.Guard) -> None:
     guard.check(Structure("json", '{"type": "object"}'))
     guard.check(Structure("regex", "[a-z]+@[a-z]+"))
     guard.check(Structure("choice", ("a", 'b"')))
     guard.check(Structure("grammar", 'root ::= "a"'))
-    guard.check(Structure("regex", "(((("))  # the engine says what is wrong with it
+    guard.check(Structure("regex", "(((("))  # the engine reports what is wrong with it
 
 
-def test_compiling_stands_back_as_the_engine_does(guard: grammar.Guard) -> None:
+def test_compiling_has_the_engines_low_priority(guard: grammar.Guard) -> None:
     guard.start()
     assert guard._process is not None
     assert os.getpriority(os.PRIO_PROCESS, guard._process.pid) == max(grammar.NICENESS, os.nice(0))
 
 
-def test_what_takes_for_ever_is_refused_and_the_next_one_is_not(
+def test_endless_compilation_is_refused_and_the_next_structure_is_not(
     guard: grammar.Guard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grammar, "SECONDS", 1.0)

@@ -1,4 +1,4 @@
-"""What each engine makes of the options of model.yaml, on machines that this one is not."""
+"""The engines' arguments for the options of model.yaml, also on machines unlike this one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def options(folder: Path, gpus: int = 0, capability: Any = None, adapters: int =
 
 def test_on_a_cpu(folder: Path) -> None:
     found = options(folder)
-    assert found["enforce_eager"] is True, "compiled mode answers nonsense there"
+    assert found["enforce_eager"] is True, "compiled mode may answer wrongly on a CPU"
     assert (found["tensor_parallel_size"], found["pipeline_parallel_size"]) == (1, 1)
     assert (found["max_num_seqs"], found["max_model_len"], found["enable_prefix_caching"]) == (64, None, True)
     assert found["trust_remote_code"] is False
@@ -75,7 +75,7 @@ def test_threads_are_pinned_to_one_core() -> None:
     assert done.stdout.split() == ["3", "{1}", str(max(os.sched_getaffinity(0)))]
 
 
-def test_openmp_is_told_its_cores_while_an_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openmp_is_bound_to_cores_while_an_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("OMP_PLACES", raising=False)
     cores = sorted(os.sched_getaffinity(0))
@@ -126,8 +126,10 @@ def test_the_dtype_follows_what_the_cpu_computes_faster(folder: Path, monkeypatc
         (16, "auto", "auto", (12, 1)),
     ],
 )
-def test_gpus_are_shared_out(folder: Path, gpus: int, tensor: Any, pipeline: Any, got: tuple[int, int]) -> None:
-    """24 attention heads: what does not divide them can not be tensor parallel."""
+def test_gpus_are_divided_between_tensor_and_pipeline_parallelism(
+    folder: Path, gpus: int, tensor: Any, pipeline: Any, got: tuple[int, int]
+) -> None:
+    """The tensor parallel size must divide the 24 attention heads."""
     found = options(folder, gpus, AMPERE, tensor_parallel=tensor, pipeline_parallel=pipeline)
     assert (found["tensor_parallel_size"], found["pipeline_parallel_size"]) == got
 
@@ -142,7 +144,7 @@ def test_gpus_are_shared_out(folder: Path, gpus: int, tensor: Any, pipeline: Any
         (0, {"adapters": 513}, "has rank 513; vLLM serves at most 512"),
     ],
 )
-def test_what_can_not_be_is_refused(folder: Path, gpus: int, serve: dict[str, Any], said: str) -> None:
+def test_impossible_options_are_refused(folder: Path, gpus: int, serve: dict[str, Any], said: str) -> None:
     with pytest.raises(CogpressError, match=said):
         options(folder, gpus, AMPERE if gpus else None, **serve)
 
@@ -165,7 +167,7 @@ def test_other_options_reach_vllm(folder: Path) -> None:
     assert (found["enable_prefix_caching"], found["disable_log_stats"]) == (False, False)
 
 
-def test_what_was_compiled_is_kept_beside_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_is_kept_beside_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
     assert vllm.compile_cache(folder, options(folder)) == {}, "nothing is compiled on a CPU"
     compiled = options(folder, 1, AMPERE)
@@ -175,8 +177,8 @@ def test_what_was_compiled_is_kept_beside_the_weights(folder: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_what_was_compiled_is_found_by_the_weights_path(tiny_base: Path, tmp_path: Path) -> None:
-    """docs/serving.md says so, and that the image therefore has to compile for itself."""
+def test_compiled_code_is_found_by_the_path_of_the_weights(tiny_base: Path, tmp_path: Path) -> None:
+    """So code compiled outside the image is not found inside it, as docs/serving.md says."""
     from vllm import EngineArgs
 
     (tmp_path / "weights").symlink_to(tiny_base)
@@ -187,7 +189,7 @@ def test_what_was_compiled_is_found_by_the_weights_path(tiny_base: Path, tmp_pat
     assert len(keys) == 2
 
 
-def test_there_is_room_for_the_ranks_that_vllm_knows() -> None:
+def test_ranks_are_those_that_vllm_accepts() -> None:
     from typing import get_args
 
     from vllm.config.lora import MaxLoRARanks
@@ -195,14 +197,14 @@ def test_there_is_room_for_the_ranks_that_vllm_knows() -> None:
     assert get_args(MaxLoRARanks) == vllm.RANKS
 
 
-def test_adapters_have_room(folder: Path) -> None:
+def test_adapters_set_vllms_lora_options(folder: Path) -> None:
     found = options(folder, adapters=17, adapters_at_once=3, adapters_kept=2)
     wanted = {"enable_lora": True, "max_lora_rank": 32, "max_loras": 3, "max_cpu_loras": 3}
     assert {name: found[name] for name in wanted} == wanted
 
 
-def test_vllm_knows_every_option(folder: Path) -> None:
-    """Names change from version to version, and vLLM would say so only when it starts."""
+def test_vllm_has_every_option(folder: Path) -> None:
+    """Names change between versions, and vLLM would complain only at its start."""
     from vllm import AsyncEngineArgs
 
     speculative = {"method": "ngram", "num_speculative_tokens": 5}
@@ -221,7 +223,7 @@ def test_vllm_knows_every_option(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("speculative", {"method": "ngram"}), ("tensor_parallel", 2)])
-def test_transformers_refuses_what_it_does_not_have(name: str, value: Any) -> None:
+def test_transformers_refuses_options_that_it_does_not_support(name: str, value: Any) -> None:
     with pytest.raises(CogpressError, match=rf"does not support serve\.{name}"):
         transformers.refuse(config.Serve(engine="transformers", **{name: value}))
 

@@ -1,4 +1,4 @@
-"""Speculation changes how fast an answer comes, and not the answer."""
+"""Speculation changes the speed of an answer, not the answer."""
 
 from __future__ import annotations
 

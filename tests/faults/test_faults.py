@@ -1,4 +1,4 @@
-"""Load, faults and hostile input against the real runtime and vLLM, with a small random model that answers quickly."""
+"""Load, faults and hostile input: the real runtime and vLLM with a small, fast random model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several adapters over one base: each answers as training scored it, side by side in one server."""
+"""Several adapters over one base in one server: each answers as training scored it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def get(adapters: multilora.Adapters, name: str) -> multilora.ReadyAdapter:
 
 
 @pytest.mark.slow
-def test_adapters_are_fetched_when_they_are_asked_for(project: Path) -> None:
+def test_adapters_are_fetched_on_first_use(project: Path) -> None:
     adapters = made(project)
     folder = Path(adapters.weights(None))
     found = fetch.model(folder, project)
@@ -86,7 +86,7 @@ def test_adapters_are_fetched_when_they_are_asked_for(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_base_that_they_share_is_the_one_that_they_were_trained_on(project: Path, base_folder: Path) -> None:
+def test_the_shared_base_is_the_one_that_they_were_trained_on(project: Path, base_folder: Path) -> None:
     """Quantized and dequantized again, tensor by tensor, and nothing added."""
     import torch
 
@@ -174,7 +174,7 @@ def test_mixed_traffic_is_answered_as_training_scored_it(
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_more_adapters_than_there_is_room_for_take_turns(server: Server) -> None:
+def test_more_adapters_than_fit_take_turns(server: Server) -> None:
     question = questions.generate(1, "test", seed=11)[0]["question"]
     first = ask(server, adapter="operations", prompt=question)
     for name in ("queries", "again", "operations", "again"):
@@ -185,7 +185,7 @@ def test_more_adapters_than_there_is_room_for_take_turns(server: Server) -> None
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_what_can_not_be_had_fails_alone(server: Server) -> None:
+def test_an_unavailable_adapter_fails_alone(server: Server) -> None:
     with pytest.raises(CogpressError, match="no adapter 'sql'"):
         ask(server, adapter="sql", prompt="x")
     with pytest.raises(CogpressError, match="is not a folder or tar"):
@@ -196,7 +196,7 @@ def test_what_can_not_be_had_fails_alone(server: Server) -> None:
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_a_dead_engine_is_told_at_once(server: Server) -> None:
+def test_a_dead_engine_is_reported_at_once(server: Server) -> None:
     """Last, because it ends the server of this file."""
     assert server._process is not None
     running = client.stream(server.url, LONG)

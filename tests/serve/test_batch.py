@@ -1,4 +1,4 @@
-"""A file of predictions: each line once, in order, whatever interrupts the work."""
+"""Batch inference: each line once, in order, and resumed after any interruption."""
 
 from __future__ import annotations
 
