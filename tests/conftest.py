@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.fixtures.make import ANSWERS, OPERATIONS, QUERIES
+from tests.fixtures import ANSWERS, OPERATIONS, QUERIES
 from tests.standins.chatexamples import Write, with_templates
 from tests.standins.fileserver import FileServer, serve
 

@@ -24,7 +24,7 @@ from cogpress.train.answers import generate
 from cogpress.verify import distributions
 from cogpress.weights import fetch, manifest
 from examples import queries, questions
-from tests.fixtures.make import operations_row
+from tests.fixtures import operations_row
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = {"prompt": "Count up.", "min_tokens": 2000, "max_tokens": 2000}
