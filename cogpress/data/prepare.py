@@ -177,7 +177,9 @@ def read_examples(path: Path, *, prompt: config.Prompt | None = None, task: conf
             conversation = _conversation(example, prompt)
         except EmptyAnswer:
             empty += 1
-        except (BadRow, CogpressError) as error:
+        except BadRow as bad:
+            reading.problems.append(Problem(line, str(bad), path.name))
+        except CogpressError as error:
             reading.problems.append(Problem(line, str(error).rstrip("."), path.name))
         else:
             reading.examples.append(example)

@@ -190,7 +190,7 @@ def test_json_lines_named_json(write: Write) -> None:
 
 
 def test_a_broken_json_list(write: Write) -> None:
-    with pytest.raises(CogpressError, match=r"begins as a JSON list and is not JSON: .*line 2 column 1"):
+    with pytest.raises(CogpressError, match=r"begins like a JSON list but is not JSON: .*line 2 column 1"):
         read_examples(write(b'[{"text": "a"},', name="examples.json"))
 
 
@@ -216,8 +216,8 @@ def test_broken_gzip(tmp_path: Path, kept: int) -> None:
         ("blank.jsonl", b"\n \r\n", "holds no examples"),
         ("mark.jsonl", b"\xef\xbb\xbf", "holds no examples"),
         ("none.json", b"[]", "holds no examples"),
-        ("examples.csv", b"a,b", "not named as a kind of file that is known"),
-        ("examples.jsonl.zst", b"a", "not named as a kind of file that is known"),
+        ("examples.csv", b"a,b", "has an unknown suffix"),
+        ("examples.jsonl.zst", b"a", "has an unknown suffix"),
         ("wide.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16"),
         ("bad.parquet", b"PAR1 and then nothing", "not readable as Parquet|cannot be read"),
         ("empty.parquet", b"", "not readable as Parquet|cannot be read"),
