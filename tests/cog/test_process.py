@@ -229,7 +229,7 @@ def test_a_server_that_is_killed_is_noticed(root: Path) -> None:
     with Server(root, env={"BEHAVIOUR": "slow"}, log=root / "server.log") as served:
         assert wait_until(served._has_worker)
         process_of(served).kill()
-        with pytest.raises(CogpressError, match=r"ended before it was ready, killed by SIGKILL\.(.|\n)*server\.log"):
+        with pytest.raises(CogpressError, match=r"exited before it was ready, killed by SIGKILL\.(.|\n)*server\.log"):
             served.wait_ready(30)
 
 
