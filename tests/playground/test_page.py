@@ -775,7 +775,7 @@ def test_every_value_survives_being_written_as_code(visit: Opener) -> None:
         ("{'a': 1}", "1:2 use double quotes"),
         ('{"a" 1}', "1:6 expected :"),
         ('{"a": tru}', "1:7 expected a value; found tru"),
-        ('["a\nb"]', "1:4 a line break in a string"),
+        ('["a\nb"]', "1:4 write a line break in a string"),
         ('["\\x"]', "1:3 not a valid escape"),
         ('["abc', "1:2 this string has no closing quote"),
         ("[1] 2", "1:5 nothing may follow"),
@@ -940,3 +940,4 @@ def test_a_token_is_asked_for_once_and_is_in_no_address(visit: Opener, cogs: lis
         assert token not in (page.get_by_test_id("code").text_content() or "")
         page.reload()
         expect(output(page)).to_have_text("with a token")
+        page.wait_for_load_state("networkidle")  # what it still asks for would find nobody
