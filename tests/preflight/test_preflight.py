@@ -316,7 +316,7 @@ def test_weights_must_fit_the_gpu(here: Path, size: int, outcome: str) -> None:
 def test_the_plan_tells_whether_it_fits(here: Path, refused: str | None, outcome: str) -> None:
     facts = preflight.gather(preflight.Request(here, hardware="gpu-l40s", offline=True))
     assert facts.hardware is not None
-    served = estimate.Served(facts.hardware, refused, None, 1e9, 4096, 32)  # type: ignore[arg-type]
+    served = estimate.ServingEstimate(facts.hardware, refused, None, 1e9, 4096, 32)  # type: ignore[arg-type]
     [row] = [row for row in preflight.check(replace(facts, served=served)) if row.name == "memory"]
     assert row.finding.outcome == outcome
     assert (refused or "context up to 4,096 tokens, or 32 predictions at once") in row.finding.message

@@ -1,7 +1,6 @@
-"""The kit itself from verified weights to Replicate, and from there back with newly trained ones.
+"""This repository pushed with verified weights, and trained again on the result.
 
-The repository as it is, the demonstration's weights, the real runner with vLLM, and `push.parity` on. What stands in
-for Replicate runs what is pushed.
+With the real runner, vLLM and `push.parity`; the stand-in for Replicate runs what is pushed.
 """
 
 from __future__ import annotations

@@ -103,13 +103,13 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass
 class Machine:
-    """Where a push runs: the project, and what the stand-in for `cog` noted."""
+    """The machine of a push: the project, and what the stand-in for `cog` recorded."""
 
     root: Path
     programs: Path
 
     def calls(self) -> list[list[str]]:
-        """The arguments of each call of `cog` since the last time, without those that ask for its version."""
+        """The arguments of each call of `cog` since the last time, without calls for its version."""
         path = self.programs / "cog-calls.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         path.write_text("")

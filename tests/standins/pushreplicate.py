@@ -1,7 +1,7 @@
-"""The stand-in for Replicate of the tests of a push: the playground with management, to which images can be pushed.
+"""The stand-in for Replicate in tests of a push: the playground with management, to which images can be pushed.
 
-What is pushed is copied as `.dockerignore` lets it through, and a real Cog server of that copy becomes the version. It
-notes what it is asked, and answers with faults where told to.
+A push copies what `.dockerignore` lets through, and a real Cog server of that copy becomes the version. The stand-in
+records requests and answers with faults on demand.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Standin:
         return 200, {"id": self.versions[key]}
 
     async def create_training(self, version: Any, destination: str, *more: Any) -> Any:
-        """The playground trains its own project: let it be the image that was pushed; its destination must exist."""
+        """Train the pushed image instead of the playground's own project; the destination must exist."""
         self.parts.catalog.model(destination)
         if version.id in self.images:
             image = self.images[version.id]
