@@ -354,6 +354,21 @@ def test_what_cannot_be_merged_exactly_is_refused_by_name(
     assert not (tmp_path / "weights").exists()
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "bfloat16"), (1e6, "float16")])
+def test_a_merge_that_is_not_finite_is_refused(tiny_base: Path, tmp_path: Path, value: float, dtype: str) -> None:
+    adapter = an_adapter(tiny_base, tmp_path / "adapter", "none")
+    matrices = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in matrices if "lora_B" in name)
+    matrices[name] = torch.full_like(matrices[name], value)
+    save_file(matrices, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    facts = manifest.read(adapter) or {}
+    kept = {key: facts[key] for key in ("base", "quantization", "quantized_modules", "prompt")}
+    manifest.write(adapter, "adapter", {**kept, "compute_dtype": dtype})
+    with pytest.raises(CogpressError, match="is not finite after the merge"):
+        merge.merge(tiny_base, adapter, tmp_path / "weights")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_trained_tokens_are_refused_by_name(tmp_path: Path) -> None:
     folder = a_model(tmp_path / "base", "llama", tied=False)
     adapter = a_variant(folder, tmp_path / "adapter", "none", trainable_token_indices=[1, 2])
