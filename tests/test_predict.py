@@ -36,7 +36,7 @@ def server(trained_server: Server) -> Server:
 
 @pytest.fixture(scope="module")
 def rows() -> list[questions.Row]:
-    return questions.generate(32, "test", seed=7)
+    return questions.generate(32, "test", seed=0)
 
 
 def fields(row: questions.Row) -> str:
@@ -101,7 +101,9 @@ def test_text_streams_long_before_it_ends(server: Server, rows: list[questions.R
     assert text == answer(server, rows[0])
 
 
-def test_sixteen_streams_are_batched_and_each_is_right(server: Server, rows: list[questions.Row]) -> None:
+def test_sixteen_streams_are_batched_and_answered_as_by_transformers(
+    server: Server, rows: list[questions.Row], answered: list[dict[str, Any]]
+) -> None:
     started = time.monotonic()
     alone = [answer(server, row) for row in rows[:4]]
     one_after_another = (time.monotonic() - started) / 4
@@ -121,8 +123,8 @@ def test_sixteen_streams_are_batched_and_each_is_right(server: Server, rows: lis
     assert [text for text, _ in found[:4]] == alone
     assert max(first for _, first in found) - started < together  # all had begun before the last ended
     assert together < 16 * one_after_another / 2
-    right = sum(queries.score(row["answer"], text) for row, (text, _) in zip(rows[:16], found, strict=True))
-    assert right >= 14
+    same = sum(text == one["answer"] for one, (text, _) in zip(answered[:16], found, strict=True))
+    assert same >= 15, "where two tokens are nearly as likely, rounding may decide"
 
 
 def test_metrics(server: Server, rows: list[questions.Row]) -> None:

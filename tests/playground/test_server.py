@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from examples import queries, questions
+from examples import questions
 from tests.standins.localreplicate import ROOT, Local
 
 replicate = pytest.importorskip("replicate", reason="requirements/dev.in lists Replicate's client")
@@ -42,43 +42,47 @@ def client(local: Local) -> Any:
 
 @pytest.fixture(scope="module")
 def rows() -> list[questions.Row]:
-    return questions.generate(CLIENTS, "test", seed=7)
+    return questions.generate(CLIENTS, "test", seed=0)
 
 
 def inputs(row: questions.Row) -> dict[str, Any]:
     return {"fields": json.dumps({"question": row["question"], "columns": row["columns"]}), "max_tokens": 160}
 
 
-def test_the_worked_example_through_the_official_client(client: Any, rows: list[questions.Row]) -> None:
-    right = 0
-    for row in rows[:4]:
+def test_the_worked_example_through_the_official_client(
+    client: Any, rows: list[questions.Row], answered: list[dict[str, Any]]
+) -> None:
+    same = 0
+    for row, known in zip(rows[:4], answered, strict=False):
         said = "".join(client.run(MODEL, input=inputs(row)))
         events = list(client.stream(MODEL, input=inputs(row)))
         texts = [str(one) for one in events if one.event.value == "output"]
         assert len(texts) > 10  # in pieces, and the same
         assert "".join(texts) == said
-        right += queries.score(row["answer"], said)
-    assert right >= 3
+        same += said == known["answer"]
+    assert same >= 3, "as the same weights answer by transformers"
     metrics = client.predictions.list().results[0].metrics
     assert metrics["input_token_count"] > 30
     assert metrics["output_token_count"] > 10
     assert 0 < metrics["time_to_first_token"] < metrics["predict_time"]
 
 
-def test_sixty_four_clients_at_once_lose_nothing(client: Any, rows: list[questions.Row], local: Local) -> None:
+def test_sixty_four_clients_at_once_lose_nothing(
+    client: Any, rows: list[questions.Row], answered: list[dict[str, Any]], local: Local
+) -> None:
     def ask(row: questions.Row) -> tuple[str, str]:
         made = client.models.predictions.create(MODEL, input=inputs(row))
         return made.id, "".join(str(one) for one in made.stream() if one.event.value == "output")
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         found = list(pool.map(ask, rows))
-    right = 0
-    for row, (identifier, text) in zip(rows, found, strict=True):
+    same = 0
+    for known, (identifier, text) in zip(answered, found, strict=True):
         kept = local.get(identifier)
         assert kept["status"] == "succeeded", kept["error"]
         assert "".join(kept["output"]) == text
-        right += queries.score(row["answer"], text)
-    assert right >= 0.9 * CLIENTS
+        same += text == known["answer"]
+    assert same >= 0.95 * CLIENTS, "as the same weights answer by transformers"
 
 
 def test_every_prediction_is_accounted_for_when_the_model_server_is_killed(client: Any, local: Local) -> None:

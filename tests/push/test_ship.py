@@ -77,7 +77,6 @@ def test_the_demonstration_is_shipped(here: Machine) -> None:
     assert [one["passed"] for one in made.steps[run.TESTS]["outcomes"]] == [True, True, True]
     metrics = made.steps[run.PARITY]["metrics"]
     assert metrics["served_agreement"] >= 0.99
-    assert metrics["score"] >= 0.95
     assert abs(metrics["score"] - metrics["reference_score"]) <= 0.02
     assert f"{metrics['served_agreement']:.1%} of tokens agree" in said
     assert made.steps[run.FUZZ]["inputs"] > 0

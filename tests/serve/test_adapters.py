@@ -23,7 +23,7 @@ from cogpress.serve import adapters as multilora
 from cogpress.train.answers import generate
 from cogpress.verify import distributions
 from cogpress.weights import fetch, manifest
-from examples import queries, questions
+from examples import questions
 from tests.fixtures import operations_row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,9 +146,13 @@ def ask(server: Server, **inputs: Any) -> str:
 @pytest.mark.slow
 @pytest.mark.server
 def test_mixed_traffic_is_answered_as_training_scored_it(
-    server: Server, project: Path, base_folder: Path, operations_adapter: Path, tokenizer: Any
+    server: Server,
+    base_folder: Path,
+    operations_adapter: Path,
+    answered: list[dict[str, Any]],
+    tokenizer: Any,
 ) -> None:
-    rows = questions.generate(16, "test", seed=11)
+    rows = questions.generate(16, "test", seed=0)
     work = [
         ("queries", {"fields": json.dumps({"question": row["question"], "columns": row["columns"]})}) for row in rows
     ]
@@ -157,9 +161,8 @@ def test_mixed_traffic_is_answered_as_training_scored_it(
     with ThreadPoolExecutor(16) as pool:
         running = {at: pool.submit(ask, server, adapter=work[at][0], **work[at][1]) for at in order}
         texts = [running[at].result() for at in range(32)]
-    right = sum(queries.score(row["answer"], text) for row, text in zip(rows, texts[:16], strict=True))
-    assert right >= 15, "what the demonstration scored"
-    # What training scored: the adapter on the quantized base, by transformers.
+    # What training scored: the adapters on the quantized base, by transformers.
+    assert sum(one["answer"] == text for one, text in zip(answered, texts[:16], strict=False)) >= 15
     reference = distributions.reference_model(base_folder, operations_adapter)
     form = config.Prompt(system="Name the operation.")
     asked = [prompts.encode(tokenizer, prompts.Question(row["question"]), form) for row in rows]

@@ -81,8 +81,7 @@ def test_the_merge_of_a_run_passes(verified: tuple[Path, verdict.Verdict]) -> No
     assert names[:5] == ["files", "tokenizer", "chat template", "prompt", "merge"]
     assert found.metrics["mean_kl"] < 0.001
     assert found.metrics["top1_agreement"] > 0.995
-    assert found.metrics["score"] >= 0.9
-    assert found.metrics["reference_score"] >= 0.9
+    assert found.metrics["score"] == pytest.approx(found.metrics["reference_score"], abs=0.02) > 0.7
     assert found.metrics["served_agreement"] >= 0.99
     assert found.metrics["served_perplexity"] == pytest.approx(found.metrics["perplexity"], rel=0.02)
     assert found.metrics["concurrent_tokens_per_second"] > found.metrics["stream_tokens_per_second"] > 0
