@@ -115,7 +115,7 @@ def test_a_config_is_read_from_a_folder_or_a_file(tmp_path: Path) -> None:
     with pytest.raises(CogpressError, match="cannot be read"):
         architecture.config(str(tmp_path / "none.json"), tmp_path / "cache")
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CogpressError, match="is no JSON object"):
+    with pytest.raises(CogpressError, match="is not a JSON object"):
         architecture.config(str(tmp_path), tmp_path / "cache")
 
 
