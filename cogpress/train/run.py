@@ -199,7 +199,7 @@ def _train(
     started = time.perf_counter()
     try:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        validation_loss = trainer.evaluate()["eval_loss"] if prepared.validation else None
+        validation_loss = _last_loss(trainer) if prepared.validation else None
     finally:
         recorder.close()
         objective.release()
@@ -232,6 +232,14 @@ def _train(
     write_json(run / "result.json", {"key": read_json(run / "key.json"), "result": saved})
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return result
+
+
+def _last_loss(trainer: Any) -> float:
+    """The validation loss after the last step, measured now unless the last evaluation was then."""
+    measured = [row for row in trainer.state.log_history if "eval_loss" in row]
+    if measured and measured[-1]["step"] == trainer.state.global_step:
+        return float(measured[-1]["eval_loss"])
+    return float(trainer.evaluate()["eval_loss"])
 
 
 def attention(longest: int) -> str:
