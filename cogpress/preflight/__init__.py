@@ -1,7 +1,6 @@
-"""Every reason for which a push fails, found in seconds before it.
+"""Every reason why a push would fail, found in seconds.
 
-Knows the list of checks and how they run: facts are gathered once, and each check is a function of them. Each topic's
-rules are in the file of its name.
+Facts are gathered once; each check is a function of them. Each topic's checks are in the file of its name.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ CHECKS: list[Check] = [
 
 
 TOPICS = tuple(dict.fromkeys(one.topic.lower() for one in CHECKS))
-"""What can be left out, in the order of the checks."""
+"""What can be skipped, in the order of the checks."""
 
 
 def run(request: Request, *, fixes: bool = False, skip: Sequence[str] = ()) -> Report:
-    """Gather the facts, check, and with `fixes` do what is safe and check again.
+    """Gather the facts and check; with `fixes`, apply the safe fixes and check again.
 
     Args:
-        request: what is to be pushed, and where to.
-        fixes: write `.dockerignore` entries and settle interrupted writers.
-        skip: topics that are left out, of `TOPICS`.
+        request: what to push, and where.
+        fixes: write `.dockerignore` entries and recover from interrupted writers.
+        skip: topics of `TOPICS` to leave out.
     """
     started = time.perf_counter()
     if "replicate" in skip and "weights" in skip:
-        request = replace(request, offline=True)  # nobody would read the answers
+        request = replace(request, offline=True)  # no check would read the answers
     facts = gather(request)
     done: list[str] = []
     if fixes:
@@ -54,7 +53,7 @@ def run(request: Request, *, fixes: bool = False, skip: Sequence[str] = ()) -> R
 
 
 def check(facts: Facts, skip: Sequence[str] = ()) -> list[Row]:
-    """Each check's findings, but for those of topics that are left out."""
+    """The findings of all checks except those of skipped topics."""
     wanted = [one for one in CHECKS if one.topic.lower() not in skip]
     return [Row(one.topic, one.name, finding) for one in wanted for finding in _look(one, facts)]
 
@@ -63,8 +62,8 @@ def _look(one: Check, facts: Facts) -> list[Finding]:
     try:
         found = list(one.look(facts))
     except CogpressError as error:
-        found = [failed(str(error), "Correct it and run it again.")]
-    # A message can quote what a file or a program says, and that can be a secret.
+        found = [failed(str(error), "Correct it and run again.")]
+    # A message can quote a file or a program, and thereby a secret.
     token = facts.machine.token
     return [
         replace(finding, message=redacted(finding.message, token), fix=redacted(finding.fix, token))

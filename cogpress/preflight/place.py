@@ -1,7 +1,4 @@
-"""Where it is pushed from and to: programs, log-in, disk, Replicate's account, model and hardware.
-
-Knows what Replicate's answers mean to a user; leaves asking to `machine` and `facts`.
-"""
+"""Check where the push comes from and goes to: programs, log-in, disk; Replicate's account, model and hardware."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from cogpress.replicate.api import explained
 MACHINE, REPLICATE = "Machine", "Replicate"
 
 IMAGE_BYTES = 30_000_000_000
-"""Disk that a build takes beside the weights: CUDA, torch and vLLM, and what is downloaded on the way."""
+"""Disk that a build needs beside the weights: CUDA, torch, vLLM and their downloads."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*/[a-z0-9][a-z0-9._-]*", re.IGNORECASE)
 
@@ -28,7 +25,7 @@ def _docker(facts: Facts) -> Iterator[Finding]:
     if docker.path is None:
         yield failed("docker is not on the PATH; cog builds with it.", "Install Docker Engine or Docker Desktop.")
     elif docker.problem:
-        yield failed(f"docker {docker.problem}.", "Start Docker, and let your user talk to it.")
+        yield failed(f"docker {docker.problem}.", "Start Docker, and give your user access to it.")
     else:
         yield passed(f"docker {docker.version}")
 
@@ -36,9 +33,9 @@ def _docker(facts: Facts) -> Iterator[Finding]:
 def _cog(facts: Facts) -> Iterator[Finding]:
     cog, wanted = facts.machine.cog, facts.build.get("sdk_version")
     if cog.path is None:
-        yield failed("cog is not on the PATH.", "Install it as cog.run says, the version of build.sdk_version.")
+        yield failed("cog is not on the PATH.", "Install the version in build.sdk_version, as cog.run describes.")
     elif cog.problem:
-        yield failed(f"cog {cog.problem}.", "Install it again as cog.run says.")
+        yield failed(f"cog {cog.problem}.", "Reinstall it as cog.run describes.")
     elif isinstance(wanted, str) and _minor(cog.version) < _minor(wanted):
         yield warning(f"cog is {cog.version}, older than the image's {wanted}.", "Update cog.")
     else:
@@ -68,10 +65,10 @@ def _token(facts: Facts) -> Iterator[Finding]:
     if token is None:
         yield failed(
             "REPLICATE_API_TOKEN is not set.",
-            "Set it to a token from replicate.com/account/api-tokens, in no file here.",
+            "Set it to a token from replicate.com/account/api-tokens; keep it out of files here.",
         )
     elif re.search(r"\s", token) or len(token) < 8:
-        yield failed("REPLICATE_API_TOKEN is no token: it has spaces, or is too short.", "Set it again.")
+        yield failed("REPLICATE_API_TOKEN is not a token: it has spaces or is too short.", "Set it again.")
     else:
         yield passed("REPLICATE_API_TOKEN is set")
 
@@ -79,9 +76,9 @@ def _token(facts: Facts) -> Iterator[Finding]:
 def _disk(facts: Facts) -> Iterator[Finding]:
     free, needed = facts.machine.free, IMAGE_BYTES + 3 * sum(entry.size for entry in facts.entries)
     if free < needed / 3:
-        yield failed(f"{size(free)} of disk are free, and a build takes about {size(needed)}.", "docker system prune")
+        yield failed(f"{size(free)} of disk are free; a build needs about {size(needed)}.", "docker system prune")
     elif free < needed:
-        yield warning(f"{size(free)} of disk are free, and a build takes up to {size(needed)}.", "docker system prune")
+        yield warning(f"{size(free)} of disk are free; a build needs up to {size(needed)}.", "docker system prune")
     else:
         yield passed(f"{size(free)} free, about {size(needed)} needed where Docker's files are on this disk")
 
@@ -117,10 +114,10 @@ def _destination(facts: Facts) -> Iterator[Finding]:
         yield skipped("no destination is named", "scripts/preflight owner/name")
         return
     if not NAME.fullmatch(destination):
-        yield failed(f"{destination!r} is no owner/name.", "Name it as in the address of its page: owner/name.")
+        yield failed(f"{destination!r} is not owner/name.", "Write it as in its page's address: owner/name.")
         return
     if facts.replicate.problem:
-        yield skipped(f"{destination} was not asked for: {facts.replicate.problem}")
+        yield skipped(f"{destination} was not checked: {facts.replicate.problem}")
         return
     answer = facts.replicate.answers[f"/v1/models/{destination}"]
     account = facts.replicate.answers["/v1/account"].content
@@ -133,7 +130,7 @@ def _destination(facts: Facts) -> Iterator[Finding]:
                 f"{user}/{destination.split('/')[1]}.",
             )
         else:
-            yield warning(f"{destination} does not exist yet.", "scripts/push makes it, or replicate.com/create.")
+            yield warning(f"{destination} does not exist yet.", "scripts/push creates it, or replicate.com/create.")
     elif not isinstance(answer.content, dict):
         yield _refused(answer, destination)
     else:
@@ -146,7 +143,7 @@ def _hardware(facts: Facts) -> Iterator[Finding]:
         yield skipped("no hardware is named", "--hardware SKU")
         return
     if facts.replicate.problem:
-        yield skipped(f"{wanted} was not asked for: {facts.replicate.problem}")
+        yield skipped(f"{wanted} was not checked: {facts.replicate.problem}")
         return
     answer = facts.replicate.answers["/v1/hardware"]
     if not isinstance(answer.content, list):

@@ -1,7 +1,4 @@
-"""The outcome of a preflight: for a terminal, by topic and the worst first; and as JSON.
-
-Knows how findings are shown; leaves to the checks what they say.
-"""
+"""Preflight results: as a table by topic, worst first, and as JSON."""
 
 from __future__ import annotations
 
@@ -22,12 +19,11 @@ MARKS: dict[Outcome, tuple[str, str]] = {
     "skipped": ("-", "dim"),
     "passed": ("✓", "green"),
 }
-_WORDS: dict[Outcome, str] = {"failed": "failed", "warning": "to look at", "skipped": "skipped", "passed": "passed"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """All rows of one preflight, in the order of the checks."""
+    """All findings of one preflight, in the order of the checks."""
 
     rows: list[Row]
     seconds: float
@@ -39,7 +35,7 @@ class Report:
         return not self.of("failed")
 
     def of(self, outcome: Outcome) -> list[Row]:
-        """The rows of one outcome."""
+        """The findings of one outcome."""
         return [row for row in self.rows if row.finding.outcome == outcome]
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,7 +50,7 @@ class Report:
         }
 
     def print(self, console: Console, *, everything: bool = False) -> None:
-        """Show it: topics with failures first; what passed in one line a topic, unless `everything` is asked for."""
+        """Print topics with failures first; what passed takes one line per topic, unless `everything`."""
         for line in self.fixed:
             console.print(Text.assemble(("✓ ", "green"), ("fixed  ", "bold"), line))
         width = max((len(row.name) for row in self.rows), default=0)
@@ -75,13 +71,14 @@ class Report:
         text = Text()
         for outcome, count in counts:
             if count:
-                text.append(", " if text else "").append(f"{count} {_WORDS[outcome]}", MARKS[outcome][1])
+                word = "warnings" if outcome == "warning" and count > 1 else outcome
+                text.append(", " if text else "").append(f"{count} {word}", MARKS[outcome][1])
         text.append(f" in {self.seconds:.1f} s. ", "dim")
         if self.passed:
             return text.append("A push can begin.", "bold green")
         text.append("A push would fail.", "bold red")
         if any(row.finding.safe for row in self.rows if row.finding.outcome in ("failed", "warning")):
-            text.append(" scripts/preflight --fix does some of it.")
+            text.append(" scripts/preflight --fix can fix some of it.")
         return text
 
 

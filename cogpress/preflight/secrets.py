@@ -1,6 +1,6 @@
-"""Secrets and private data in text: by the forms of tokens, by chance-like values of telling names, by file names.
+"""Find secrets and private data by token formats, high-entropy values of telling names, and file names.
 
-Knows what they look like; never gives one back: a find is a kind and a line.
+A find is a kind and a line, never the secret.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NAMED = re.compile(
     r"(?i)\b[\w.-]*(api[_-]?key|secret|passwd|password|credential|auth[_-]?token|access[_-]?token|private[_-]?key|"
     r"[_-]token)\b[\"']?\s*[:=]\s*[\"']?(?P<value>[A-Za-z0-9+/_=.~-]{16,})"
 )
-"""A name that tells of a secret, given a value."""
+"""A name that suggests a secret, with a value."""
 
 CHANCE = 3.5
 """Bits of entropy per character: random letters and digits of 20 characters have about 4, words about 3."""
@@ -35,7 +35,7 @@ _DATA = {".jsonl", ".csv", ".tsv", ".parquet", ".sqlite", ".sqlite3", ".db", ".x
 _MAIL = re.compile(r"\b[A-Za-z0-9._%+-]+@(?!example\.|users\.noreply\.)[A-Za-z0-9-]+\.[A-Za-z]{2,}\b")
 
 MANY_ADDRESSES = 20
-"""E-mail addresses in one file from which on it looks like people's data."""
+"""E-mail addresses in one file above which it looks like personal data."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Find:
 
 
 def in_text(text: str) -> Iterator[Find]:
-    """Each secret in a text, once a kind and line."""
+    """Each secret in a text, once per kind and line."""
     for number, line in enumerate(text.splitlines(), 1):
         if len(line) > 100_000:
-            continue  # no person writes such lines: a vocabulary, a notebook's picture
+            continue  # not written by a person: a vocabulary, a notebook's picture
         kinds = [kind for kind, form in PATTERNS.items() if form.search(line)]
         if not kinds and any(_by_chance(match["value"]) for match in _NAMED.finditer(line)):
             kinds = ["a value that looks like a secret"]
@@ -58,19 +58,19 @@ def in_text(text: str) -> Iterator[Find]:
 
 
 def _by_chance(value: str) -> bool:
-    """Whether a value is as mixed as what a program makes: random, with digits among letters."""
+    """Whether a value looks generated: high entropy, letters and digits mixed."""
     mixed = any(letter.isdigit() for letter in value) and any(letter.isalpha() for letter in value)
     return mixed and entropy(value) >= CHANCE and not re.fullmatch(r"[\w-]*(\.[A-Za-z_]\w*)+", value)
 
 
 def entropy(text: str) -> float:
-    """Bits per character, by how often each character comes."""
+    """Shannon entropy in bits per character."""
     counts = Counter(text).values()
     return -sum(count / len(text) * math.log2(count / len(text)) for count in counts) if text else 0.0
 
 
 def by_name(name: str) -> str | None:
-    """What a file's name says that it holds: a secret, or None."""
+    """The kind of secret that a file's name suggests; None if it suggests none."""
     last = PurePosixPath(name).name
     if _EXAMPLES.fullmatch(last):
         return None
@@ -78,11 +78,11 @@ def by_name(name: str) -> str | None:
 
 
 def is_data(name: str) -> bool:
-    """Whether a file is of a kind that people's data comes in."""
+    """Whether a file has a format that personal data comes in."""
     path = PurePosixPath(name)
     return path.suffix.lower() in _DATA or path.name.lower().endswith((".jsonl.gz", ".csv.gz"))
 
 
 def addresses(text: str) -> int:
-    """Different e-mail addresses in a text."""
+    """Number of different e-mail addresses in a text."""
     return len(set(_MAIL.findall(text)))

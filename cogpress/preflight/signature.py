@@ -1,8 +1,6 @@
-"""The runner and the training function as Cog's build reads them: from their source, without running it.
+"""Check the runner and the training function as `cog build` parses them: from source, without running it.
 
-Knows which annotations, defaults and decorators that parser understands, and what it drops without a word; leaves
-what an input means to `predict.py`. The rules were read in public copies of Cog's source, whose releases are not told
-apart there, so that the image's own build has the last word.
+The rules come from public copies of Cog's source, which do not tell releases apart: the build has the last word.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ Method = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Target:
-    """What cog.yaml names, found in its file; `problem` where it is not."""
+    """What cog.yaml names, found in its file; `problem` says why not."""
 
     reference: str
     module: ast.Module | None = None
@@ -36,7 +34,7 @@ class Target:
 
 
 def find(facts: Facts, key: str) -> Target | None:
-    """The runner (`run`) or the training function (`train`); None where cog.yaml names none."""
+    """The runner (`run`) or the training function (`train`); None if cog.yaml names none."""
     cog = facts.cog or {}
     reference = cog.get("run") or cog.get("predict") if key == "run" else cog.get(key)
     if reference is None:
@@ -102,7 +100,7 @@ def _readable(facts: Facts) -> Iterator[Finding]:
 
 
 def problems(target: Target) -> Iterator[Finding]:
-    """What Cog's parser refuses, or reads as something else than it says."""
+    """What Cog's parser refuses or misreads."""
     assert target.method is not None
     assert target.module is not None
     arguments, method = target.method.args, target.method
@@ -138,12 +136,12 @@ def _inputs(target: Target) -> list[tuple[ast.arg, ast.expr | None]]:
 
 
 def _type_problem(node: ast.expr, module: ast.Module) -> str | None:
-    """Why Cog can not read an input's annotation; None where it can."""
+    """Why Cog cannot read an input's annotation; None if it can."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         try:
             node = ast.parse(node.value, mode="eval").body
         except SyntaxError:
-            return "its type is no Python"
+            return "its type is not valid Python"
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return _union_problem([node.left, node.right], module)
     if isinstance(node, ast.Subscript):
@@ -162,11 +160,11 @@ def _type_problem(node: ast.expr, module: ast.Module) -> str | None:
                 return "a list takes one type"
             nested = isinstance(inner[0], ast.BinOp) or _last(inner[0]) in ("Optional", "list", "List")
             return (
-                "a list of lists or of optional values can not be an input"
+                "a list of lists or of optional values cannot be an input"
                 if nested
                 else _type_problem(inner[0], module)
             )
-        return f"{outer}[...] can not be an input" + ("; give choices to Input()" if outer == "Literal" else "")
+        return f"{outer}[...] cannot be an input" + ("; give choices to Input()" if outer == "Literal" else "")
     name = _last(node)
     typed = {
         item.name for item in module.body if isinstance(item, ast.ClassDef) and "TypedDict" in map(_last, item.bases)
@@ -185,33 +183,37 @@ def _default_problems(at: str, node: ast.expr, constants: dict[str, ast.expr]) -
     if not (isinstance(node, ast.Call) and _last(node.func) == "Input"):
         if not _literal(node, constants):
             yield failed(
-                f"{at} has the default {ast.unparse(node)[:60]}, which only running it would tell.",
+                f"{at} has the default {ast.unparse(node)[:60]}, which can only be known by running it.",
                 "Write the value itself, a constant of the module, or Input(default=...).",
             )
         return
     if node.args:
-        yield failed(f"{at}: Cog overlooks a default that is not named.", "Write Input(default=...).")
+        yield failed(f"{at}: Cog ignores a default that is not named.", "Write Input(default=...).")
     for keyword in node.keywords:
         name, value = keyword.arg, keyword.value
         written = ast.unparse(value)[:60]
         if name is None:
-            yield failed(f"{at}: Cog overlooks what ** brings into Input().", "Name each argument.")
+            yield failed(f"{at}: Cog ignores ** in Input().", "Name each argument.")
         elif name == "default_factory":
             yield failed(f"{at} has a default_factory, which Cog's build refuses.", "Give default=, or None.")
         elif name == "default" and not _literal(value, constants):
             yield failed(f"{at}: Cog reads the default {written} as none.", "Write the value, or a module constant.")
         elif name in LITERAL_BOUNDS and not _number(value):
-            yield failed(f"{at}: Cog drops {name}={written}, which is no plain number.", "Write the number itself.")
+            yield failed(
+                f"{at}: Cog drops {name}={written}, which is not a literal number.", "Write the number itself."
+            )
         elif name == "choices" and not _choices(value, constants):
-            yield failed(f"{at} has the choices {written}, which only running it would tell.", "Write them as a list.")
+            yield failed(
+                f"{at} has the choices {written}, which can only be known by running it.", "Write them as a list."
+            )
         elif name in ("description", "regex") and not _text(value, {} if name == "regex" else constants):
-            yield failed(f"{at}: Cog drops the {name} {written}.", "Write it as one text, without f or +.")
+            yield failed(f"{at}: Cog drops the {name} {written}.", "Write one string literal, without f or +.")
 
 
 def _output_problems(where: str, method: Method, module: ast.Module) -> Iterator[Finding]:
     node = method.returns
     if node is None or (isinstance(node, ast.Constant) and node.value is None):
-        yield failed(f"{where}{method.name}() says nothing of its output.", "Write -> ConcatenateIterator[str]:")
+        yield failed(f"{where}{method.name}() does not declare its output.", "Write -> ConcatenateIterator[str]:")
         return
     text = ast.unparse(node)
     outer = _last(node.value if isinstance(node, ast.Subscript) else node)
@@ -219,7 +221,7 @@ def _output_problems(where: str, method: Method, module: ast.Module) -> Iterator
         yield failed(f"{where}the output {text} is optional, which Cog refuses.", "Name one type.")
     elif outer.endswith("ConcatenateIterator"):
         if not isinstance(node, ast.Subscript) or ast.unparse(node.slice) != "str":
-            yield failed(f"{where}{text} does not consist of texts.", "Write ConcatenateIterator[str].")
+            yield failed(f"{where}{text} does not yield strings.", "Write ConcatenateIterator[str].")
     elif isinstance(node, ast.Name) and node.id not in PRIMITIVES | {"list", "List"}:
         local = any(isinstance(item, ast.ClassDef) and item.name == node.id for item in module.body)
         if not local:
@@ -241,12 +243,12 @@ def _concurrency(facts: Facts) -> Iterator[Finding]:
     for item in decorators:
         values = [word.value for word in item.keywords if word.arg == "max"] if isinstance(item, ast.Call) else []
         if len(values) != 1 or not isinstance(values[0], ast.Constant) or not isinstance(values[0].value, int):
-            yield failed("@cog.concurrent has no plain number.", "Write @cog.concurrent(max=80), the number itself.")
+            yield failed("@cog.concurrent has no literal number.", "Write @cog.concurrent(max=80), the number itself.")
             return
         most = values[0].value
     if most > 1 and not isinstance(method, ast.AsyncFunctionDef):
         yield failed(
-            f"@cog.concurrent(max={most}) is above a method that is not async, which Cog refuses.",
+            f"@cog.concurrent(max={most}) decorates a method that is not async, which Cog refuses.",
             "Write async def run.",
         )
     elif isinstance(method, ast.AsyncFunctionDef) and any(
@@ -254,7 +256,7 @@ def _concurrency(facts: Facts) -> Iterator[Finding]:
     ):
         yield warning(
             "run() is an async generator, whose output Cog collects and sends at the end: nothing streams.",
-            "Return cogpress.cog.streaming.stream(...) from a coroutine, as predict.py of the repository does.",
+            "Return cogpress.cog.streaming.stream(...) from a coroutine, as the repository's predict.py does.",
         )
     else:
         yield passed(f"{most} predictions at once{', streamed' if streaming else ''}")
@@ -268,7 +270,7 @@ def _described(facts: Facts) -> Iterator[Finding]:
         inputs = _inputs(target)
         bare = [argument.arg for argument, default in inputs if "description" not in _words(default)]
         if bare:
-            yield warning(f"{some(bare)} of {target.reference} tell nobody what they are for.", "Give a description.")
+            yield warning(f"{some(bare)} of {target.reference} have no description.", "Add one.")
         file = target.reference.partition(":")[0]
         source = facts.text(file) or ""
         joined = [argument.arg for argument, default in inputs if _joined(_words(default).get("description"), source)]
@@ -276,7 +278,7 @@ def _described(facts: Facts) -> Iterator[Finding]:
             yield warning(
                 f"The descriptions of {some(joined)} in {file} are written in several parts, or with escapes, which "
                 "some releases of Cog show with the quotes between the parts, and as they are written.",
-                "Write each in one pair of quotes, and look at the form after the push.",
+                "Write each as one string literal, and check the form after the push.",
             )
         if not bare and not joined:
             yield passed(f"{target.reference}: every input has a description")
@@ -304,7 +306,7 @@ def _constants(module: ast.Module) -> dict[str, ast.expr]:
 
 
 def _literal(node: ast.expr, constants: dict[str, ast.expr]) -> bool:
-    """Whether Cog's parser has the value from the source: literals, and names of the module's constants."""
+    """Whether Cog's parser can evaluate it: a literal or a module constant."""
     if isinstance(node, ast.Name):
         return node.id in constants and _literal(constants[node.id], {})
     if isinstance(node, ast.List | ast.Tuple | ast.Set):

@@ -1,8 +1,4 @@
-"""The weights that are pushed: there, whole, verified, of a form that the hardware computes with, and allowed to ship.
-
-Knows what a generation of GPUs computes with, and licences by their identifiers; leaves GPUs to `hardware`, what fits
-beside the weights to the plan, and how weights are checked to `manifest` and `verdict`.
-"""
+"""Check the weights to push: present, whole, verified, supported by the hardware, allowed to ship."""
 
 from __future__ import annotations
 
@@ -18,15 +14,14 @@ from cogpress.weights.filenames import PICKLES
 
 TOPIC = "Weights"
 
-
 NEEDS = {"bfloat16": (8, 0), "fp8": (8, 9), "int8": (7, 5), "int4": (7, 5), "awq": (7, 5)}
-"""Compute capability from which on a GPU computes with a type or scheme."""
+"""Lowest compute capability that supports a data type or scheme."""
 
 NOT_FOR_SALE = re.compile(r"cc-by-nc.*|.*non-?commercial.*|.*research.*", re.IGNORECASE)
 
 
 def scheme(model: dict[str, object]) -> str | None:
-    """How the weights are quantized, by their own config.json; None for weights of 16 or 32 bits."""
+    """The quantization scheme in the model's config.json; None for 16 or 32-bit weights."""
     quantization = model.get("quantization_config")
     if not isinstance(quantization, dict):
         return None
@@ -45,17 +40,17 @@ def _there(facts: Facts) -> Iterator[Finding]:
         yield passed(f"{size(weights.bytes)} in weights/")
         if elsewhere:
             yield warning(
-                "model.yaml names serve.weights too, which the folder weights/ wins over.", "Keep one of the two."
+                "model.yaml names serve.weights too, but the folder weights/ takes precedence.", "Keep one of the two."
             )
     elif elsewhere:
         found = source.parse(elsewhere)
         if found.kind == "path":
             yield failed(
-                f"serve.weights is {found.shown}, a folder of this machine, which the image does not have.",
-                "Put it into weights/ (scripts/train --install), or name a place that https reaches.",
+                f"serve.weights is {found.shown}, a folder on this machine, which the image will not have.",
+                "Put it into weights/ (scripts/train --install), or name an https address.",
             )
         elif found.kind == "hub" and not found.revision:
-            yield warning(f"{found.shown} can change under the model.", "Name a revision: hf://…@REVISION.")
+            yield warning(f"{found.shown} can change after the push.", "Name a revision: hf://…@REVISION.")
         else:
             yield passed(f"fetched at the start from {found.shown}")
     else:
@@ -70,13 +65,13 @@ def _there(facts: Facts) -> Iterator[Finding]:
 def _unchanged(facts: Facts) -> Iterator[Finding]:
     weights = facts.weights
     if not weights.bytes or weights.problem:
-        yield skipped("there are no weights to look at")
+        yield skipped("there are no weights to check")
     elif weights.different:
         yield failed(weights.different, "Install them again: scripts/train --install.")
     elif weights.manifest is None:
         yield warning(
-            "weights/ has no manifest, so that nobody can tell whether its files are whole.",
-            "Make them with scripts/train or scripts/merge, which write one.",
+            "weights/ has no manifest, so its files cannot be checked.",
+            "Create them with scripts/train or scripts/merge, which write one.",
         )
     else:
         yield passed(f"{len(weights.manifest.get('files') or {})} files are those of the manifest, by sha256")
@@ -85,11 +80,11 @@ def _unchanged(facts: Facts) -> Iterator[Finding]:
 def _verified(facts: Facts) -> Iterator[Finding]:
     weights = facts.weights
     if not weights.bytes or weights.problem:
-        yield skipped("there are no weights to look at")
+        yield skipped("there are no weights to check")
     elif weights.state == "verified":
         yield passed("these very files passed scripts/verify")
     elif weights.state == "failed":
-        yield failed("The weights failed verification.", "Read weights/verification.md for what it most likely is.")
+        yield failed("The weights failed verification.", "Read weights/verification.md for the likely cause.")
     elif weights.state == "changed":
         yield failed("The weights changed since they were verified.", "scripts/verify weights")
     else:
@@ -99,11 +94,11 @@ def _verified(facts: Facts) -> Iterator[Finding]:
 def _prompt(facts: Facts) -> Iterator[Finding]:
     recorded, settings = (facts.weights.manifest or {}).get("prompt"), facts.settings
     if not isinstance(recorded, dict) or settings is None:
-        yield skipped("nothing says which prompt the weights were trained with")
+        yield skipped("the weights do not record their prompt")
     elif recorded != settings.prompt.model_dump():
         yield warning(
-            "model.yaml has another prompt than the weights were trained with; the image takes theirs.",
-            "Train again with the new prompt, or put the old one back.",
+            "model.yaml's prompt differs from the one that the weights were trained with; the image uses theirs.",
+            "Train again with the new prompt, or restore the old one.",
         )
     else:
         yield passed("model.yaml's prompt is the one of the training")
@@ -112,8 +107,8 @@ def _prompt(facts: Facts) -> Iterator[Finding]:
 def _interrupted(facts: Facts) -> Iterator[Finding]:
     if facts.weights.left:
         yield warning(
-            f"A writer was interrupted, or is at work: {some(facts.weights.left)}.",
-            "--fix puts back what it had moved and removes the rest.",
+            f"A writer was interrupted, or is still running: {some(facts.weights.left)}.",
+            "--fix restores what it had moved and removes the rest.",
             safe=True,
         )
     else:
@@ -130,7 +125,7 @@ def _generation(facts: Facts) -> Iterator[Finding]:
         return
     if gpu.gpus == 0:
         if facts.build.get("gpu") is True:
-            yield failed(f"The image is for GPUs (build.gpu), and {hardware} has none.", "Name a GPU's SKU.")
+            yield failed(f"The image is for GPUs (build.gpu), but {hardware} has none.", "Name a GPU's SKU.")
         else:
             yield passed(f"{hardware}, and an image for CPUs")
         return
@@ -143,17 +138,17 @@ def _generation(facts: Facts) -> Iterator[Finding]:
         good = False
         if made == "fp8":
             yield warning(
-                f"fp8 weights on {shown}: it computes with them in 16 bits, smaller but hardly faster.",
-                "Take an Ada, Hopper or later GPU (L40S, H100), or scripts/quantize --scheme int8.",
+                f"fp8 weights on {shown}: it computes in 16 bits, so they are smaller but hardly faster.",
+                "Use an Ada, Hopper or newer GPU (L40S, H100), or scripts/quantize --scheme int8.",
             )
         else:
-            yield failed(f"{shown} does not compute with {made} weights.", "Take a later GPU.")
+            yield failed(f"{shown} does not support {made} weights.", "Use a newer GPU.")
     if dtype == "bfloat16" and capability < NEEDS["bfloat16"]:
         good = False
-        yield failed(f"serve.dtype is bfloat16, and {shown} has none.", "Write dtype: float16, or auto.")
+        yield failed(f"serve.dtype is bfloat16, which {shown} lacks.", "Write dtype: float16, or auto.")
     if settings and settings.serve.kv_cache_dtype.startswith("fp8") and capability < NEEDS["fp8"]:
         good = False
-        yield failed(f"serve.kv_cache_dtype is fp8, and {shown} has none.", "Write kv_cache_dtype: auto.")
+        yield failed(f"serve.kv_cache_dtype is fp8, which {shown} lacks.", "Write kv_cache_dtype: auto.")
     if good:
         yield passed(f"{made or 'unquantized'} weights, dtype {dtype}, on {shown}")
 
@@ -161,7 +156,7 @@ def _generation(facts: Facts) -> Iterator[Finding]:
 def _fits(facts: Facts) -> Iterator[Finding]:
     gpu, settings = facts.hardware, facts.settings
     if gpu is None or gpu.gpus == 0 or not facts.weights.bytes:
-        yield skipped("no known GPU is named" if facts.weights.bytes else "there are no weights to look at")
+        yield skipped("no known GPU is named" if facts.weights.bytes else "there are no weights to check")
         return
     served = facts.served
     if served is not None and served.refused:
@@ -185,7 +180,7 @@ def _fits(facts: Facts) -> Iterator[Finding]:
 def _licence(facts: Facts) -> Iterator[Finding]:
     base = facts.base
     if base is None:
-        yield skipped("nothing says what the weights were made from")
+        yield skipped("the weights do not record their base")
         return
     asked = facts.hub.get(source.parse(base).repository) if base != "embedded" else None
     if asked is not None and asked.problem:
@@ -204,17 +199,17 @@ def _licence(facts: Facts) -> Iterator[Finding]:
         return
     licence = found.licence
     if licence is None:
-        yield warning(f"The licence of {found.shown} is not known.", "Look it up, and name it as license_url.")
+        yield warning(f"The licence of {found.shown} is unknown.", "Look it up, and set it as license_url.")
     elif NOT_FOR_SALE.fullmatch(licence.identifier) or NOT_FOR_SALE.fullmatch(licence.name or ""):
         yield warning(
-            f"{found.shown} is {licence.name or licence.identifier}: not for business.",
-            "Ask its owner, or take another.",
+            f"{found.shown} is {licence.name or licence.identifier}: not for commercial use.",
+            "Ask its owner, or use another base.",
         )
     elif licence.identifier in ("other",) or licence.identifier.startswith(("llama", "gemma")):
         yield warning(
             f"{found.shown} is under {licence.name or licence.identifier}, which has conditions of its own"
             f"{': ' + licence.link if licence.link else ''}.",
-            "Read what it asks of who serves it: a notice, a name, an acceptable use.",
+            "Read what it requires of whoever serves it: a notice, a name, acceptable use.",
         )
     else:
         yield passed(f"{found.shown}: {licence.identifier}")
@@ -233,7 +228,7 @@ def _gated(facts: Facts) -> Iterator[Finding]:
         elif answer.status in (401, 403, 404):
             how = failed if fetched else warning
             yield how(
-                f"{name} is private, gated or not there (the Hub answered {answer.status}).",
+                f"{name} is private, gated or missing (the Hub answered {answer.status}).",
                 "Check the name, accept its terms on its page, and set HF_TOKEN here.",
             )
         elif answer.status != 200 or not isinstance(answer.content, dict):
@@ -242,10 +237,10 @@ def _gated(facts: Facts) -> Iterator[Finding]:
             if fetched:
                 yield failed(
                     f"{name} is gated or private, and the image has no token to fetch it with.",
-                    "Put the weights into weights/, so that they travel in the image.",
+                    "Put the weights into weights/, so that they are in the image.",
                 )
             else:
-                yield warning(f"{name} is gated: its terms hold for what is made from it.", "Read them on its page.")
+                yield warning(f"{name} is gated: its terms apply to models made from it.", "Read them on its page.")
         else:
             yield passed(f"{name} is open")
 
