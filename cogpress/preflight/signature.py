@@ -270,7 +270,7 @@ def _described(facts: Facts) -> Iterator[Finding]:
         inputs = _inputs(target)
         bare = [argument.arg for argument, default in inputs if "description" not in _words(default)]
         if bare:
-            yield warning(f"{some(bare)} of {target.reference} have no description.", "Add one.")
+            yield warning(f"Without a description: {some(bare)} of {target.reference}.", "Add one.")
         file = target.reference.partition(":")[0]
         source = facts.text(file) or ""
         joined = [argument.arg for argument, default in inputs if _joined(_words(default).get("description"), source)]
