@@ -153,8 +153,7 @@ def _secrets(facts: Facts) -> Iterator[Finding]:
             found.append(
                 failed(
                     f"{entry.name}, line {find.line}, holds {find.kind}, which would enter the image.",
-                    "Take it out and make a new one: whoever had this file has it. Programs read it from the "
-                    "environment.",
+                    "Remove it and revoke it: whoever had this file has it. Pass secrets in environment variables.",
                 )
             )
     yield from found[:20]

@@ -295,7 +295,7 @@ def _sdk(facts: Facts) -> Iterator[Finding]:
     if wanted is None:
         yield warning("build.sdk_version is missing: each build gets the newest Cog.", f'Write "{tested or "0.23.1"}".')
     elif tested and wanted != tested:
-        yield warning(f"The image gets Cog {wanted}, and {tested} was tested.", f'Write sdk_version: "{tested}".')
+        yield warning(f"The image gets Cog {wanted}, but {tested} was tested.", f'Write sdk_version: "{tested}".')
     else:
         yield passed(f"Cog {wanted} in the image{', as tested' if tested else ''}")
 
