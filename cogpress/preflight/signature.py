@@ -276,8 +276,8 @@ def _described(facts: Facts) -> Iterator[Finding]:
         joined = [argument.arg for argument, default in inputs if _joined(_words(default).get("description"), source)]
         if joined:
             yield warning(
-                f"The descriptions of {some(joined)} in {file} are written in parts or with escapes, which some releases "
-                "of Cog show as they stand, quotes included.",
+                f"The descriptions of {some(joined)} in {file} are written in parts or with escapes, which some "
+                "releases of Cog show as they stand, quotes included.",
                 "Write each as one string literal, and check the form after the push.",
             )
         if not bare and not joined:
