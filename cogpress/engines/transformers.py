@@ -300,6 +300,7 @@ def _processors(prompt: list[int], sampling: Sampling, matcher: Any, ends: list[
     """What users ask for, as transformers' logits processors in vLLM's order: bias and penalties, grammar, sampling."""
     import transformers as library
 
+    # transformers refuses whole numbers where it wants a float, and JSON does not tell 1 from 1.0.
     found = library.LogitsProcessorList()
     if sampling.logit_bias:
         bias = {(token,): float(value) for token, value in sampling.logit_bias.items()}
@@ -307,19 +308,19 @@ def _processors(prompt: list[int], sampling: Sampling, matcher: Any, ends: list[
     if sampling.min_tokens:
         found.append(library.MinNewTokensLengthLogitsProcessor(len(prompt), sampling.min_tokens, ends))
     if sampling.repetition_penalty != 1:
-        found.append(library.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        found.append(library.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
     if sampling.presence_penalty or sampling.frequency_penalty:
         found.append(_count_penalties(len(prompt), sampling))
     if matcher is not None:
         found.append(_grammar_mask(matcher))
     if sampling.temperature > 0:
-        found.append(library.TemperatureLogitsWarper(sampling.temperature))
+        found.append(library.TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.min_p > 0:
-            found.append(library.MinPLogitsWarper(sampling.min_p))
+            found.append(library.MinPLogitsWarper(float(sampling.min_p)))
         if sampling.top_k > 0:
             found.append(library.TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
-            found.append(library.TopPLogitsWarper(sampling.top_p))
+            found.append(library.TopPLogitsWarper(float(sampling.top_p)))
     return found
 
 

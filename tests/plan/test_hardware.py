@@ -133,7 +133,7 @@ def test_replicates_faults_are_explained(replicate: type[_Replicate], monkeypatc
     replicate.answer = (503, {})
     table, note = hardware.current(hardware.table())
     assert table == hardware.table()
-    assert "answers 503" in str(note)
+    assert "answered 503" in str(note)
     replicate.answer = (200, {"detail": "odd"})
     assert "lists no hardware" in str(hardware.current(hardware.table())[1])
     monkeypatch.setenv("REPLICATE_API_TOKEN", "wrong")

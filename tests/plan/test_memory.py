@@ -26,7 +26,7 @@ def test_an_adapter_has_a_and_b_on_each_layer() -> None:
     # One layer: q and o 32 (576 + 576), k and v 32 (576 + 192), gate, up and down 32 (576 + 1536).
     assert SMOLLM2.adapter(32) == 30 * (2 * 36_864 + 2 * 24_576 + 3 * 67_584) == 9_768_960
     assert SMOLLM2.adapter(8, "q_proj, v_proj") == 30 * (8 * 1152 + 8 * 768)
-    with pytest.raises(CogpressError, match=r"names qkv, which is no linear layer.*down_proj"):
+    with pytest.raises(CogpressError, match=r"names qkv, which is not a linear layer.*down_proj"):
         SMOLLM2.adapter(8, "q_proj,qkv")
 
 
