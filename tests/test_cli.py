@@ -77,6 +77,7 @@ def test_every_script_has_help(script: str, here: Callable[..., int], capsys: py
     assert f"usage: scripts/{script}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_scripts_run_by_themselves() -> None:
     """As a user starts them, without this process's imports and path."""
     shown = subprocess.run([ROOT / "scripts" / "serve", "--help"], capture_output=True, text=True, cwd="/")
@@ -98,6 +99,7 @@ def test_predict_names_a_wrong_input_before_anything_starts(
     assert capsys.readouterr().err.startswith("Error: There is no input 'promt'.")
 
 
+@pytest.mark.slow
 def test_train_names_a_missing_file_without_a_stack_trace(
     here: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -146,6 +148,7 @@ def said(project: Path, *arguments: str) -> tuple[int, str, str]:
     return asked.returncode, out, error
 
 
+@pytest.mark.slow
 def test_serve_and_predict_from_a_shell(project: Path) -> None:
     port = free_port("127.0.0.1")
     serving = script(project, "serve", "--port", str(port))
@@ -174,6 +177,7 @@ def test_serve_and_predict_from_a_shell(project: Path) -> None:
     assert client.health(url) is None
 
 
+@pytest.mark.slow
 def test_predict_starts_a_server_of_its_own_for_weights(project: Path) -> None:
     (project / "weights").mkdir()
     status, out, _ = said(project, "--weights", str(project / "weights"), "-i", "text=ho")

@@ -55,6 +55,7 @@ def quoted() -> Iterator[str]:
         yield from (code for code in found if len(code.split()) > 2 and "_OpNamespace" not in code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", list(quoted()))
 def test_a_quoted_message_is_in_the_source(message: str) -> None:
     parts = [re.escape(part.strip()) for part in message.split("…") if part.strip()]
@@ -108,6 +109,7 @@ def usage(script: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", commands())
 def test_a_command_shown_has_these_options(line: str) -> None:
     words = shlex.split(line, comments=True)

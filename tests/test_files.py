@@ -78,6 +78,7 @@ def test_a_killed_writers_part_is_removed_and_nothing_is_lost(tmp_path: Path, di
     assert {path.name for path in tmp_path.iterdir()} == {"weights", ".weights.backup"}
 
 
+@pytest.mark.slow
 def test_concurrent_writers_and_readers(tmp_path: Path) -> None:
     """After `recover`, readers find one complete version, however many processes write."""
     target = tmp_path / "weights"

@@ -51,7 +51,7 @@ class Site:
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setattr(http, "BACKOFF", 0.001)
     made = Site()
-    threading.Thread(target=made.server.serve_forever, daemon=True).start()
+    threading.Thread(target=made.server.serve_forever, args=(0.02,), daemon=True).start()
     yield made
     made.server.shutdown()
     made.server.server_close()
@@ -93,6 +93,7 @@ def test_it_ends_after_so_many_tries(site: Site) -> None:
         http.Api("http://127.0.0.1:9", None, "nobody", tries=2, longest=0.1).send("POST", "/")
 
 
+@pytest.mark.slow
 def test_a_wait_that_a_server_asks_for_has_an_end(site: Site) -> None:
     for asked in ("100000", "Fri, 01 Jan 2100 00:00:00 GMT", "soon"):
         site.replies = [(503, {"Retry-After": asked}, b""), FINE]

@@ -68,6 +68,7 @@ def test_encoding_leaves_the_tokenizer_as_it_was(tokenizer: PreTrainedTokenizerB
     assert tokenizer("<|im_end|>", add_special_tokens=False).input_ids == usual == [tokenizer.eos_token_id]
 
 
+@pytest.mark.slow
 def test_control_text_written_otherwise_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     """A special token that is matched after normalization: full-width letters would become it."""
     from tokenizers import AddedToken, normalizers
@@ -84,6 +85,7 @@ def test_control_text_written_otherwise_is_refused(tokenizer: PreTrainedTokenize
     assert prompts.encode_prompt(folding, messages("a <|stop|>")).count(stop) == 1
 
 
+@pytest.mark.slow
 def test_what_a_template_cannot_ask_is_refused(templates: dict[str, PreTrainedTokenizerBase]) -> None:
     with pytest.raises(CogpressError, match="System role not supported"):
         prompts.encode_prompt(templates["gemma"], messages("Hi", system="Be kind"))

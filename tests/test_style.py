@@ -13,6 +13,7 @@ from importlinter.cli import lint_imports
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["ruff check .", "ruff format --check .", "mypy"])
 def test_tool_finds_no_fault(arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", *arguments.split()], cwd=ROOT, capture_output=True, text=True)

@@ -153,6 +153,7 @@ def test_what_the_template_refuses_is_a_bad_line(
         prepare(path, tokenizer=templates["gemma"])
 
 
+@pytest.mark.slow
 def test_no_end_token(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None

@@ -32,6 +32,7 @@ from tests.standins.benchserver import (
 )
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_known_delays() -> None:
     with standing_in(cog_answer(0.1, 0.05, 0.05, 0.05)) as server:
         taken = ask_all(server.url, lambda http: clients.cog(http, server.url), cog_questions(12), 4)
@@ -178,6 +179,7 @@ def test_an_openai_server_is_asked_for_the_same_and_its_chunks_are_read() -> Non
     }
 
 
+@pytest.mark.slow
 def test_arrivals_of_an_open_loop_are_kept_however_slow_answers_are() -> None:
     times = load.arrivals(20, 100.0, 3)
     with standing_in(cog_answer(0.5)) as server, ExitStack() as stack:

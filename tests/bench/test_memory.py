@@ -16,6 +16,7 @@ from cogpress.errors import CogpressError
 from cogpress.plan.memory import Memory, Serving, Training
 
 
+@pytest.mark.slow
 def test_a_peak_is_seen_and_what_is_freed_leaves() -> None:
     before = bench.resident()
     with bench.peak(every=0.001) as found:

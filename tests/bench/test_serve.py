@@ -34,6 +34,7 @@ def examples(count: int) -> list[dict[str, Any]]:
     return [{"question": row["question"], "columns": row["columns"]} for row in questions.generate(count, "test", 1)]
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_twice_and_every_run_asks_the_same() -> None:
     loads = workloads.planned(scale=2)
     asked = workloads.questions_of(loads, 3, examples)
@@ -105,6 +106,7 @@ def test_a_server_that_ends_before_it_is_ready_says_why(tmp_path: Path) -> None:
         servers._wait_healthy(process, "http://127.0.0.1:9", log)
 
 
+@pytest.mark.slow
 def test_a_project_for_half_the_gpu_is_the_project_but_for_that(tmp_path: Path) -> None:
     from cogpress import config
 
@@ -166,6 +168,7 @@ def png_size(path: Path) -> tuple[int, int]:
     return width, height
 
 
+@pytest.mark.slow
 def test_the_picture(tmp_path: Path) -> None:
     def points(speed: float) -> list[dict[str, float]]:
         return [
@@ -223,6 +226,7 @@ def comparison(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Comp
         yield made
 
 
+@pytest.mark.slow
 def test_a_comparison_asks_all_sides_the_same_and_writes_what_it_found(
     comparison: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +263,7 @@ def test_a_comparison_asks_all_sides_the_same_and_writes_what_it_found(
         assert words in shown, words
 
 
+@pytest.mark.slow
 def test_a_comparison_measures_each_load_and_judges(comparison: Any) -> None:
     report = comparison.run()
     assert list(report["rounds"]) == ["example-1", "example-16", "open"]
@@ -271,6 +276,7 @@ def test_a_comparison_measures_each_load_and_judges(comparison: Any) -> None:
     assert report["machine"]["cores"] >= 1
 
 
+@pytest.mark.slow
 def test_few_streams_are_asked_in_parts_in_an_order_that_alternates(comparison: Any) -> None:
     order: list[str] = []
 
@@ -293,6 +299,7 @@ def test_few_streams_are_asked_in_parts_in_an_order_that_alternates(comparison: 
     assert [found["requests"] for found in report["rounds"]["example-1"]["cogpress"]] == [12, 12]
 
 
+@pytest.mark.slow
 def test_the_report_says_which_requests_were_lost_and_why(comparison: Any) -> None:
     usual, asked = comparison.cog.answer, []
 
@@ -344,6 +351,7 @@ def test_weights_that_are_not_there(tmp_path: Path) -> None:
         serve.run(ROOT, tmp_path, examples, tmp_path / "serve.json", Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_help_names_the_options() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "bench", "--help"], capture_output=True, text=True, check=True

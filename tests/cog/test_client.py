@@ -72,6 +72,7 @@ def begin(stream: Iterator[Event]) -> None:
     assert any(event.kind == "output" for event in stream)
 
 
+@pytest.mark.slow
 def test_a_prediction_is_returned_whole(url: str) -> None:
     made = client.predict(url, {"text": "one two", "seed": None})
     assert made["output"] == ["one\n", "two\n"]
@@ -91,6 +92,7 @@ def test_a_stream_gives_each_event_as_the_runtime_sends_it(url: str) -> None:
     assert events[-1].data["output"] == ["one\n", "two\n"]
 
 
+@pytest.mark.slow
 def test_events_arrive_while_the_prediction_runs(url: str) -> None:
     times = [time.monotonic() for event in client.stream(url, {"text": "a b c", "seconds": 0.3}) if event.text]
     assert times[-1] - times[0] > 0.4
@@ -114,6 +116,7 @@ def test_what_goes_wrong_is_the_servers_own_words(url: str, ask: Callable[..., o
         ask(url, {"seconds": 9})
 
 
+@pytest.mark.slow
 def test_a_busy_server_says_so(url: str) -> None:
     stream = client.stream(url, {"text": "a b c", "seconds": 1}, "busy")
     begin(stream)
@@ -125,6 +128,7 @@ def test_a_busy_server_says_so(url: str) -> None:
     assert free(url)
 
 
+@pytest.mark.slow
 def test_a_prediction_that_is_canceled_is_returned(url: str) -> None:
     stream = client.stream(url, {"text": "a b c d e f", "seconds": 0.5}, "mine")
     begin(stream)
@@ -134,6 +138,7 @@ def test_a_prediction_that_is_canceled_is_returned(url: str) -> None:
     assert not client.cancel(url, "mine")
 
 
+@pytest.mark.slow
 def test_closing_a_stream_cancels_its_prediction(url: str) -> None:
     stream = client.stream(url, {"text": "a b c d e f g h i j", "seconds": 1})
     begin(stream)
@@ -183,7 +188,7 @@ def answer() -> Iterator[Callable[..., str]]:
                 pass
 
         server = HTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}"
 
@@ -207,6 +212,7 @@ def test_a_stream_that_lost_events_is_an_error(answer: Callable[..., str]) -> No
         list(client.stream(url, {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "body", "message"),
     [

@@ -23,6 +23,8 @@ from cogpress.cog import process as server
 from cogpress.cog.process import Server
 from cogpress.errors import CogpressError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 RUNNER = """

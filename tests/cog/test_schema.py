@@ -244,6 +244,7 @@ def test_a_document_is_written_whole_and_only_where_it_changed(tmp_path: Path) -
     assert "TrainingInput" not in json.loads(path.read_text())["components"]["schemas"]
 
 
+@pytest.mark.slow
 def test_this_projects_own_inputs_are_all_explained_and_light_to_read() -> None:
     """`predict.py` and `train.py` are imported to be described, so they may import nothing heavy."""
     program = (
@@ -277,6 +278,7 @@ def served(started: tuple[Path, str]) -> tuple[Path, str]:
     return started
 
 
+@pytest.mark.slow
 def test_the_runtime_serves_the_document(served: tuple[Path, str]) -> None:
     root, url = served
     assert client.openapi(url) == document(root)

@@ -16,6 +16,8 @@ import pytest
 from cogpress.cog import client, streaming
 from cogpress.cog.process import Server
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 RUNNER = """

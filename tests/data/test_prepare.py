@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # --- preparing --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bad_lines_are_all_named_and_refused_unless_skipped(
     write: Write, prepare: Callable[..., data.Prepared]
 ) -> None:

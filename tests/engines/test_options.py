@@ -75,6 +75,7 @@ def test_threads_are_pinned_to_one_core() -> None:
     assert done.stdout.split() == ["3", "{1}", str(max(os.sched_getaffinity(0)))]
 
 
+@pytest.mark.slow
 def test_openmp_is_bound_to_cores_while_an_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("OMP_PLACES", raising=False)
@@ -189,6 +190,7 @@ def test_compiled_code_is_found_by_the_path_of_the_weights(tiny_base: Path, tmp_
     assert len(keys) == 2
 
 
+@pytest.mark.slow
 def test_ranks_are_those_that_vllm_accepts() -> None:
     from typing import get_args
 
@@ -203,6 +205,7 @@ def test_adapters_set_vllms_lora_options(folder: Path) -> None:
     assert {name: found[name] for name in wanted} == wanted
 
 
+@pytest.mark.slow
 def test_vllm_has_every_option(folder: Path) -> None:
     """Names change between versions, and vLLM would complain only at its start."""
     from vllm import AsyncEngineArgs

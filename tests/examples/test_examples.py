@@ -43,6 +43,7 @@ def names(split: str) -> set[str]:
 # -- generate ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_same_arguments_give_the_same_bytes_in_any_process() -> None:
     program = (
         "import json; from examples import questions; "
@@ -74,6 +75,7 @@ def test_wrong_arguments(count: int, split: str) -> None:
         questions.generate(count, split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_pair_is_repeated_within_or_across_splits(seed: int) -> None:
     rows = [row for split in SPLITS for row in questions.generate(1000, split, seed)]
@@ -119,6 +121,7 @@ def test_train_shows_every_calculation_with_and_without_order_and_every_filter_o
     assert {(op, flag) for _, op, flag in seen} == set(itertools.product(queries.FILTER_OPS, (False, True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_answer_is_a_compact_query_with_keys_in_order(split: str) -> None:
     order = list(queries.QUERY_SCHEMA["properties"])
@@ -161,6 +164,7 @@ def test_filter_values_and_limits_are_in_the_question(split: str) -> None:
             assert str(query["limit"]) in words
 
 
+@pytest.mark.slow
 def test_a_question_has_one_answer() -> None:
     answers: dict[str, set[str]] = collections.defaultdict(set)
     for seed in range(2):
@@ -412,6 +416,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
 
 
+@pytest.mark.slow
 def test_the_scorer_accepts_what_the_schema_accepts() -> None:
     VALIDATOR.check_schema(queries.QUERY_SCHEMA)
     rng = random.Random(0)

@@ -120,6 +120,7 @@ def test_the_tokens_of_a_training_say_where_they_are_from(tmp_path: Path) -> Non
     assert found.training.answers == 0.25
 
 
+@pytest.mark.slow
 def test_a_plan_is_shown_as_tables_json_and_a_picture(tmp_path: Path) -> None:
     found = made({"concurrency": 16})
     console = Console(width=160, file=io.StringIO())
@@ -163,6 +164,7 @@ def test_a_commands_options_go_over_model_yaml() -> None:
         plan_report.changed(settings, {"context": 1}, [], None)
 
 
+@pytest.mark.slow
 def test_help_names_the_options() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
     for option in ("--scheme", "--context", "--requests-per-hour", "--speed", "--json", "REPLICATE_API_TOKEN"):

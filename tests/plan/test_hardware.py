@@ -102,7 +102,7 @@ class _Replicate(BaseHTTPRequestHandler):
 @pytest.fixture
 def replicate(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Replicate]]:
     server = HTTPServer(("127.0.0.1", 0), _Replicate)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     monkeypatch.setenv("REPLICATE_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("REPLICATE_API_TOKEN", "r8_secret")

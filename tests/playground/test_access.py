@@ -14,6 +14,8 @@ from cogpress.errors import CogpressError
 from cogpress.playground import access
 from tests.standins.localreplicate import TOKEN, Local, echoing, refusal
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

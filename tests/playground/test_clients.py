@@ -20,6 +20,8 @@ from tests.standins.receiver import Receiver
 
 replicate = pytest.importorskip("replicate", reason="requirements/dev.in lists Replicate's client")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:

@@ -26,6 +26,8 @@ from tests.standins.localreplicate import ROOT, TOKEN, Local, echoing, project
 openai = pytest.importorskip("openai", reason="requirements/dev.in lists OpenAI's client")
 instructor = pytest.importorskip("instructor", reason="requirements/dev.in lists Instructor")
 
+pytestmark = pytest.mark.slow
+
 RUNNER = """
 import asyncio, json, sys
 from typing import Optional

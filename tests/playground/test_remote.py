@@ -17,6 +17,8 @@ from cogpress.playground import remote
 from cogpress.playground.queue import Queue
 from cogpress.playground.records import Prediction, Version
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "r8_not-a-real-token"
 SCHEMA = {"openapi": "3.0.2", "components": {"schemas": {}}}
 MADE = {"id": "far", "status": "starting", "urls": {}}
@@ -65,7 +67,7 @@ class Stub:
 @contextmanager
 def replicate(replies: dict[str, list[Reply]]) -> Iterator[Stub]:
     stub = Stub(replies)
-    threading.Thread(target=stub.server.serve_forever, daemon=True).start()
+    threading.Thread(target=stub.server.serve_forever, args=(0.02,), daemon=True).start()
     yield stub
     stub.server.shutdown()
 

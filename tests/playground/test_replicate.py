@@ -15,6 +15,8 @@ import pytest
 from cogpress.cog.process import Server
 from tests.standins.localreplicate import SLOTS, Local, echoing
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

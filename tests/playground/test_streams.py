@@ -12,6 +12,8 @@ from cogpress.playground.api import streams
 from cogpress.playground.keys import Keys
 from cogpress.playground.records import Prediction, Version
 
+pytestmark = pytest.mark.slow
+
 VERSION = Version("1" * 64, "local/x", 0.0, {}, "http://nowhere")
 
 

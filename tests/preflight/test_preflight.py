@@ -454,6 +454,7 @@ def test_what_is_no_secret_is_let_be(text: str) -> None:
     assert list(secrets.in_text(text)) == []
 
 
+@pytest.mark.slow
 def test_every_file_of_the_repository_itself_is_clean() -> None:
     facts_ignore = Ignore((ROOT / ".dockerignore").read_text())
     for entry in context(ROOT, facts_ignore):
@@ -737,6 +738,7 @@ def test_the_report_shows_the_worst_first(here: Path) -> None:
     assert "1 failed" in text
 
 
+@pytest.mark.slow
 def test_the_command(here: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "preflight"), "you/model", "--project", str(here)]
     command += ["--hardware", "gpu-l40s"]
@@ -767,6 +769,7 @@ def test_each_finding_that_something_is_wrong_has_a_fix() -> None:
                 assert getattr(node.args[1], "value", "dynamic"), f"{path.name}:{node.lineno}"
 
 
+@pytest.mark.slow
 def test_the_page_lists_every_option() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "preflight"), "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -170,6 +170,7 @@ def test_no_text_breaks_the_card() -> None:
     assert skeleton(with_text(NASTY)) == skeleton(with_text("plain"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["{question}\nColumns:\n{columns}", "{prompt}", f"{{question}} {NASTY}"])
 @pytest.mark.parametrize("system", ["", "Write \"the\" query.\nNow, in 'one' line."])
 def test_the_transformers_program_asks_as_training_did(system: str, template: str, tiny_base: Path) -> None:
@@ -184,6 +185,7 @@ def test_the_transformers_program_asks_as_training_did(system: str, template: st
     assert names["inputs"]["input_ids"][0].tolist() == expected
 
 
+@pytest.mark.slow
 def test_programs_without_a_chat_template(tiny_base: Path) -> None:
     told = facts(has_chat_template=False)
     program = card.transformers_snippet(told).replace('"my-team/queries"', repr(str(tiny_base)))

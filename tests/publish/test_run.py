@@ -437,6 +437,7 @@ def test_nothing_of_this_machine_is_published(tmp_path: Path, hub: StandIn) -> N
         assert facts["files"] == (manifest.read(weights) or {})["files"]
 
 
+@pytest.mark.slow
 def test_the_licence_of_the_base_is_found_or_asked_for(tmp_path: Path, hub: StandIn) -> None:
     folder = tmp_path / "base"
     folder.mkdir()
@@ -506,6 +507,7 @@ def command(hub: StandIn, home: Path, *arguments: str, xet: bool = False) -> sub
     )
 
 
+@pytest.mark.slow
 def test_from_the_command_line_to_the_hub_and_back(weights: Path, hub: StandIn, tmp_path: Path) -> None:
     script = str(ROOT / "scripts" / "publish")
     dry = command(hub, tmp_path, script, REPO, "--weights", str(weights), "--dry-run")
@@ -541,6 +543,7 @@ def test_from_the_command_line_to_the_hub_and_back(weights: Path, hub: StandIn, 
         assert "Traceback" not in shown.stderr
 
 
+@pytest.mark.slow
 def test_by_the_librarys_default_transfer(weights: Path, hub: StandIn, tmp_path: Path) -> None:
     """With Xet (see tests/standins/hub.py): uploads work, and a refusal is one sentence."""
     arguments = (str(ROOT / "scripts" / "publish"), REPO, "--weights", str(weights))

@@ -33,6 +33,7 @@ def cog(here: Machine, *arguments: str, text: str = "", **more: str) -> subproce
     )
 
 
+@pytest.mark.slow
 def test_what_is_not_careful_is_refused(here: Machine) -> None:
     assert cog(here, "--version").stdout.startswith("cog version")
     for arguments, more in [

@@ -37,6 +37,7 @@ def test_pull_requests_are_checked_and_tags_are_pushed() -> None:
     assert commands("push")[-1] == ["scripts/push", "$MODEL"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [words for job in JOBS for words in commands(job)], ids=" ".join)
 def test_each_command_exists_with_its_options(words: list[str]) -> None:
     if not words[0].startswith("scripts/"):

@@ -114,6 +114,7 @@ def test_awq_is_refused_without_an_accelerator_and_fp8_explained() -> None:
 # --- which weights ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_are_checked_before_anything_else(run: Path, tiny_base: Path, tmp_path: Path) -> None:
     source = calibrate.read_source(run / "weights", None)
     assert source.run == run
@@ -130,6 +131,7 @@ def test_weights_are_checked_before_anything_else(run: Path, tiny_base: Path, tm
         calibrate.read_source(run / "weights", None)
 
 
+@pytest.mark.slow
 def test_another_runs_weights_are_refused(run: Path) -> None:
     (run / "adapter").mkdir()
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"another")
@@ -137,6 +139,7 @@ def test_another_runs_weights_are_refused(run: Path) -> None:
         calibrate.read_source(run / "weights", None)
 
 
+@pytest.mark.slow
 def test_quantized_weights_are_refused_by_name(run: Path) -> None:
     weights = run / "weights"
     facts = manifest.read(weights) or {}
@@ -153,6 +156,7 @@ def test_quantized_weights_are_refused_by_name(run: Path) -> None:
 # --- calibrated with what ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_calibration_rows_are_training_rows_and_no_others(run: Path, tmp_path: Path) -> None:
     source = calibrate.read_source(run / "weights", None)
     prepared = calibrate.prepare(source, tmp_path, None)
@@ -170,6 +174,7 @@ def test_calibration_rows_are_training_rows_and_no_others(run: Path, tmp_path: P
     assert re.search(r"Say the number after \d+.*It is \d+, of course\.", answer, re.S), answer
 
 
+@pytest.mark.slow
 def test_examples_that_changed_since_or_are_gone_are_refused(run: Path, examples_file: Path, tmp_path: Path) -> None:
     source = calibrate.read_source(run / "weights", None)
     with examples_file.open("a") as file:
@@ -229,6 +234,7 @@ def play(run: Path, tmp_path: Path) -> Play:
     return quantized
 
 
+@pytest.mark.slow
 def test_the_job_says_everything_and_the_folder_keeps_its_sources_settings(
     run: Path, play: Play, tmp_path: Path
 ) -> None:
@@ -266,6 +272,7 @@ def test_the_job_says_everything_and_the_folder_keeps_its_sources_settings(
         assert not (one.folder / "recipe.yaml").exists()
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(run: Path, play: Play, tmp_path: Path) -> None:
     play("int8")
     (tmp_path / "job.json").unlink()
@@ -281,6 +288,7 @@ def test_what_is_done_is_not_done_again(run: Path, play: Play, tmp_path: Path) -
     assert [one["name"] for one in json.loads((tmp_path / "job.json").read_text())["schemes"]] == ["int8"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_is_explained_and_leaves_only_what_is_complete(run: Path, play: Play) -> None:
     with pytest.raises(CogpressError) as error:
         play("int8", "int4", failing="int4")
@@ -330,6 +338,7 @@ def test_the_worker_imports_nothing_that_its_environment_lacks() -> None:
     assert imported - ours <= sys.stdlib_module_names | {"__future__"}
 
 
+@pytest.mark.slow
 def test_the_command_refuses_in_one_sentence(run: Path) -> None:
     command = [sys.executable, ROOT / "scripts" / "quantize", run / "weights", "--scheme", "awq"]
     variables = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -342,6 +351,7 @@ def test_the_command_refuses_in_one_sentence(run: Path) -> None:
 # --- side by side -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_table_the_picture_and_the_figures(run: Path, play: Play, tmp_path: Path) -> None:
     made = play("int4", "fp8")
     folders = {"bfloat16": run / "weights", **{name: one.folder for name, one in made.items()}}
@@ -368,6 +378,7 @@ def test_the_table_the_picture_and_the_figures(run: Path, play: Play, tmp_path: 
     assert (run / "quantization.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_weights_that_failed_verification_are_shown_as_such_and_not_installed(
     run: Path, play: Play, tmp_path: Path
 ) -> None:

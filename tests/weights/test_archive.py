@@ -135,6 +135,7 @@ def write_zeros(first: bytes) -> Callable[[Path], None]:
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "said"),
     [

@@ -13,6 +13,7 @@ from cogpress.errors import CogpressError
 from cogpress.weights import base, fetch, manifest
 
 
+@pytest.mark.slow
 def test_the_embedded_base_is_a_normal_checkpoint_converted_once(base_folder: Path, cache: Path) -> None:
     config = json.loads((base_folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]

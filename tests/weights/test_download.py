@@ -70,6 +70,7 @@ def test_a_cut_is_resumed_where_it_was(tmp_path: Path, site: FileServer) -> None
     assert starts[-1] >= 3 * MB // 2 - 3 * 65536, "what had arrived was not asked for again"
 
 
+@pytest.mark.slow
 def test_another_process_resumes_but_never_another_version(tmp_path: Path, site: FileServer) -> None:
     content = served(site)
     site.cuts, site.cut_after = 1000, 0
@@ -145,6 +146,7 @@ def test_redirects_are_followed_but_never_away_from_https(tmp_path: Path, site: 
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_no_secret_is_shown_or_logged(
     tmp_path: Path, site: FileServer, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,7 @@ def test_urls_are_fetched_once(small: Path, tmp_path: Path, site: FileServer, pu
     assert len(site.log) == asked, "only whether it is still the same was asked"
 
 
+@pytest.mark.slow
 def test_a_published_folders_verification_report_is_fetched(
     small: Path, tmp_path: Path, site: FileServer, published: str
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_published_folders_verification_report_is_fetched(
     assert state() == "changed", "a page is no report"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [".tar", "/manifest.json"])
 def test_a_new_version_is_fetched_and_the_old_one_used_offline(
     small: Path, tmp_path: Path, site: FileServer, published: str, place: str, capsys: pytest.CaptureFixture[str]
@@ -138,6 +140,7 @@ def test_a_new_version_is_fetched_and_the_old_one_used_offline(
     assert not old.exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_fetched_again(
     small: Path, tmp_path: Path, published: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +187,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "listed", "said"), DAMAGES)
 @pytest.mark.parametrize("kind", ["folder", "tar", "web tar"])
 def test_incomplete_models_are_refused_and_the_last_good_one_stays(
@@ -289,6 +293,7 @@ def process(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [".tar", "/manifest.json"])
 def test_concurrent_starts_download_once(
     small: Path, tmp_path: Path, site: FileServer, published: str, place: str
@@ -306,6 +311,7 @@ def test_concurrent_starts_download_once(
     assert len(asked) == len(set(asked)), "no byte was sent twice"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [".tar", "/manifest.json"])
 def test_a_killed_start_is_resumed(small: Path, tmp_path: Path, site: FileServer, published: str, place: str) -> None:
     model = site.folder / "model"
@@ -348,6 +354,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
             subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [".tar", "/manifest.json"])
 @pytest.mark.parametrize("known", [True, False])
 def test_a_full_disk_is_reported_and_nothing_is_left(
@@ -423,6 +430,7 @@ def hub(tmp_path: Path, site: FileServer) -> Hub:
     return Hub(site, tmp_path / "home")
 
 
+@pytest.mark.slow
 def test_from_the_hub_only_needed_files_are_fetched(tmp_path: Path, small: Path, hub: Hub) -> None:
     repository = tmp_path / "repository"
     shutil.copytree(small, repository)
@@ -443,6 +451,7 @@ def test_from_the_hub_only_needed_files_are_fetched(tmp_path: Path, small: Path,
     assert "Using the copy fetched before" in err
 
 
+@pytest.mark.slow
 def test_from_the_hub_the_manifests_files_are_fetched(tmp_path: Path, small: Path, hub: Hub) -> None:
     repository = tmp_path / "repository"
     shutil.copytree(small, repository)
@@ -457,6 +466,7 @@ def test_from_the_hub_the_manifests_files_are_fetched(tmp_path: Path, small: Pat
     assert "not the file that was written" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -479,6 +489,7 @@ def test_from_the_hub_unusable_models_are_refused_before_download(
     assert not any(path.endswith((".bin", ".safetensors")) for _, path, _ in hub.site.log)
 
 
+@pytest.mark.slow
 def test_from_the_hub_a_missing_model_is_one_sentence(hub: Hub) -> None:
     out, err = hub.fetch()
     assert out == ""
