@@ -201,7 +201,7 @@ def test_other_choices_of_the_same_name_in_training_are_refused(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("reference", "source", "complaint"),
     [
-        ("predict.py", RUNNER, "write file.py:Name"),
+        ("predict.py", RUNNER, "Write file.py:Name"),
         ("other.py:Runner", RUNNER, "other.py.* does not exist"),
         ("predict.py:Other", RUNNER, "Other"),
         ("predict.py:Runner", "import nothing_of_this_name", "nothing_of_this_name"),
