@@ -386,6 +386,9 @@ def environment(serve: Serve, cuda: bool) -> dict[str, str]:
         values |= {
             "PYTHONWARNINGS": "ignore::FutureWarning:vllm.triton_utils.dispatcher",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
+            # Else the first request for log-probabilities compiles their ranking, eager mode or not: without a C++
+            # compiler that ends the engine.
+            "TORCHDYNAMO_DISABLE": "1",
         }
         values["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(serve.cpu_kv_cache_gb)))
         # For vLLM's own server and offline engine, which the benchmarks compare with ours on the same cores.

@@ -236,3 +236,9 @@ def test_engines_are_found_by_name() -> None:
     assert engine.find("vllm") is vllm
     with pytest.raises(CogpressError, match=r"serve\.engine is 'tgi'. Set it to one of .*transformers.*vllm"):
         engine.find("tgi")
+
+
+def test_nothing_is_compiled_on_a_cpu_which_may_have_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    assert vllm.environment(config.Serve(), cuda=False)["TORCHDYNAMO_DISABLE"] == "1"
+    assert "TORCHDYNAMO_DISABLE" not in vllm.environment(config.Serve(), cuda=True)
