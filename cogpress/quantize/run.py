@@ -24,6 +24,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import new_folder, read_json, sha256, write_json
 from cogpress.quantize import worker as compress
 from cogpress.quantize.calibrate import Source, choose_rows
+from cogpress.quantize.progress import Progress
 from cogpress.quantize.schemes import (
     SCHEMES,
     Scheme,
@@ -35,9 +36,7 @@ from cogpress.quantize.schemes import (
     smoothing,
     why_group,
 )
-from cogpress.setup import pip
-from cogpress.setup.environment import QUANTIZE, Environment
-from cogpress.setup.progress import Progress
+from cogpress.setup.environment import QUANTIZE, Environment, clean_environment
 from cogpress.weights import manifest
 from cogpress.weights.filenames import SERVING_FILES, VERIFICATION_PAGE
 
@@ -217,7 +216,7 @@ def _make(
 @contextlib.contextmanager
 def _worker(environment: Environment, job: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """llmcompressor's process, with all that it prints in `log`; ended when the block ends."""
-    variables = {name: value for name, value in pip.clean_environment(os.environ).items() if "TOKEN" not in name}
+    variables = {name: value for name, value in clean_environment(os.environ).items() if "TOKEN" not in name}
     variables |= {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -253,7 +252,7 @@ def _wait(process: subprocess.Popen[bytes], out: Path, log: Path, plan: _Plan) -
         CogpressError: the worker ended without a result; quotes the end of its log.
     """
     label = plan.scheme.name
-    progress = Progress(label, tells_end=False)
+    progress = Progress(label)
     pace = Pace(passes=2 if plan.facts["smoothing"] else 1)
     offset = log.stat().st_size
     try:
@@ -264,7 +263,7 @@ def _wait(process: subprocess.Popen[bytes], out: Path, log: Path, plan: _Plan) -
             progress.show(pace.told(_tail(log, offset), time.monotonic()))
             time.sleep(0.2)
     finally:
-        progress.end(True)
+        progress.end()
 
 
 class Pace:

@@ -1,9 +1,4 @@
-"""The project's own environments: made, kept equal to the lock files, and the main one entered by every script.
-
-Knows the lock files, and leaves to them what is installed; which Python can run it is `interpreter`'s, what
-pip is told and what it means `pip`'s. It runs before anything is there, so all of them are standard library
-only, and in a syntax that Python 3.8 reads: it must be able to say that a Python is too old.
-"""
+"""The project's own environments: made, kept equal to their lock files, and the main one entered by every script."""
 
 from __future__ import annotations
 
@@ -17,57 +12,60 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from cogpress.errors import CogpressError
-from cogpress.setup import pip
+from cogpress.setup import libraries, uv
 from cogpress.setup.interpreter import check_platform, dotted, find_interpreter
-from cogpress.setup.progress import Progress, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 
-CHECK = "import torch, transformers, peft, trl, bitsandbytes, vllm, cog"
+CHECK = "import torch, transformers, peft, bitsandbytes, vllm, cog"
 
 
 class Purpose(NamedTuple):
-    """What an environment is for: its folder, what is installed by kind of machine, and whether each step is told."""
+    """What an environment is for; dictionaries have an entry each for the `cpu` and the `gpu` kind."""
 
     folder: str
-    log: str
+    guard: str
+    """The file in `.cache` that one set-up at a time holds locked."""
     locks: dict[str, tuple[str, ...]]
-    """The lock files of the `cpu` and the `gpu` environment, in the order they are installed."""
+    """Lock files in requirements/."""
     check: str
-    """Python code that runs where everything is there."""
+    """Python code that runs once everything is installed."""
+    libraries: dict[str, tuple[str, ...]]
+    """Shared libraries that the packages take from the system, looked for before anything is downloaded."""
     free_gb: dict[str, int]
-    """Disk needed for a new one: what is installed and pip's downloads on the way."""
-    tells_steps: bool
+    """Disk needed for a new one."""
 
 
 MAIN = Purpose(
     folder=".venv",
-    log="setup.log",
+    guard="setup.lock",
     locks={"cpu": ("cpu.lock",), "gpu": ("gpu.lock", "gpu-dev.lock")},
     check=CHECK,
+    libraries={"cpu": ("libnuma.so.1", "libstdc++.so.6"), "gpu": ("libstdc++.so.6",)},
     free_gb={"cpu": 6, "gpu": 25},  # 3.7 GB without a GPU are installed
-    tells_steps=True,
 )
 """What every script runs in."""
 
 QUANTIZE = Purpose(
     folder=".venv-quantize",
-    log="setup-quantize.log",
+    guard="setup-quantize.lock",
     locks={"cpu": ("quantize.lock",), "gpu": ("quantize-gpu.lock",)},
     check="import torch, transformers, llmcompressor",
+    libraries={"cpu": ("libstdc++.so.6",), "gpu": ("libstdc++.so.6",)},
     free_gb={"cpu": 3, "gpu": 15},
-    tells_steps=False,
 )
-"""llmcompressor's own, because it needs an older transformers than vLLM's and a newer compressed-tensors."""
+"""llmcompressor's own: it needs an older transformers than vLLM's and a newer compressed-tensors."""
+
+INSTALLER = "installer.lock"
+"""uv, with its hashes; pip installs it into each new environment, and it installs everything else."""
 
 STATE = "cogpress.json"
 _ENTERED = "COGPRESS_ENTERED"
@@ -78,7 +76,7 @@ def enter() -> None:
 
     The first lines of every script. Returns within milliseconds where there is nothing to do: in the environment
     while it agrees with the lock files, and in an interpreter that has the packages by itself, such as a Cog image's.
-    Otherwise replaces the process by the same command in `.venv`. A user's mistake ends it with its text.
+    Otherwise replaces the process by the same command in `.venv`. Exits with the text of a user's mistake.
     """
     environment = Environment(ROOT)
     try:
@@ -102,13 +100,13 @@ def setup(gpu: bool | None = None) -> None:
         gpu: install the CUDA builds that the image has, or the CPU ones; None keeps what is there, CPU at first.
 
     Raises:
-        CogpressError: this machine, its Python or pip can not do it; the text says what to do.
+        CogpressError: this machine or its Python cannot run it, or the installation failed; the text says what to do.
     """
     Environment(ROOT).setup(gpu)
 
 
 def _put_first_on_path(folder: Path) -> None:
-    """For what looks its programs up there: vLLM compiles kernels with the environment's ninja."""
+    """For programs that are looked up there: vLLM compiles kernels with the environment's ninja."""
     folders = os.environ.get("PATH", "").split(os.pathsep)
     if folders[0] != str(folder):
         os.environ["PATH"] = os.pathsep.join([str(folder), *folders])
@@ -124,6 +122,19 @@ def _continue_in(environment: Environment) -> NoReturn:
     os.execv(str(environment.python), [str(environment.python), *sys.argv])
 
 
+def say(text: str) -> None:
+    """Print progress to standard error: standard output is the script's own."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class StepFailed(CogpressError):
+    """A program of the set-up failed; keeps what it printed."""
+
+    def __init__(self, step: str, output: list[str]) -> None:
+        super().__init__(uv.explain(step, output))
+        self.output = "\n".join(output)
+
+
 class Environment:
     """An environment of the repository at `root`.
 
@@ -136,11 +147,10 @@ class Environment:
         self.purpose = purpose
         self.venv = root / purpose.folder
         self.python = self.venv / "bin" / "python"
-        self.log = root / ".cache" / purpose.log
-        self._lock_file: int | None = None
+        self._guard: int | None = None
 
     def locks(self, kind: str) -> list[Path]:
-        """The lock files of the `cpu` or the `gpu` environment, in the order they are installed."""
+        """The lock files of the `cpu` or the `gpu` environment."""
         return [self.root / "requirements" / name for name in self.purpose.locks[kind]]
 
     def torch_version(self) -> str:
@@ -182,7 +192,7 @@ class Environment:
         except KeyboardInterrupt:
             raise CogpressError("Interrupted; the next command starts the set-up again.") from None
         except PermissionError as error:
-            raise CogpressError(f"{error.filename} can not be written. Make {self.root} writable.") from None
+            raise CogpressError(f"Cannot write {error.filename}. Make {self.root} writable.") from None
 
     def _setup(self, gpu: bool | None) -> None:
         state = self.state()
@@ -191,14 +201,16 @@ class Environment:
             say(f"{self.venv} is up to date.")
             return
         started = time.monotonic()
-        self.log.write_text("", encoding="utf-8")
         reason = why_anew(state, kind, self.venv, self.python)
+        libraries.check(libraries.absent(self.purpose.libraries[kind]))
         if state is not None and reason is None:
             self._update(state, kind)
         else:
             say(str(reason))
             self._make(kind)
-        self._run([str(self.python), "-c", self.purpose.check], "check that it imports")
+        for site_packages in self.venv.glob("lib/python*/site-packages"):
+            libraries.check(libraries.needed(site_packages))
+        self._run([str(self.python), "-c", self.purpose.check], "the check that it imports")
         self._mark({"state": "complete", "kind": kind, "locks": self.digest(kind)})
         say(f"{self.venv} is ready ({time.monotonic() - started:.0f} s).")
 
@@ -217,45 +229,32 @@ class Environment:
         self._mark({"state": "incomplete", "kind": kind})
         try:
             self._install(kind)
-            self._uninstall_others(kind)
-        except CogpressError:
-            # Without a network, say: pip stopped before it touched anything, and the next update can start from here.
-            if "Installing collected packages" not in self.log.read_text(encoding="utf-8"):
+        except StepFailed as error:
+            if re.search(uv.FETCHING, error.output):  # without a network, say: the next update can start from here
                 self._mark(state)
             raise
 
     def _install(self, kind: str) -> None:
+        """Make the environment equal to its locks, with torch's CPU build beside them in one without a GPU."""
+        pip = [str(self.python), "-m", "pip", "--no-input", "--disable-pip-version-check"]
+        installer = str(self.root / "requirements" / INSTALLER)
+        options = ["--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", installer]
+        self._run([*pip, "install", *options], "the installation of uv")
+        configured = uv.settings(self._run([*pip, "config", "list"], "pip's configuration"))
+        locks = [str(path) for path in self.locks(kind)]
         if kind == "cpu":
-            self._install_torch()
-        for path in self.locks(kind):
-            names = pip.locked_names(path.read_text(encoding="utf-8"))
-            # Not compiled: a third of the time otherwise, for modules most of which are never imported.
-            options = ["--no-deps", "--require-hashes", "--no-compile", "--only-binary", ":all:", "-r", str(path)]
-            self._run(self._pip("install", *options), f"{len(names)} packages of {path.name}", packages=True)
-
-    def _install_torch(self) -> None:
-        version = self.torch_version()
-        configured, pytorch = pip.torch_attempts(version)
-        label = f"torch {version} for CPU"
+            torch = self.venv / "torch.txt"
+            torch.write_text(f"torch=={self.torch_version()}+cpu\n", encoding="utf-8")
+            locks.insert(0, str(torch))
+        command = uv.sync(str(self.python), locks, configured)
+        variables, step = uv.variables(configured), f"the packages of {' and '.join(self.purpose.locks[kind])}"
         try:
-            self._run(self._pip("install", *configured), label)
-        except CogpressError:
-            say(f"  not in the configured package index: trying {pip.PYTORCH_CPU_INDEX}")
-            self._run(self._pip("install", *pytorch), label)
-
-    def _uninstall_others(self, kind: str) -> None:
-        """An update leaves what the locks no longer name: take it out, so that it equals a new one."""
-        from importlib import metadata  # slow to import, and `enter` has milliseconds
-
-        locks = [path.read_text(encoding="utf-8") for path in self.locks(kind)]
-        wanted = {"pip", "torch"}.union(*map(pip.locked_names, locks))
-        folders = [str(path) for path in self.venv.glob("lib/python*/site-packages")]
-        others = sorted({pip.normalized(d.metadata["Name"]) for d in metadata.distributions(path=folders)} - wanted)
-        if others:
-            self._run(self._pip("uninstall", "--yes", *others), f"removing {', '.join(others)}")
-
-    def _pip(self, command: str, *arguments: str) -> list[str]:
-        return [str(self.python), "-m", "pip", command, "--no-input", "--disable-pip-version-check", *arguments]
+            self._run(command, step, variables)
+        except StepFailed as error:
+            if kind != "cpu" or not re.search(r"you require torch==", error.output):
+                raise
+            say("  torch's CPU build is not in the configured package index: trying PyTorch's own")
+            self._run([*command, "--torch-backend", "cpu"], step, variables)
 
     def _mark(self, state: dict[str, str]) -> None:
         """Written beside and moved into place, so that it is never half there."""
@@ -268,64 +267,60 @@ class Environment:
         """One set-up at a time: a second one waits, and then finds the work done."""
         import fcntl  # not on Windows, where check_platform has refused by now
 
-        self.log.parent.mkdir(exist_ok=True)
-        with open(self.log.with_suffix(".lock"), "w") as file:
+        guard = self.root / ".cache" / self.purpose.guard
+        guard.parent.mkdir(exist_ok=True)
+        with open(guard, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 say(f"Another command is setting up {self.venv}: waiting for it.")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            self._lock_file = file.fileno()
+            self._guard = file.fileno()
             yield
 
-    def _run(self, command: Sequence[str], label: str, packages: bool = False) -> None:
-        """Run one step with live progress and its output in the log; explain where it fails."""
-        # pip holds the lock too: if this process is killed and pip goes on, the next command waits for it.
-        holding = () if self._lock_file is None else (self._lock_file,)
+    def _run(self, command: Sequence[str], step: str, variables: Mapping[str, str] | None = None) -> str:
+        """Run one program, showing uv's progress as it comes; return what it printed.
+
+        Raises:
+            StepFailed: it failed; says why and what to do.
+        """
         process = subprocess.Popen(
             command,
             cwd=str(self.root),
-            env=pip.clean_environment(os.environ),
+            env={**(variables or {}), **clean_environment(os.environ)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             encoding="utf-8",
             errors="replace",
-            pass_fds=holding,
+            # It holds the lock too: if this process is killed and uv goes on, the next command waits for it.
+            pass_fds=() if self._guard is None else (self._guard,),
         )
         lines: list[str] = []
-        reader = threading.Thread(target=self._read, args=(process, lines), daemon=True)
-        reader.start()
-        progress = Progress(label, self.purpose.tells_steps)
+        assert process.stdout is not None
         try:
-            while process.poll() is None:
-                time.sleep(0.1)
-                progress.show(self._installed(lines) if packages else "")
+            for line in process.stdout:
+                lines.append(line.rstrip())
+                if re.match(uv.PROGRESS, line):
+                    say("  " + uv.without_credentials(lines[-1]))
+            process.wait()
         except BaseException:
             process.terminate()
+            process.wait()
             raise
-        finally:
-            reader.join(timeout=10)
-            progress.end(process.returncode == 0)
         if process.returncode:
-            raise CogpressError(pip.explain(label, lines, self.log))
+            raise StepFailed(step, lines)
+        return "\n".join(lines)
 
-    def _read(self, process: subprocess.Popen[str], lines: list[str]) -> None:
-        assert process.stdout is not None
-        with open(self.log, "a", encoding="utf-8") as log:
-            for line in process.stdout:
-                line = pip.without_credentials(line)
-                lines.append(line.rstrip())
-                log.write(line)
-                log.flush()
 
-    def _installed(self, lines: list[str]) -> str:
-        """How far pip is. While it installs, it prints nothing: count what has appeared on disk."""
-        if any(line.startswith("Installing collected packages") for line in lines):
-            return f"{len(list(self.venv.glob('lib/python*/site-packages/*.dist-info')))} installed"
-        found = sum(line.startswith(("Collecting ", "Requirement already satisfied")) for line in lines)
-        return f"{found} collected"
+def clean_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Without the settings that would make Python, pip or uv work in another place, or on other packages."""
+    unwanted = {"PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"}
+    unwanted |= {"UV_CONSTRAINT", "UV_EXCLUDE_NEWER", "UV_NO_VERIFY_HASHES", "UV_REQUIRE_HASHES", "UV_TORCH_BACKEND"}
+    kept = {name: value for name, value in variables.items() if name not in unwanted}
+    # Set, not left out: this one may also come from a pip.conf, which variables win over.
+    return {**kept, "PIP_USER": "0", "PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1", "NO_COLOR": "1"}
 
 
 def check_disk(free_bytes: int, needed_gb: int, place: Path) -> None:

@@ -1,4 +1,4 @@
-"""The environments: what decides over them, what is said, and a whole set-up against an index of two tiny wheels."""
+"""The environments: what decides over them, what is said, and whole set-ups from a folder of tiny wheels."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from cogpress.errors import CogpressError
-from cogpress.setup import environment, interpreter, pip
+from cogpress.setup import environment, interpreter, uv
 from cogpress.setup.environment import Environment
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("cpu.lock", "gpu.lock", "gpu-dev.lock", "quantize.lock", "quantize-gpu.lock")
 NAMED = ("base.in", "quantize.in")
 LOCKS = [ROOT / "requirements" / name for name in NAMES]
+INSTALLER = ROOT / "requirements" / environment.INSTALLER
 
 
 @pytest.fixture
@@ -170,15 +171,39 @@ def test_probe_reads_a_real_python(tmp_path: Path) -> None:
     assert interpreter.probe(str(tmp_path / "absent")) == (None, False)
 
 
-def test_torch_comes_from_the_configured_index_first() -> None:
-    configured, pytorch = pip.torch_attempts("2.13.0")
-    for attempt in (configured, pytorch):
-        assert attempt[-1] == "torch==2.13.0+cpu"
-        assert "--no-deps" in attempt
-        assert attempt[attempt.index("--retries") + 1] == "1"
-    assert "--index-url" not in configured
-    assert pytorch[pytorch.index("--index-url") + 1] == "https://download.pytorch.org/whl/cpu"
-    assert pytorch[pytorch.index("--timeout") + 1] == "15"
+CONFIGURATION = """\
+:env:.find-links='/other'
+global.cert='/etc/ca.crt'
+global.extra-index-url='https://a.example/simple\\nhttps://b.example/simple'
+global.find-links='/wheels /more'
+global.index-url='https://me:s3cret@mirror.example/simple'
+install.index-url='https://install.example/simple'
+install.no-index='true'
+user.index-url='https://nobody.example'
+"""
+
+
+def test_pip_is_asked_where_packages_are() -> None:
+    settings = uv.settings(CONFIGURATION)
+    assert settings["index-url"] == "https://install.example/simple", "a command's own section wins over [global]"
+    assert settings["find-links"] == "/other", "a variable wins over files"
+    assert uv.variables(settings) == {
+        "UV_DEFAULT_INDEX": "https://install.example/simple",
+        "UV_INDEX": "https://a.example/simple https://b.example/simple",
+        "UV_FIND_LINKS": "/other",
+        "SSL_CERT_FILE": "/etc/ca.crt",
+    }
+    assert uv.variables(uv.settings("global.find-links='/wheels /more'\n")) == {"UV_FIND_LINKS": "/wheels,/more"}
+    assert uv.settings("") == uv.variables({}) == {}
+
+
+def test_uv_verifies_hashes_and_keeps_to_no_index() -> None:
+    command = uv.sync("python", ["a.lock", "b.lock"], {})
+    assert command[-2:] == ["a.lock", "b.lock"]
+    assert "--verify-hashes" in command
+    assert command[command.index("--only-binary") + 1] == ":all:"
+    assert "--no-index" not in command
+    assert "--no-index" in uv.sync("python", [], {"no-index": "1"})
 
 
 @pytest.mark.parametrize(
@@ -186,43 +211,51 @@ def test_torch_comes_from_the_configured_index_first() -> None:
     [
         ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk is full"),
         ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "not the one that was locked"),
-        ("WARNING: Retrying after NewConnectionError: Temporary failure in name resolution", "can not be reached"),
-        ("ERROR: No matching distribution found for torch==2.13.0+cpu", r"torch==2\.13\.0\+cpu is not in the package"),
-        ("error: something never seen before", "see why below"),
+        ("ERROR: No matching distribution found for uv==0.13.9", "uv==0.13.9 is not in the package index"),
+        ("error: failed to write to file `/x`: No space left on device (os error 28)", "disk is full"),
+        (
+            "error: Failed to download `six==1.17.0`\n  cause: Hash mismatch for `six==1.17.0`",
+            "not the one that was locked",
+        ),
+        ("error: Request failed after 3 retries in 11.3s\n  cause: Failed to fetch: https://x/", "could not fetch"),
+        (
+            "error: No solution found when resolving dependencies\n  cause: Because there is no version of "
+            "torch==2.13.0+cpu and you require torch==2.13.0+cpu, we can conclude that your requirements are "
+            "unsatisfiable.",
+            "torch==2.13.0+cpu is not in the package index",
+        ),
+        ("error: something never seen before", "see below"),
     ],
 )
-def test_a_failure_says_what_to_do_and_shows_the_end_of_the_log(line: str, said: str, tmp_path: Path) -> None:
-    output = [f"Collecting package-{number}" for number in range(50)] + [line]
-    text = pip.explain("180 packages", output, tmp_path / "setup.log")
-    assert re.search(said, text)
-    assert text.endswith("  " + line)
-    assert str(tmp_path / "setup.log") in text
-    assert "package-48" in text
-    assert "package-40" not in text
-    assert "Traceback" not in text
+def test_a_failure_says_what_to_do_and_shows_the_program_s_own_words(line: str, said: str) -> None:
+    output = [f"Downloading package-{number}" for number in range(50)] + line.splitlines()
+    text = uv.explain("the packages of cpu.lock", output)
+    assert said in text.splitlines()[0]
+    assert text.splitlines()[1:] == ["  " + part for part in line.splitlines()]
+
+
+def test_a_failure_without_an_error_line_shows_its_end() -> None:
+    text = uv.explain("the check that it imports", [f"line {number}" for number in range(50)])
+    assert text.splitlines()[1:] == [f"  line {number}" for number in range(42, 50)]
 
 
 def test_credentials_never_show() -> None:
     line = "Looking in indexes: https://me:s3cret@example.com/simple, https://t0ken@example.com/x"
-    shown = pip.without_credentials(line)
+    shown = uv.without_credentials(line)
     assert shown == "Looking in indexes: https://***@example.com/simple, https://***@example.com/x"
+    assert "s3cret" not in uv.explain("x", [line])
 
 
 def test_settings_that_install_elsewhere_are_dropped() -> None:
     given = {"PIP_TARGET": "/x", "PYTHONPATH": "/y", "PIP_USER": "1", "PIP_INDEX_URL": "https://example.com", "A": "b"}
-    cleaned = pip.clean_environment(given)
-    assert not {"PIP_TARGET", "PYTHONPATH"} & cleaned.keys()
+    cleaned = environment.clean_environment({**given, "UV_NO_VERIFY_HASHES": "1"})
+    assert not {"PIP_TARGET", "PYTHONPATH", "UV_NO_VERIFY_HASHES"} & cleaned.keys()
     assert cleaned["PIP_USER"] == "0"
     assert cleaned["PIP_INDEX_URL"] == "https://example.com"
     assert cleaned["A"] == "b"
 
 
-def test_locked_names() -> None:
-    lock = "# comment with name==version\nFoo_Bar==1 \\\n    --hash=sha256:00\nzope.x==2 \\\n    --hash=sha256:11\n"
-    assert pip.locked_names(lock) == ["foo-bar", "zope-x"]
-
-
-@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*LOCKS, INSTALLER], ids=lambda path: path.name)
 def test_locks_are_exact_hashed_and_of_no_one_machine(path: Path) -> None:
     text = path.read_text()
     entries = re.split(r"^(?=[a-z0-9])", re.sub(r"^#.*\n", "", text, flags=re.M), flags=re.M)[1:]
@@ -234,7 +267,7 @@ def test_locks_are_exact_hashed_and_of_no_one_machine(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cpu.lock", "quantize.lock"])
 def test_a_lock_for_cpus_has_no_cuda_and_nothing_that_needs_it(name: str) -> None:
-    names = pip.locked_names((ROOT / "requirements" / name).read_text())
+    names = re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements" / name).read_text(), re.M)
     allowed = "nvidia-ml-py"  # Python only: it asks a driver for its GPUs, where there is one
     assert not [name for name in names if re.match(r"torch|nvidia-|cuda-|vllm$", name) and name != allowed]
 
@@ -252,6 +285,7 @@ def test_every_direct_dependency_is_locked_at_the_version_asked_for() -> None:
         ("gpu.in base.in dev.in", LOCKS[1:3]),
         ("quantize.in", LOCKS[3:4]),
         ("quantize.in", LOCKS[4:]),
+        ("installer.in", [INSTALLER]),
     ):
         locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", "".join(path.read_text() for path in locks), re.M))
         for name in inputs.split():
@@ -282,18 +316,22 @@ def test_an_old_python_can_read_what_runs_first() -> None:
             ours = {name for name in imported if name.startswith("cogpress.")}
             waiting += ours - read
             assert {name.split(".")[0] for name in set(imported) - ours} <= sys.stdlib_module_names, module
-    assert {"cogpress.errors", "cogpress.setup.interpreter", "cogpress.setup.pip", "cogpress.setup.progress"} < read
+    assert read == {
+        "cogpress",
+        "cogpress.errors",
+        *(f"cogpress.setup.{name}" for name in ("environment", "interpreter", "libraries", "uv")),
+    }
 
 
-# A whole set-up, with a real venv and a real pip, from a folder of wheels in the index's place.
+# Whole set-ups, with a real venv, pip and uv, from a folder of wheels in the index's place.
 
 
-def wheel(folder: Path, name: str, version: str) -> str:
+def wheel(folder: Path, name: str, version: str, code: str = "") -> str:
     """A wheel with one module; returns its sha256."""
     path = folder / f"{name}-{version}-py3-none-any.whl"
     info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr(f"{name}.py", f"version = {version!r}\n")
+        file.writestr(f"{name}.py", code or f"version = {version!r}\n")
         file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         file.writestr(f"{info}/RECORD", "")
@@ -307,7 +345,13 @@ class Small:
         self.wheels = folder / "wheels"
         self.wheels.mkdir()
         wheel(self.wheels, "torch", "2.13.0+cpu")
+        # uv in a few bytes: a module that runs the one of this environment.
+        program = shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv"
+        code = f"import os, sys\nos.execv({program!r}, ['uv', *sys.argv[1:]])\n"
+        digest = wheel(self.wheels, "uv", "1", code)
+        (repository / "requirements" / environment.INSTALLER).write_text(f"uv==1 --hash=sha256:{digest}\n")
         self.repository = repository
+        self.cache = folder / "cache"
         shutil.copytree(ROOT / "cogpress", repository / "cogpress", ignore=shutil.ignore_patterns("__pycache__"))
         text = (repository / "cogpress" / "setup" / "environment.py").read_text()
         changed = re.sub(r"^CHECK = .*", 'CHECK = "import torch"', text, flags=re.M)
@@ -323,8 +367,10 @@ class Small:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Run the script that enters the environment, outside it and without a package index."""
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "COGPRESS_"))}
+        others = ("PIP_", "UV_", "COGPRESS_")
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         variables |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels)}
+        variables |= {"UV_CACHE_DIR": str(self.cache)}
         base = getattr(sys, "_base_executable", sys.executable)
         return subprocess.Popen(
             [base, "script", *arguments],
@@ -361,8 +407,8 @@ def test_a_script_sets_up_enters_updates_and_recovers(small: Small) -> None:
 
     status, output, messages = small.run("a", "b c")
     assert (status, output) == (0, f"{prefix} ['a', 'b c']\n"), messages
-    assert "torch 2.13.0 for CPU: done in" in messages
-    assert small.installed() == {"torch", "one", "two"}
+    assert "Installed 3 packages" in messages
+    assert small.installed() == {"torch", "one", "two", "uv"}
 
     status, output, messages = small.run()
     assert (status, output, messages) == (0, f"{prefix} []\n", ""), "nothing to do, nothing said"
@@ -373,8 +419,9 @@ def test_a_script_sets_up_enters_updates_and_recovers(small: Small) -> None:
     small.lock(("one", "1", one))
     status, _, messages = small.run()
     assert status == 0
-    assert re.search(r"removing .*\btwo\b", messages)
-    assert small.installed() == {"torch", "one"}
+    assert "Uninstalled 1 package" in messages
+    assert small.installed() == {"torch", "one", "uv"}, "two is gone, and pip and uv are there for the next update"
+    assert (small.repository / ".venv" / "bin" / "pip").exists()
 
     small.lock(("one", "1", one), ("two", "1", "0" * 64))
     status, output, messages = small.run()
@@ -396,8 +443,8 @@ def test_a_script_sets_up_enters_updates_and_recovers(small: Small) -> None:
 
 
 @pytest.mark.slow
-def test_another_environment_lies_beside_it_and_says_little(small: Small) -> None:
-    """llmcompressor's, made from inside the main one: from its own lock, with its own mark, in two lines."""
+def test_another_environment_lies_beside_it(small: Small) -> None:
+    """llmcompressor's, made from inside the main one: from its own lock, with its own mark."""
     one = wheel(small.wheels, "one", "1")
     (small.repository / "requirements" / "quantize.lock").write_text(f"one==1 --hash=sha256:{one}\n")
     (small.repository / "script").write_text(
@@ -408,9 +455,9 @@ def test_another_environment_lies_beside_it_and_says_little(small: Small) -> Non
     )
     status, output, messages = small.run()
     assert (status, output) == (0, "True False False\n"), messages
-    assert [line.split()[0] for line in messages.splitlines()] == ["Setting", f"{small.repository}/.venv-quantize"]
+    words = [line.split()[0] for line in messages.splitlines()]
+    assert words == ["Setting", "Resolved", "Prepared", "Installed", f"{small.repository}/.venv-quantize"]
     assert (small.repository / ".venv-quantize" / environment.STATE).is_file()
-    assert (small.repository / ".cache" / "setup-quantize.log").is_file()
     assert not (small.repository / ".venv").exists()
     assert small.run() == (0, "True False False\n", "")
 
@@ -444,10 +491,21 @@ def test_torch_is_looked_for_in_two_places_and_missed_in_plain_words(small: Smal
     next(small.wheels.glob("torch*")).unlink()
     status, output, messages = small.run()
     assert (status, output) == (1, "")
-    assert "trying https://download.pytorch.org/whl/cpu" in messages
-    assert "torch==2.13.0+cpu" in messages
+    assert "trying PyTorch's own" in messages
+    assert "torch==2.13.0+cpu is not in the package index" in messages
     assert "Traceback" not in messages
-    assert str(small.repository / ".cache" / "setup.log") in messages
+
+
+@pytest.mark.slow
+def test_a_missing_system_library_is_named_before_anything_is_downloaded(small: Small) -> None:
+    text = (small.repository / "cogpress" / "setup" / "environment.py").read_text()
+    changed = text.replace('"libnuma.so.1"', '"libno-such.so.9"')
+    assert changed != text
+    (small.repository / "cogpress" / "setup" / "environment.py").write_text(changed)
+    status, output, messages = small.run()
+    assert (status, output) == (1, "")
+    assert messages.startswith("This system lacks libno-such.so.9, which torch or vLLM needs.")
+    assert not (small.repository / ".venv").exists()
 
 
 @pytest.mark.parametrize("name", ["setup", "test", "lock"])

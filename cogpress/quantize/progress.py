@@ -1,7 +1,4 @@
-"""How far a step of a set-up is, for people who wait for it.
-
-It runs before any environment is there, as `environment` does: standard library only, in Python 3.8's syntax.
-"""
+"""How far the worker is, for people who wait for it."""
 
 from __future__ import annotations
 
@@ -10,17 +7,11 @@ import sys
 import time
 
 
-def say(text: str) -> None:
-    """Progress goes to standard error: standard output is the script's own."""
-    print(text, file=sys.stderr, flush=True)
-
-
 class Progress:
     """A step's live line: rewritten in place on a terminal, elsewhere a new line every 15 seconds."""
 
-    def __init__(self, label: str, tells_end: bool = True) -> None:
+    def __init__(self, label: str) -> None:
         self.label = label
-        self.tells_end = tells_end
         self.started = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
 
@@ -35,11 +26,9 @@ class Progress:
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\033[K{text[:width]}", end="", file=sys.stderr, flush=True)
         else:
-            say(text)
+            print(text, file=sys.stderr, flush=True)
 
-    def end(self, succeeded: bool) -> None:
-        """Say how long it took."""
+    def end(self) -> None:
+        """Clear the live line."""
         if self.live:
-            print("\r\033[K", end="", file=sys.stderr)
-        if self.tells_end or not succeeded:
-            say(f"  {self.label}: {'done' if succeeded else 'stopped'} in {time.monotonic() - self.started:.0f} s")
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
