@@ -1,4 +1,4 @@
-"""The project's own environments: made, kept equal to their lock files, and the main one entered by every script."""
+"""Create the project's environments, keep them equal to their lock files, and run scripts in the main one."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ CHECK = "import torch, transformers, peft, bitsandbytes, vllm, cog"
 
 
 class Purpose(NamedTuple):
-    """What an environment is for; dictionaries have an entry each for the `cpu` and the `gpu` kind."""
+    """What an environment is for; its dictionaries have an entry for each kind, `cpu` and `gpu`."""
 
     folder: str
     guard: str
-    """The file in `.cache` that one set-up at a time holds locked."""
+    """The file in `.cache` that a set-up holds locked."""
     locks: dict[str, tuple[str, ...]]
     """Lock files in requirements/."""
     check: str
-    """Python code that runs once everything is installed."""
+    """Python code that must run once everything is installed."""
     libraries: dict[str, tuple[str, ...]]
-    """Shared libraries that the packages take from the system, looked for before anything is downloaded."""
+    """Shared libraries that the packages need from the system, checked before anything is downloaded."""
     free_gb: dict[str, int]
     """Disk needed for a new one."""
 
@@ -50,7 +50,7 @@ MAIN = Purpose(
     locks={"cpu": ("cpu.lock",), "gpu": ("gpu.lock", "gpu-dev.lock")},
     check=CHECK,
     libraries={"cpu": ("libnuma.so.1", "libstdc++.so.6"), "gpu": ("libstdc++.so.6",)},
-    free_gb={"cpu": 6, "gpu": 25},  # 3.7 GB without a GPU are installed
+    free_gb={"cpu": 6, "gpu": 25},  # the CPU environment is 3.7 GB
 )
 """What every script runs in."""
 
@@ -62,21 +62,21 @@ QUANTIZE = Purpose(
     libraries={"cpu": ("libstdc++.so.6",), "gpu": ("libstdc++.so.6",)},
     free_gb={"cpu": 3, "gpu": 15},
 )
-"""llmcompressor's own: it needs an older transformers than vLLM's and a newer compressed-tensors."""
+"""llmcompressor's: it needs an older transformers than vLLM does, and a newer compressed-tensors."""
 
 INSTALLER = "installer.lock"
-"""uv, with its hashes; pip installs it into each new environment, and it installs everything else."""
+"""The lock of uv: pip installs it into each environment, and it installs the rest."""
 
 STATE = "cogpress.json"
 _ENTERED = "COGPRESS_ENTERED"
 
 
 def enter() -> None:
-    """Continue the running script in the project's environment, made or updated first where needed.
+    """Continue the running script in the project's environment, creating or updating it first if needed.
 
-    The first lines of every script. Returns within milliseconds where there is nothing to do: in the environment
-    while it agrees with the lock files, and in an interpreter that has the packages by itself, such as a Cog image's.
-    Otherwise replaces the process by the same command in `.venv`. Exits with the text of a user's mistake.
+    Every script begins with it. Returns within milliseconds if there is nothing to do: in the environment while it
+    matches the lock files, and in an interpreter that has the packages itself, such as a Cog image's. Otherwise it
+    replaces the process with the same command in `.venv`. Exits with a message on a user's mistake.
     """
     environment = Environment(ROOT)
     try:
@@ -94,28 +94,30 @@ def enter() -> None:
 
 
 def setup(gpu: bool | None = None) -> None:
-    """Make `.venv` or bring it up to date with the lock files.
+    """Create `.venv`, or bring it up to date with the lock files.
 
     Args:
-        gpu: install the CUDA builds that the image has, or the CPU ones; None keeps what is there, CPU at first.
+        gpu: install the image's CUDA builds, or CPU builds; None keeps the kind that is there, CPU at first.
 
     Raises:
-        CogpressError: this machine or its Python cannot run it, or the installation failed; the text says what to do.
+        CogpressError: this machine cannot run it, or the installation failed; says what to do.
     """
     Environment(ROOT).setup(gpu)
 
 
 def _put_first_on_path(folder: Path) -> None:
-    """For programs that are looked up there: vLLM compiles kernels with the environment's ninja."""
+    """vLLM looks up programs there: it compiles kernels with the environment's ninja."""
     folders = os.environ.get("PATH", "").split(os.pathsep)
     if folders[0] != str(folder):
         os.environ["PATH"] = os.pathsep.join([str(folder), *folders])
 
 
 def _continue_in(environment: Environment) -> NoReturn:
-    # The process keeps its id across exec, so a mark with this id means that exec did not lead into .venv.
+    # A process keeps its id across exec: if the mark has it, exec did not lead into .venv.
     if os.environ.get(_ENTERED) == str(os.getpid()):
-        raise CogpressError(f"{environment.python} does not run in {environment.venv}. Delete that folder, run again.")
+        raise CogpressError(
+            f"{environment.python} does not run in {environment.venv}. Delete that folder, then run again."
+        )
     os.environ[_ENTERED] = str(os.getpid())
     sys.stdout.flush()
     sys.stderr.flush()
@@ -138,8 +140,8 @@ class StepFailed(CogpressError):
 class Environment:
     """An environment of the repository at `root`.
 
-    A file in it (`cogpress.json`) says what it holds. It is there from the first moment on, marked incomplete, so that
-    an interrupted set-up is noticed and started again, and a `.venv` that someone else made is never touched.
+    A state file in it (`cogpress.json`) says what it holds. The file is written first, marked incomplete, so that an
+    interrupted set-up is noticed and restarted, and a `.venv` without one is never touched.
     """
 
     def __init__(self, root: Path, purpose: Purpose = MAIN) -> None:
@@ -154,7 +156,7 @@ class Environment:
         return [self.root / "requirements" / name for name in self.purpose.locks[kind]]
 
     def torch_version(self) -> str:
-        """The version of torch that requirements/base.in names."""
+        """The version of torch that requirements/base.in pins."""
         path = self.root / "requirements" / "base.in"
         match = re.search(r"^torch==(\S+)", path.read_text(encoding="utf-8"), re.M)
         if match is None:
@@ -169,7 +171,7 @@ class Environment:
         return content.hexdigest()
 
     def state(self) -> dict[str, str] | None:
-        """What the environment says of itself; None where it was not made here."""
+        """The content of the state file; None if the environment was not created here."""
         try:
             state = json.loads((self.venv / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -177,7 +179,7 @@ class Environment:
         return state if isinstance(state, dict) else None
 
     def ready(self, kind: str | None = None) -> bool:
-        """Whether it is complete, as the lock files say, and of the kind asked for."""
+        """Whether it is complete, matches the lock files and is of this kind."""
         state = self.state() or {}
         if state.get("state") != "complete" or kind not in (None, state.get("kind")) or not self.python.exists():
             return False
@@ -190,7 +192,7 @@ class Environment:
             with self._exclusively():
                 self._setup(gpu)
         except KeyboardInterrupt:
-            raise CogpressError("Interrupted; the next command starts the set-up again.") from None
+            raise CogpressError("Interrupted; the next command restarts the set-up.") from None
         except PermissionError as error:
             raise CogpressError(f"Cannot write {error.filename}. Make {self.root} writable.") from None
 
@@ -230,12 +232,12 @@ class Environment:
         try:
             self._install(kind)
         except StepFailed as error:
-            if re.search(uv.FETCHING, error.output):  # without a network, say: the next update can start from here
+            if re.search(uv.FETCHING, error.output):  # nothing has changed: the next update can start from here
                 self._mark(state)
             raise
 
     def _install(self, kind: str) -> None:
-        """Make the environment equal to its locks, with torch's CPU build beside them in one without a GPU."""
+        """Make the environment equal to its locks; torch's CPU build, which is in none, is added to those for CPUs."""
         pip = [str(self.python), "-m", "pip", "--no-input", "--disable-pip-version-check"]
         installer = str(self.root / "requirements" / INSTALLER)
         options = ["--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", installer]
@@ -257,14 +259,14 @@ class Environment:
             self._run([*command, "--torch-backend", "cpu"], step, variables)
 
     def _mark(self, state: dict[str, str]) -> None:
-        """Written beside and moved into place, so that it is never half there."""
+        """Write the state file atomically."""
         draft = self.venv / (STATE + ".new")
         draft.write_text(json.dumps(state), encoding="utf-8")
         draft.replace(self.venv / STATE)
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
-        """One set-up at a time: a second one waits, and then finds the work done."""
+        """Let one set-up run at a time: a second one waits, then finds the work done."""
         import fcntl  # not on Windows, where check_platform has refused by now
 
         guard = self.root / ".cache" / self.purpose.guard
@@ -294,7 +296,7 @@ class Environment:
             text=True,
             encoding="utf-8",
             errors="replace",
-            # It holds the lock too: if this process is killed and uv goes on, the next command waits for it.
+            # It holds the lock too: if this process is killed while uv goes on, the next command waits.
             pass_fds=() if self._guard is None else (self._guard,),
         )
         lines: list[str] = []
@@ -315,43 +317,42 @@ class Environment:
 
 
 def clean_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Without the settings that would make Python, pip or uv work in another place, or on other packages."""
+    """Drop the settings that would make Python, pip or uv work elsewhere or on other packages."""
     unwanted = {"PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"}
     unwanted |= {"UV_CONSTRAINT", "UV_EXCLUDE_NEWER", "UV_NO_VERIFY_HASHES", "UV_REQUIRE_HASHES", "UV_TORCH_BACKEND"}
     kept = {name: value for name, value in variables.items() if name not in unwanted}
-    # Set, not left out: this one may also come from a pip.conf, which variables win over.
+    # Set, not dropped: it may also come from a pip.conf, which variables override.
     return {**kept, "PIP_USER": "0", "PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1", "NO_COLOR": "1"}
 
 
 def check_disk(free_bytes: int, needed_gb: int, place: Path) -> None:
-    """Fail before the download instead of in its middle.
+    """Fail before the download rather than during it.
 
     Raises:
-        CogpressError: there is less room than an environment takes.
+        CogpressError: the disk has less room than the environment needs.
     """
     if free_bytes < needed_gb * 1e9:
         raise CogpressError(
-            f"The environment needs {needed_gb} GB at {place}; {free_bytes / 1e9:.1f} GB are free. Make room there."
+            f"The environment needs {needed_gb} GB at {place}, where {free_bytes / 1e9:.1f} GB are free. Make room."
         )
 
 
 def why_anew(state: dict[str, str] | None, kind: str, venv: Path, python: Path) -> str | None:
-    """Why an environment must be made from nothing, in words; None where an update will do.
+    """Why an environment must be created anew, in words; None if an update will do.
 
     Raises:
-        CogpressError: there is a `.venv` that was not made here.
+        CogpressError: the folder exists but was not created here.
     """
     if not venv.exists():
         return f"Setting up {venv}, once; later commands start at once."
     if state is None:
         raise CogpressError(
-            f"{venv} is there but was not made by scripts/setup or scripts/quantize. Delete it or give it another "
-            "name, then run again."
+            f"{venv} was not created by scripts/setup or scripts/quantize. Delete or rename it, then run again."
         )
     if state.get("state") != "complete":
         return f"The last set-up of {venv} was interrupted: starting again."
     if state.get("kind") != kind:
-        return f"{venv} is for {state.get('kind')}: making it again for {kind}."
+        return f"{venv} is for {state.get('kind')}: creating it again for {kind}."
     if not python.exists():
-        return f"The Python that {venv} was made with is gone: making it again."
+        return f"The Python that {venv} was created with is gone: creating it again."
     return None

@@ -1,7 +1,4 @@
-"""The machine and its Pythons: whether the locked packages can run here, and on which interpreter.
-
-It runs before any environment is there, as `environment` does: standard library only, in Python 3.8's syntax.
-"""
+"""Check that the locked packages run on this machine, and find a Python for them."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from typing import Tuple
 from cogpress.errors import CogpressError
 
 PYTHONS = ((3, 11), (3, 12), (3, 13))
-"""The Pythons that the locks are for, the one they were tested on first."""
+"""The Pythons that the locks are for; tests run on the first."""
 
 OLDEST_GLIBC = (2, 31)
 
@@ -23,26 +20,26 @@ Version = Tuple[int, int]
 
 
 def check_platform(system: str, machine: str, libc: tuple[str, str]) -> None:
-    """The locked packages exist as binaries for Linux on x86-64 with glibc only.
+    """Refuse machines that the locked binary packages do not run on.
 
     Raises:
-        CogpressError: this is another.
+        CogpressError: this is not Linux on x86-64 with a recent glibc.
     """
     needs = "cogpress needs Linux on x86-64 with glibc {}.{} or newer".format(*OLDEST_GLIBC)
     advice = "Use such a machine, or a container or virtual machine of that kind."
     if not system.startswith("linux") or machine.lower() not in ("x86_64", "amd64"):
         raise CogpressError(f"{needs}; this is {system} on {machine}. {advice}")
     if libc[0] != "glibc":
-        raise CogpressError(f"{needs}; this Linux has another C library. {advice}")
+        raise CogpressError(f"{needs}; this Linux has a different C library. {advice}")
     if tuple(int(part) for part in re.findall(r"\d+", libc[1])[:2]) < OLDEST_GLIBC:
         raise CogpressError(f"{needs}; this one has {libc[1]}. {advice}")
 
 
 def find_interpreter() -> tuple[str, Version]:
-    """A Python to make the environment with: the running one, or else one on PATH.
+    """Find a Python to create the environment with: the running one, else one on PATH.
 
     Raises:
-        CogpressError: none fits, or the one that does has no venv module.
+        CogpressError: none fits, or the one that fits has no venv module.
     """
     running: str = getattr(sys, "_base_executable", "") or sys.executable
     names = [f"python{dotted(version)}" for version in PYTHONS]
@@ -70,7 +67,7 @@ def find_interpreter() -> tuple[str, Version]:
 
 
 def probe(python: str) -> tuple[Version | None, bool]:
-    """An interpreter's version and whether it can make environments; no version where it does not even start."""
+    """An interpreter's version, None if it does not start, and whether it can create environments."""
     code = "import sys; print(*sys.version_info[:2], flush=True); import venv, ensurepip, ssl"
     try:
         done = subprocess.run([python, "-I", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)

@@ -1,4 +1,4 @@
-"""The environments: what decides over them, what is said, and whole set-ups from a folder of tiny wheels."""
+"""Environments: decisions, messages, and whole set-ups from a folder of tiny wheels."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_foreign_environment_is_left_alone(repository: Path) -> None:
     (repository / ".venv").mkdir()
     precious = repository / ".venv" / "precious"
     precious.touch()
-    with pytest.raises(CogpressError, match="not made by scripts/setup"):
+    with pytest.raises(CogpressError, match="not created by scripts/setup"):
         Environment(repository).setup()
     assert precious.exists()
 
@@ -109,7 +109,7 @@ def test_a_foreign_environment_is_left_alone(repository: Path) -> None:
         ("darwin", "arm64", ("", ""), "this is darwin on arm64"),
         ("linux", "aarch64", ("glibc", "2.39"), "this is linux on aarch64"),
         ("win32", "AMD64", ("", ""), "this is win32 on AMD64"),
-        ("linux", "x86_64", ("", ""), "another C library"),
+        ("linux", "x86_64", ("", ""), "a different C library"),
         ("linux", "x86_64", ("glibc", "2.28"), "this one has 2.28"),
     ],
 )
@@ -126,7 +126,7 @@ def test_this_platform_is_accepted() -> None:
 
 def test_a_full_disk_is_noticed_before_the_download(tmp_path: Path) -> None:
     environment.check_disk(6 * 10**9, 6, tmp_path)
-    with pytest.raises(CogpressError, match=r"needs 6 GB at .*; 1\.2 GB are free"):
+    with pytest.raises(CogpressError, match=r"needs 6 GB at .*, where 1\.2 GB are free"):
         environment.check_disk(12 * 10**8, 6, tmp_path)
 
 
