@@ -256,7 +256,7 @@ class Environment:
             if kind != "cpu" or not re.search(r"you require torch==", error.output):
                 raise
             say("  torch's CPU build is not in the configured package index: trying PyTorch's own")
-            self._run([*command, "--torch-backend", "cpu"], step, variables)
+            self._run([*command, "--find-links", uv.PYTORCH_CPU], step, variables)
 
     def _mark(self, state: dict[str, str]) -> None:
         """Write the state file atomically."""

@@ -10,17 +10,20 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _VARIABLES = {
-    "index-url": ("UV_DEFAULT_INDEX", " "),
-    "extra-index-url": ("UV_INDEX", " "),
-    "find-links": ("UV_FIND_LINKS", ","),
-    "trusted-host": ("UV_INSECURE_HOST", " "),
-    "cert": ("SSL_CERT_FILE", " "),
-    "client-cert": ("SSL_CLIENT_CERT", " "),
-    "proxy": ("ALL_PROXY", " "),
-    "timeout": ("UV_HTTP_TIMEOUT", " "),
-    "default-timeout": ("UV_HTTP_TIMEOUT", " "),
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
+    "client-cert": "SSL_CLIENT_CERT",
+    "proxy": "ALL_PROXY",
+    "timeout": "UV_HTTP_TIMEOUT",
+    "default-timeout": "UV_HTTP_TIMEOUT",
 }
-"""uv's variable for each of pip's options, and what separates several values in it."""
+"""uv's variable for each of pip's options; several values are separated by spaces."""
+
+PYTORCH_CPU = "https://download.pytorch.org/whl/cpu/torch/"
+"""PyTorch's page of torch's CPU builds. As a page of links it gives torch alone: PyTorch's index has other packages
+too, in builds that are not locked."""
 
 
 def settings(configuration: str) -> dict[str, str]:
@@ -34,9 +37,7 @@ def settings(configuration: str) -> dict[str, str]:
 
 def variables(pip: Mapping[str, str]) -> dict[str, str]:
     """pip's options as uv's environment variables, so that uv looks for packages where pip is told to."""
-    return {
-        variable: separator.join(pip[name].split()) for name, (variable, separator) in _VARIABLES.items() if name in pip
-    }
+    return {variable: " ".join(pip[name].split()) for name, variable in _VARIABLES.items() if name in pip}
 
 
 def sync(python: str, locks: Sequence[str], pip: Mapping[str, str]) -> list[str]:
@@ -47,8 +48,10 @@ def sync(python: str, locks: Sequence[str], pip: Mapping[str, str]) -> list[str]
     """
     command = [python, "-m", "uv", "pip", "sync", "--python", python, "--verify-hashes", "--only-binary", ":all:"]
     command += ["--index-strategy", "unsafe-best-match"]
+    for place in pip.get("find-links", "").split():
+        command += ["--find-links", place]
     if pip.get("no-index", "").lower() in ("1", "true", "yes", "on"):
-        command.append("--no-index")  # which has no variable
+        command.append("--no-index")
     return [*command, *locks]
 
 
@@ -60,8 +63,8 @@ def without_credentials(text: str) -> str:
 PROGRESS = r"Resolved|Downloading|Prepared|Uninstalled|Installed|warning"
 """How the lines of uv's output begin that say how far it is."""
 
-FETCHING = r"Failed to (fetch|download)|No solution found|Request failed"
-"""Errors of uv from before it changes anything: it downloads all packages first."""
+FETCHING = r"Failed to (fetch|download|read `--find-links`)|No solution found|Request failed|No matching distribution"
+"""Errors from before anything is changed: uv downloads all packages first."""
 
 _CAUSES = (
     (r"No space left on device", "the disk is full. Make room, then run again."),
@@ -70,13 +73,13 @@ _CAUSES = (
         "a package's file is not the one that was locked. Use a package index that mirrors the public one.",
     ),
     (
-        r"you require ([^\s,]+)|No matching distribution found for (\S+)",
-        "{0} is not in the package index. Check pip's configuration (`pip config list`), then run again.",
+        r"Failed to (?:fetch|download|read `--find-links`)|Request failed|new connection|name resolution|Proxy|SSL",
+        "could not reach the package index. Check the network and pip's configuration (`pip config list`), then run "
+        "again.",
     ),
     (
-        r"Failed to (?:fetch|download)|Request failed|connection|name resolution|ProxyError|SSLError",
-        "could not fetch from the package index. Check the network and pip's configuration (`pip config list`), then "
-        "run again.",
+        r"you require ([^\s,]+)|No matching distribution found for (\S+)",
+        "{0} is not in the package index. Check pip's configuration (`pip config list`), then run again.",
     ),
 )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -190,10 +193,8 @@ def test_pip_is_asked_where_packages_are() -> None:
     assert uv.variables(settings) == {
         "UV_DEFAULT_INDEX": "https://install.example/simple",
         "UV_INDEX": "https://a.example/simple https://b.example/simple",
-        "UV_FIND_LINKS": "/other",
         "SSL_CERT_FILE": "/etc/ca.crt",
     }
-    assert uv.variables(uv.settings("global.find-links='/wheels /more'\n")) == {"UV_FIND_LINKS": "/wheels,/more"}
     assert uv.settings("") == uv.variables({}) == {}
 
 
@@ -203,7 +204,8 @@ def test_uv_verifies_hashes_and_keeps_to_no_index() -> None:
     assert "--verify-hashes" in command
     assert command[command.index("--only-binary") + 1] == ":all:"
     assert "--no-index" not in command
-    assert "--no-index" in uv.sync("python", [], {"no-index": "1"})
+    settings = {"no-index": "1", "find-links": "/wheels /more"}
+    assert uv.sync("python", [], settings)[-5:] == ["--find-links", "/wheels", "--find-links", "/more", "--no-index"]
 
 
 @pytest.mark.parametrize(
@@ -212,12 +214,17 @@ def test_uv_verifies_hashes_and_keeps_to_no_index() -> None:
         ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk is full"),
         ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "not the one that was locked"),
         ("ERROR: No matching distribution found for uv==0.13.9", "uv==0.13.9 is not in the package index"),
+        (
+            "WARNING: Retrying after NewConnectionError: Temporary failure in name resolution\n"
+            "ERROR: No matching distribution found for uv==0.13.9",
+            "could not reach",
+        ),
         ("error: failed to write to file `/x`: No space left on device (os error 28)", "disk is full"),
         (
             "error: Failed to download `six==1.17.0`\n  cause: Hash mismatch for `six==1.17.0`",
             "not the one that was locked",
         ),
-        ("error: Request failed after 3 retries in 11.3s\n  cause: Failed to fetch: https://x/", "could not fetch"),
+        ("error: Request failed after 3 retries in 11.3s\n  cause: Failed to fetch: https://x/", "could not reach"),
         (
             "error: No solution found when resolving dependencies\n  cause: Because there is no version of "
             "torch==2.13.0+cpu and you require torch==2.13.0+cpu, we can conclude that your requirements are "
@@ -231,7 +238,7 @@ def test_a_failure_says_what_to_do_and_shows_the_program_s_own_words(line: str, 
     output = [f"Downloading package-{number}" for number in range(50)] + line.splitlines()
     text = uv.explain("the packages of cpu.lock", output)
     assert said in text.splitlines()[0]
-    assert text.splitlines()[1:] == ["  " + part for part in line.splitlines()]
+    assert text.splitlines()[1:] == ["  " + part for part in line.splitlines() if not part.startswith("WARNING")]
 
 
 def test_a_failure_without_an_error_line_shows_its_end() -> None:
@@ -353,12 +360,17 @@ class Small:
         self.repository = repository
         self.cache = folder / "cache"
         shutil.copytree(ROOT / "cogpress", repository / "cogpress", ignore=shutil.ignore_patterns("__pycache__"))
-        text = (repository / "cogpress" / "setup" / "environment.py").read_text()
-        changed = re.sub(r"^CHECK = .*", 'CHECK = "import torch"', text, flags=re.M)
-        (repository / "cogpress" / "setup" / "environment.py").write_text(changed)
+        self.change("environment", environment.CHECK, "import torch")
         (repository / "script").write_text(
             "import sys\nfrom cogpress.setup import environment\nenvironment.enter()\nprint(sys.prefix, sys.argv[1:])\n"
         )
+
+    def change(self, module: str, old: str, new: str) -> None:
+        """Change a constant of the repository's own copy of the package."""
+        path = self.repository / "cogpress" / "setup" / f"{module}.py"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
 
     def lock(self, *packages: tuple[str, str, str]) -> None:
         """Make the lock name these packages, versions and hashes."""
@@ -487,21 +499,34 @@ def test_two_commands_at_once_make_it_once(small: Small) -> None:
 
 
 @pytest.mark.slow
-def test_torch_is_looked_for_in_two_places_and_missed_in_plain_words(small: Small) -> None:
-    next(small.wheels.glob("torch*")).unlink()
-    status, output, messages = small.run()
-    assert (status, output) == (1, "")
+@pytest.mark.parametrize("there", [True, False])
+def test_torch_is_looked_for_at_pytorch_too(small: Small, there: bool, tmp_path: Path) -> None:
+    """In a page of links, as PyTorch's is: installed from there, or missed in plain words."""
+    [torch] = small.wheels.glob("torch*")
+    page = tmp_path / "pytorch"
+    page.mkdir()
+    torch.rename(page / torch.name)
+    links = f'<html><body><a href="/{torch.name.replace("+", "%2B")}">{torch.name}</a><br/></body></html>'
+    (page / "index.html").write_text(links if there else "<html><body></body></html>")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(page))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        small.change("uv", uv.PYTORCH_CPU, f"http://127.0.0.1:{server.server_port}/")
+        status, output, messages = small.run()
+        server.shutdown()
     assert "trying PyTorch's own" in messages
-    assert "torch==2.13.0+cpu is not in the package index" in messages
     assert "Traceback" not in messages
+    if there:
+        assert status == 0, messages
+        assert small.installed() == {"torch", "uv"}
+    else:
+        assert (status, output) == (1, "")
+        assert "torch==2.13.0+cpu is not in the package index" in messages
 
 
 @pytest.mark.slow
 def test_a_missing_system_library_is_named_before_anything_is_downloaded(small: Small) -> None:
-    text = (small.repository / "cogpress" / "setup" / "environment.py").read_text()
-    changed = text.replace('"libnuma.so.1"', '"libno-such.so.9"')
-    assert changed != text
-    (small.repository / "cogpress" / "setup" / "environment.py").write_text(changed)
+    small.change("environment", "libnuma.so.1", "libno-such.so.9")
     status, output, messages = small.run()
     assert (status, output) == (1, "")
     assert messages.startswith("This system lacks libno-such.so.9, which torch or vLLM needs.")
