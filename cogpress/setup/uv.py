@@ -60,8 +60,8 @@ def without_credentials(text: str) -> str:
     return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
-PROGRESS = r"Resolved|Downloading|Prepared|Uninstalled|Installed|warning"
-"""How the lines of uv's output begin that say how far it is."""
+PROGRESS = r"Resolved|Downloading \S+ \((\d\d+\.\d+M|\S+G)iB|Prepared|Uninstalled|Installed|warning"
+"""The lines of uv's output that are worth showing: its stages and its large downloads."""
 
 FETCHING = r"Failed to (fetch|download|read `--find-links`)|No solution found|Request failed|No matching distribution"
 """Errors from before anything is changed: uv downloads all packages first."""
@@ -93,7 +93,7 @@ def explain(step: str, output: Sequence[str]) -> str:
         if match:
             cause = words.format(*filter(None, match.groups()))
             break
-    lines = [line for line in text.splitlines() if line.strip() and not re.match(PROGRESS, line)]
+    lines = [line for line in text.splitlines() if line.strip() and not re.match(r"\s*Download|" + PROGRESS, line)]
     start = next((number for number, line in enumerate(lines) if re.match("(?i)error", line)), max(0, len(lines) - 8))
     tail = "\n".join("  " + line for line in lines[start : start + 8])
     return f"Setting up the environment stopped at {step}: {cause}\n{tail}"
