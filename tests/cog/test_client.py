@@ -14,6 +14,8 @@ from cogpress.cog.client import Event
 from cogpress.cog.process import Server
 from cogpress.errors import CogpressError
 
+pytestmark = pytest.mark.slow
+
 RUNNER = """
 import time
 from typing import Optional
@@ -72,7 +74,6 @@ def begin(stream: Iterator[Event]) -> None:
     assert any(event.kind == "output" for event in stream)
 
 
-@pytest.mark.slow
 def test_a_prediction_is_returned_whole(url: str) -> None:
     made = client.predict(url, {"text": "one two", "seed": None})
     assert made["output"] == ["one\n", "two\n"]
@@ -92,7 +93,6 @@ def test_a_stream_gives_each_event_as_the_runtime_sends_it(url: str) -> None:
     assert events[-1].data["output"] == ["one\n", "two\n"]
 
 
-@pytest.mark.slow
 def test_events_arrive_while_the_prediction_runs(url: str) -> None:
     times = [time.monotonic() for event in client.stream(url, {"text": "a b c", "seconds": 0.3}) if event.text]
     assert times[-1] - times[0] > 0.4
@@ -116,7 +116,6 @@ def test_what_goes_wrong_is_the_servers_own_words(url: str, ask: Callable[..., o
         ask(url, {"seconds": 9})
 
 
-@pytest.mark.slow
 def test_a_busy_server_says_so(url: str) -> None:
     stream = client.stream(url, {"text": "a b c", "seconds": 1}, "busy")
     begin(stream)
@@ -128,7 +127,6 @@ def test_a_busy_server_says_so(url: str) -> None:
     assert free(url)
 
 
-@pytest.mark.slow
 def test_a_prediction_that_is_canceled_is_returned(url: str) -> None:
     stream = client.stream(url, {"text": "a b c d e f", "seconds": 0.5}, "mine")
     begin(stream)
@@ -138,7 +136,6 @@ def test_a_prediction_that_is_canceled_is_returned(url: str) -> None:
     assert not client.cancel(url, "mine")
 
 
-@pytest.mark.slow
 def test_closing_a_stream_cancels_its_prediction(url: str) -> None:
     stream = client.stream(url, {"text": "a b c d e f g h i j", "seconds": 1})
     begin(stream)
@@ -212,7 +209,6 @@ def test_a_stream_that_lost_events_is_an_error(answer: Callable[..., str]) -> No
         list(client.stream(url, {}))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "body", "message"),
     [

@@ -14,6 +14,8 @@ from cogpress.engines import grammar
 from cogpress.engines.base import Structure
 from cogpress.errors import CogpressError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def guard(base_folder: Path) -> Iterator[grammar.Guard]:
@@ -22,7 +24,6 @@ def guard(base_folder: Path) -> Iterator[grammar.Guard]:
     made.close()
 
 
-@pytest.mark.slow
 def test_valid_and_invalid_structures_pass(guard: grammar.Guard) -> None:
     guard.check(Structure("json", '{"type": "object"}'))
     guard.check(Structure("regex", "[a-z]+@[a-z]+"))
@@ -37,7 +38,6 @@ def test_compiling_has_the_engines_low_priority(guard: grammar.Guard) -> None:
     assert os.getpriority(os.PRIO_PROCESS, guard._process.pid) == max(grammar.NICENESS, os.nice(0))
 
 
-@pytest.mark.slow
 def test_endless_compilation_is_refused_and_the_next_structure_is_not(
     guard: grammar.Guard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,7 @@ def test_a_plan_is_shown_as_tables_json_and_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / plan_report.PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_price_or_figures_is_still_planned(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(

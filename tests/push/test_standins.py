@@ -13,6 +13,8 @@ from tests.standins.localreplicate import TOKEN
 from tests.standins.pushproject import Machine, machine
 from tests.standins.pushreplicate import PushReplicate
 
+pytestmark = pytest.mark.slow
+
 CAREFUL = {"COG_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
 
 
@@ -33,7 +35,6 @@ def cog(here: Machine, *arguments: str, text: str = "", **more: str) -> subproce
     )
 
 
-@pytest.mark.slow
 def test_what_is_not_careful_is_refused(here: Machine) -> None:
     assert cog(here, "--version").stdout.startswith("cog version")
     for arguments, more in [
@@ -54,7 +55,6 @@ def test_what_is_not_careful_is_refused(here: Machine) -> None:
     assert cog(here, "push", "r8.im/local/test", "--progress", "pretty").returncode == 2
 
 
-@pytest.mark.slow
 def test_what_is_pushed_runs(here: Machine, remote: PushReplicate) -> None:
     assert cog(here, "login", "--token-stdin", text=f"{TOKEN}\n").returncode == 0
     assert "Unable to find" in cog(here, "push", "r8.im/local/first").stderr
@@ -100,7 +100,6 @@ def test_models_are_created(remote: PushReplicate) -> None:
     assert (answer.status_code, "no version" in answer.json()["detail"]) == (404, True)
 
 
-@pytest.mark.slow
 def test_replicates_own_client_manages_it(here: Machine, remote: PushReplicate) -> None:
     replicate = pytest.importorskip("replicate", reason="requirements/dev.in lists Replicate's client")
     client = replicate.Client(base_url=remote.url, api_token=TOKEN)
