@@ -48,7 +48,7 @@ def test_predictions_that_are_far_off_fail(
         return bench.compared(kind, how, Memory(weights=1e9), measured * 1e9, 0.0)
 
     monkeypatch.setattr(bench, "in_fresh_process", stand_in)
-    monkeypatch.setattr(bench.base, "fetch", lambda *_: tmp_path)
+    monkeypatch.setattr(bench.fetch, "base", lambda *_: tmp_path)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "")
     out = tmp_path / "memory.json"
     console = Console(file=io.StringIO())

@@ -119,15 +119,15 @@ def test_cog_does_not_stream_async_generators(plain: Server) -> None:
 
 
 def test_cog_does_not_cancel_a_returned_generator(uninstalled: Server) -> None:
-    assert arrivals(uninstalled, 10)[0] < 0.5
+    times = arrivals(uninstalled, 10)
+    assert times[-1] - times[0] > 0.5  # they are spread over the second that they take
     assert not canceled(uninstalled)  # the reason for `install`
 
 
 def test_chunks_arrive_as_they_are_made(ours: Server) -> None:
     times = arrivals(ours, 10)
     assert len(times) == 10
-    assert times[0] < 0.5
-    assert times[-1] > 0.9
+    assert times[-1] - times[0] > 0.5  # as they are made, over a second; how soon the first comes is the machine's
 
 
 def test_predictions_run_at_once(ours: Server) -> None:

@@ -99,7 +99,7 @@ def test_quantized_weights_are_counted_as_unquantized_ones() -> None:
 
 @pytest.mark.slow
 def test_a_model_that_is_not_known_is_explained() -> None:
-    with pytest.raises(CogpressError, match=r"mine is no language model that transformers can build.*nonsense"):
+    with pytest.raises(CogpressError, match=r"transformers cannot build mine as a language model: .*nonsense"):
         architecture.read({"model_type": "nonsense"}, "mine")
     with pytest.raises(CogpressError, match="no language model"):
         architecture.read({})
