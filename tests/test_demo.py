@@ -1,4 +1,4 @@
-"""The demonstration's parts on a tiny model; `.ci/run` checks the figures of the demonstration itself."""
+"""The demonstration's parts on a tiny model; `.ci/demo` checks the figures of the demonstration itself."""
 
 from __future__ import annotations
 
