@@ -84,7 +84,7 @@ class Runner(BaseRunner):
             description="Random seed, to repeat an answer when temperature is above 0. Empty: random.",
             default=None,
             ge=0,
-            le=9223372036854775807,
+            le=9007199254740991,
         ),
         json_schema: Optional[str] = Input(
             description='JSON schema that the answer must follow, such as {"type": "object", "properties": {"op": {"enum": ["COUNT", "AVG"]}}, "required": ["op"]}.',  # noqa: E501

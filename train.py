@@ -15,7 +15,7 @@ class TrainingOutput(BaseModel):
     weights: cog.Path
 
 
-def train(
+async def train(
     train_data: cog.Path = Input(
         description="Examples: JSONL or Parquet with messages, prompt and completion, instruction and output, or text.",
     ),
@@ -96,7 +96,6 @@ def train(
 ) -> TrainingOutput:
     """Fine-tune the base on the examples and return one tar that predict.py serves."""
     inputs = dict(locals())  # the inputs alone, as nothing else has a name yet
-    from cogpress import pipeline
+    from cogpress import image_training
 
-    built = pipeline.from_inputs(ROOT, inputs, run=pipeline.new_run(ROOT))
-    return TrainingOutput(weights=cog.Path(pipeline.pack(built)))
+    return TrainingOutput(weights=cog.Path(await image_training.run(ROOT, inputs)))

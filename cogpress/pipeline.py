@@ -6,6 +6,7 @@ A finished step is recognised by what went into it and not done again.
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,9 @@ def held_out_again(
 
 def new_run(root: Path) -> Path:
     """A run folder of its own for a training that Cog asks for, so that no other run is touched."""
-    return root / "runs" / time.strftime("training-%Y%m%d-%H%M%S", time.gmtime())
+    (root / "runs").mkdir(exist_ok=True)
+    prefix = time.strftime("training-%Y%m%d-%H%M%S-", time.gmtime())
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=root / "runs"))
 
 
 def prepare(

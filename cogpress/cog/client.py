@@ -16,7 +16,10 @@ _TIMEOUT = httpx.Timeout(10.0, read=None)
 """Connecting is quick or fails; an answer may take any time."""
 
 
-_AROUND_ERRORS = ("Prediction failed: ", "Training failed: ", "Generator iteration error: ", "CogpressError: ")
+_AROUND_ERRORS = (
+    *("Prediction failed: ", "Training failed: ", "Async prediction failed: ", "Async training failed: "),
+    *("Generator iteration error: ", "CogpressError: "),
+)
 """Prefixes that the runtime adds to a runner's error, in this order."""
 
 

@@ -139,7 +139,7 @@ class Server:
     def _variables(self, settings: dict[str, Any], run: str | None, train: str | None) -> dict[str, str]:
         concurrency = self._max_concurrency
         if concurrency is None:
-            concurrency = schema.concurrency(self.root, run) if run and self.mode == "predict" else 1
+            concurrency = schema.concurrency(self.root, run) if run else 1  # the image's, in both modes
         variables = {
             **os.environ,
             **_environment(settings),
@@ -232,7 +232,7 @@ class Server:
         return f"\nThe log ends:{end}\nAll of it is in {self.log}."
 
 
-def end_family(leader: subprocess.Popen[bytes], grace: float | None = None) -> None:
+def end_family(leader: subprocess.Popen[Any], grace: float | None = None) -> None:
     """Stop a process that leads a session, and everything that it started, with SIGTERM first.
 
     Args:

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -233,15 +234,20 @@ def _property(name: str, field: Any, written: Any, schemas: dict[str, Any]) -> d
         found["deprecated"] = True
     keywords = {
         "description": field.description,
-        # As written: the SDK's description holds bounds as floats, which are wrong for the largest integers.
-        "minimum": getattr(written, "ge", None),
-        "maximum": getattr(written, "le", None),
+        # As written, integers as integers: the SDK's description holds every bound as a float.
+        "minimum": _bound(getattr(written, "ge", None)),
+        "maximum": _bound(getattr(written, "le", None)),
         "minLength": field.min_length,
         "maxLength": field.max_length,
         "pattern": field.regex,
         "x-cog-accept": getattr(written, "accept", None),
     }
     return found | {key: value for key, value in keywords.items() if value is not None}
+
+
+def _bound(written: float | None) -> float | None:
+    """A bound as `cog build` writes it: the shortest digits of a float64, which rounds integers from 2**53 on."""
+    return int(Decimal(repr(float(written)))) if isinstance(written, int) else written
 
 
 def _fields(schemas: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:

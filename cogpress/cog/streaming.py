@@ -21,7 +21,16 @@ import contextvars
 import functools
 import queue
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from importlib import metadata
 from typing import Any, NamedTuple
+
+from cogpress.errors import CogpressError
+
+COGLET = "0.23.1"
+"""The coglet that streams as described here; Cog pins its own version in the image, but not coglet's."""
+
+PIN = f"uv pip install --no-deps --break-system-packages coglet=={COGLET}"
+"""The command of `build.run` that installs it."""
 
 _pumps: contextvars.ContextVar[list[asyncio.Task[None]]] = contextvars.ContextVar("cogpress_pumps")
 """The pumps of the running prediction."""
@@ -34,7 +43,17 @@ class _Ended(NamedTuple):
 
 
 def install() -> None:
-    """Make `cancel()` on the futures of `asyncio.run_coroutine_threadsafe` reach the pumps; twice does no harm."""
+    """Make `cancel()` on the futures of `asyncio.run_coroutine_threadsafe` reach the pumps; twice does no harm.
+
+    Raises:
+        CogpressError: another coglet is installed, with which streams or cancellations could be lost silently.
+    """
+    found = metadata.version("coglet")
+    if found != COGLET:
+        raise CogpressError(
+            f"coglet {found} is installed, but streaming is tested with coglet {COGLET}. In an image, add "
+            f"`{PIN}` to build.run in cog.yaml and push again; elsewhere, run scripts/setup."
+        )
     original: Callable[..., concurrent.futures.Future[Any]] = asyncio.run_coroutine_threadsafe
     if getattr(original, "reaches_pumps", False):
         return

@@ -15,6 +15,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
+from cogpress.cog import streaming
 from cogpress.preflight.check import Check, Finding, failed, passed, skipped, some, warning
 from cogpress.preflight.facts import Facts
 
@@ -300,6 +301,21 @@ def _sdk(facts: Facts) -> Iterator[Finding]:
         yield passed(f"Cog {wanted} in the image{', as tested' if tested else ''}")
 
 
+def _runtime(facts: Facts) -> Iterator[Finding]:
+    """`build.sdk_version` pins Cog's SDK; which coglet comes with it is left to pip."""
+    listed = facts.build.get("run")
+    texts = [item.get("command") if isinstance(item, dict) else item for item in listed or []]
+    found = [name for text in texts for name in re.findall(r"(?<![\w-])coglet(?:==([\w.+!-]+))?", str(text))]
+    fix = f"Add to build.run: {streaming.PIN}"
+    if not found:
+        yield failed(f"cog.yaml does not pin coglet; streaming is tested with {streaming.COGLET}.", fix)
+    elif found[-1] != streaming.COGLET:
+        version = found[-1] or "any version"
+        yield failed(f"cog.yaml installs coglet {version}; streaming is tested with {streaming.COGLET}.", fix)
+    else:
+        yield passed(f"coglet {streaming.COGLET}")
+
+
 CHECKS = [
     Check(TOPIC, "requirements", _listed),
     Check(TOPIC, "read by Cog", _read_by_cog),
@@ -309,4 +325,5 @@ CHECKS = [
     Check(TOPIC, "CUDA", _cuda),
     Check(TOPIC, "Python", _python),
     Check(TOPIC, "Cog in the image", _sdk),
+    Check(TOPIC, "Cog's runtime", _runtime),
 ]

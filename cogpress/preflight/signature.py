@@ -251,6 +251,11 @@ def _concurrency(facts: Facts) -> Iterator[Finding]:
             f"@cog.concurrent(max={most}) decorates a method that is not async, which Cog refuses.",
             "Write async def run.",
         )
+    elif most > 1 and (train := find(facts, "train")) and isinstance(train.method, ast.FunctionDef):
+        yield failed(
+            f"{train.reference} is not async, and no training starts in an image with @cog.concurrent(max={most}).",
+            "Write async def train, and leave the work to a process or thread, as the repository's train.py does.",
+        )
     elif isinstance(method, ast.AsyncFunctionDef) and any(
         isinstance(node, ast.Yield) and _owner(method, node) for node in ast.walk(method)
     ):

@@ -42,7 +42,7 @@ def _narrowed(name: str, before: dict[str, Any], now: dict[str, Any]) -> Iterato
         yield f"input {name} can no longer be null"
     for key in sorted(_LOWER | _UPPER):
         old, bound = before.get(key), now.get(key)
-        if bound is not None and (old is None or (bound > old if key in _LOWER else bound < old)):
+        if bound is not None and (old is None or _tighter(key, float(old), float(bound))):
             yield f"input {name} has the {key} {bound} instead of {'none' if old is None else old}"
     if now.get("pattern") not in (None, before.get("pattern")):
         yield f"input {name} must match {now['pattern']}"
@@ -54,6 +54,11 @@ def _narrowed(name: str, before: dict[str, Any], now: dict[str, Any]) -> Iterato
             yield f"input {name} no longer takes {', '.join(lost)}"
     if not now.get("required") and not before.get("required") and before.get("default") != now.get("default"):
         yield f"input {name} has the default {now.get('default')!r} instead of {before.get('default')!r}"
+
+
+def _tighter(key: str, old: float, bound: float) -> bool:
+    """Whether a bound lets less through; as float64, which is how Cog writes bounds."""
+    return bound > old if key in _LOWER else bound < old
 
 
 def _kind(field: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cogpress.cog import streaming
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "cog.yaml").read_text())
 BUILD: dict[str, Any] = CONFIG["build"]
@@ -100,7 +102,8 @@ def test_build_commands_are_single_lines_and_fail_when_a_part_fails() -> None:
 
 def test_the_same_cog_everywhere() -> None:
     assert BUILD["sdk_version"] == pins(lock("cpu.lock"))["cog"] == pins(lock("gpu-dev.lock"))["cog"]
-    assert pins(lock("cpu.lock"))["coglet"] == pins(lock("gpu-dev.lock"))["coglet"]
+    assert streaming.COGLET == pins(lock("cpu.lock"))["coglet"] == pins(lock("gpu-dev.lock"))["coglet"]
+    assert streaming.PIN in BUILD["run"], "cog brings a coglet of its own choice"
     assert not {"cog", "coglet"} & pins(lock("gpu.lock")).keys(), "cog build installs them, and warns of these"
 
 

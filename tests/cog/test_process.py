@@ -73,7 +73,7 @@ class TrainingOutput(BaseModel):
     weights: cog.Path
 
 
-def train(train_data: cog.Path, rank: int = Input(default=4, ge=1, le=8)) -> TrainingOutput:
+async def train(train_data: cog.Path, rank: int = Input(default=4, ge=1, le=8)) -> TrainingOutput:
     made = cog.Path("made.txt")
     made.write_text(train_data.read_text() * rank)
     return TrainingOutput(weights=made)

@@ -100,7 +100,7 @@ def test_every_input_is_described(tmp_path: Path) -> None:
         "max_tokens": {"title": "Max Tokens", "type": "integer", "default": 5, "minimum": 1, "maximum": 9},
         "top_p": {"title": "Top P", "type": "number", "default": 0.9, "minimum": 0.01, "maximum": 1},
         "loud": {"title": "Loud", "type": "boolean", "default": False},
-        "seed": {"title": "Seed", "type": "integer", **nothing, "minimum": 0, "maximum": 2**63 - 1},
+        "seed": {"title": "Seed", "type": "integer", **nothing, "minimum": 0, "maximum": 9223372036854776000},
         "style": {"allOf": [{"$ref": "#/components/schemas/style"}], "default": "plain", "description": "How."},
         "size": {"allOf": [{"$ref": "#/components/schemas/size"}], "default": 2},
         "word": {
@@ -164,6 +164,14 @@ def test_fields_are_in_order_with_choices_written_out(tmp_path: Path) -> None:
     assert fields["style"]["description"] == "How."
     assert [name for name, field in fields.items() if field["required"]] == ["prompt"]
     assert schema.inputs(root, "train.py:train")["train_data"]["required"] is True
+
+
+def test_every_bound_of_the_project_is_exact_in_cogs_document() -> None:
+    """Cog holds bounds as float64: from 2**53 on, another number would be written than the one that was meant."""
+    for reference in ("predict.py:Runner", "train.py:train"):
+        for name, field in schema.inputs(ROOT, reference).items():
+            assert abs(field.get("minimum", 0)) < 2**53, name
+            assert abs(field.get("maximum", 0)) < 2**53, name
 
 
 @pytest.mark.parametrize("decorator", ["@cog.streaming", "@streaming", "@cog.streaming()", "@streaming()"])

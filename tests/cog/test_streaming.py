@@ -15,6 +15,7 @@ import pytest
 
 from cogpress.cog import client, streaming
 from cogpress.cog.process import Server
+from cogpress.errors import CogpressError
 
 pytestmark = pytest.mark.slow
 
@@ -193,3 +194,9 @@ def test_what_the_source_raises_is_raised() -> None:
         return found
 
     asyncio.run(main())
+
+
+def test_another_coglet_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming.metadata, "version", lambda _name: "0.24.0")
+    with pytest.raises(CogpressError, match=r"coglet 0\.24\.0 is installed, .* coglet 0\.23\.1\..*coglet==0\.23\.1"):
+        streaming.install()

@@ -58,6 +58,7 @@ def test_what_breaks_is_named(before: Any, now: Any, said: str) -> None:
     ("before", "now"),
     [
         ({"a": TEXT}, {"a": TEXT, "b": TEXT}),
+        ({"a": {**COUNT, "maximum": 9223372036854776000}}, {"a": {**COUNT, "maximum": 2**63 - 1}}),
         ({"a": COUNT}, {"a": {**COUNT, "maximum": 10, "minimum": 0}}),
         ({"a": COUNT}, {"a": {"type": "integer", "default": 2}}),
         ({"a": {"type": "integer"}}, {"a": {"type": "number"}}),

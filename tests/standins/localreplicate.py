@@ -67,21 +67,21 @@ class Runner(BaseRunner):
 """
 
 TRAINER = """
-import io, pathlib, tarfile, tempfile, time
+import asyncio, io, pathlib, tarfile, tempfile
 import cog
 from cog import BaseModel, Input
 
 class TrainingOutput(BaseModel):
     weights: cog.Path
 
-def train(
+async def train(
     train_data: cog.Path = Input(description="Examples."),
     steps: int = Input(description="How many.", default=2, ge=1, le=1000),
 ) -> TrainingOutput:
     text = open(train_data, "rb").read()
     for number in range(steps):
         print(f"step {number}", flush=True)
-        time.sleep(0.2)
+        await asyncio.sleep(0.2)
     path = pathlib.Path(tempfile.mkdtemp()) / "weights.tar"
     with tarfile.open(path, "w") as tar:
         member = tarfile.TarInfo("config.json")

@@ -28,6 +28,7 @@ build:
   sdk_version: "0.23.1"
   python_requirements: requirements/gpu.lock
   run:
+    - uv pip install --no-deps --break-system-packages coglet==0.23.1
     - curl --fail --output /usr/local/bin/tool https://example.com/tool
 environment:
   - DO_NOT_TRACK=1
@@ -63,7 +64,7 @@ from cog import BaseModel, Input
 class TrainingOutput(BaseModel):
     weights: cog.Path
 
-def train(data: cog.Path = Input(description="Examples.")) -> TrainingOutput:
+async def train(data: cog.Path = Input(description="Examples.")) -> TrainingOutput:
     return TrainingOutput(weights=data)
 """
 

@@ -58,7 +58,7 @@ class Runner(BaseRunner):
 """
 
 TRAINER = """\
-import pathlib, sys, tempfile, time
+import asyncio, pathlib, sys, tempfile
 import cog
 from cog import BaseModel, Input
 sys.path.insert(0, {root!r})
@@ -66,7 +66,7 @@ sys.path.insert(0, {root!r})
 class TrainingOutput(BaseModel):
     weights: cog.Path
 
-def train(
+async def train(
     train_data: cog.Path = Input(description="Examples."),
     steps: int = Input(description="How many.", default=2, ge=1, le=1000),
 ) -> TrainingOutput:
@@ -75,7 +75,7 @@ def train(
     from cogpress.weights import archive, manifest
     for number in range(steps):
         print(f"step {{number}}", flush=True)
-        time.sleep(0.2)
+        await asyncio.sleep(0.2)
     if steps == 13:
         raise ValueError("thirteen steps")
     folder = pathlib.Path(tempfile.mkdtemp()) / "weights"
