@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 DEAD = "The engine has stopped and this server cannot answer any more. Restart it, and see its log for the cause."
 """The error of every prediction once the engine has died."""
+
+CONTEXT_EXCEEDED = re.compile(r"The prompt is \d+ tokens long and the context \d+, ")
+"""How the error of a prompt begins that leaves no room for an answer."""
 
 MAX_LOGPROBS = 20
 """The most alternatives per token for which log-probabilities are given."""
