@@ -495,3 +495,19 @@ def _answer_and_rest(
     if last:
         return [*ids[:end], _end(tokenizer)], []
     return list(ids[:end]), list(ids[end:])
+
+
+def whole_characters(value: Any) -> Any:
+    """Text, or JSON with texts in it, in which U+FFFD replaces half characters (lone surrogates).
+
+    JSON can name them (`"\\ud83d"`), but UTF-8 cannot hold them, so tokenizers, Cog and files refuse them.
+    """
+    if isinstance(value, str):
+        if value.isascii():
+            return value
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [whole_characters(one) for one in value]
+    if isinstance(value, dict):
+        return {whole_characters(name): whole_characters(one) for name, one in value.items()}
+    return value

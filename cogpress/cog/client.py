@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,10 @@ _TIMEOUT = httpx.Timeout(10.0, read=None)
 """Connecting is quick or fails; an answer may take any time."""
 
 
-_AROUND_ERRORS = (
-    *("Prediction failed: ", "Training failed: ", "Async prediction failed: ", "Async training failed: "),
-    *("Generator iteration error: ", "CogpressError: "),
+_AROUND_ERRORS = re.compile(
+    r"(?:(?:(?:Async )?(?:prediction|training) failed|Generator iteration error|CogpressError): )+", re.IGNORECASE
 )
-"""Prefixes that the runtime adds to a runner's error, in this order."""
+"""Prefixes that the runtime adds to a runner's error."""
 
 
 class BusyError(CogpressError):
@@ -141,9 +141,8 @@ def _finished(prediction: dict[str, Any]) -> dict[str, Any]:
 
 def plain_error(error: str) -> str:
     """A runner's error without the runtime's prefixes."""
-    for words in _AROUND_ERRORS:
-        error = error.removeprefix(words)
-    return error or "The prediction failed. Look into the server's log."
+    around = _AROUND_ERRORS.match(error)
+    return (error[around.end() :] if around else error) or "The prediction failed. Look into the server's log."
 
 
 class _NotFound(CogpressError):

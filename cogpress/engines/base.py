@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 DEAD = "The engine has stopped and this server cannot answer any more. Restart it, and see its log for the cause."
 """The error of every prediction once the engine has died."""
+
+INCOMPLETE = "The engine gave up this answer before its end. Run it again, and see the server's log for the cause."
+"""The error of a prediction that ended for another reason than its stop or its length."""
+
+CONTEXT_EXCEEDED = re.compile(r"The prompt is \d+ tokens long and the context \d+, ")
+"""How the error of a prompt begins that leaves no room for an answer."""
 
 MAX_LOGPROBS = 20
 """The most alternatives per token for which log-probabilities are given."""
@@ -83,13 +90,15 @@ class Sampling:
 class Delta:
     """What one engine step adds to an answer: whole characters, a number of tokens, and the reason if it ended.
 
+    Any reason but stop and length is the engine's failure (vLLM: abort, error, repetition).
+
     Where log-probabilities were requested, `token_ids` and `logprobs` hold the step's tokens and `alternatives` maps,
     for each, the most likely token ids and the chosen one to their log-probabilities.
     """
 
     text: str
     tokens: int
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: str | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     alternatives: list[dict[int, float]] = field(default_factory=list)

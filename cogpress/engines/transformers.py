@@ -152,7 +152,7 @@ class Engine:
                 yield Delta(
                     new,
                     1,
-                    finish,  # type: ignore[arg-type]
+                    finish,
                     [token] if wanted else [],
                     [chosen] if wanted else [],
                     [others] if wanted else [],

@@ -25,6 +25,7 @@ from cogpress.playground.servers import ServerPool
 from cogpress.playground.sources import Sources
 from cogpress.playground.store import Store
 from cogpress.playground.trainings import Trainings
+from cogpress.prompts import whole_characters
 
 GONE = "There is no such prediction. It was deleted because of its age or number, or the id is incomplete."
 
@@ -118,7 +119,7 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        body = json.loads(await request.body() or b"{}", parse_constant=refuse)
+        body = whole_characters(json.loads(await request.body() or b"{}", parse_constant=refuse))
     except (ValueError, RecursionError) as error:
         raise HTTPProblem(400, "Bad request", f"The body is not valid JSON: {error}.") from None
     if not isinstance(body, dict):

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import IO, Any, Protocol
 
 from cogpress.engines.base import DEAD
 from cogpress.errors import CogpressError
+from cogpress.prompts import whole_characters
 
 CARRIED = ("id", "custom_id", "completion")
 """Fields that a line may have beside inputs; they are copied to its result."""
@@ -173,6 +175,9 @@ async def _answer(server: Answering, at: int, line: bytes, fields: Mapping[str, 
                 f"The engine stopped at line {at}. Finished lines are kept; run the same command again to resume."
             ) from None
         return {"line": at, **carried, "error": str(error)}
+    except Exception:  # noqa: BLE001 - one line must not end the run for the others
+        traceback.print_exc()
+        return {"line": at, **carried, "error": "The model failed at this line unexpectedly. The log has the cause."}
     return {"line": at, **carried, "output": output, "metrics": metrics}
 
 
@@ -183,7 +188,7 @@ def read(line: bytes) -> dict[str, Any]:
         CogpressError: it is not a JSON object.
     """
     try:
-        row = json.loads(line)
+        row = whole_characters(json.loads(line))
     except (ValueError, RecursionError) as error:
         raise CogpressError(f"The line is not JSON: {error}.") from None
     if not isinstance(row, dict):
@@ -217,7 +222,9 @@ def _check(name: str, value: Any, field: Mapping[str, Any]) -> None:
     if value is None and field.get("nullable"):
         return
     kind = str(field.get("type", "string"))
+    whole = isinstance(value, float) and value.is_integer()
     wrong = not isinstance(value, _TYPES.get(kind, object)) or (kind != "boolean" and isinstance(value, bool))
+    wrong = wrong and not (kind == "integer" and whole)
     if wrong:
         raise CogpressError(f"{name} must be of type {kind}, not {type(value).__name__}.")
     if kind in ("integer", "number") and not (field.get("minimum", value) <= value <= field.get("maximum", value)):

@@ -13,7 +13,7 @@ from typing import Any
 
 from cogpress import config, prompts, source
 from cogpress.engines import base as engine
-from cogpress.engines.base import DEAD, Adapter, Delta, Sampling
+from cogpress.engines.base import DEAD, INCOMPLETE, Adapter, Delta, Sampling
 from cogpress.errors import CogpressError
 from cogpress.files import recover
 from cogpress.serve import requests as inputs
@@ -139,6 +139,7 @@ class ServedModel:
     ) -> AsyncIterator[str]:
         first = 0.0
         tokens = first_tokens = 0
+        complete = False
         logprobs: list[dict[str, Any]] = []
         record = prediction.record
         with self.observer.watch(prediction):
@@ -153,7 +154,10 @@ class ServedModel:
                             record("time_to_first_token", round(first - prediction.started, 4))
                         self._first_token(first - prediction.started)
                     logprobs += self._logprobs(delta)
+                    if delta.finish_reason not in (None, "stop", "length"):
+                        raise CogpressError(INCOMPLETE)
                     if delta.finish_reason is not None:
+                        complete = True
                         record("output_token_count", tokens)
                         if sampling.logprobs is not None:
                             record("logprobs", logprobs)
@@ -164,6 +168,8 @@ class ServedModel:
                     prediction.text.append(delta.text)
                     if delta.text:
                         yield delta.text
+                if not complete:
+                    raise CogpressError(INCOMPLETE)
             finally:
                 prediction.generated = tokens
                 await outputs.aclose()  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogpress.engines.base import Sampling, Structure
 from cogpress.errors import CogpressError
-from cogpress.prompts import Question
+from cogpress.prompts import Question, whole_characters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,20 @@ ROLES = ("system", "user", "assistant", "tool")
 
 MAX_BIASES = 1024
 """Most entries of `logit_bias`."""
+
+MAX_TOKEN_CHARACTERS = 128
+"""Longest text by which `logit_bias` may name a token: it is tokenized while others' answers stream."""
+
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
+"""Most stop sequences, and the length of each: engines look for all of them at every token."""
+
+MAX_TOOLS = 128
+"""OpenAI's limit."""
+
+MAX_MESSAGES = 10_000
+
+MAX_TEXT, MAX_JSON = 1 << 24, 1 << 20
+"""Most characters of a text that becomes part of the prompt, and of other JSON."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ def read(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[
     Raises:
         CogpressError: an input is malformed.
     """
-    values = {name: value for name, value in given.items() if value is not None}
+    values = {name: _typed(name, value) for name, value in given.items() if value is not None}
     asked = {name: values[name] for name in Request.__dataclass_fields__ if name in values}
     plain = {name: values[name] for name in _PLAIN if name in values}
     sampling = Sampling(
@@ -52,11 +66,43 @@ def read(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[
     return Request(**asked), sampling
 
 
-_PLAIN = (
-    *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-    *("presence_penalty", "frequency_penalty", "seed", "logprobs"),
-)
+_INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed", "logprobs")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_PLAIN = (*_INTEGERS, *_NUMBERS)
 """The inputs that `Sampling` takes unchanged."""
+
+_LIMITS = dict.fromkeys(("prompt", "system_prompt", "messages", "fields"), MAX_TEXT)
+
+
+def _typed(name: str, value: Any) -> Any:
+    """An input of the type that the engines expect. JSON does not tell 8.0 from 8, and neither does Cog's schema, but
+    vLLM's input thread dies of it.
+
+    Raises:
+        CogpressError: it has another type, or is too long.
+    """
+    if name in _PLAIN:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -(2**63) <= value < 2**63:
+            raise CogpressError(f"{name} must be a number of at most 64 bits, not {_shown(value)}.")
+        if name in _NUMBERS:
+            return float(value)
+        if isinstance(value, float) and not value.is_integer():
+            raise CogpressError(f"{name} is {value}; it must be a whole number.")
+        return int(value)
+    if name == "thinking":
+        if not isinstance(value, bool):
+            raise CogpressError(f"{name} must be true or false, not {_shown(value)}.")
+        return value
+    if not isinstance(value, str):
+        raise CogpressError(f"{name} must be text, not {_shown(value)}.")
+    most = _LIMITS.get(name, MAX_JSON)
+    if len(value) > most:
+        raise CogpressError(f"{name} has {len(value):,} characters; the limit is {most:,}. Shorten it.")
+    return whole_characters(value)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)[:80]
 
 
 def question(request: Request) -> Question:
@@ -91,7 +137,7 @@ def read_json(text: str, name: str) -> Any:
         raise ValueError(f"{word} is not allowed in JSON")
 
     try:
-        return json.loads(text, parse_constant=constant)
+        return whole_characters(json.loads(text, parse_constant=constant))
     except (ValueError, RecursionError) as error:
         raise CogpressError(f"{name} is not JSON: {error}. Give valid JSON, or leave it empty.") from None
 
@@ -105,6 +151,8 @@ def messages(text: str) -> list[dict[str, Any]]:
     found = read_json(text, "messages")
     if not isinstance(found, list) or not found:
         raise CogpressError('messages must be a non-empty JSON list of {"role": ..., "content": ...}.')
+    if len(found) > MAX_MESSAGES:
+        raise CogpressError(f"messages has {len(found):,} messages; the limit is {MAX_MESSAGES:,}. Leave out old ones.")
     checked = [_message(at, message) for at, message in enumerate(found, 1)]
     if checked[-1]["role"] not in ("user", "tool"):
         raise CogpressError("The last message must be the user's or a tool's: it is the one to answer.")
@@ -136,9 +184,14 @@ def _call(at: int, call: Any) -> dict[str, Any]:
         raise CogpressError(
             f'Message {at}: each of tool_calls must be {{"function": {{"name": ..., "arguments": ...}}}}.'
         )
-    arguments = function.get("arguments", {})
-    # OpenAI's clients send arguments as JSON text; templates write an object.
-    arguments = read_json(arguments, f"arguments in message {at}") if isinstance(arguments, str) else arguments
+    # OpenAI's clients send arguments as JSON text, and none as an empty one; templates write an object.
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = {}
+    if isinstance(arguments, str):
+        arguments = read_json(arguments, f"arguments in message {at}") if arguments.strip() else {}
+    if not isinstance(arguments, dict):
+        raise CogpressError(f"Message {at}: the arguments of {function['name']} must be a JSON object, such as {{}}.")
     kept: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": call["id"], **kept} if isinstance(call.get("id"), str) else kept
 
@@ -154,6 +207,8 @@ def tools(text: str | None) -> list[dict[str, Any]]:
     found = read_json(text, "tools")
     if not isinstance(found, list):
         raise CogpressError('tools must be a JSON list of {"type": "function", "function": {"name": ...}}.')
+    if len(found) > MAX_TOOLS:
+        raise CogpressError(f"tools has {len(found)} functions; the limit is {MAX_TOOLS}. Leave out some.")
     for at, tool in enumerate(found, 1):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -165,16 +220,18 @@ def stops(text: str) -> list[str]:
     """Stop sequences: one text, or a JSON list of texts.
 
     Raises:
-        CogpressError: a JSON list with something other than non-empty texts.
+        CogpressError: a JSON list with something other than non-empty texts, too many, or too long ones.
     """
-    if not text.lstrip().startswith("["):
-        return [text] if text else []
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return [text]
+    values: Any = [text] if text else []
+    if text.lstrip().startswith("["):
+        try:
+            values = whole_characters(json.loads(text))
+        except (ValueError, RecursionError):
+            values = [text]
     if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
         raise CogpressError('stop must be a text or a JSON list of texts, such as ["\\n\\n", "END"].')
+    if len(values) > MAX_STOPS or any(len(value) > MAX_STOP_CHARACTERS for value in values):
+        raise CogpressError(f"stop may have at most {MAX_STOPS} texts of at most {MAX_STOP_CHARACTERS} characters.")
     return values
 
 
@@ -232,6 +289,10 @@ def _token(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
         if int(name) >= size:
             raise CogpressError(f"logit_bias names token {name}, but the model has {size:,}.")
         return int(name)
+    if len(name) > MAX_TOKEN_CHARACTERS:
+        raise CogpressError(
+            f"logit_bias names a text of {len(name):,} characters; a token has at most {MAX_TOKEN_CHARACTERS}."
+        )
     ids: list[int] = tokenizer(name, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) != 1:
         raise CogpressError(f"logit_bias names {name!r}, which is {len(ids)} tokens. Name one token, or its id.")

@@ -222,3 +222,12 @@ def test_other_answers_are_told(answer: Callable[..., str], status: int, body: s
     with pytest.raises(CogpressError) as error:
         client.predict(answer(body, status), {})
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "around",
+    ["", "CogpressError: ", "Prediction failed: CogpressError: ", "Async prediction failed: CogpressError: "],
+)
+def test_errors_are_told_without_the_runtimes_words(around: str) -> None:
+    assert client.plain_error(f"{around}The prompt is empty.") == "The prompt is empty."
+    assert client.plain_error(around) == "The prediction failed. Look into the server's log."

@@ -15,6 +15,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from cogpress.cog.process import Server
+from cogpress.engines.base import INCOMPLETE
 from cogpress.playground.openai import parameters
 from cogpress.playground.openai import routes as openai_routes
 from cogpress.playground.openai.errors import OpenAIError, from_prediction
@@ -548,6 +549,56 @@ def test_which_tools_the_model_is_told_of(client: Any) -> None:
         read([TOOL, {"type": "function", "function": {"name": "other"}}], "required", None)
 
 
+KNOWS = {
+    "components": {
+        "schemas": {
+            "Input": {
+                "properties": {
+                    **SCHEMA["components"]["schemas"]["Input"]["properties"],
+                    "max_tokens": {"type": "integer"},
+                    "top_k": {"type": "integer"},
+                    "logprobs": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+                    "temperature": {"type": "number"},
+                }
+            }
+        }
+    }
+}
+
+
+def parsed(**more: Any) -> parameters.CompletionRequest:
+    return parameters.parse({"messages": [{"role": "user", "content": "x"}], **more}, KNOWS, chat=True)
+
+
+def test_fields_that_ask_for_nothing_are_ignored() -> None:
+    plain = parsed().inputs
+    assert parsed(ignore_eos=False, chat_template_kwargs={}, reasoning_effort="none").inputs == plain
+    assert parsed(top_k=-1).inputs == {**plain, "top_k": 0}
+    body = {"messages": [{"role": "user", "content": "x"}], "top_k": -1}
+    assert parameters.parse(body, SCHEMA, chat=True).inputs == plain
+    for more in ({"ignore_eos": True}, {"chat_template_kwargs": {"a": 1}}, {"reasoning_effort": "low"}):
+        with pytest.raises(OpenAIError, match="has no input"):
+            parsed(**more)
+
+
+def test_whole_numbers_become_integers() -> None:
+    request = parsed(max_tokens=8.0, top_k=3.0, logprobs=True, top_logprobs=2.0, temperature=1.0)
+    found = {name: request.inputs[name] for name in ("max_tokens", "top_k", "logprobs")}
+    assert found == {"max_tokens": 8, "top_k": 3, "logprobs": 2}
+    assert all(type(one) is int for one in (*found.values(), request.max_tokens, request.logprobs))
+    assert type(request.inputs["temperature"]) is float
+    assert parsed(max_tokens=8.5).inputs["max_tokens"] == 8.5, "the model's schema refuses it"
+
+
+def test_a_function_without_parameters_takes_no_arguments() -> None:
+    tool = {"type": "function", "function": {"name": "now"}}
+    assert json.loads(parsed(tools=[tool], tool_choice="required").inputs["json_schema"]) == {
+        "type": "object",
+        "properties": {},
+        "additionalProperties": False,
+    }
+
+
 class City(BaseModel):
     name: str
     people: int = Field(ge=0)
@@ -698,6 +749,14 @@ class Colour(BaseModel):
         (False, "input", "The model server refused the prediction (422): too long", 400, "refused_by_model"),
         (True, None, "The prompt is too long.", 400, "refused_by_model"),
         (True, None, "ValueError: oh", 500, "prediction_failed"),
+        (True, None, INCOMPLETE, 500, "prediction_failed"),
+        (
+            True,
+            None,
+            "The prompt is 9000 tokens long and the context 8192, which must also hold the answer. Shorten the prompt.",
+            400,
+            "context_length_exceeded",
+        ),
     ],
 )
 def test_whose_fault_a_failure_is(started: bool, fault: Any, error: str, status: int, code: str) -> None:

@@ -23,8 +23,8 @@ def fields() -> dict[str, dict[str, Any]]:
     return schema.inputs(ROOT, "predict.py:Runner")
 
 
-class Cut(Exception):
-    """The end of a run that nobody expected."""
+class Cut(BaseException):
+    """The end of a run that nobody expected, as by a signal."""
 
 
 class Model:
@@ -121,6 +121,26 @@ def test_errors_are_told_line_by_line(tmp_path: Path, go: Callable[..., batch.To
     assert found[8]["output"] == 'answer to {"question": "q"}'
     assert found[8]["completion"] == "c"
     assert totals.failed == 7
+
+
+def test_one_line_cannot_end_the_run(tmp_path: Path, go: Callable[..., batch.Totals]) -> None:
+    half = r'{"id": "i\ud83d", "prompt": "p\ud83d", "max_tokens": 8.0, "seed": 1.0}'
+    write(tmp_path / "in.jsonl", [half, {"prompt": "fails"}, {"prompt": "x", "max_tokens": 8.5}, {"prompt": "last"}])
+
+    class Failing(Model):
+        async def answer(
+            self, given: Mapping[str, Any], record: Callable[[str, Any], None], *, stream: bool = True
+        ) -> AsyncIterator[str]:
+            if given["prompt"] == "fails":
+                raise TypeError("unexpected")
+            return await super().answer(given, record, stream=stream)
+
+    assert go(Failing()).failed == 2
+    found = results(tmp_path / "out.jsonl")
+    assert (found[0]["id"], found[0]["output"]) == ("i\ufffd", "answer to p\ufffd")
+    assert found[1]["error"] == "The model failed at this line unexpectedly. The log has the cause."
+    assert found[2]["error"] == "max_tokens must be of type integer, not float."
+    assert found[3]["output"] == "answer to last"
 
 
 def test_a_cut_run_goes_on_without_redoing_or_losing_a_line(tmp_path: Path, go: Callable[..., batch.Totals]) -> None:

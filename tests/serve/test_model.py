@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from cogpress.engines import base as engine
 from cogpress.errors import CogpressError
 from cogpress.serve import model as serving
 from cogpress.serve import requests as inputs
+from cogpress.serve.metrics import Observer, RunningPrediction
 from cogpress.weights import archive, manifest
 from tests.standins.fileserver import FileServer
 
@@ -183,3 +186,41 @@ def test_a_cold_start_in_one_line() -> None:
         "Ready to answer after 17.6 s: fetch 6.0 s, check 0.3 s, imports 9.0 s, tokenizer 0.5 s, engine 8.0 s; "
         "fetching and checking during the imports saved 6.2 s."
     )
+
+
+class Steps:
+    """An engine that gives these steps."""
+
+    def __init__(self, *steps: engine.Delta) -> None:
+        self.steps = steps
+
+    async def generate(self, *_request: Any) -> AsyncIterator[engine.Delta]:
+        for step in self.steps:
+            yield step
+
+
+def ended(tokenizer: Any, *steps: engine.Delta) -> tuple[list[str], dict[str, Any]]:
+    """The text and the metrics of an answer in these steps."""
+    made: Any = server(tokenizer)
+    made.engine, made.observer, made.cold_start = Steps(*steps), Observer(config.Serve(log="none")), {"first_token": 0}
+    metrics: dict[str, Any] = {}
+
+    async def collect() -> list[str]:
+        prediction = RunningPrediction({}, metrics.__setitem__, 0.0)
+        return [text async for text in made._stream([1], engine.Sampling(), None, prediction)]
+
+    return asyncio.run(collect()), metrics
+
+
+def test_an_answer_ends_by_stop_or_length_or_fails(tokenizer: Any) -> None:
+    begun = engine.Delta("a", 1)
+    for reason in ("stop", "length"):
+        text, metrics = ended(tokenizer, begun, engine.Delta("b", 1, reason))
+        assert (text, metrics["finish_reason"]) == (["a", "b"], reason)
+    for reason in ("abort", "error", "repetition", "new"):
+        for before in ((), (begun,)):
+            with pytest.raises(CogpressError, match="gave up this answer before its end"):
+                ended(tokenizer, *before, engine.Delta("", 0, reason))
+    for steps in ((), (begun,)):
+        with pytest.raises(CogpressError, match="gave up this answer before its end"):
+            ended(tokenizer, *steps)

@@ -99,7 +99,95 @@ def test_what_is_unclear_is_refused(given: dict[str, str], said: str, tokenizer:
         inputs.read(given, tokenizer)
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "min_tokens", "top_k", "seed", "logprobs"])
+def test_whole_numbers_reach_the_engine_as_integers(name: str, tokenizer: Any) -> None:
+    _, sampling = inputs.read({name: 8.0}, tokenizer)
+    assert getattr(sampling, name) == 8
+    assert type(getattr(sampling, name)) is int
+    with pytest.raises(CogpressError, match=rf"{name} is 8\.5; it must be a whole number"):
+        inputs.read({name: 8.5}, tokenizer)
+    for wrong in (True, "8", [8], float("nan"), float("inf"), 10**400):
+        with pytest.raises(CogpressError, match=f"{name} must be a number"):
+            inputs.read({name: wrong}, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"])
+def test_numbers_reach_the_engine_as_floats(name: str, tokenizer: Any) -> None:
+    _, sampling = inputs.read({name: 1}, tokenizer)
+    assert type(getattr(sampling, name)) is float
+
+
+@pytest.mark.parametrize("name", ["prompt", "stop", "json_schema", "adapter", "tools"])
+def test_texts_are_texts(name: str, tokenizer: Any) -> None:
+    with pytest.raises(CogpressError, match=rf"{name} must be text, not \["):
+        inputs.read({name: ["x"]}, tokenizer)
+    with pytest.raises(CogpressError, match="thinking must be true or false"):
+        inputs.read({"thinking": "yes"}, tokenizer)
+
+
 HI = [{"role": "user", "content": "hi"}]
+HALF, ESCAPED = "a\ud83db", r"a\ud83db"
+
+
+def test_half_characters_become_replacement_characters(tokenizer: Any) -> None:
+    request, sampling = inputs.read(
+        {
+            "prompt": HALF,
+            "system_prompt": "\ud83d\ude00 \ude00",
+            "fields": f'{{"q{ESCAPED}": "{ESCAPED}"}}',
+            "stop": f'["{ESCAPED}"]',
+            "choices": f'["{ESCAPED}"]',
+        },
+        tokenizer,
+    )
+    assert request.prompt == "a\ufffdb"
+    assert request.system_prompt == "\U0001f600 \ufffd"
+    assert inputs.question(request).fields == {"qa\ufffdb": "a\ufffdb"}
+    assert sampling.stop == ["a\ufffdb"]
+    assert sampling.structure == Structure("choice", ("a\ufffdb",))
+    [message] = inputs.messages(f'[{{"role": "user", "content": "{ESCAPED}"}}]')
+    assert message["content"] == "a\ufffdb"
+    [tool] = inputs.tools(f'[{{"function": {{"name": "{ESCAPED}"}}}}]')
+    assert tool["function"]["name"] == "a\ufffdb"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stop": json.dumps(["x"] * 17)}, "at most 16 texts of at most 256 characters"),
+        ({"stop": "x" * 257}, "at most 16 texts of at most 256 characters"),
+        ({"logit_bias": json.dumps({"x" * 129: 1})}, "a text of 129 characters; a token has at most 128"),
+        ({"logit_bias": " " * (2**20 + 1)}, "logit_bias has 1,048,577 characters; the limit is 1,048,576"),
+        ({"json_schema": " " * (2**20 + 1)}, "json_schema has 1,048,577 characters"),
+        ({"prompt": "x" * (2**24 + 1)}, "prompt has 16,777,217 characters; the limit is 16,777,216"),
+    ],
+)
+def test_everything_has_a_limit(given: dict[str, str], said: str, tokenizer: Any) -> None:
+    with pytest.raises(CogpressError, match=said):
+        inputs.read(given, tokenizer)
+
+
+def test_counts_have_limits() -> None:
+    with pytest.raises(CogpressError, match="tools has 129 functions; the limit is 128"):
+        inputs.tools(json.dumps([{"function": {"name": "f"}}] * 129))
+    with pytest.raises(CogpressError, match="messages has 10,001 messages; the limit is 10,000"):
+        inputs.messages(json.dumps(HI * 10_001))
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None, "{}", {}])
+def test_calls_without_arguments_are_understood(arguments: Any) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": arguments}}]}
+    found = inputs.messages(json.dumps([*HI, call, {"role": "tool", "content": "12"}]))
+    assert found[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "1", [], 0, False, '"x"'])
+def test_arguments_are_objects(arguments: Any) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": arguments}}]}
+    with pytest.raises(CogpressError, match="Message 2: the arguments of w must be a JSON object"):
+        inputs.messages(json.dumps([*HI, call, {"role": "tool", "content": "12"}]))
+
+
 TOOLS = json.dumps([{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}])
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": '{"a": 1}'}}]}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cogpress.engines.base import DEAD
+from cogpress.engines.base import CONTEXT_EXCEEDED, DEAD, INCOMPLETE
 from cogpress.playground.records import Prediction
 
 _PATHS = re.compile(r"/v1/(?:chat/completions|completions|models(?:/[^/]+){0,2})/?")
@@ -63,8 +63,11 @@ def from_prediction(prediction: Prediction) -> OpenAIError | None:
     message = prediction.error or "The prediction failed."
     if prediction.started_at is None and prediction.fault != "input":
         return OpenAIError(message, status=503, code="model_unavailable")
-    broken = prediction.fault == "server" or message == DEAD or _EXCEPTION.match(message) is not None
+    broken = prediction.fault == "server" or message in (DEAD, INCOMPLETE) or _EXCEPTION.match(message) is not None
     if prediction.output is None and not broken:
+        # Clients shorten the conversation, or choose another model, by this code.
+        if CONTEXT_EXCEEDED.match(message):
+            return OpenAIError(message, "messages", code="context_length_exceeded")
         return OpenAIError(message, code="refused_by_model")
     return OpenAIError(message, status=500, code="prediction_failed")
 

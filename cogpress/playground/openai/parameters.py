@@ -40,8 +40,15 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "functions": ([],),
     "function_call": ("none",),
+    "ignore_eos": (False,),
+    "top_k": (-1, 0),
+    "chat_template_kwargs": ({},),
+    "reasoning_effort": ("none",),
 }
 """Values that have no effect, and are accepted from a model without such an input."""
+
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+"""The arguments of a function that is described without any."""
 
 _INSTEAD = {
     "n": "This server returns one answer per request. Send the request once per answer.",
@@ -147,8 +154,10 @@ class _Parser:
         if name not in self.known:
             detail = f"This model has no input {name[:80]}, so it does not support {param[:80]}. Leave it out."
             raise OpenAIError(detail, param[:80], code="unsupported_parameter")
-        if not isinstance(value, str) and _takes_text(self.known[name]):
+        if not isinstance(value, str) and _takes(self.known[name], "string"):
             value = json.dumps(value, ensure_ascii=False)
+        elif isinstance(value, float) and value.is_integer() and _takes(self.known[name], "integer"):
+            value = int(value)
         self.request.inputs[name] = value
         if param != name:
             self.request.named[name] = param
@@ -188,7 +197,7 @@ class _Parser:
         if value is not None:
             name = "max_tokens" if "max_tokens" in self.known else "max_new_tokens"
             self.put(name if name in self.known else "max_tokens", value, param)
-            self.request.max_tokens = value if isinstance(value, int) else None
+            self.request.max_tokens = int(value) if isinstance(value, int | float) and value == value // 1 else None
 
     def stops(self) -> None:
         """`stop`."""
@@ -200,7 +209,7 @@ class _Parser:
             raise OpenAIError("stop must be a string or a list of strings.", "stop")
         # The model reads a string that begins like a list as one.
         plain = len(texts) == 1 and not texts[0].lstrip().startswith("[")
-        self.put("stop", texts[0] if plain and _takes_text(self.known.get("stop", {})) else texts)
+        self.put("stop", texts[0] if plain and _takes(self.known.get("stop", {}), "string") else texts)
 
     def logprobs(self, *, chat: bool) -> None:
         """`logprobs` and `top_logprobs`."""
@@ -214,6 +223,8 @@ class _Parser:
             value = 0 if top is None else top
         if value is None or value is False:
             return
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
             name = "top_logprobs" if chat else "logprobs"
             raise OpenAIError(f"{name} must be an integer.", name)
@@ -251,7 +262,7 @@ class _Parser:
         # at all, would have it write something around the arguments.
         if "json_schema" in self.request.inputs:
             raise OpenAIError("A forced tool call excludes response_format. Leave out one of them.", "response_format")
-        self.put("json_schema", tools.forced.get("parameters") or {"type": "object"}, "tool_choice")
+        self.put("json_schema", tools.forced.get("parameters") or _NO_ARGUMENTS, "tool_choice")
 
     def others(self, *, chat: bool) -> None:
         """Everything else."""
@@ -274,15 +285,16 @@ class _Parser:
         if name in self.request.inputs:
             other = self.request.named.get(name, name)
             raise OpenAIError(f"{name} is also set by {other}. Leave out one of them.", name)
-        self.put(name, value)
+        # vLLM's servers take -1 for all tokens.
+        self.put(name, 0 if name == "top_k" and value == -1 else value)
 
 
 _LIKE: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int, float), str: (str,), list: (list,), dict: (dict,)}
 """Types that may equal each; in Python 1 == True."""
 
 
-def _takes_text(schema: dict[str, Any]) -> bool:
-    return any(one.get("type") == "string" for one in (schema, *schema.get("anyOf", ())))
+def _takes(schema: dict[str, Any], kind: str) -> bool:
+    return any(one.get("type") == kind for one in (schema, *schema.get("anyOf", ())))
 
 
 def _message(at: int, given: Any) -> dict[str, Any]:
