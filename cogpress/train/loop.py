@@ -106,6 +106,7 @@ class ObjectiveTrainer(Trainer):
             if made.last_epoch == 0:  # a resumed run takes its rate from the checkpoint
                 for group, base, share in zip(made.optimizer.param_groups, made.base_lrs, made.lr_lambdas, strict=True):
                     group["lr"] = base * share(0)
+                made._last_lr = [group["lr"] for group in made.optimizer.param_groups]  # what is logged
         return made
 
     def compute_loss(

@@ -18,6 +18,7 @@ from cogpress.prompts import Row
 from cogpress.train import run as training
 from cogpress.train.arguments import arguments, too_few
 from cogpress.train.loop import ObjectiveTrainer, Recorder, Rows
+from cogpress.train.objective import Collator
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
@@ -85,3 +86,50 @@ def test_the_last_validation_is_written_once(tmp_path: Path) -> None:
     for step in (5, 9, 9):
         resumed.on_log(None, SimpleNamespace(global_step=step), None, {"eval_loss": 1.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [5, 9]
+
+
+def toy(folder: Path, *, steps: int, nan_at: int = 0, resume: str | None = None) -> ObjectiveTrainer:
+    """Real training of two numbers."""
+    calls = iter(range(1, 99))
+
+    def objective(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        loss = model(batch["attention_mask"].float()[:, :1]).square().sum()
+        return (loss * math.nan if next(calls) == nan_at else loss), 1
+
+    settings = config.Train(optimizer="adamw", learning_rate=0.1, warmup_share=0.5, max_steps=steps, batch_size=1)
+    torch.manual_seed(0)
+    recorder = Recorder(folder / "metrics.jsonl", Console(quiet=True))
+    trainer = ObjectiveTrainer(
+        objective=objective,
+        model=torch.nn.Linear(1, 1),
+        args=arguments(settings, folder, 4, False, torch.float32),
+        train_dataset=Rows([Row([1, 2], [1, 2])] * 4),
+        data_collator=Collator(0),
+        callbacks=[recorder],
+    )
+    recorder.trainer = trainer
+    training.quiet(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def rates(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["learning_rate"] for line in lines]
+
+
+def test_rates_are_those_of_the_schedule_also_after_an_interruption(tmp_path: Path) -> None:
+    toy(tmp_path, steps=8)
+    whole = rates(tmp_path)
+    assert whole[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert all(rate > 0 for rate in whole)
+    checkpoints = sorted((tmp_path / "checkpoints").glob("checkpoint-*"))
+    assert [path.name for path in checkpoints] == ["checkpoint-7", "checkpoint-8"]
+    toy(tmp_path, steps=8, resume=str(checkpoints[0]))
+    assert rates(tmp_path) == whole
+
+
+def test_a_real_training_ends_at_the_step_whose_loss_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(CogpressError, match="loss is nan at step 3"):
+        toy(tmp_path, steps=8, nan_at=3)
+    assert len(rates(tmp_path)) == 3
