@@ -78,6 +78,9 @@ class Data(Section):
     """Share of the examples held out for validation; never a prompt that is also trained on. 0 trains on all."""
     task: Task = "answer"
     """What is learned: the `answer`, or `reversed`, the instruction from its response."""
+    ignore: tuple[str, ...] = ()
+    """Keys of the examples to leave out: of rows, of messages and of a prompt's fields. Others that have no meaning in
+    their [form](own-model.md#examples) are refused."""
 
 
 class Train(Section):
@@ -92,7 +95,7 @@ class Train(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate after the warm-up."""
     warmup_share: Annotated[float, Field(ge=0, le=0.5)] = 0.05
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the steps over which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -112,7 +115,7 @@ class Train(Section):
     """Examples per forward pass. Lower it when memory runs out, and raise `gradient_accumulation` in return."""
     gradient_accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
     """Forward passes per optimizer step; the effective batch is `batch_size` times this."""
-    optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"
+    optimizer: Literal["auto", "adamw", "paged_adamw_8bit", "paged_adamw_32bit"] = "auto"
     """`auto`: paged 8-bit AdamW on a GPU, AdamW on a CPU."""
     evaluations: Annotated[int, Field(ge=0, le=100)] = 4
     """Validations during training, evenly spaced."""

@@ -66,6 +66,12 @@ class Conversation:
     given: int = 0
     """Leading messages that are never trained on, not even an assistant's."""
     text: str = ""
+    unlearnt: frozenset[int] = frozenset()
+    """Indices of later messages of an assistant that are not trained on either."""
+
+    def learns(self, index: int) -> bool:
+        """Whether the message at that index is trained on."""
+        return self.messages[index]["role"] == "assistant" and index >= self.given and index not in self.unlearnt
 
     @property
     def asked(self) -> list[Message]:
@@ -149,10 +155,12 @@ def _as_text(name: str, value: Any) -> str:
     raise CogpressError(f"Field {name} must be text, a number or a list of these, not {type(value).__name__}.")
 
 
-def with_answer(question: Question, settings: Prompt, answer: Sequence[Message]) -> Conversation:
-    """A question with its answer as it is trained on; raises as `conversation` does."""
+def with_answer(
+    question: Question, settings: Prompt, answer: Sequence[Message], unlearnt: Collection[int] = ()
+) -> Conversation:
+    """A question with its answer as it is trained on, but for the messages of `unlearnt`; raises as `conversation`."""
     asked = conversation(question, settings)
-    return Conversation((*asked, *answer), len(asked))
+    return Conversation((*asked, *answer), len(asked), unlearnt=frozenset(len(asked) + index for index in unlearnt))
 
 
 # --- to token ids -----------------------------------------------------------------------------------------------------
@@ -392,7 +400,8 @@ def row(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ends: fr
             its beginning differently once it continues, so that training and serving would differ.
     """
     controls = sorted(control_texts(tokenizer))
-    for content in [message["content"] for message in conversation.messages] or [conversation.text]:
+    texts = [str(value) for message in conversation.messages for name, value in message.items() if name != "role"]
+    for content in texts or [conversation.text]:
         for control in controls:
             if control in content:
                 raise CogpressError(
@@ -426,8 +435,8 @@ def _chat_row(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, en
     ids: list[int] = []
     labels: list[int] = []
     done = ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index < conversation.given:
+    for index in range(len(messages)):
+        if not conversation.learns(index):
             continue
         asked = _render(tokenizer, messages[:index], ask=True)
         answered = _render(tokenizer, messages[: index + 1], ask=False)

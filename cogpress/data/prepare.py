@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cogpress import config, prompts
-from cogpress.data.example import KEYS, EmptyAnswer, Example, example_of
-from cogpress.data.read import BadRow, rows
+from cogpress.data.example import KEYS, EmptyAnswer, Example, UnreadKeysError, example_of, without
+from cogpress.data.read import BadRow, rows, short
 from cogpress.errors import CogpressError
 from cogpress.prompts import NO_LOSS, Conversation, Row
 
@@ -49,6 +49,10 @@ class Reading:
     problems: list[Problem]
     lines: int
     empty_answers: int
+    unread_keys: Counter[str] = field(default_factory=Counter)
+    """Rows by key that has no meaning here; they are among the problems."""
+    ignored_keys: Counter[str] = field(default_factory=Counter)
+    """Rows by key that `data.ignore` names."""
 
 
 @dataclass(slots=True)
@@ -58,6 +62,10 @@ class Report:
     lines: int = 0
     problems: list[Problem] = field(default_factory=list)
     formats: dict[str, int] = field(default_factory=dict)
+    unread_keys: dict[str, int] = field(default_factory=dict)
+    """Rows by key that has no meaning here; they are bad lines."""
+    ignored_keys: dict[str, int] = field(default_factory=dict)
+    """Rows by key that `data.ignore` names."""
     empty_answers: int = 0
     duplicates: int = 0
     cut: int = 0
@@ -113,6 +121,9 @@ class Report:
         ]
         for what, count, done in rows:
             table.add_row(what, f"{count:,}", Text(done))
+        for names, done in ((self.unread_keys, "would not be read"), (self.ignored_keys, "left out by data.ignore")):
+            for name, count in names.items():
+                table.add_row("lines with a key", f"{count:,}", Text(f"{short(name)}: {done}"))
         if self.notes or self.problems:
             table.add_section()
         for note in self.notes:
@@ -137,8 +148,16 @@ class Prepared:
 
 def held_out(prepared: Prepared) -> str:
     """The validation conversations as JSONL, without plain texts."""
-    held = [{"messages": example.messages} for example in prepared.validation_examples if example.messages]
+    held = [{"messages": _weighted(example)} for example in prepared.validation_examples if example.messages]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held)
+
+
+def _weighted(example: Conversation) -> list[dict[str, Any]]:
+    """The messages, with weight 0 where an assistant's is not learnt."""
+    return [
+        {**message, "weight": 0} if message["role"] == "assistant" and not example.learns(index) else dict(message)
+        for index, message in enumerate(example.messages)
+    ]
 
 
 class BadDataError(CogpressError):
@@ -152,8 +171,17 @@ class BadDataError(CogpressError):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_examples(path: Path, *, prompt: config.Prompt | None = None, task: config.Task = "answer") -> Reading:
+def read_examples(
+    path: Path, *, prompt: config.Prompt | None = None, task: config.Task = "answer", ignore: Sequence[str] = ()
+) -> Reading:
     """Read and check a file of examples and apply the prompt settings; problems are collected, not raised.
+
+    Args:
+        path: the file.
+        prompt: the settings.
+        task: what is learned.
+        ignore: keys to leave out, of rows, of messages and of a prompt's fields. Other keys without a meaning are a
+            problem of their row.
 
     Raises:
         CogpressError: the file cannot be read, is of no known kind or has no rows; or the template has several fields,
@@ -168,17 +196,23 @@ def read_examples(path: Path, *, prompt: config.Prompt | None = None, task: conf
         )
     reading = Reading([], [], [], lines=0, empty_answers=0)
     lines = empty = 0
-    for line, item in rows(path, KEYS):
+    for line, item in rows(path, KEYS, ignore):
         lines += 1
         try:
             if isinstance(item, BadRow):
                 raise item
+            item, left = without(item, ignore)
+            reading.ignored_keys.update(left)
             example = example_of(item, line, task)
             conversation = _conversation(example, prompt)
         except EmptyAnswer:
             empty += 1
+        except RecursionError:
+            reading.problems.append(Problem(line, "nested too deeply", path.name))
         except BadRow as bad:
             reading.problems.append(Problem(line, str(bad), path.name))
+            if isinstance(bad, UnreadKeysError):
+                reading.unread_keys.update(bad.names)
         except CogpressError as error:
             reading.problems.append(Problem(line, str(error).rstrip("."), path.name))
         else:
@@ -192,7 +226,7 @@ def read_examples(path: Path, *, prompt: config.Prompt | None = None, task: conf
 def _conversation(example: Example, prompt: config.Prompt) -> Conversation:
     if example.text:
         return Conversation(text=example.text)
-    return prompts.with_answer(example.question, prompt, example.answer)
+    return prompts.with_answer(example.question, prompt, example.answer, example.unlearnt)
 
 
 # --- preparing --------------------------------------------------------------------------------------------------------
@@ -220,7 +254,7 @@ def prepare(
         path: the examples.
         tokenizer: the base model's, with its chat template.
         prompt: the system text and the template.
-        data: only `task` and `validation_share` are used.
+        data: only `task`, `ignore` and `validation_share` are used.
         max_length: of a row, in tokens.
         seed: chooses the validation examples.
         validation_path: examples to validate with.
@@ -233,8 +267,8 @@ def prepare(
     """
     report = Report(max_length=max_length)
     ends = prompts.stops(tokenizer, stop_ids)
-    train = _load(path, tokenizer, prompt, data.task, ends, report)
-    validation = _load(validation_path, tokenizer, prompt, data.task, ends, report) if validation_path else []
+    train = _load(path, tokenizer, prompt, data, ends, report)
+    validation = _load(validation_path, tokenizer, prompt, data, ends, report) if validation_path else []
     if report.problems and not skip_bad:
         raise BadDataError(_refusal(report), report)
     if not tokenizer.chat_template:
@@ -273,15 +307,16 @@ def _load(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
     prompt: config.Prompt,
-    task: config.Task,
+    data: config.Data,
     ends: frozenset[int],
     report: Report,
 ) -> list[_Pair]:
     """A file's usable examples with their rows, uncut; problems and counts go into the report."""
-    reading = read_examples(path, prompt=prompt, task=task)
-    if not tokenizer.chat_template and any(example.format == "messages" for example in reading.examples):
+    reading = read_examples(path, prompt=prompt, task=data.task, ignore=data.ignore)
+    chats = [example.format for example in reading.examples if example.format in ("messages", "conversations")]
+    if not tokenizer.chat_template and chats:
         raise CogpressError(
-            "The base model's tokenizer has no chat template, so `messages` cannot be trained on. Use the "
+            f"The base model's tokenizer has no chat template, so `{chats[0]}` cannot be trained on. Use the "
             "instruction-tuned variant of the model, or give examples as `prompt` and `completion`."
         )
     pairs: list[_Pair] = []
@@ -293,6 +328,8 @@ def _load(
             problems.append(Problem(example.line, str(error).rstrip("."), path.name))
     report.lines += reading.lines
     report.empty_answers += reading.empty_answers
+    report.unread_keys = dict((Counter(report.unread_keys) + reading.unread_keys).most_common())
+    report.ignored_keys = dict((Counter(report.ignored_keys) + reading.ignored_keys).most_common())
     report.problems += sorted(problems, key=lambda problem: problem.line)
     formats = Counter(report.formats)
     formats.update(example.format for example in reading.examples)
@@ -304,7 +341,11 @@ def _refusal(report: Report) -> str:
     shown = "; ".join(str(problem) for problem in report.problems[:5])
     more = f"; and {len(report.problems) - 5:,} more" if len(report.problems) > 5 else ""
     count = f"{len(report.problems):,} of {report.lines:,} lines cannot be used"
-    return f"{count}: {shown}{more}. Correct them, or leave them out with --skip-bad-lines."
+    refusal = f"{count}: {shown}{more}. Correct them, or leave them out with --skip-bad-lines."
+    if report.unread_keys:
+        keys = ", ".join(f"{short(name)} ({lines:,})" for name, lines in list(report.unread_keys.items())[:8])
+        refusal += f" Keys that would not be read, with their lines: {keys}. Name in data.ignore those without meaning."
+    return refusal
 
 
 def _losses(report: Report) -> str:
@@ -322,7 +363,7 @@ def _distinct(pairs: Sequence[_Pair], report: Report) -> list[_Pair]:
     seen: set[str] = set()
     kept: list[_Pair] = []
     for example, row in pairs:
-        content = json.dumps([example.messages, example.text])
+        content = json.dumps([example.messages, example.text, sorted(example.unlearnt), example.given])
         if content in seen:
             report.duplicates += 1
         else:

@@ -1,11 +1,11 @@
-"""A file of examples as rows: JSON lines, a JSON list or Parquet, gzipped or not."""
+"""A file of examples as rows: JSON lines, a JSON list, JSON objects over several lines or Parquet, gzipped or not."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,12 +25,23 @@ Rows = Iterator[tuple[int, Any]]
 """A row's number, from 1, and its value as JSON types, or as a `BadRow` why it cannot be parsed."""
 
 
-def rows(path: Path, columns: Sequence[str]) -> Rows:
-    """The rows of a file: lines of JSONL that are not blank, items of a JSON list, rows of Parquet.
+class _TwiceError(BadRow):
+    """A key stands twice in one object, so that one of its values would be lost."""
+
+
+class _Twice(dict[str, Any]):
+    """An object with a key that stands twice; `key` is it."""
+
+    key: str
+
+
+def rows(path: Path, columns: Sequence[str], ignore: Collection[str] = ()) -> Rows:
+    """The rows of a file: lines of JSONL that are not blank, items of a JSON list, JSON objects, rows of Parquet.
 
     Args:
         path: the file.
-        columns: of Parquet, those to read.
+        columns: of Parquet, those of which at least one is needed; a JSON object with none of them may hold the list.
+        ignore: of Parquet, those not to read.
 
     Raises:
         CogpressError: the file cannot be read, or is of no known kind.
@@ -52,23 +63,23 @@ def rows(path: Path, columns: Sequence[str]) -> Rows:
             start = file.read(4)
             file.seek(0)
             if start == b"PAR1" or suffix == ".parquet":
-                yield from _parquet(file, path, columns)
+                yield from _parquet(file, path, columns, ignore)
             elif start[:2] == b"\x1f\x8b":
                 with gzip.open(file) as unpacked:
-                    yield from _json(unpacked, path, suffix)
+                    yield from _json(unpacked, path, suffix, columns)
             else:
-                yield from _json(file, path, suffix)
+                yield from _json(file, path, suffix, columns)
     except (OSError, EOFError, zlib.error) as error:  # gzip's errors included
         raise CogpressError(f"{path} cannot be read: {_one_line(error)}. Check the file.") from None
 
 
-def _parquet(file: IO[bytes], path: Path, columns: Sequence[str]) -> Rows:
+def _parquet(file: IO[bytes], path: Path, columns: Sequence[str], ignore: Collection[str]) -> Rows:
     import pyarrow.parquet  # a second to import, and most examples are JSON
 
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
-        present = [name for name in parquet.schema_arrow.names if name in columns]
-        if not present:
+        present = [name for name in parquet.schema_arrow.names if name not in ignore]
+        if not set(present) & set(columns):
             raise CogpressError(
                 f"{path} has none of the columns {', '.join(columns)}; {found_keys(parquet.schema_arrow.names)}."
             )
@@ -84,12 +95,14 @@ def _parquet(file: IO[bytes], path: Path, columns: Sequence[str]) -> Rows:
         raise CogpressError(f"{path} is not readable as Parquet: {_one_line(error)}. Write it again.") from None
 
 
-def _json(file: IO[bytes] | gzip.GzipFile, path: Path, suffix: str) -> Rows:
+def _json(file: IO[bytes] | gzip.GzipFile, path: Path, suffix: str, columns: Sequence[str]) -> Rows:
     start = file.peek(64)[:64] if isinstance(file, gzip.GzipFile) else _peek(file)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise CogpressError(f"{path} is UTF-16. Save it as UTF-8.")
     if suffix == ".json" and start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         yield from _json_list(file.read(), path)
+    elif (items := _over_several_lines(file, path, suffix, columns)) is not None:
+        yield from items
     else:
         yield from _json_lines(file)
 
@@ -101,11 +114,106 @@ def _peek(file: IO[bytes]) -> bytes:
 
 
 def _json_list(content: bytes, path: Path) -> Rows:
+    content = content.removeprefix(b"\xef\xbb\xbf")
     try:
-        items = _parse(content.removeprefix(b"\xef\xbb\xbf"))
+        items = _parse(content)
+    except _TwiceError:
+        items = [_single(item) for item in json.loads(content, object_pairs_hook=_marked)]
     except BadRow as bad:
         raise CogpressError(f"{path} begins like a JSON list but is {bad}. Correct it, or give JSONL.") from None
     yield from enumerate(items, start=1)
+
+
+def _over_several_lines(
+    file: IO[bytes] | gzip.GzipFile, path: Path, suffix: str, columns: Sequence[str]
+) -> Rows | None:
+    """The rows of JSON objects that go over several lines; None, and the file at its start, where lines are rows.
+
+    One object whose only key is no row's, such as `data`, may hold the list of rows.
+    """
+    first = b""
+    while not first.strip() and (line := file.readline(MAX_LINE_BYTES + 1)):
+        first = line.removeprefix(b"\xef\xbb\xbf")
+    file.seek(0)
+    opens = first.strip() in (b"{", b"[")
+    if not opens and (suffix != ".json" or first.lstrip()[:1] != b"{" or _is_whole(first)):
+        if _is_whole(first) and suffix == ".json" and (wrapped := _wrapped(json.loads(first), columns)) is not None:
+            if not file.read()[len(first) :].strip():
+                return iter(enumerate(wrapped, start=1))
+            file.seek(0)
+        return None
+    try:
+        text = file.read().decode("utf-8-sig")
+        items: list[Any] = []
+        decoder = json.JSONDecoder(object_pairs_hook=_marked)
+        at = len(text) - len(text.lstrip())
+        while at < len(text):
+            item, at = decoder.raw_decode(text, at)
+            items.append(item)
+            at += len(text[at:]) - len(text[at:].lstrip()) if at < len(text) and text[at].isspace() else 0
+    except (ValueError, RecursionError) as error:
+        if opens:
+            raise CogpressError(
+                f"{path} holds JSON over several lines, which cannot be read: {_one_line(error)}. Correct it there, or "
+                "give one JSON object per line."
+            ) from None
+        file.seek(0)
+        return None
+    if len(items) == 1:
+        items = items[0] if isinstance(items[0], list) else _wrapped(items[0], columns) or items
+    return iter(enumerate(map(_single, items), start=1))
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        _parse(line)
+    except _TwiceError:
+        return True
+    except BadRow:
+        return False
+    return True
+
+
+def _wrapped(item: Any, columns: Sequence[str]) -> list[Any] | None:
+    if isinstance(item, dict) and len(item) == 1:
+        [(name, value)] = item.items()
+        if name not in columns and isinstance(value, list):
+            return value
+    return None
+
+
+def _marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    twice = _Twice(made)
+    names = [name for name, _ in pairs]
+    twice.key = next(name for name in names if names.count(name) > 1)
+    return twice
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = _marked(pairs)
+    if isinstance(made, _Twice):
+        raise _said_twice(made)
+    return made
+
+
+def _said_twice(twice: _Twice) -> _TwiceError:
+    return _TwiceError(f"the key {short(twice.key)} stands twice in one object, so one of its values would be lost")
+
+
+def _single(item: Any) -> Any:
+    """The item, or why it cannot be used where a key in it stands twice."""
+    found = _first_twice(item)
+    return item if found is None else _said_twice(found)
+
+
+def _first_twice(value: Any) -> _Twice | None:
+    if isinstance(value, _Twice):
+        return value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for one in inner if (found := _first_twice(one)) is not None), None)
 
 
 def _json_lines(file: IO[bytes] | gzip.GzipFile) -> Rows:
@@ -131,7 +239,7 @@ def _parse(content: bytes) -> Any:
     if b"\0" in content:
         raise BadRow("not JSON: it contains a NUL byte")
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_unrepeated)
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 at byte {error.start + 1}") from None
     except RecursionError:

@@ -228,7 +228,7 @@ def training_of(settings: Config, model: Architecture, report: Mapping[str, Any]
         accumulation=train.gradient_accumulation,
         checkpointing=True,
         answers=settings.plan.answer_share or min(1.0, counted),
-        optimizer="adamw" if train.optimizer == "adamw" else "paged_adamw_8bit",
+        optimizer="adamw" if train.optimizer in ("adamw", "paged_adamw_32bit") else "paged_adamw_8bit",
     )
 
 

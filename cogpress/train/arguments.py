@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,11 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import TrainingArguments
 
-OPTIMIZERS = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+}
 """transformers' names by ours."""
 
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
@@ -40,6 +45,17 @@ def lora(settings: Train) -> LoraConfig:
     )
 
 
+def too_few(settings: Train, rows: int) -> str | None:
+    """What to set where the rows give a single optimizer step, which teaches next to nothing."""
+    batch = settings.batch_size * settings.gradient_accumulation
+    if settings.max_steps or math.ceil(math.ceil(rows / batch) * settings.epochs) > 1:
+        return None
+    return (
+        f"{rows} training examples in batches of {batch} make a single optimizer step, which teaches little. "
+        "Raise train.epochs, or lower train.batch_size."
+    )
+
+
 def arguments(settings: Train, run: Path, rows: int, validation: bool, compute: torch.dtype) -> TrainingArguments:
     """The loop: steps, schedule, optimizer, evaluations and checkpoints. Steps are optimizer steps.
 
@@ -63,8 +79,8 @@ def arguments(settings: Train, run: Path, rows: int, validation: bool, compute: 
     optimizer = settings.optimizer
     if optimizer == "auto":
         optimizer = "paged_adamw_8bit" if cuda else "adamw"
-    if optimizer == "paged_adamw_8bit" and not cuda:
-        raise CogpressError("optimizer paged_adamw_8bit needs a GPU. Set it to auto or adamw.")
+    if optimizer.startswith("paged") and not cuda:
+        raise CogpressError(f"optimizer {optimizer} needs a GPU. Set it to auto or adamw.")
     return TrainingArguments(
         output_dir=str(run / "checkpoints"),
         per_device_train_batch_size=settings.batch_size,

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
+from cogpress.errors import CogpressError
 from cogpress.prompts import Row
 
 _WINDOW = 32
@@ -94,6 +95,20 @@ class ObjectiveTrainer(Trainer):
         lengths = [len(row.input_ids) for row in train_dataset or self.train_dataset]
         return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """transformers' schedule, but the first step learns: theirs warms up from a rate of 0 in step 1."""
+        made = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if warmup and isinstance(made, torch.optim.lr_scheduler.LambdaLR):
+            made.lr_lambdas = [_warmed_up(share, warmup) for share in made.lr_lambdas]
+            if made.last_epoch == 0:  # a resumed run takes its rate from the checkpoint
+                for group, base, share in zip(made.optimizer.param_groups, made.base_lrs, made.lr_lambdas, strict=True):
+                    group["lr"] = base * share(0)
+                made._last_lr = [group["lr"] for group in made.optimizer.param_groups]  # what is logged
+        return made
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -131,6 +146,11 @@ class ObjectiveTrainer(Trainer):
         return metrics
 
 
+def _warmed_up(share: Callable[[int], float], warmup: int) -> Callable[[int], float]:
+    """A schedule that rises over its first `warmup` steps to its peak, and not from 0."""
+    return lambda step: (step + 1) / (warmup + 1) if step < warmup else share(step)
+
+
 def memory_gb() -> float:
     """Peak memory of this process in GB (1e9 bytes): the GPU's where there is one, else resident memory."""
     if torch.cuda.is_available():
@@ -139,7 +159,7 @@ def memory_gb() -> float:
 
 
 class Recorder(TrainerCallback):
-    """Shows progress and writes `metrics.jsonl`, one object a step.
+    """Shows progress and writes `metrics.jsonl`, one object a step; ends a training whose loss is no number.
 
     Tokens per second count no padding and no time spent in evaluation or on checkpoints.
     """
@@ -151,14 +171,16 @@ class Recorder(TrainerCallback):
         self.seconds = 0.0
         self.tokens = 0
         self._validation = math.nan
+        self._validated = -1
         self._started = 0.0
         self._tokens_before = 0
         self._progress: Progress | None = None
         self._task: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        kept = _drop_after(self.path, state.global_step)
-        if kept:  # a resumed run counts on from where it was
+        rows = _drop_after(self.path, state.global_step)
+        self._validated = max((row["step"] for row in rows if "validation_loss" in row), default=-1)
+        if kept := [row for row in rows if "loss" in row]:  # a resumed run counts on from where it was
             self.seconds, self.tokens = kept[-1]["seconds"], kept[-1]["tokens"]
         if self.console.is_terminal:
             self._progress = Progress(
@@ -192,7 +214,15 @@ class Recorder(TrainerCallback):
             self._step(state, logs)
         elif "eval_loss" in logs:
             self._validation = logs["eval_loss"]
-            self._write({"step": state.global_step, "validation_loss": logs["eval_loss"]})
+            if state.global_step > self._validated:  # a run that resumes at its end validates that step again
+                self._validated = state.global_step
+                self._write({"step": state.global_step, "validation_loss": logs["eval_loss"]})
+        for name, what in (("loss", "loss"), ("eval_loss", "validation loss")):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise CogpressError(
+                    f"The {what} is {logs[name]} at step {state.global_step}: the training diverged, and ends here. "
+                    "Start over with --fresh and a third of train.learning_rate, or a longer train.warmup_share."
+                )
 
     def _step(self, state: Any, logs: dict[str, float]) -> None:
         speed = self.tokens / self.seconds if self.seconds else 0.0
@@ -243,7 +273,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop what was recorded after the checkpoint to resume from. Returns the training steps that are kept."""
+    """Drop what was recorded after the checkpoint to resume from. Returns what is kept."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return [row for row in rows if "loss" in row]
+    return rows

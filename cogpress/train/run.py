@@ -19,7 +19,7 @@ from cogpress.data.prepare import Prepared
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, read_json, write_json
 from cogpress.train import answers
-from cogpress.train.arguments import arguments, lora
+from cogpress.train.arguments import arguments, lora, too_few
 from cogpress.weights import base, manifest
 
 if TYPE_CHECKING:
@@ -196,6 +196,8 @@ def _train(
     )
     recorder.trainer = trainer
     quiet(trainer)
+    if few := too_few(settings, len(prepared.train)):
+        console.print(few)
     started = time.perf_counter()
     try:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -203,6 +205,7 @@ def _train(
     finally:
         recorder.close()
         objective.release()
+    check_learnt(model, output.global_step)
     facts = {
         "base": {"source": source.shown(config.base.source), "fingerprint": fingerprint},
         "quantization": config.base.quantization,
@@ -232,6 +235,19 @@ def _train(
     write_json(run / "result.json", {"key": read_json(run / "key.json"), "result": saved})
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return result
+
+
+def check_learnt(model: torch.nn.Module, steps: int) -> None:
+    """Check that training changed the adapter.
+
+    Raises:
+        CogpressError: the adapter adds nothing to the base: its matrices B, which begin as zero, still are.
+    """
+    if not any(bool(weight.any()) for name, weight in model.named_parameters() if "lora_B" in name):
+        raise CogpressError(
+            f"The adapter is still all zero after {steps} steps, so nothing was learnt. Start over with --fresh, and "
+            "a higher train.learning_rate, more train.epochs or a smaller train.batch_size."
+        )
 
 
 def _last_loss(trainer: Any) -> float:

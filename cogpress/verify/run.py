@@ -202,7 +202,9 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
     base_folder = fetch.base(adapter_facts["base"]["source"], root / ".cache")
     scheme = (facts.get("compression") or {}).get("scheme", "none")
     tokenizer = base.tokenizer(base_folder)
-    examples = held_out(config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]))
+    examples = held_out(
+        config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]), config.data.ignore
+    )
     return _Case(
         config=config,
         weights=weights,
@@ -248,14 +250,14 @@ def find_run(root: Path, weights: Path, facts: dict[str, Any]) -> Path:
     )
 
 
-def held_out(settings: Verify, root: Path, run: Path, prompt: Prompt) -> list[Conversation]:
-    """The examples to verify with: those of `verify.examples`, or those that the run held out.
+def held_out(settings: Verify, root: Path, run: Path, prompt: Prompt, ignore: Sequence[str] = ()) -> list[Conversation]:
+    """The examples to verify with: those of `verify.examples` without the keys to ignore, or those the run held out.
 
     Raises:
         CogpressError: there are none, or lines are bad.
     """
     if settings.examples:
-        held = read_examples(root / settings.examples, prompt=prompt)
+        held = read_examples(root / settings.examples, prompt=prompt, ignore=ignore)
         if held.problems:
             raise CogpressError(f"verify.examples: {held.problems[0]}. Correct it.")
     elif (run / HELD_OUT).is_file():

@@ -104,13 +104,14 @@ def test_problems_name_their_file(write: Write, prepare: Callable[..., data.Prep
 def test_the_table_says_what_was_done(write: Write, prepare: Callable[..., data.Prepared]) -> None:
     path = write(*numbered(40), *[{"text": number, "[red]": 1} for number in range(25)], pair("Long?", "word " * 300))
     out = io.StringIO()
-    report = prepare(path, skip_bad=True).report
+    report = prepare(path, skip_bad=True, data=config.Data(validation_share=0, ignore=("[red]",))).report
     Console(file=out, width=120).print(report.table())
     text = out.getvalue()
     assert f"left out: over 256 tokens; max_length {report.length_max} would keep all" in text
     assert text.count("text is a number") == 20
     assert "5 │ more" in text
     assert "66 │ 41 prompt/completion" in text
+    assert "25 │ '[red]': left out by data.ignore" in text
 
 
 def test_a_report_of_nothing_has_a_table() -> None:

@@ -1,0 +1,135 @@
+"""What is measured is judged: the first step learns, and a run that learnt nothing or diverged is no success."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from cogpress import config
+from cogpress.errors import CogpressError
+from cogpress.prompts import Row
+from cogpress.train import run as training
+from cogpress.train.arguments import arguments, too_few
+from cogpress.train.loop import ObjectiveTrainer, Recorder, Rows
+from cogpress.train.objective import Collator
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.05), (2, 0.05), (20, 0.2), (20, 0.0)])
+def test_the_first_step_learns(tmp_path: Path, schedule: str, steps: int, warmup: float) -> None:
+    settings = config.Train.model_validate(
+        {"optimizer": "adamw", "schedule": schedule, "learning_rate": 0.1, "warmup_share": warmup}
+    )
+    model = torch.nn.Linear(2, 2)
+    trainer = ObjectiveTrainer(
+        objective=lambda model, batch: (torch.zeros(()), 1),
+        model=model,
+        args=arguments(settings, tmp_path, 8, False, torch.float32),
+        train_dataset=Rows([Row([1], [1])]),
+    )
+    trainer.create_optimizer_and_scheduler(steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    rising = math.ceil(steps * warmup)
+    assert all(rate > 0 for rate in rates)
+    assert rates[: rising + 1] == pytest.approx([0.1 * (n + 1) / (rising + 1) for n in range(min(steps, rising + 1))])
+
+
+def test_too_few_rows_are_said_with_what_to_set() -> None:
+    said = too_few(config.Train(), 6)
+    assert said is not None
+    assert said.startswith("6 training examples in batches of 8 make a single optimizer step")
+    assert "train.epochs" in said
+    assert too_few(config.Train(epochs=2), 6) is None
+    assert too_few(config.Train(max_steps=1), 6) is None
+    assert too_few(config.Train(), 9) is None
+
+
+def test_an_adapter_of_zeros_is_no_success() -> None:
+    model = torch.nn.Module()
+    model.lora_B = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.zeros_(model.lora_B.weight)
+    with pytest.raises(CogpressError, match=r"still all zero after 1 steps.*train\.learning_rate"):
+        training.check_learnt(model, 1)
+    torch.nn.init.ones_(model.lora_B.weight)
+    training.check_learnt(model, 1)
+
+
+def recorder(path: Path) -> Recorder:
+    made = Recorder(path, Console(quiet=True))
+    made.on_train_begin(None, SimpleNamespace(global_step=5, max_steps=9), None)
+    return made
+
+
+@pytest.mark.parametrize(("name", "value"), [("loss", math.nan), ("loss", math.inf), ("eval_loss", math.nan)])
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path, name: str, value: float) -> None:
+    state: Any = SimpleNamespace(global_step=5, max_steps=200, epoch=0.1)
+    with pytest.raises(CogpressError, match=r"loss is (nan|inf) at step 5: .*train\.learning_rate"):
+        recorder(tmp_path / "metrics.jsonl").on_log(None, state, None, {name: value})
+    assert "step" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_the_last_validation_is_written_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5, "validation_loss": 1.0}\n')
+    resumed = recorder(path)
+    for step in (5, 9, 9):
+        resumed.on_log(None, SimpleNamespace(global_step=step), None, {"eval_loss": 1.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [5, 9]
+
+
+def toy(folder: Path, *, steps: int, nan_at: int = 0, resume: str | None = None) -> ObjectiveTrainer:
+    """Real training of two numbers."""
+    calls = iter(range(1, 99))
+
+    def objective(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        loss = model(batch["attention_mask"].float()[:, :1]).square().sum()
+        return (loss * math.nan if next(calls) == nan_at else loss), 1
+
+    settings = config.Train(optimizer="adamw", learning_rate=0.1, warmup_share=0.5, max_steps=steps, batch_size=1)
+    torch.manual_seed(0)
+    recorder = Recorder(folder / "metrics.jsonl", Console(quiet=True))
+    trainer = ObjectiveTrainer(
+        objective=objective,
+        model=torch.nn.Linear(1, 1),
+        args=arguments(settings, folder, 4, False, torch.float32),
+        train_dataset=Rows([Row([1, 2], [1, 2])] * 4),
+        data_collator=Collator(0),
+        callbacks=[recorder],
+    )
+    recorder.trainer = trainer
+    training.quiet(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def rates(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["learning_rate"] for line in lines]
+
+
+def test_rates_are_those_of_the_schedule_also_after_an_interruption(tmp_path: Path) -> None:
+    toy(tmp_path, steps=8)
+    whole = rates(tmp_path)
+    assert whole[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert all(rate > 0 for rate in whole)
+    checkpoints = sorted((tmp_path / "checkpoints").glob("checkpoint-*"))
+    assert [path.name for path in checkpoints] == ["checkpoint-7", "checkpoint-8"]
+    toy(tmp_path, steps=8, resume=str(checkpoints[0]))
+    assert rates(tmp_path) == whole
+
+
+def test_a_real_training_ends_at_the_step_whose_loss_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(CogpressError, match="loss is nan at step 3"):
+        toy(tmp_path, steps=8, nan_at=3)
+    assert len(rates(tmp_path)) == 3
