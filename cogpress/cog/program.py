@@ -1,11 +1,11 @@
-"""Run `cog login` and `cog push`. A token goes to the program's standard input alone."""
+"""Run `cog login` and `cog push`. Cog's token goes to the program's standard input alone, the API's nowhere."""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cogpress.config import Push
@@ -16,6 +16,15 @@ REGISTRY = "r8.im"
 """Replicate's registry of images."""
 
 LOGIN = ["cog", "login", "--token-stdin"]
+
+CLI_TOKEN = "REPLICATE_CLI_AUTH_TOKEN"
+"""The variable with the token that `cog login` takes, named as in Cog's own workflow template."""
+
+CLI_TOKEN_PAGE = "replicate.com/auth/token"
+"""Where a user finds that token."""
+
+API_TOKEN_PREFIX = "r8_"
+"""Of tokens for the HTTP API, which `cog login` refuses."""
 
 _DIGEST = re.compile(r"digest:\s*sha256:([0-9a-f]{64})|@sha256:([0-9a-f]{64})")
 _LAST_LINES = 6
@@ -28,36 +37,64 @@ def command(model: str, settings: Push) -> list[str]:
     return ["cog", "push", f"{REGISTRY}/{model}", *layers, "--progress", "plain"]
 
 
-def environment(token: str) -> dict[str, str]:
-    """The environment of `cog` and the build, without tokens."""
-    kept = {name: value for name, value in os.environ.items() if "TOKEN" not in name.upper() and token not in value}
+def cli_token() -> str | None:
+    """The token for `cog login` from the environment, or None."""
+    return os.environ.get(CLI_TOKEN, "").strip() or None
+
+
+def environment(*secrets: str | None) -> dict[str, str]:
+    """The environment of `cog` and the build, without tokens and without any variable that holds a secret."""
+    known = [secret for secret in secrets if secret]
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if "TOKEN" not in name.upper() and not any(secret in value for secret in known)
+    }
     return kept | {"COG_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
 
 
-def login(root: Path, token: str) -> None:
+def login(root: Path, token: str | None, *secrets: str | None) -> None:
     """Log in to Replicate's registry.
 
+    Args:
+        root: the project's folder.
+        token: for Cog, not for the API.
+        secrets: other tokens, which `cog` must not see.
+
     Raises:
-        CogpressError: it is refused, or `cog` is not installed.
+        CogpressError: there is no token, it is one for the API, it is refused, or `cog` is not installed.
     """
+    if token is None:
+        raise CogpressError(
+            f"Docker is not logged in to {REGISTRY} and {CLI_TOKEN} is not set. Run cog login, or set it to the token "
+            f"from {CLI_TOKEN_PAGE}."
+        )
+    if token.startswith(API_TOKEN_PREFIX):
+        raise CogpressError(
+            f"{CLI_TOKEN} is an API token ({API_TOKEN_PREFIX}...), which cog login refuses. Set it to the token from "
+            f"{CLI_TOKEN_PAGE}."
+        )
+    hidden = environment(token, *secrets)
     try:
         done = subprocess.run(
-            LOGIN, cwd=root, env=environment(token), input=token + "\n", capture_output=True, text=True, check=False
+            LOGIN, cwd=root, env=hidden, input=token + "\n", capture_output=True, text=True, check=False
         )
     except OSError as error:
         raise _missing(error) from None
     if done.returncode:
-        told = redacted(" ".join((done.stderr or done.stdout).split())[-_LINE:], token)
-        raise CogpressError(f"cog login failed: {told}. Check REPLICATE_API_TOKEN.")
+        told = redacted(" ".join((done.stderr or done.stdout).split())[-_LINE:], token, *secrets)
+        raise CogpressError(f"cog login failed: {told}. Check {CLI_TOKEN}: the token is at {CLI_TOKEN_PAGE}.")
 
 
-def push(root: Path, arguments: list[str], token: str, log: Path, on_line: Callable[[str], None]) -> str | None:
+def push(
+    root: Path, arguments: list[str], secrets: Sequence[str | None], log: Path, on_line: Callable[[str], None]
+) -> str | None:
     """Build and push; returns the image's digest where the output has it.
 
     Args:
         root: the project's folder.
         arguments: the whole command.
-        token: redacted in the output.
+        secrets: kept out of the environment and redacted in the output.
         log: the file for the output.
         on_line: called with each line.
 
@@ -71,7 +108,7 @@ def push(root: Path, arguments: list[str], token: str, log: Path, on_line: Calla
         process = subprocess.Popen(
             arguments,
             cwd=root,
-            env=environment(token),
+            env=environment(*secrets),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -84,7 +121,7 @@ def push(root: Path, arguments: list[str], token: str, log: Path, on_line: Calla
     try:
         with log.open("w", encoding="utf-8") as file:
             for raw in process.stdout:
-                line = redacted(raw.rstrip("\n"), token)
+                line = redacted(raw.rstrip("\n"), *secrets)
                 file.write(line + "\n")
                 file.flush()
                 if found := _DIGEST.search(line):

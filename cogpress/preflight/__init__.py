@@ -64,8 +64,8 @@ def _look(one: Check, facts: Facts) -> list[Finding]:
     except CogpressError as error:
         found = [failed(str(error), "Correct it and run again.")]
     # A message can quote a file or a program, and thereby a secret.
-    token = facts.machine.token
+    tokens = (facts.machine.token, facts.machine.cli_token)
     return [
-        replace(finding, message=redacted(finding.message, token), fix=redacted(finding.fix, token))
+        replace(finding, message=redacted(finding.message, *tokens), fix=redacted(finding.fix, *tokens))
         for finding in found
     ]

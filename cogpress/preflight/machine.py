@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cogpress.cog.program import REGISTRY
+from cogpress.cog.program import REGISTRY, cli_token
 from cogpress.files import read_json
 
 SECONDS = 15
@@ -37,13 +37,14 @@ class Git:
 
 @dataclass(frozen=True)
 class Machine:
-    """This machine; `logged_in` is None if only a credential helper knows."""
+    """This machine; `logged_in` is None if only a store knows; `token` is for the API, `cli_token` for Cog."""
 
     docker: Program
     cog: Program
     logged_in: bool | None
     free: int
     token: str | None = field(repr=False, default=None)
+    cli_token: str | None = field(repr=False, default=None)
     git: Git | None = None
 
 
@@ -55,6 +56,7 @@ def look(root: Path) -> Machine:
         logged_in=logged_in(),
         free=shutil.disk_usage(root).free,
         token=os.environ.get("REPLICATE_API_TOKEN", "").strip() or None,
+        cli_token=cli_token(),
         git=_git(root),
     )
 
@@ -80,7 +82,10 @@ def _ask(name: str, *arguments: str) -> Program:
 
 
 def logged_in() -> bool | None:
-    """Whether Docker's configuration, where `cog login` writes, knows the registry; None if only a helper knows."""
+    """Whether Docker's configuration knows the registry as Cog reads it; None if only a store of the system knows.
+
+    Cog reads `auths` and `credsStore`, but not `credHelpers`.
+    """
     folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
     try:
         content = read_json(folder / "config.json")
@@ -88,8 +93,7 @@ def logged_in() -> bool | None:
         return False
     if not isinstance(content, dict):
         return False
-    places = {*(content.get("auths") or {}), *(content.get("credHelpers") or {})}
-    if any(re.sub(r"^https?://", "", place).split("/")[0] == REGISTRY for place in places):
+    if any(re.sub(r"^https?://", "", place).split("/")[0] == REGISTRY for place in content.get("auths") or {}):
         return True
     return None if content.get("credsStore") else False
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from cogpress.cog.program import REGISTRY
+from cogpress.cog.program import API_TOKEN_PREFIX, CLI_TOKEN, CLI_TOKEN_PAGE, REGISTRY
 from cogpress.http import Reply
 from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
 from cogpress.preflight.facts import Facts
@@ -16,6 +16,8 @@ MACHINE, REPLICATE = "Machine", "Replicate"
 
 IMAGE_BYTES = 30_000_000_000
 """Disk that a build needs beside the weights: CUDA, torch, vLLM and their downloads."""
+
+API_TOKEN_PAGE = "replicate.com/account/api-tokens"
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*/[a-z0-9][a-z0-9._-]*", re.IGNORECASE)
 
@@ -47,28 +49,44 @@ def _minor(version: str) -> tuple[int, ...]:
 
 
 def _login(facts: Facts) -> Iterator[Finding]:
-    if facts.machine.logged_in:
+    here, token = facts.machine, facts.machine.cli_token
+    problem = None if token is None else _cli_token_problem(token)
+    fix = f"cog login, or set {CLI_TOKEN} to the token from {CLI_TOKEN_PAGE}."
+    if here.logged_in is not False and problem:
+        yield warning(f"{problem} The existing log-in is used.", f"Unset {CLI_TOKEN}.")
+    elif here.logged_in:
         yield passed(f"Docker is logged in to {REGISTRY}")
-    elif facts.machine.logged_in is None:
+    elif here.logged_in is None:
         yield passed("Docker keeps its log-ins in a store of the system, which is not asked")
-    elif facts.machine.token:
-        yield warning(
-            f"Docker is not logged in to {REGISTRY}.",
-            "printenv REPLICATE_API_TOKEN | cog login --token-stdin",
-        )
+    elif token is None:
+        yield failed(f"Docker is not logged in to {REGISTRY}, and {CLI_TOKEN} is not set.", fix)
+    elif problem:
+        yield failed(problem, fix)
     else:
-        yield failed(f"Docker is not logged in to {REGISTRY}.", "cog login")
+        yield passed(f"scripts/push logs in to {REGISTRY} with {CLI_TOKEN}")
+
+
+def _cli_token_problem(token: str) -> str | None:
+    if token.startswith(API_TOKEN_PREFIX):
+        return f"{CLI_TOKEN} is an API token ({API_TOKEN_PREFIX}...), which cog login refuses."
+    return f"{CLI_TOKEN} is not a token: it has spaces or is too short." if _odd(token) else None
+
+
+def _odd(token: str) -> bool:
+    return bool(re.search(r"\s", token)) or len(token) < 8
 
 
 def _token(facts: Facts) -> Iterator[Finding]:
     token = facts.machine.token
+    fix = f"Set it to a token from {API_TOKEN_PAGE}; keep it out of files here."
     if token is None:
-        yield failed(
-            "REPLICATE_API_TOKEN is not set.",
-            "Set it to a token from replicate.com/account/api-tokens; keep it out of files here.",
-        )
-    elif re.search(r"\s", token) or len(token) < 8:
-        yield failed("REPLICATE_API_TOKEN is not a token: it has spaces or is too short.", "Set it again.")
+        yield failed("REPLICATE_API_TOKEN is not set.", fix)
+    elif _odd(token):
+        yield failed("REPLICATE_API_TOKEN is not a token: it has spaces or is too short.", fix)
+    elif token == facts.machine.cli_token:
+        yield failed(f"REPLICATE_API_TOKEN and {CLI_TOKEN} are the same token; the API and cog need one each.", fix)
+    elif not token.startswith(API_TOKEN_PREFIX):
+        yield warning(f"REPLICATE_API_TOKEN does not begin with {API_TOKEN_PREFIX}, as the API's tokens do.", fix)
     else:
         yield passed("REPLICATE_API_TOKEN is set")
 

@@ -127,7 +127,7 @@ class PushRun:
             + (f", {warnings} warnings (see scripts/preflight)" if warnings else "")
         )
         if machine.logged_in() is False:
-            cog.login(self.target.root, self.replicate.token)
+            cog.login(self.target.root, cog.cli_token(), self.replicate.token)
         return {"passed": len(report.of("passed")), "warnings": warnings}
 
     def _models(self, say: Say) -> dict[str, Any]:
@@ -191,10 +191,9 @@ class PushRun:
         def act(say: Say) -> dict[str, Any]:
             before = {version["id"] for version in self._versions(model)}
             log = self.target.folder / f"{model.rpartition('/')[2]}.log"
+            secrets = [self.replicate.token, cog.cli_token()]
             with self.console.status(" ".join(command)) as status:
-                digest = cog.push(
-                    self.target.root, command, self.replicate.token, log, lambda line: status.update(Text(line[:70]))
-                )
+                digest = cog.push(self.target.root, command, secrets, log, lambda line: status.update(Text(line[:70])))
                 version = self._appeared(model, before, digest)
             say(f"version {version[:12]} of {model}")
             return {"model": model, "version": version}

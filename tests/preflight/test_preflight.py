@@ -47,6 +47,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: Stub) -> Path:
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
     monkeypatch.setenv("REPLICATE_API_TOKEN", TOKEN)
+    monkeypatch.delenv("REPLICATE_CLI_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("REPLICATE_BASE_URL", api.url)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(http, "BACKOFF", 0.0)
@@ -547,16 +548,49 @@ def test_programs_that_are_not_there(here: Path, tmp_path: Path, monkeypatch: py
     ("content", "outcome"),
     [
         ({"auths": {"https://r8.im/v2/": {}}}, "passed"),
-        ({"credHelpers": {"r8.im": "helper"}}, "passed"),
+        ({"credHelpers": {"r8.im": "helper"}}, "failed"),  # Cog does not read them
         ({"credsStore": "desktop"}, "passed"),
-        ({"auths": {"docker.io": {}}}, "warning"),
-        ([], "warning"),
+        ({"auths": {"docker.io": {}}}, "failed"),
+        ([], "failed"),
     ],
 )
 def test_the_log_in_is_dockers(here: Path, tmp_path: Path, content: Any, outcome: str) -> None:
     (tmp_path / "docker" / "config.json").write_text(json.dumps(content))
     [row] = findings(here, "Machine: log-in")
     assert row.finding.outcome == outcome
+
+
+NOT_LOGGED_IN: dict[str, Any] = {"auths": {}}
+LOGGED_IN = {"auths": {"r8.im": {}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "token", "outcome", "says"),
+    [
+        (NOT_LOGGED_IN, "a-token-of-the-cli", "passed", "logs in to r8.im with REPLICATE_CLI_AUTH_TOKEN"),
+        (NOT_LOGGED_IN, SECRET, "failed", "is an API token (r8_...), which cog login refuses"),
+        (NOT_LOGGED_IN, "abc 123", "failed", "is not a token"),
+        (NOT_LOGGED_IN, " ", "failed", "is not set"),
+        (LOGGED_IN, SECRET, "warning", "The existing log-in is used"),
+        (LOGGED_IN, "a-token-of-the-cli", "passed", "is logged in"),
+    ],
+)
+def test_cog_needs_a_log_in_or_a_token_of_its_own(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any, token: str, outcome: str, says: str
+) -> None:
+    (tmp_path / "docker" / "config.json").write_text(json.dumps(content))
+    monkeypatch.setenv("REPLICATE_CLI_AUTH_TOKEN", token)
+    [row] = findings(here, "Machine: log-in")
+    assert (row.finding.outcome, says in row.finding.message) == (outcome, True)
+    assert outcome != "failed" or "replicate.com/auth/token" in str(row.finding.fix)
+
+
+@pytest.mark.parametrize(("token", "outcome"), [("r8_same-as-cogs", "failed"), ("no-prefix-of-the-api", "warning")])
+def test_the_apis_token_is_another(here: Path, monkeypatch: pytest.MonkeyPatch, token: str, outcome: str) -> None:
+    monkeypatch.setenv("REPLICATE_API_TOKEN", token)
+    monkeypatch.setenv("REPLICATE_CLI_AUTH_TOKEN", "r8_same-as-cogs")
+    [row] = findings(here, "Machine: token")
+    assert (row.finding.outcome, "replicate.com/account/api-tokens" in str(row.finding.fix)) == (outcome, True)
 
 
 def test_without_a_token_nothing_is_asked(here: Path, api: Stub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.standins.localreplicate import TOKEN
-from tests.standins.pushproject import Machine, machine
+from tests.standins.pushproject import CLI_TOKEN, Machine, machine
 from tests.standins.pushreplicate import PushReplicate
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,8 @@ def cog(here: Machine, *arguments: str, text: str = "", **more: str) -> subproce
 def test_what_is_not_careful_is_refused(here: Machine) -> None:
     assert cog(here, "--version").stdout.startswith("cog version")
     for arguments, more in [
-        (["login", "--token", TOKEN], {}),
+        (["login", "--token", CLI_TOKEN], {}),
+        (["login", "--token-stdin"], {"ANY": f"x{CLI_TOKEN}"}),
         (["login", "--token-stdin"], {"ANY": f"x{TOKEN}"}),
         (["login", "--token-stdin"], {"HF_TOKEN": "x"}),
         (["login", "--token-stdin"], {"NO_COLOR": ""}),
@@ -46,17 +47,27 @@ def test_what_is_not_careful_is_refused(here: Machine) -> None:
         (["login"], {}),
         (["push", "local/test"], {}),
     ]:
-        done = cog(here, *arguments, text=TOKEN, **more)
+        done = cog(here, *arguments, text=CLI_TOKEN, **more)
         assert (done.returncode, "VIOLATION" in done.stderr) == (97, True), arguments
-    assert len(here.violations().splitlines()) == 7
+    assert len(here.violations().splitlines()) == 8
     assert cog(here, "login", "--token-stdin", text="another").returncode == 1
     assert cog(here, "push", "r8.im/local/test").returncode == 1  # not logged in
     assert cog(here, "push", "r8.im/local/test", "--fast").returncode == 2
     assert cog(here, "push", "r8.im/local/test", "--progress", "pretty").returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [(f"{TOKEN}\n", "that looks like a Replicate API token"), ("  \n", "token is empty")],
+    ids=["an API token", "nothing"],  # pytest puts the name of a test into the environment
+)
+def test_a_token_that_is_not_cogs_is_refused(here: Machine, given: str, says: str) -> None:
+    done = cog(here, "login", "--token-stdin", text=given)
+    assert (done.returncode, says in done.stderr) == (1, True)
+
+
 def test_what_is_pushed_runs(here: Machine, remote: PushReplicate) -> None:
-    assert cog(here, "login", "--token-stdin", text=f"{TOKEN}\n").returncode == 0
+    assert cog(here, "login", "--token-stdin", text=f"{CLI_TOKEN}\n").returncode == 0
     assert "Unable to find" in cog(here, "push", "r8.im/local/first").stderr
     body = {"owner": "local", "name": "first", "visibility": "private", "hardware": "gpu-l40s"}
     assert remote.ask("POST", "/v1/models", body).status_code == 201

@@ -64,10 +64,11 @@ def test_the_topics_that_are_left_out_exist() -> None:
     assert set(skipped) <= set(preflight.TOPICS)
 
 
-def test_only_the_push_sees_the_token_and_never_on_a_command_line() -> None:
-    assert TEXT.count("secrets.") == 1
+def test_only_the_push_sees_the_tokens_and_never_on_a_command_line() -> None:
+    assert TEXT.count("secrets.") == 2
     [step] = [step for step in JOBS["push"]["steps"] if "secrets." in str(step)]
-    assert step["env"]["REPLICATE_API_TOKEN"] == "${{ secrets.REPLICATE_API_TOKEN }}"
+    for name in ("REPLICATE_API_TOKEN", "REPLICATE_CLI_AUTH_TOKEN"):
+        assert step["env"][name] == f"${{{{ secrets.{name} }}}}"
     # What is put into a command as text could be a command itself.
     assert not [step for job in JOBS.values() for step in job["steps"] if "${{" in step.get("run", "")]
     assert WORKFLOW["permissions"] == {"contents": "read"}

@@ -1,7 +1,8 @@
 """The stand-in for `cog`: it records each call and refuses what the real program would, or what leaks a token.
 
-A test copies it onto the PATH as `cog`, with `cog-standin.json` beside it: the token, which only standard input may
-hold, and the address of the stand-in for Replicate (tests/standins/pushreplicate.py), where a push creates a version.
+A test copies it onto the PATH as `cog`, with `cog-standin.json` beside it: the API's token, which it must never
+see, its own, which only standard input may hold, and the address of the stand-in for Replicate
+(tests/standins/pushreplicate.py), where a push creates a version.
 It uses only the standard library, as it runs outside the package.
 """
 
@@ -34,13 +35,12 @@ def main(arguments):
 
 
 def check_secrecy(arguments):
-    token = STATE["token"]
-    for argument in arguments:
-        if token in argument:
-            violation("the token is on the command line")
+    tokens = (STATE["api_token"], STATE["cli_token"])
+    if any(token in argument for token in tokens for argument in arguments):
+        violation("a token is on the command line")
     for name, value in os.environ.items():
-        if token in value:
-            violation(f"the token is in the environment, as {name}")
+        if any(token in value for token in tokens):
+            violation(f"a token is in the environment, as {name}")
         if "TOKEN" in name and value:
             violation(f"{name} is in the environment")
     for name in ("COG_NO_UPDATE_CHECK", "NO_COLOR"):
@@ -52,7 +52,14 @@ def login(arguments):
     if arguments != ["--token-stdin"]:
         violation(f"login is given {arguments}")
     given = sys.stdin.read().strip()
-    if given != STATE["token"]:
+    if not given:
+        fail("token is empty")
+    if given.startswith("r8_"):
+        fail(
+            "that looks like a Replicate API token, not a CLI auth token. Please fetch a token from "
+            "https://replicate.com/auth/token to log in"
+        )
+    if given != STATE["cli_token"]:
         fail("invalid token")
     DOCKER.parent.mkdir(parents=True, exist_ok=True)
     DOCKER.write_text(json.dumps({"auths": {"r8.im": {}}}))

@@ -20,7 +20,7 @@ import httpx
 from cogpress.cog.process import Server, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKEN = "test-token-of-the-local-replicate"
+TOKEN = "r8_test-token-of-the-local-replicate"
 
 SLOTS = 8
 

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from cogpress.preflight.image import NEVER
 from cogpress.weights import manifest
 
-TOKEN = "preflight-test-token"  # what no output may hold
+TOKEN = "r8_preflight-test-token"  # what no output may hold
 
 COG = """\
 build:

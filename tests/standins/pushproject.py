@@ -16,6 +16,9 @@ import yaml
 from tests.standins import preflightproject
 from tests.standins.localreplicate import ROOT, TOKEN
 
+CLI_TOKEN = "cli-token-of-the-local-registry"
+"""For `cog login`, which refuses the token of the API."""
+
 RUNNER = """\
 import asyncio, sys
 from typing import Optional
@@ -144,16 +147,17 @@ class Machine:
 
 
 def machine(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A machine with the project, the stand-ins on its PATH and the token in its environment."""
+    """A machine with the project, the stand-ins on its PATH and both tokens in its environment."""
     programs = folder / "bin"
     preflightproject.program(programs, "docker", "29.1.0")
     program = programs / "cog"
     program.write_text(f"#!{sys.executable}\n" + (ROOT / "tests" / "standins" / "cogprogram.py").read_text())
     program.chmod(0o755)
-    (programs / "cog-standin.json").write_text(json.dumps({"token": TOKEN, "url": url}))
+    (programs / "cog-standin.json").write_text(json.dumps({"api_token": TOKEN, "cli_token": CLI_TOKEN, "url": url}))
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("DOCKER_CONFIG", str(folder / "docker"))
     monkeypatch.setenv("REPLICATE_API_TOKEN", TOKEN)
+    monkeypatch.setenv("REPLICATE_CLI_AUTH_TOKEN", CLI_TOKEN)
     monkeypatch.setenv("REPLICATE_BASE_URL", url)
     monkeypatch.setenv("SOME_TOKEN", "another secret")
     root = preflightproject.project(folder / "project")
