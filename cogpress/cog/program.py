@@ -92,7 +92,7 @@ def push(
     """Build and push; returns the image's digest where the output has it.
 
     Args:
-        root: the project's folder.
+        root: the folder to build in.
         arguments: the whole command.
         secrets: kept out of the environment and redacted in the output.
         log: the file for the output.

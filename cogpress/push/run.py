@@ -17,6 +17,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import sha256, write_json
 from cogpress.preflight import machine
 from cogpress.push import compatibility, fuzz, journal, parity, summary, testcases
+from cogpress.push.context import build_context, code_beside_weights
 from cogpress.push.journal import RejectedError, Say, StepRunner
 from cogpress.push.summary import Shipped
 from cogpress.push.target import PushTarget, example, fingerprint, hardware
@@ -192,8 +193,14 @@ class PushRun:
             before = {version["id"] for version in self._versions(model)}
             log = self.target.folder / f"{model.rpartition('/')[2]}.log"
             secrets = [self.replicate.token, cog.cli_token()]
-            with self.console.status(" ".join(command)) as status:
-                digest = cog.push(self.target.root, command, secrets, log, lambda line: status.update(Text(line[:70])))
+            if "--separate-weights" in command and (code := code_beside_weights(self.target.root)):
+                note = f"The weights have no layer of their own, because {code[0]} lies among them. Leave it out."
+                self.notes += [] if note in self.notes else [note]
+            with (
+                self.console.status(" ".join(command)) as status,
+                build_context(self.target.root, self.target.folder) as place,
+            ):
+                digest = cog.push(place, command, secrets, log, lambda line: status.update(Text(line[:70])))
                 version = self._appeared(model, before, digest)
             say(f"version {version[:12]} of {model}")
             return {"model": model, "version": version}

@@ -20,6 +20,7 @@ from cogpress import config
 from cogpress.errors import CogpressError
 from cogpress.preflight import place
 from cogpress.push import dry_run, journal, run, testcases
+from cogpress.push.context import build_context, code_beside_weights
 from cogpress.push.target import PushTarget, fingerprint, hardware
 from cogpress.replicate import routes
 from cogpress.replicate.api import Replicate
@@ -314,6 +315,34 @@ def test_a_deployment_is_made_and_then_changed(here: Machine, remote: PushReplic
     newer, _ = push(here, allow_breaking=True)
     found = remote.ask("GET", "/v1/deployments/local/live").json()["current_release"]
     assert (found["version"], found["number"]) == (newer.version, 2)
+
+
+def test_weights_in_a_layer_are_pushed_under_both_names(here: Machine) -> None:
+    here.settings(tests=[], fuzz={"rounds": 0})
+    left = ["runs/demo/checkpoints/1/adapter.safetensors", ".cache/bases/embedded/model.safetensors"]
+    here.enlarge("weights/model.safetensors", *left)
+    _, said = push(here)
+    assert here.calls() == [["login", "--token-stdin"], TEST_PUSH, PUSH]
+    assert "no layer of their own" not in said
+    assert not list((here.root / "runs" / "push").rglob("context"))
+    assert not (here.root / ".cog").exists()
+
+
+def test_the_build_context_holds_what_enters_the_image(here: Machine, tmp_path: Path) -> None:
+    here.enlarge("weights/model.safetensors", "runs/demo/adapter.safetensors", ".cog/cache/weights_manifest.json")
+    with (here.root / ".dockerignore").open("a") as file:
+        file.write("requirements\n")
+    with build_context(here.root, tmp_path / "made") as place:
+        files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+        # Cog itself reads the requirements.
+        assert {"cog.yaml", ".dockerignore", "requirements/gpu.lock", "weights/model.safetensors"} <= files
+        assert not [name for name in files if name.startswith(("runs/", ".cog/", ".git/")) or name.endswith(".in")]
+        assert (place / "weights" / "model.safetensors").samefile(here.root / "weights" / "model.safetensors")
+    assert not place.exists()
+    assert (here.root / "weights" / "model.safetensors").stat().st_size == 12_000_000
+    assert code_beside_weights(here.root) == []
+    (here.root / "weights" / "tool.py").write_text("")
+    assert code_beside_weights(here.root) == ["weights/tool.py"]
 
 
 def test_weights_that_are_fetched_at_the_start_are_in_no_layer(here: Machine) -> None:

@@ -74,7 +74,7 @@ def test_what_is_pushed_runs(here: Machine, remote: PushReplicate) -> None:
     done = cog(here, "push", "r8.im/local/first", "--separate-weights", "--progress", "plain")
     assert done.returncode == 0, done.stderr
     [version] = remote.ask("GET", "/v1/models/local/first/versions").json()["results"]
-    assert f"digest: sha256:{version['id']}" in done.stderr
+    assert f"  image  r8.im/local/first@sha256:{version['id']}" in done.stderr
     assert "count" in version["openapi_schema"]["components"]["schemas"]["Input"]["properties"]
     made: Any = remote.create({"prompt": "a", "count": 2}, "local/first", wait=True)
     assert (made["status"], made["output"]) == ("succeeded", ["a0 ", "a1 "])
@@ -88,6 +88,24 @@ def test_what_is_pushed_runs(here: Machine, remote: PushReplicate) -> None:
     (here.root / "predict.py").unlink()
     assert cog(here, "push", "r8.im/local/first").returncode == 1
     assert here.violations() == ""
+
+
+def test_weights_in_a_layer_are_as_cogs(here: Machine, remote: PushReplicate) -> None:
+    assert cog(here, "login", "--token-stdin", text=CLI_TOKEN).returncode == 0
+    for name in ("one", "two"):
+        body = {"owner": "local", "name": name, "visibility": "private", "hardware": "cpu"}
+        assert remote.ask("POST", "/v1/models", body).status_code == 201
+    here.enlarge("weights/model.safetensors")
+    assert cog(here, "push", "r8.im/local/one", "--separate-weights").returncode == 0
+    # What it keeps about the weights does not name the image.
+    done = cog(here, "push", "r8.im/local/two", "--separate-weights")
+    assert (done.returncode, "r8.im/local/two-weights:latest: not found" in done.stderr) == (1, True)
+    assert cog(here, "push", "r8.im/local/one", "--separate-weights").returncode == 0
+    # It makes a layer of what .dockerignore keeps out.
+    here.enlarge("runs/demo/checkpoints/1/adapter.safetensors")
+    done = cog(here, "push", "r8.im/local/one", "--separate-weights")
+    assert (done.returncode, '"/runs/demo/checkpoints/1": not found' in done.stderr) == (1, True)
+    assert cog(here, "push", "r8.im/local/one").returncode == 0
 
 
 def test_faults_are_made_when_told(remote: PushReplicate) -> None:

@@ -6,6 +6,7 @@ see, its own, which only standard input may hold, and the address of the stand-i
 It uses only the standard library, as it runs outside the package.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,9 @@ STATE = json.loads((HERE / "cog-standin.json").read_text())
 DOCKER = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
 VALUES = {"--progress": {"auto", "plain", "tty", "quiet"}, "--openapi-schema": None, "--secret": None}
 FLAGS = {"--separate-weights", "--no-cache"}
+LAYER_BYTES = 10_000_000
+MANIFEST = Path(".cog/cache/weights_manifest.json")
+BUILT = HERE / "cog-weights-images.json"
 
 
 def main(arguments):
@@ -85,19 +89,48 @@ def push(arguments):
         say("Building Docker image from environment in cog.yaml...")
         fail(STATE["fail"])
     say(f"Building Docker image from environment in cog.yaml as {image}...")
+    weights = weight_files() if "--separate-weights" in given else {}
+    built = read(BUILT) or []
+    if weights and read(MANIFEST) == weights and image not in built:
+        fail(f"{image}-weights:latest: not found")
     body = {"model": match.group(1), "root": os.getcwd(), "separate_weights": "--separate-weights" in given}
+    body["layers"] = sorted({folder for folder, _ in weights.values()})
     request = urllib.request.Request(STATE["url"] + "/standin/push", json.dumps(body).encode(), method="POST")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=300) as answer:
             made = json.load(answer)
     except urllib.error.HTTPError as error:
-        fail(error.read().decode())
+        fail(json.load(error))
+    if weights:
+        MANIFEST.parent.mkdir(parents=True, exist_ok=True)
+        MANIFEST.write_text(json.dumps(weights))
+        BUILT.write_text(json.dumps([*built, image]))
     say(f"Pushing image '{image}'...")
     if not STATE.get("silent"):
-        say(f"latest: digest: sha256:{made['id']} size: 4321")
-    say(f"Image '{image}' pushed")
-    print(f"\nRun your model on Replicate:\n    https://replicate.com/{match.group(1)}")
+        say(f"  image  {image}@sha256:{made['id']}")
+    say(f"  https://replicate.com/{match.group(1)}")
+
+
+def weight_files():
+    """The files of the weights' layer, each with its layer's folder and hash, as Cog finds them.
+
+    It takes the topmost folders with a big file and no code anywhere below, and does not ask .dockerignore.
+    """
+    found = {}
+    for name, folders, files in os.walk("."):
+        place = Path(name)
+        sizes = [(place / file).lstat().st_size for file in files]
+        code = [path for path in place.rglob("*") if path.suffix in (".py", ".ipynb")]
+        if place != Path() and max(sizes, default=0) >= LAYER_BYTES and not code:
+            folders.clear()
+            for path in filter(Path.is_file, place.rglob("*")):
+                found[path.as_posix()] = [place.as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()]
+    return found
+
+
+def read(path):
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def read_options(arguments):

@@ -92,10 +92,16 @@ class Standin:
 
     async def push(self, body: dict[str, Any]) -> tuple[int, Any]:
         from cogpress.cog.process import Server
+        from cogpress.preflight.ignore import Ignore, context
 
         model = self.parts.catalog.models.get(body["model"])
         if model is None:
             return 404, f"Unable to find existing Replicate model for r8.im/{body['model']}."
+        root = Path(body["root"])
+        entries = context(root, Ignore((root / ".dockerignore").read_text()))
+        for layer in body.get("layers", []):
+            if not any(entry.name.startswith(f"{layer}/") for entry in entries):
+                return 400, f'failed to compute cache key: "/{layer}": not found'
         print_, copied = await asyncio.to_thread(self.copy, Path(body["root"]))
         key = (body["model"], print_)
         if self.versions.get(key) not in [version.id for version in model.versions]:

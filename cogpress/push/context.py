@@ -1,0 +1,61 @@
+"""The folder that `cog push` builds in: what `.dockerignore` lets into the image, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cogpress.cog.process import read_cog_yaml
+from cogpress.preflight import ignore
+
+CODE = (".py", ".ipynb")
+"""Cog makes no separate layer of a folder with such a file anywhere below it, and does not say so."""
+
+
+@contextmanager
+def build_context(root: Path, folder: Path) -> Iterator[Path]:
+    """A fresh folder with hard links to the image's files, copies where the disk has none; removed at the end.
+
+    With `--separate-weights` Cog walks the whole folder without asking `.dockerignore`, so big files in `runs/` or
+    `.cache/` would become layers that its build cannot copy. It also keeps a list of the weights in `.cog/` that does
+    not name the image, so a push of unchanged weights under another name would ask for a layer that was never pushed.
+
+    Args:
+        root: the project's folder.
+        folder: where to make it, on the same disk if possible.
+    """
+    place = folder / "context"
+    shutil.rmtree(place, ignore_errors=True)
+    for name in sorted({*_needed(root), *_entries(root)}):
+        source, target = root / name, place / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            target.symlink_to(os.readlink(source))
+            continue
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def code_beside_weights(root: Path) -> list[str]:
+    """The files below `weights/` that keep the weights out of a layer of their own."""
+    return [name for name in _entries(root) if name.startswith("weights/") and name.endswith(CODE)]
+
+
+def _entries(root: Path) -> list[str]:
+    patterns = ignore.Ignore((root / ignore.NAME).read_text(encoding="utf-8"))
+    return [entry.name for entry in ignore.context(root, patterns) if not entry.name.startswith(".cog/")]
+
+
+def _needed(root: Path) -> list[str]:
+    """What Cog and Docker read in the folder, also where `.dockerignore` keeps it out of the image."""
+    requirements = (read_cog_yaml(root).get("build") or {}).get("python_requirements")
+    return [name for name in (ignore.NAME, "cog.yaml", requirements) if name and (root / name).is_file()]
