@@ -20,13 +20,11 @@ from cogpress.engines.grammar import MAX_WHITESPACE, NICENESS, Guard
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
 from cogpress.weights import base
+from cogpress.weights.filenames import COMPILED
 
 BFLOAT16_CAPABILITY = (8, 0)
 """Ampere's: the first compute capability with bfloat16 in hardware. Source: NVIDIA, CUDA C++ programming guide, table
 of arithmetic instructions."""
-
-COMPILED = "compiled"
-"""The folder beside the weights for what was compiled for a GPU."""
 
 EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """On a CPU, compute in the engine's own process. By default vLLM starts another process there and polls it for its

@@ -22,6 +22,9 @@ from cogpress.weights import manifest
 OWNER = "local"
 """The owner of models that are named without one."""
 
+TRAINED = "trained"
+"""The folder of trained weights beside the store."""
+
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 
 
@@ -72,7 +75,7 @@ class Catalog:
             if row["model"] in self.models:
                 version = Version(row["id"], row["model"], row["created"], **json.loads(row["data"]))
                 self.models[row["model"]].versions.append(version)
-        await asyncio.to_thread(self._remove_unused)
+        await self._remove_unused()
 
     def add_model(self, name: str) -> HostedModel:
         """The model of this name, created if there is none.
@@ -123,6 +126,9 @@ class Catalog:
         """Remove a version, keeping its predictions. Weights that a training made for it go once nothing uses them."""
         self.models[version.model].versions.remove(version)
         self._store.write("DELETE FROM versions WHERE id = ? AND model = ?", version.id, version.model)
+        folder = Path(version.source.removeprefix("folder:"))
+        if version.source.startswith("folder:") and folder.parent.name == TRAINED:
+            self._store.write("INSERT OR IGNORE INTO removed VALUES (?)", folder.name)
         task = asyncio.get_running_loop().create_task(self._release(version.source))
         self._removals.add(task)
         task.add_done_callback(self._removals.discard)
@@ -136,17 +142,27 @@ class Catalog:
             return
         if queue is not None and self._queues.pop(source, None) is not None:
             await queue.close()
-        await asyncio.to_thread(self._remove_unused)
+        await self._remove_unused()
 
     def _used(self) -> set[str]:
         return {version.source for model in self.models.values() for version in model.versions}
 
-    def _remove_unused(self) -> None:
-        """Remove trained weights of deleted versions, and what a killed training left behind."""
+    async def _remove_unused(self) -> None:
+        """Remove trained weights of deleted versions, and what a killed training left behind.
+
+        Only what the store records as such: a store that was begun afresh knows nothing of the weights beside it.
+        """
+        rows = await self._store.read(
+            "SELECT name FROM removed UNION SELECT id FROM trainings WHERE status IN ('failed', 'canceled')"
+        )
+        await asyncio.to_thread(self._remove, {row["name"] for row in rows})
+
+    def _remove(self, names: set[str]) -> None:
         # By name, so that moving the data folder loses nothing.
         used = {Path(source).name for source in self._used() if source.startswith("folder:")} | self.training
-        for entry in (self._store.folder / "trained").glob("*"):
-            if entry.name.partition(".")[0] in used:
+        for entry in (self._store.folder / TRAINED).glob("*"):
+            name = entry.name.partition(".")[0]
+            if name in used or name not in names:
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)

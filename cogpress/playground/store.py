@@ -6,6 +6,7 @@ import asyncio
 import base64
 import fcntl
 import json
+import re
 import secrets
 import sqlite3
 import time
@@ -36,6 +37,7 @@ CREATE TABLE IF NOT EXISTS trainings (
 CREATE TABLE IF NOT EXISTS models (name TEXT PRIMARY KEY, created REAL NOT NULL, data TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS versions (
     id TEXT NOT NULL, model TEXT NOT NULL, created REAL NOT NULL, data TEXT NOT NULL, PRIMARY KEY (id, model));
+CREATE TABLE IF NOT EXISTS removed (name TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS files (id TEXT PRIMARY KEY, created REAL NOT NULL, data TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
@@ -132,6 +134,9 @@ class Store:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._commit, pending)
 
     def _commit(self, pending: list[tuple[str, tuple[Any, ...]]]) -> None:
+        # A version names weights that took hours; even a crash of the machine must not part the two.
+        durable = any(re.search(r"\b(versions|removed)\b", statement) for statement, _ in pending)
+        self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         with self._database as database:
             for statement, values in pending:
                 database.execute(statement, values)

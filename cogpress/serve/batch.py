@@ -7,10 +7,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import math
 import os
+import shutil
+import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -103,7 +106,9 @@ def run(
     """
     started = time.perf_counter()
     total = count(source)
-    with BatchJournal(target, _key(source, made_by), fresh) as journal:
+    if target.exists() and target.samefile(source):
+        raise CogpressError(f"{target} is the input itself. Name another file for the result.")
+    with BatchJournal(target, _key(made_by), {at: _hash(line) for at, line in _lines(source)}, fresh) as journal:
         reused = len(journal.done)
         tokens = 0
 
@@ -131,12 +136,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield at, line
 
 
-def _key(source: Path, made_by: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(made_by), sort_keys=True, default=str).encode())
-    with source.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _key(made_by: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(made_by), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _hash(line: bytes) -> str:
+    return hashlib.sha256(line.strip()).hexdigest()
 
 
 async def _answer_all(
@@ -170,15 +175,21 @@ async def _answer(server: Answering, at: int, line: bytes, fields: Mapping[str, 
         chunks = await server.answer(inputs(row, fields), metrics.__setitem__, stream=False)
         output = "".join([chunk async for chunk in chunks])
     except CogpressError as error:
-        if str(error) == DEAD:
-            raise CogpressError(
-                f"The engine stopped at line {at}. Finished lines are kept; run the same command again to resume."
-            ) from None
+        if str(error) == DEAD or getattr(getattr(server, "engine", None), "dead", False):
+            raise _stopped(at) from None
         return {"line": at, **carried, "error": str(error)}
     except Exception:  # noqa: BLE001 - one line must not end the run for the others
+        if getattr(getattr(server, "engine", None), "dead", False):
+            raise _stopped(at) from None
         traceback.print_exc()
         return {"line": at, **carried, "error": "The model failed at this line unexpectedly. The log has the cause."}
     return {"line": at, **carried, "output": output, "metrics": metrics}
+
+
+def _stopped(at: int) -> CogpressError:
+    return CogpressError(
+        f"The engine stopped at line {at}. Finished lines are kept; run the same command again to resume."
+    )
 
 
 def read(line: bytes) -> dict[str, Any]:
@@ -235,35 +246,54 @@ def _check(name: str, value: Any, field: Mapping[str, Any]) -> None:
 class BatchJournal:
     """Finished lines of an unfinished run, on disk beside its result."""
 
-    def __init__(self, target: Path, key: str, fresh: bool) -> None:
+    def __init__(self, target: Path, key: str, hashes: Mapping[int, str], fresh: bool) -> None:
         """Nothing is read or written before the block begins.
 
         Args:
             target: the result.
             key: identifies what made the lines; a journal with another key is replaced.
+            hashes: of each line of the input; a journal's line goes on only if it answers the same line.
             fresh: replace it in any case.
+
+        Raises:
+            CogpressError: on entry, if another run writes the same result.
         """
         self.path = target.with_name(f"{target.name}.journal")
         self.target = target
         self.done: dict[int, int] = {}
         """The byte offset in the journal of each finished line's result."""
         self.failed = 0
-        self._key = key
+        self._key, self._hashes = key, hashes
         self._file: IO[bytes]
         self._fresh = fresh
         self._flushed = time.monotonic()
 
     def __enter__(self) -> BatchJournal:
         self.target.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._locked()
         end = 0 if self._fresh else self._read()
-        if end:
-            self._file = self.path.open("r+b")
-            self._file.truncate(end)
-            self._file.seek(end)
-        else:
-            self._file = self.path.open("w+b")
+        if not end and self.path.stat().st_size and not self._fresh:
+            old = self.path.with_name(f"{self.path.name}.old")
+            shutil.copyfile(self.path, old)
+            print(f"The journal was made with other weights or options; it is set aside as {old}.", file=sys.stderr)
+        self._file.truncate(end)
+        self._file.seek(end)
+        if not end:
             self._file.write(json.dumps({"key": self._key}).encode() + b"\n")
         return self
+
+    def _locked(self) -> IO[bytes]:
+        while True:
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise CogpressError(f"Another run writes {self.target}. Wait for it, or name another file.") from None
+            # A run that ended between the two calls has removed the file that is locked now.
+            if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                return file
+            file.close()
 
     def _read(self) -> int:
         """Read an existing journal; returns the offset where its last whole line ends, 0 if it is of no use."""
@@ -276,12 +306,12 @@ class BatchJournal:
                     content = json.loads(line)
                     if end == 0 and content.get("key") != self._key:
                         return 0
-                    if end:
+                    if end and self._hashes.get(content["line"]) == content.get("of"):
                         self._count(content, end)
                     end += len(line)
         except FileNotFoundError:
             return 0
-        except ValueError:
+        except (ValueError, KeyError, TypeError, AttributeError):
             pass  # the machine stopped while it wrote this line; those before it are whole
         return end
 
@@ -292,6 +322,7 @@ class BatchJournal:
     def add(self, line: int, result: dict[str, Any]) -> None:
         """Add a finished line."""
         self._count(result, self._file.tell())
+        result = {**result, "of": self._hashes[line]}
         self._file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flush()
@@ -308,12 +339,14 @@ class BatchJournal:
         with part.open("wb") as out:
             for line in lines:
                 self._file.seek(self.done[line])
-                out.write(self._file.readline())
+                result = json.loads(self._file.readline())
+                del result["of"]
+                out.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
             out.flush()
             os.fsync(out.fileno())
         os.replace(part, self.target)
-        self._file.close()
         self.path.unlink()
+        self._file.close()
 
     def __exit__(self, *_error: object) -> None:
         if not self._file.closed:

@@ -22,6 +22,9 @@ VERIFICATION_PLOT = "verification.png"
 VERIFICATION_FILES = (VERIFICATION, VERIFICATION_PAGE, VERIFICATION_PLOT)
 """The report on a folder of weights: for programs, for people, and its plot."""
 
+COMPILED = "compiled"
+"""The folder beside the weights for what was compiled for a GPU."""
+
 SERVING_FILES = (
     "config.json",
     "generation_config.json",

@@ -13,13 +13,16 @@ from typing import Any, Literal
 import cogpress
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, sha256, write_json
-from cogpress.weights.filenames import INDEX, SERVING_FILES, VERIFICATION, safe_name
+from cogpress.weights.filenames import COMPILED, INDEX, SERVING_FILES, VERIFICATION, VERIFICATION_FILES, safe_name
 
 NAME = "manifest.json"
 FORMAT = 1
 
 MAX_FILES = 10_000
 """More files than any model has."""
+
+_ADDED = (NAME, *VERIFICATION_FILES, "README.md", "LICENSE", ".gitattributes")
+"""Files that may be added to a folder after its manifest was written."""
 
 State = Literal["verified", "failed", "changed", "unverified"]
 
@@ -109,7 +112,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def check(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compare a folder with its manifest: every file has the recorded size and sha256, and no weights are beside them.
+    """Compare a folder with its manifest: every file has the recorded size and sha256, and no other is there.
 
     Raises:
         CogpressError: naming the first file that differs.
@@ -133,9 +136,19 @@ def check(folder: Path, manifest: dict[str, Any]) -> None:
                     f"{folder / name} is not the file that was written: its sha256 differs from the manifest's. "
                     "Fetch or merge the weights again."
                 )
-    extra = [path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in recorded]
+    extra = unlisted(folder, recorded)
     if extra:
         raise CogpressError(f"{folder} holds {extra[0]}, which its manifest does not list. Remove it.")
+
+
+def unlisted(folder: Path, recorded: Iterable[str]) -> list[str]:
+    """Files of a folder that its manifest does not list, such as a chat template that was added later.
+
+    Reports, pages for people and the folder of compiled code change no answer and may be added.
+    """
+    known = {*recorded, *_ADDED}
+    names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return sorted(str(name) for name in names if str(name) not in known and name.parts[0] != COMPILED)
 
 
 def listed(folder: Path, shown: str) -> dict[str, int]:
@@ -224,6 +237,6 @@ def state(folder: Path, checked: dict[str, Any] | None = None) -> State:
         now = known or signed_files(folder)
     except (OSError, CogpressError):
         return "changed"
-    if now != content["files"]:
+    if now != content["files"] or ((folder / NAME).is_file() and unlisted(folder, now)):
         return "changed"
     return "verified" if content.get("passed") is True else "failed"

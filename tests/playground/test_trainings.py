@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
@@ -164,9 +166,12 @@ def test_trained_weights_go_with_their_version(client: Any, local: Local) -> Non
     # What a run left behind that was killed while it trained goes at the next start.
     (trained / "left.part").write_text("half")
     (trained / "left").mkdir()
+    (trained / "unknown").mkdir()
     local.stop()
+    with contextlib.closing(sqlite3.connect(local.data / "predictions.sqlite")) as database, database:
+        database.execute("INSERT INTO trainings (id, status, data) VALUES ('left', 'processing', '{}')")
     local.start()
-    assert {path.name for path in trained.iterdir()} == kept | {made[1].id}
+    assert {path.name for path in trained.iterdir()} == kept | {made[1].id, "unknown"}
 
 
 def test_a_report_without_its_key_is_refused(local: Local) -> None:

@@ -191,3 +191,46 @@ def test_a_finished_file_asks_no_model(tmp_path: Path, go: Callable[..., batch.T
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(CogpressError, match="cannot be read"):
         batch.count(tmp_path / "none")
+
+
+def test_two_runs_cannot_write_one_result(tmp_path: Path, go: Callable[..., batch.Totals]) -> None:
+    write(tmp_path / "in.jsonl", [{"prompt": "p"}])
+    with batch.BatchJournal(tmp_path / "out.jsonl", "other", {}, False), pytest.raises(CogpressError, match="Another"):
+        go(Model())
+
+
+def test_lines_may_be_appended_or_changed_between_runs(tmp_path: Path, go: Callable[..., batch.Totals]) -> None:
+    rows = [{"prompt": f"p{n}"} for n in range(6)]
+    write(tmp_path / "in.jsonl", rows)
+    with pytest.raises(Cut):
+        go(Model(3), concurrency=1)
+    write(tmp_path / "in.jsonl", [{"prompt": "new"}, *rows[1:], {"prompt": "more"}])
+    assert go(Model()).reused == 2
+    said = [row["output"] for row in results(tmp_path / "out.jsonl")]
+    assert said == [f"answer to {name}" for name in ("new", "p1", "p2", "p3", "p4", "p5", "more")]
+
+
+def test_the_input_is_never_the_result(tmp_path: Path, fields: dict[str, dict[str, Any]]) -> None:
+    path = write(tmp_path / "in.jsonl", [{"prompt": "p"}])
+    with pytest.raises(CogpressError, match="is the input itself"):
+        batch.run(path, path, Model, fields, concurrency=1, made_by={})
+
+
+def test_an_old_journal_is_set_aside(
+    tmp_path: Path, go: Callable[..., batch.Totals], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "in.jsonl", [{"prompt": f"p{n}"} for n in range(6)])
+    with pytest.raises(Cut):
+        go(Model(3))
+    go(Model(), made_by={"weights": "v"})
+    assert "set aside as" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl.journal.old").read_text().count("answer to") == 3
+
+
+def test_an_engine_that_died_of_anything_leaves_lines_open(tmp_path: Path, go: Callable[..., batch.Totals]) -> None:
+    write(tmp_path / "in.jsonl", [{"prompt": f"p{n}"} for n in range(9)])
+    model = Model(3, RuntimeError("the device is gone"))
+    model.engine = type("Engine", (), {"dead": property(lambda _: len(model.asked) >= 3)})()  # type: ignore[attr-defined]
+    with pytest.raises(CogpressError, match="engine stopped at line"):
+        go(model)
+    assert go(Model()).reused == 3
