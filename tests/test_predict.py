@@ -240,7 +240,7 @@ def test_answers_follow_a_form(server: Server, rows: list[questions.Row], form: 
         ({"json_schema": '{"type": "nothing"}'}, "json_schema cannot be used: .*nothing"),
         ({"regex": "(a"}, "regex cannot be used"),
         ({"choices": "yes"}, "choices is not JSON"),
-        ({"regex": "a", "grammar": 'root ::= "a"'}, "Only one form"),
+        ({"regex": "a", "grammar": 'root ::= "a"'}, "can have only one form"),
         ({"tools": '[{"function": {"name": "f"}}]'}, "chat template knows no tools"),
         ({"thinking": True}, "no switch for reasoning"),
         ({"adapter": "sql"}, "model.yaml lists no adapters"),

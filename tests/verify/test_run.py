@@ -81,7 +81,8 @@ def test_the_merge_of_a_run_passes(verified: tuple[Path, verdict.Verdict]) -> No
     assert names[:5] == ["files", "tokenizer", "chat template", "prompt", "merge"]
     assert found.metrics["mean_kl"] < 0.001
     assert found.metrics["top1_agreement"] > 0.995
-    assert found.metrics["score"] == pytest.approx(found.metrics["reference_score"], abs=0.02) > 0.7
+    assert found.metrics["score"] == pytest.approx(found.metrics["reference_score"], abs=0.02)
+    assert found.metrics["score"] > 0.7
     assert found.metrics["served_agreement"] >= 0.99
     assert found.metrics["served_perplexity"] == pytest.approx(found.metrics["perplexity"], rel=0.02)
     assert found.metrics["concurrent_tokens_per_second"] > found.metrics["stream_tokens_per_second"] > 0
@@ -171,7 +172,7 @@ def test_one_flipped_tensor_is_caught(copy: Path, tiny_run: Path, signed: bool) 
     assert not found.passed
     if signed:
         assert failures(found)["merge"].cause.startswith(f"{name} is not what the merge gives")
-        assert "99th percentile KL" in failures(found)
+        assert "same top token" in failures(found)
     else:
         assert "model.safetensors is not the file that was written" in failures(found)["files"].cause
 
