@@ -38,8 +38,8 @@ SINGLE = 5
 MAX_TOKENS = 128
 """More than the longest expected answer has, so that a right answer is never cut."""
 
-TRAIN_ROWS = 800
-"""Examples to make for training: enough for 192 batches of 4, with 4 % held out for the validation loss."""
+TRAIN_ROWS = 960
+"""Examples to make for training: enough for 230 batches of 4, with 4 % held out for the validation loss."""
 
 QUESTIONS = 64
 """Held-out questions asked of both models."""
