@@ -215,7 +215,8 @@ def read(settings: Mapping[str, Any], shown: str = "This config.json") -> Archit
             StrictDataclassError) as error:  # fmt: skip
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CogpressError(
-            f"transformers cannot build {shown} as a language model: {said} Name a model of a supported architecture."
+            f"{shown} is not a language model that transformers can build: {said} Name a model of a supported "
+            "architecture."
         ) from None
     return _described(model, settings, shown)
 
