@@ -74,7 +74,7 @@ def test_adapters_are_fetched_on_first_use(project: Path) -> None:
     first = get(adapters, "queries")
     assert (first.adapter.number, first.adapter.rank, prompts.field_names(first.prompt)) == (
         1,
-        32,
+        8,
         ["question", "columns"],
     )
     assert get(adapters, "queries") is first
