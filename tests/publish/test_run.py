@@ -117,9 +117,13 @@ def refused(request: Publication, hub: StandIn) -> str:
 
 
 def test_weights_are_published_in_one_private_commit(weights: Path, hub: StandIn) -> None:
-    (weights / "notes.txt").write_text("for me alone")
-    (weights / ".env").write_text("KEY=1")
     (weights / "README.md").write_text("of the folder")
+    for name in (".env", "notes.txt"):  # what is not the model's never goes up: it is named, and nothing is sent
+        (weights / name).write_text("for me alone")
+        with pytest.raises(CogpressError, match=f"{name}, which its manifest does not list"):
+            run(ask(weights), hub)
+        assert REPO not in hub.repositories
+        (weights / name).unlink()
     done = run(ask(weights), hub)
     repository = hub.repositories[REPO]
     assert repository.private
