@@ -26,6 +26,7 @@ from cogpress.merge import merge
 from cogpress.train import run as training
 from cogpress.verify import distributions
 from cogpress.weights import archive, base, fetch, manifest
+from cogpress.weights.filenames import ADAPTER
 
 if TYPE_CHECKING:
     from cogpress.verify.distributions import Divergence
@@ -114,12 +115,12 @@ def lay_out(fetched: Path, run: Path) -> bool:
     """
     with new_folder(run / "weights") as part:
         shutil.copytree(
-            fetched, part, dirs_exist_ok=True, ignore=lambda at, _: [training.ADAPTER] if Path(at) == fetched else []
+            fetched, part, dirs_exist_ok=True, ignore=lambda at, _: [ADAPTER] if Path(at) == fetched else []
         )
-    if not (fetched / training.ADAPTER).is_dir():
+    if not (fetched / ADAPTER).is_dir():
         return False
-    with new_folder(run / training.ADAPTER) as part:
-        shutil.copytree(fetched / training.ADAPTER, part, dirs_exist_ok=True)
+    with new_folder(run / ADAPTER) as part:
+        shutil.copytree(fetched / ADAPTER, part, dirs_exist_ok=True)
     return True
 
 
@@ -147,7 +148,7 @@ def held_out_again(
     Raises:
         CogpressError: it held out others.
     """
-    facts = adapters.read(run / training.ADAPTER).facts
+    facts = adapters.read(run / ADAPTER).facts
     config = config.model_copy(update={"prompt": Prompt.model_validate(facts["prompt"])})
     base_folder = fetch.base(facts["base"]["source"], cache)
     prepare(config, path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad)
@@ -257,7 +258,7 @@ def pack(built: Built, console: Console | None = None) -> Path:
     The adapter is what the weights can be verified against, wherever they are fetched to.
     """
     with step("Archive", console or Console()) as say:
-        tar = archive.pack(built.weights, built.weights.parent / TAR, {training.ADAPTER: built.training.adapter})
+        tar = archive.pack(built.weights, built.weights.parent / TAR, {ADAPTER: built.training.adapter})
         say(f"{tar} ({tar.stat().st_size / 1e6:.0f} MB)")
     return tar
 

@@ -21,6 +21,7 @@ from cogpress.files import new_folder, read_json, write_json
 from cogpress.train import answers
 from cogpress.train.arguments import arguments, lora, too_few
 from cogpress.weights import base, manifest
+from cogpress.weights.filenames import ADAPTER
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +33,6 @@ EAGER_UP_TO = 512
 Two cores, batch 8 x 128, 135 M parameters: 452 against 366 tokens per second. Its memory grows with the square of the
 length, so longer rows take the fused kernel.
 """
-
-ADAPTER = "adapter"
-"""The folder of a run, and in a tar of its weights, that holds the adapter."""
 
 HELD_OUT = "held-out.jsonl"
 """The examples of a run that it does not train on, as conversations."""

@@ -22,6 +22,9 @@ VERIFICATION_PLOT = "verification.png"
 VERIFICATION_FILES = (VERIFICATION, VERIFICATION_PAGE, VERIFICATION_PLOT)
 """The report on a folder of weights: for programs, for people, and its plot."""
 
+ADAPTER = "adapter"
+"""The folder of a run, and of the tar of its weights, that holds the adapter; it has a manifest of its own."""
+
 COMPILED = "compiled"
 """The folder beside the weights for what was compiled for a GPU."""
 

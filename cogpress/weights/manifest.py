@@ -13,7 +13,15 @@ from typing import Any, Literal
 import cogpress
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, sha256, write_json
-from cogpress.weights.filenames import COMPILED, INDEX, SERVING_FILES, VERIFICATION, VERIFICATION_FILES, safe_name
+from cogpress.weights.filenames import (
+    ADAPTER,
+    COMPILED,
+    INDEX,
+    SERVING_FILES,
+    VERIFICATION,
+    VERIFICATION_FILES,
+    safe_name,
+)
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -144,11 +152,12 @@ def check(folder: Path, manifest: dict[str, Any]) -> None:
 def unlisted(folder: Path, recorded: Iterable[str]) -> list[str]:
     """Files of a folder that its manifest does not list, such as a chat template that was added later.
 
-    Reports, pages for people and the folder of compiled code change no answer and may be added.
+    Reports, pages for people, the adapter that the weights were made with and the folder of compiled code change no
+    answer and may be added.
     """
     known = {*recorded, *_ADDED}
     names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    return sorted(str(name) for name in names if str(name) not in known and name.parts[0] != COMPILED)
+    return sorted(str(name) for name in names if str(name) not in known and name.parts[0] not in (ADAPTER, COMPILED))
 
 
 def listed(folder: Path, shown: str) -> dict[str, int]:
