@@ -53,6 +53,9 @@ _LOADED = (
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
 """Suffixes of files that can run code when they are loaded."""
 
+CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh"}
+"""Suffixes of programs, which no model in safetensors needs."""
+
 MAX_NAME = 255
 """Bytes of a file's whole path."""
 
@@ -66,7 +69,8 @@ def safe_name(text: str, shown: str) -> PurePosixPath:
     """A file's path inside a folder, as an untrusted tar or list names it.
 
     Raises:
-        CogpressError: the path leads outside, is no plain name, or is a pickle file's.
+        CogpressError: the path leads outside, is no plain name, or is a file's that can run code: a pickle, a program,
+            or what another machine's engine compiled (vLLM unpickles that).
     """
     name = PurePosixPath(text)
     if name.is_absolute() or ".." in name.parts or "\\" in text or not name.parts:
@@ -74,6 +78,11 @@ def safe_name(text: str, shown: str) -> PurePosixPath:
     if not text.isprintable() or len(text.encode()) > MAX_NAME:
         raise CogpressError(f"{shown} holds {text[:80]!r}, which is no file name, and is refused.")
     refuse_pickle(name, shown)
+    if COMPILED in name.parts[:-1] or name.suffix.lower() in CODE:
+        raise CogpressError(
+            f"{shown} holds {name}, which can run code, and is refused. Pack the weights without it; compiled code is "
+            "made anew where they are served."
+        )
     return name
 
 

@@ -230,6 +230,10 @@ def test_incomplete_models_are_refused_and_the_last_good_one_stays(
         (lambda files: files.update({"/x.json": files["config.json"]}), "outside its folder"),
         (lambda files: files.update({"x//y.json": files["config.json"]}), "without a plain name"),
         (lambda files: files.update({"x.pt": files["config.json"]}), "pickle file"),
+        (
+            lambda files: files.update({"compiled/a/model": files["config.json"]}),
+            "compiled/a/model, which can run code",
+        ),
         (lambda files: files.clear(), "lists no files"),
     ],
 )
