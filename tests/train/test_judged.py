@@ -1,4 +1,7 @@
-"""What is measured is judged: the first step learns, and a run that learnt nothing or diverged is no success."""
+"""What is measured is judged: the first step learns, and a run that learnt nothing or diverged is no success.
+
+transformers' trainer takes seconds to import, so the tests that need it import it themselves.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,13 +20,18 @@ from cogpress.errors import CogpressError
 from cogpress.prompts import Row
 from cogpress.train import run as training
 from cogpress.train.arguments import arguments, too_few
-from cogpress.train.loop import ObjectiveTrainer, Recorder, Rows
 from cogpress.train.objective import Collator
 
+if TYPE_CHECKING:
+    from cogpress.train.loop import ObjectiveTrainer, Recorder
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0.05), (2, 0.05), (20, 0.2), (20, 0.0)])
 def test_the_first_step_learns(tmp_path: Path, schedule: str, steps: int, warmup: float) -> None:
+    from cogpress.train.loop import ObjectiveTrainer, Rows
+
     settings = config.Train.model_validate(
         {"optimizer": "adamw", "schedule": schedule, "learning_rate": 0.1, "warmup_share": warmup}
     )
@@ -66,11 +74,14 @@ def test_an_adapter_of_zeros_is_no_success() -> None:
 
 
 def recorder(path: Path) -> Recorder:
+    from cogpress.train.loop import Recorder
+
     made = Recorder(path, Console(quiet=True))
     made.on_train_begin(None, SimpleNamespace(global_step=5, max_steps=9), None)
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), [("loss", math.nan), ("loss", math.inf), ("eval_loss", math.nan)])
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path, name: str, value: float) -> None:
     state: Any = SimpleNamespace(global_step=5, max_steps=200, epoch=0.1)
@@ -79,6 +90,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path, name: str, v
     assert "step" in (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_the_last_validation_is_written_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 5, "validation_loss": 1.0}\n')
@@ -90,6 +102,8 @@ def test_the_last_validation_is_written_once(tmp_path: Path) -> None:
 
 def toy(folder: Path, *, steps: int, nan_at: int = 0, resume: str | None = None) -> ObjectiveTrainer:
     """Real training of two numbers."""
+    from cogpress.train.loop import ObjectiveTrainer, Recorder, Rows
+
     calls = iter(range(1, 99))
 
     def objective(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
@@ -118,6 +132,7 @@ def rates(folder: Path) -> list[float]:
     return [json.loads(line)["learning_rate"] for line in lines]
 
 
+@pytest.mark.slow
 def test_rates_are_those_of_the_schedule_also_after_an_interruption(tmp_path: Path) -> None:
     toy(tmp_path, steps=8)
     whole = rates(tmp_path)
@@ -129,6 +144,7 @@ def test_rates_are_those_of_the_schedule_also_after_an_interruption(tmp_path: Pa
     assert rates(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_a_real_training_ends_at_the_step_whose_loss_is_no_number(tmp_path: Path) -> None:
     with pytest.raises(CogpressError, match="loss is nan at step 3"):
         toy(tmp_path, steps=8, nan_at=3)

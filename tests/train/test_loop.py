@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from cogpress.train.loop import LengthGroupedSampler
+pytestmark = pytest.mark.slow  # transformers' trainer takes seconds to import
 
 
 def padding(lengths: list[int], rows: list[int]) -> float:
@@ -13,6 +14,8 @@ def padding(lengths: list[int], rows: list[int]) -> float:
 
 
 def test_batches_hold_rows_of_like_length_and_change_with_the_epoch() -> None:
+    from cogpress.train.loop import LengthGroupedSampler
+
     lengths = [(7 * number) % 101 + 1 for number in range(803)]
     sampler = LengthGroupedSampler(lengths, batch_size=8, seed=3)
     first = list(sampler)
@@ -27,6 +30,8 @@ def test_batches_hold_rows_of_like_length_and_change_with_the_epoch() -> None:
 
 
 def test_batches_of_few_rows_are_mixed() -> None:
+    from cogpress.train.loop import LengthGroupedSampler
+
     lengths = [(7 * number) % 101 + 1 for number in range(256)]
     rows = list(LengthGroupedSampler(lengths, batch_size=8, seed=3))
     assert sorted(rows) == list(range(256))

@@ -17,7 +17,6 @@ from cogpress.errors import CogpressError
 from cogpress.merge import merge
 from cogpress.prompts import Row
 from cogpress.train import run as training
-from cogpress.train.loop import Recorder
 from cogpress.train.objective import Collator
 from cogpress.verify import distributions
 from cogpress.weights import base, manifest, tensors
@@ -104,15 +103,6 @@ def test_files_of_examples_are_relative_to_the_project(
     assert answers == [f"It is {number + 1}, of course." for number in range(24, 30)]
 
 
-class _Interrupt(Recorder):
-    """Stops the run as Ctrl-C does, in the middle of a step after a checkpoint."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        super().on_step_begin(args, state, control, **rest)
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_an_interrupted_run_resumes_to_the_same_adapter(
     tiny_base: Path,
@@ -123,10 +113,18 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(
 ) -> None:
     import cogpress.train.loop
 
+    class Interrupt(cogpress.train.loop.Recorder):
+        """Stops the run as Ctrl-C does, in the middle of a step after a checkpoint."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            super().on_step_begin(args, state, control, **rest)
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
     chosen = settings(max_steps=14, dropout=dropout)  # more than an epoch of 9 batches
     whole = training.train(chosen, short, tiny_base, tmp_path / "whole", console=QUIET)
     with monkeypatch.context() as patch:
-        patch.setattr(cogpress.train.loop, "Recorder", _Interrupt)
+        patch.setattr(cogpress.train.loop, "Recorder", Interrupt)
         with pytest.raises(KeyboardInterrupt):
             training.train(chosen, short, tiny_base, tmp_path / "cut", console=QUIET)
     assert not (tmp_path / "cut" / "adapter").exists()
