@@ -253,7 +253,7 @@ class Environment:
         try:
             self._run(command, step, variables)
         except StepFailed as error:
-            if kind != "cpu" or not re.search(r"you require torch==", error.output):
+            if kind != "cpu" or not re.search(uv.TORCH_MISSING, error.output):
                 raise
             say("  torch's CPU build is not in the configured package index: trying PyTorch's own")
             self._run([*command, "--find-links", uv.PYTORCH_CPU], step, variables)

@@ -66,10 +66,13 @@ PROGRESS = r"Resolved|Downloading \S+ \((\d\d+\.\d+M|\S+G)iB|Prepared|Uninstalle
 FETCHING = r"Failed to (fetch|download|read `--find-links`)|No solution found|Request failed|No matching distribution"
 """Errors from before anything is changed: uv downloads all packages first."""
 
+TORCH_MISSING = r"you\s+require\s+torch=="
+"""What uv says where no index has torch's build."""
+
 _CAUSES = (
-    (r"No space left on device", "the disk is full. Make room, then run again."),
+    (r"No\s+space\s+left\s+on\s+device", "the disk is full. Make room, then run again."),
     (
-        r"(?i)hash mismatch|do not match the hashes",
+        r"(?i)hash\s+mismatch|do\s+not\s+match\s+the\s+hashes",
         "a package's file is not the one that was locked. Use a package index that mirrors the public one.",
     ),
     (
@@ -78,14 +81,14 @@ _CAUSES = (
         "again.",
     ),
     (
-        r"you require ([^\s,]+)|No matching distribution found for (\S+)",
+        r"you\s+require\s+([^\s,]+)|No\s+matching distribution found for (\S+)",
         "{0} is not in the package index. Check pip's configuration (`pip config list`), then run again.",
     ),
 )
 
 
 def explain(step: str, output: Sequence[str]) -> str:
-    """Why a step failed and what to do, with the program's own words."""
+    """Why a step failed and what to do, with the program's own words, which uv wraps anywhere."""
     text = without_credentials("\n".join(output))
     cause = "see below."
     for pattern, words in _CAUSES:

@@ -231,6 +231,12 @@ def test_uv_verifies_hashes_and_keeps_to_no_index() -> None:
             "unsatisfiable.",
             "torch==2.13.0+cpu is not in the package index",
         ),
+        (
+            "error: No solution found when resolving dependencies\n  cause: Because there is no version of "
+            "torch==2.13.0+cpu and you\n           require torch==2.13.0+cpu, we can conclude that your requirements "
+            "are\n           unsatisfiable.",
+            "torch==2.13.0+cpu is not in the package index",
+        ),
         ("error: something never seen before", "see below"),
     ],
 )
@@ -239,6 +245,13 @@ def test_a_failure_says_what_to_do_and_shows_the_program_s_own_words(line: str, 
     text = uv.explain("the packages of cpu.lock", output)
     assert said in text.splitlines()[0]
     assert text.splitlines()[1:] == ["  " + part for part in line.splitlines() if not part.startswith("WARNING")]
+
+
+@pytest.mark.parametrize("between", [" ", "\n           "])
+def test_a_missing_torch_is_seen_wherever_uv_wraps_its_line(between: str) -> None:
+    text = f"there is no version of torch==2.13.0+cpu and you{between}require torch==2.13.0+cpu, we can conclude"
+    assert re.search(uv.TORCH_MISSING, text)
+    assert not re.search(uv.TORCH_MISSING, text.replace("torch", "six"))
 
 
 def test_a_failure_without_an_error_line_shows_its_end() -> None:
