@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -53,6 +52,7 @@ class Engine:
         prepare(serve)
         import torch
         from vllm import AsyncEngineArgs
+        from vllm.config import StructuredOutputsConfig
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -61,6 +61,7 @@ class Engine:
         capability = torch.cuda.get_device_capability() if gpus else None
         wanted = options(folder, serve, concurrency, adapters, gpus, capability)
         os.environ.update(compile_cache(folder, wanted))
+        wanted["structured_outputs_config"] = StructuredOutputsConfig(**wanted["structured_outputs_config"])
         if not gpus:
             wanted["distributed_executor_backend"] = EXECUTOR
         try:
@@ -201,13 +202,10 @@ def _compact(schema: str) -> str | None:
     """A JSON schema as a grammar that allows one whitespace character between two tokens.
 
     vLLM allows any number, and a model that is unsure of what comes next writes spaces until its answer is full.
-    None for invalid schemas and for those that only vLLM's other backend can enforce.
+    None for invalid schemas.
     """
     import xgrammar
-    from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
 
-    if has_xgrammar_unsupported_json_features(json.loads(schema)):
-        return None
     try:
         return str(xgrammar.Grammar.from_json_schema(schema, any_whitespace=True, max_whitespace_cnt=MAX_WHITESPACE))
     except (RuntimeError, ValueError):
@@ -247,6 +245,8 @@ def options(
         "use_tqdm_on_load": False,
         "trust_remote_code": False,
         "max_logprobs": MAX_LOGPROBS,
+        # By default vLLM chooses for each request, but its engine keeps the backend of the first one.
+        "structured_outputs_config": {"backend": "xgrammar"},
         "enforce_eager": not compiled(serve, gpus),
         "disable_log_stats": serve.metrics_port is None,
         "tensor_parallel_size": tensor,
