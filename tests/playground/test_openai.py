@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 from pydantic import BaseModel, Field
 
 from cogpress.cog.process import Server
 from cogpress.engines.base import INCOMPLETE
+from cogpress.engines.grammar import unenforced
 from cogpress.playground.openai import parameters
 from cogpress.playground.openai import routes as openai_routes
 from cogpress.playground.openai.errors import OpenAIError, from_prediction
 from cogpress.playground.openai.responses import Completion, chat_logprobs, encoded, text_logprobs
-from cogpress.playground.openai.tools import Tools, read
+from cogpress.playground.openai.tools import Tools
 from cogpress.playground.records import Prediction, Version
 from tests.standins.localreplicate import ROOT, TOKEN, Local, echoing, project
 
@@ -545,8 +547,31 @@ def test_which_tools_the_model_is_told_of(client: Any) -> None:
     assert json.loads(inputs["json_schema"]) == TOOL["function"]["parameters"]  # type: ignore[index]
     assert "tools" not in inputs
     assert len(Tools((TOOL,), single=True).calls(f"[{CALL},{CALL}]")[1]) == 1
-    with pytest.raises(OpenAIError, match="needs exactly one tool"):
-        read([TOOL, {"type": "function", "function": {"name": "other"}}], "required", None)
+
+
+def test_one_of_several_functions_must_be_called(client: Any) -> None:
+    node = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"$ref": "#/$defs/end"}]}}}
+    tree = {"type": "function", "function": {"name": "walk", "parameters": node | {"$defs": {"end": {"type": "null"}}}}}
+    tools = [TOOL, {"type": "function", "function": {"name": "now"}}, tree]
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": tools, "tool_choice": "required"}
+    known = {**parameters.inputs_of(SCHEMA), "tools": {"type": "string"}}
+    inputs = parameters.parse(body, {"components": {"schemas": {"Input": {"properties": known}}}}, chat=True).inputs
+    assert json.loads(inputs["tools"]) == tools
+    schema = json.loads(inputs["json_schema"])
+    assert unenforced(schema) == "", "every form is enforced, references too"
+    validator = jsonschema.Draft202012Validator(schema)
+    right = (
+        {"name": "now", "arguments": {}},
+        {"name": "walk", "arguments": {"next": {"next": None}}},
+        json.loads(CALL),
+    )
+    assert all(map(validator.is_valid, right))
+    wrong = ({"name": "other", "arguments": {}}, {"name": "now"}, {"name": "walk", "arguments": {"next": 1}})
+    assert not any(map(validator.is_valid, wrong))
+    made = client.chat.completions.create(model="teller", messages=say(CALL), tools=tools, tool_choice="required")
+    [call] = made.choices[0].message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Köln"})
+    assert made.choices[0].finish_reason == "tool_calls"
 
 
 KNOWS = {

@@ -47,9 +47,6 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
 }
 """Values that have no effect, and are accepted from a model without such an input."""
 
-_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-"""The arguments of a function that is described without any."""
-
 _INSTEAD = {
     "n": "This server returns one answer per request. Send the request once per answer.",
     "best_of": "This server returns one answer per request. Leave out best_of.",
@@ -257,12 +254,16 @@ class _Parser:
         self.request.tools = tools
         if tools.forced is None:
             self.put("tools", list(tools.given))
+        if not tools.required and tools.forced is None:
+            return
+        if "json_schema" in self.request.inputs:
+            raise OpenAIError("A forced tool call excludes response_format. Leave out one of them.", "response_format")
+        if tools.forced is None:
+            self.put("json_schema", tools.schema, "tool_choice")
             return
         # Only the arguments are left to generate. The model does not see the tools: its template, if it supports tools
         # at all, would have it write something around the arguments.
-        if "json_schema" in self.request.inputs:
-            raise OpenAIError("A forced tool call excludes response_format. Leave out one of them.", "response_format")
-        self.put("json_schema", tools.forced.get("parameters") or _NO_ARGUMENTS, "tool_choice")
+        self.put("json_schema", tools.forced.get("parameters") or openai_tools.NO_ARGUMENTS, "tool_choice")
 
     def others(self, *, chat: bool) -> None:
         """Everything else."""

@@ -14,6 +14,9 @@ from typing import Any
 
 from cogpress.playground.openai.errors import OpenAIError
 
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+"""The arguments of a function that is described without any."""
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _WHOLE = ("{", "[", "<|python_tag|>")
 """How an answer begins that may be nothing but calls."""
@@ -27,11 +30,29 @@ class Tools:
         given: the functions' descriptions, for the model.
         forced: the one function that must be called; the answer is then its arguments.
         single: whether at most one call is allowed.
+        required: whether one of several functions must be called; `schema` is then the answer's form.
     """
 
     given: tuple[dict[str, Any], ...] = ()
     forced: dict[str, Any] | None = None
     single: bool = False
+    required: bool = False
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of a call of any of the functions, as `calls` reads it."""
+        calls = []
+        for at, one in enumerate(self.given):
+            arguments = _moved(one["function"].get("parameters") or NO_ARGUMENTS, f"#/anyOf/{at}/properties/arguments")
+            calls.append(
+                {
+                    "type": "object",
+                    "properties": {"name": {"const": one["function"]["name"]}, "arguments": arguments},
+                    "required": ["name", "arguments"],
+                    "additionalProperties": False,
+                }
+            )
+        return {"anyOf": calls}
 
     @property
     def names(self) -> frozenset[str]:
@@ -85,6 +106,19 @@ class Tools:
         return len(text[:at].rstrip())
 
 
+def _moved(schema: Any, place: str) -> Any:
+    """A schema to stand at `place` in another one: its references to itself follow it there."""
+    if isinstance(schema, list):
+        return [_moved(one, place) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {name: _moved(one, place) for name, one in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = place + reference[1:]
+    return moved
+
+
 def _call(name: str, arguments: str) -> dict[str, Any]:
     identifier = f"call_{secrets.token_hex(12)}"
     return {"id": identifier, "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -118,8 +152,7 @@ def read(given: Any, choice: Any, parallel: Any) -> Tools | None:
         return Tools(tuple(given), single=single)
     if choice == "required":
         if len(functions) > 1:
-            detail = "tool_choice required needs exactly one tool. Name the one to call, or use auto."
-            raise OpenAIError(detail, "tool_choice")
+            return Tools(tuple(given), single=True, required=True)
         return Tools(tuple(given), next(iter(functions.values())))
     named = choice.get("function") if isinstance(choice, dict) else None
     name = named.get("name") if isinstance(named, dict) else None
