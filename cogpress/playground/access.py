@@ -117,7 +117,7 @@ class Access:
             detail = f"This server only answers to localhost and 127.0.0.1, not to {host[:80]!r}."
             return error(421, "Misdirected request", detail), {}
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin.decode("latin-1").lower()).netloc != host:
+        if origin is not None and _site(origin) != host:
             return error(403, "Forbidden", "Requests from pages of other sites are refused."), {}
         if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and not _is_visit(scope, headers):
             return error(403, "Forbidden", "Requests from pages of other sites are refused."), {}
@@ -167,6 +167,14 @@ class Access:
             return message
 
         await self._app(scope, receive if scope["method"] == "GET" else counted, send)
+
+
+def _site(origin: bytes) -> str | None:
+    """The host and port of an `Origin` header; None where it names none."""
+    try:
+        return urlsplit(origin.decode("latin-1").lower()).netloc
+    except ValueError:  # such as `http://[`
+        return None
 
 
 def _is_visit(scope: Scope, headers: dict[bytes, bytes]) -> bool:

@@ -71,8 +71,11 @@ class Version:
 
     @cached_property
     def secrets(self) -> frozenset[str]:
-        """The names of secret inputs."""
-        properties = self._schemas.get("Input", {}).get("properties", {})
+        """The names of a prediction's secret inputs."""
+        return self._secrets("Input")
+
+    def _secrets(self, schema: str) -> frozenset[str]:
+        properties = self._schemas.get(schema, {}).get("properties", {})
         return frozenset(
             name for name, one in properties.items() if one.get("x-cog-secret") or one.get("format") == "password"
         )
@@ -82,8 +85,13 @@ class Version:
         return self.schema.get("components", {}).get("schemas", {})
 
     def redacted(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Inputs as they may be shown and stored."""
+        """A prediction's inputs as they may be shown and stored."""
         return {name: REDACTED if name in self.secrets else value for name, value in inputs.items()}
+
+    def redacted_training(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A training's inputs as they may be shown and stored."""
+        secrets = self._secrets("TrainingInput")
+        return {name: REDACTED if name in secrets else value for name, value in inputs.items()}
 
     def check(self, inputs: dict[str, Any]) -> None:
         """Validate a prediction's inputs.
@@ -91,11 +99,11 @@ class Version:
         Raises:
             InvalidInput: listing each invalid input.
         """
-        self._check(self._validator, inputs)
+        self._check(self._validator, inputs, self.secrets)
 
     def check_training(self, inputs: dict[str, Any]) -> None:
         """Validate a training's inputs; raises as `check` does."""
-        self._check(self._training_validator, inputs)
+        self._check(self._training_validator, inputs, self._secrets("TrainingInput"))
 
     @cached_property
     def _validator(self) -> jsonschema.Draft7Validator:
@@ -109,7 +117,8 @@ class Version:
         components = {"schemas": {name: {}, **self._schemas}}
         return jsonschema.Draft7Validator({"$ref": f"#/components/schemas/{name}", "components": components})
 
-    def _check(self, validator: jsonschema.Draft7Validator, inputs: dict[str, Any]) -> None:
+    @staticmethod
+    def _check(validator: jsonschema.Draft7Validator, inputs: dict[str, Any], secret: frozenset[str]) -> None:
         wrong = []
         for error in validator.iter_errors(inputs):
             name = str(error.absolute_path[0]) if error.absolute_path else "input"
@@ -117,7 +126,7 @@ class Version:
                 missing = [one for one in error.validator_value if one not in inputs]
                 wrong += [(one, f"{one} is required") for one in missing if (one, f"{one} is required") not in wrong]
             else:
-                wrong.append((name, "does not match the schema" if name in self.secrets else _shorten(error.message)))
+                wrong.append((name, "does not match the schema" if name in secret else _shorten(error.message)))
         if wrong:
             raise InvalidInput(wrong)
 

@@ -76,7 +76,7 @@ class Trainings:
             "version": version.id,
             "destination": destination,
             "status": "starting",
-            "input": version.redacted(payload),
+            "input": version.redacted_training(payload),
             "output": None,
             "error": None,
             "logs": "",

@@ -18,6 +18,7 @@ import pytest
 
 from cogpress.errors import CogpressError
 from cogpress.playground import sources, trainings
+from cogpress.playground.records import REDACTED, Version
 from tests.standins.localreplicate import SLOTS, TOKEN, Local, javascript, project, refusal
 from tests.standins.receiver import Receiver
 
@@ -172,6 +173,16 @@ def test_trained_weights_go_with_their_version(client: Any, local: Local) -> Non
         database.execute("INSERT INTO trainings (id, status, data) VALUES ('left', 'processing', '{}')")
     local.start()
     assert {path.name for path in trained.iterdir()} == kept | {made[1].id, "unknown"}
+
+
+@pytest.mark.parametrize("mark", [{"x-cog-secret": True}, {"format": "password"}])
+def test_a_training_s_secrets_are_neither_shown_nor_quoted(mark: dict[str, Any]) -> None:
+    key = {"type": "string", "maxLength": 8, **mark}
+    training = {"type": "object", "properties": {"key": key, "data": {"type": "string"}}}
+    version = Version("1", "local/m", 1.0, {"components": {"schemas": {"TrainingInput": training}}}, "folder:x")
+    assert version.redacted_training({"key": "s3cret", "data": "d"}) == {"key": REDACTED, "data": "d"}
+    with pytest.raises(CogpressError, match=r"^key: does not match the schema$"):
+        version.check_training({"key": "a long s3cret"})
 
 
 def test_a_report_without_its_key_is_refused(local: Local) -> None:
