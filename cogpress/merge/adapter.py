@@ -145,7 +145,7 @@ def read(folder: Path) -> LoraAdapter:
     manifest.check(folder, facts)
     config = read_json(folder / ADAPTER_CONFIG)
     _refuse_unknown(config, folder)
-    stored = {name: place for name, place in tensors.stored(folder).items() if place.file.name == ADAPTER_WEIGHTS}
+    stored = tensors.stored(folder, list(folder.glob(ADAPTER_WEIGHTS)))
     layers, replaced = _sorted_out(stored, config, folder)
     return LoraAdapter(
         folder=folder,

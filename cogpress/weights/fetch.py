@@ -31,7 +31,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import new_folder, recover, write_json
 from cogpress.source import Source
 from cogpress.weights import archive, download, embedded, hub, manifest, tensors
-from cogpress.weights.filenames import ADAPTER_CONFIG, INDEX, VERIFICATION, refuse_pickle
+from cogpress.weights.filenames import ADAPTER_CONFIG, VERIFICATION, refuse_pickle
 
 MAX_MANIFEST = 16 << 20
 """Bytes of a published manifest."""
@@ -136,9 +136,7 @@ def check(folder: Path, shown: str | None = None) -> FetchedModel:
             for path in folder.iterdir():
                 refuse_pickle(PurePosixPath(path.name), folder)
             raise CogpressError(f"{folder} holds no .safetensors file, which is all that cogpress loads. Name another.")
-        for name in tensors.shards(folder):
-            if not (folder / name).is_file():
-                raise CogpressError(f"{folder} lacks {name}, which {INDEX} names. Fetch the model again.")
+        tensors.files(folder)
         for path in weights:
             _check_whole(path)
         if facts is not None:

@@ -7,6 +7,9 @@ from pathlib import Path, PurePosixPath
 
 from cogpress.errors import CogpressError
 
+SINGLE = "model.safetensors"
+"""The file of a model that has no shards."""
+
 INDEX = "model.safetensors.index.json"
 """Which shard holds which tensor, in Hugging Face's layout."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from cogpress.errors import CogpressError
 from cogpress.source import Source
 from cogpress.weights import download, manifest, tensors
-from cogpress.weights.filenames import HUB_FILES, INDEX, PICKLES, VERIFICATION_FILES, refuse_pickle
+from cogpress.weights.filenames import HUB_FILES, INDEX, PICKLES, SINGLE, VERIFICATION_FILES, refuse_pickle
 
 
 def prepare() -> None:
@@ -87,8 +87,8 @@ def _needed(wanted: Source, listed: Iterable[str]) -> list[str]:
         # Some repositories hold the same weights again under other names.
         if INDEX in names:
             weights = set(tensors.shards(file(wanted, INDEX).parent))
-        elif "model.safetensors" in names:
-            weights = {"model.safetensors"}
+        elif SINGLE in names:
+            weights = {SINGLE}
         needed = weights | settings - {manifest.NAME}
     if missing := sorted(needed - names):
         raise CogpressError(f"{wanted.text} lacks {missing[0]}, which its own list of files names. Name another model.")

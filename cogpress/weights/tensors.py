@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
-from cogpress.weights.filenames import INDEX, safe_name
+from cogpress.weights.filenames import INDEX, SINGLE, safe_name
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +37,15 @@ class Stored:
     bytes: int
 
 
-def stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder's safetensors files by name, in the order of the files and of their data.
+def stored(folder: Path, chosen: Sequence[Path] | None = None) -> dict[str, Stored]:
+    """Every tensor of a folder's model by name, in the order of its files and of their data; or of the chosen files.
 
     Raises:
-        CogpressError: a file is truncated, is no safetensors file, or holds a tensor that another file holds too.
+        CogpressError: as `files`; or a file is truncated, is no safetensors file, or holds a tensor that another one
+            holds too.
     """
     found: dict[str, Stored] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in files(folder) if chosen is None else chosen:
         header, start = _header(path)
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
         end = start + max((entry["data_offsets"][1] for _, entry in entries), default=0)
@@ -75,6 +77,30 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     except (ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
         raise CogpressError(f"{path} is no safetensors file ({error}). Fetch it again.") from None
     return header, 8 + length
+
+
+def files(folder: Path) -> list[Path]:
+    """The safetensors files that a folder's model is read from, sorted.
+
+    They are the shards that its index names; without an index `model.safetensors`; else all that there are. Checkpoints
+    come with others beside them, such as Mistral's own `consolidated.safetensors`, which hold the same model again.
+
+    Raises:
+        CogpressError: a shard is missing; or `model.safetensors` stands beside the shards, of which transformers would
+            load one and vLLM the other.
+    """
+    single, named = folder / SINGLE, shards(folder)
+    for name in named:
+        if not (folder / name).is_file():
+            raise CogpressError(f"{folder} lacks {name}, which {INDEX} names. Fetch the model again.")
+    if named and SINGLE not in named and single.is_file():
+        raise CogpressError(
+            f"{folder} holds {SINGLE} beside the shards that {INDEX} names, and programs differ in which they load. "
+            "Remove what is stale."
+        )
+    if named:
+        return [folder / name for name in named]
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def shards(folder: Path) -> list[str]:
