@@ -237,7 +237,7 @@ def test_answers_follow_a_form(server: Server, rows: list[questions.Row], form: 
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [
-        ({"json_schema": '{"type": "nothing"}'}, "json_schema cannot be used: .*nothing"),
+        ({"json_schema": '{"type": "nothing"}'}, "json_schema cannot be enforced: .*nothing"),
         ({"regex": "(a"}, "regex cannot be used"),
         ({"choices": "yes"}, "choices is not JSON"),
         ({"regex": "a", "grammar": 'root ::= "a"'}, "can have only one form"),

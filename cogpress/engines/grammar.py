@@ -326,7 +326,7 @@ def _typed(schema: dict[str, Any]) -> str:
     types = [types] if isinstance(types, str) else types
     unknown = [one for one in types if one not in _TYPES]
     if unknown or ("type" in schema and not types):
-        return "an unknown type"
+        return f"the unknown type {json.dumps(unknown[0])}" if unknown else "an empty list of types"
     if not types:
         given = {kind for kind, names in _OF_TYPE.items() if any(name in schema for name in names)}
         if given and not (given == {"object"} and "properties" in schema):
