@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from cogpress.cog import client
 from cogpress.cog.process import Server
 from cogpress.files import read_json, write_json
 from cogpress.train import answers
+from cogpress.train import run as training
 from cogpress.weights import manifest
 
 CONCURRENT = 16
@@ -95,7 +95,7 @@ def run(root: Path, task: Task, console: Console, *, fresh: bool) -> dict[str, A
     started = time.perf_counter()
     folder = root / "runs" / "demo"
     if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+        training.discard(folder, console)
     settings = config.load(root / "model.yaml")
     with step("Example data", console) as say:
         train_file, test_file = task.write(folder / "data", TRAIN_ROWS, QUESTIONS, settings.train.seed)

@@ -66,8 +66,11 @@ def from_inputs(
         inputs: by the names that `train.py` gives them; `train_data` may be left to `model.yaml`.
         run: the run's folder; `runs/NAME` where not given.
         resume: go on with an interrupted training.
-        fresh: forget what the run's folder holds.
+        fresh: delete the run's folder first.
         console: where progress is shown.
+
+    Raises:
+        CogpressError: there are no examples, or a folder would be deleted or replaced that is no run's.
     """
     inputs = dict(inputs)
     skip_bad = bool(inputs.pop("skip_bad_lines", False))
@@ -78,14 +81,15 @@ def from_inputs(
             "There are no examples to train on. Give --train-data FILE, or set data.train in model.yaml."
         )
     run = run or root / "runs" / config.name
+    console = console or Console()
     if fresh:
-        shutil.rmtree(run, ignore_errors=True)
+        training.discard(run, console)
     return build(
         config,
         root / config.data.train,
         run,
         root / ".cache",
-        console or Console(),
+        console,
         validation_path=training.validation_file(config, root),
         resume=resume,
         skip_bad=skip_bad,
@@ -230,6 +234,7 @@ def build(
         resume: go on with an interrupted training.
         skip_bad: leave bad lines out instead of refusing the file.
     """
+    training.check_folder(run)
     base.quiet_libraries()
     with step("Base model", console):
         base_folder = fetch.base(config.base.source, cache)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from cogpress import source
-from cogpress.config import Config
+from cogpress.config import Config, Train
 from cogpress.data import prepare
 from cogpress.data.prepare import Prepared
 from cogpress.errors import CogpressError
@@ -36,6 +36,15 @@ length, so longer rows take the fused kernel.
 
 HELD_OUT = "held-out.jsonl"
 """The examples of a run that it does not train on, as conversations."""
+
+_TRAINED = ("checkpoints", ADAPTER, "result.json", "metrics.jsonl")
+"""What a training writes into its run's folder, and a new one there removes."""
+
+_PREPARED = {"data", "data.json", HELD_OUT, "lengths.png"}
+"""What is in a run's folder before the training begins."""
+
+_NOT_LEARNT = {"evaluations", "max_length"}
+"""Options of the section `train` that change nothing that is learnt; `max_length` does by the rows that it leaves."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +70,46 @@ def run_key(config: Config, prepared: Prepared, base_fingerprint: str) -> dict[s
     return {
         "base": base_fingerprint,
         "quantization": config.base.quantization,
-        "train": config.train.model_dump(mode="json"),
+        "train": config.train.model_dump(mode="json", exclude=_NOT_LEARNT),
         "rows": rows.hexdigest(),
     }
+
+
+def discard(run: Path, console: Console) -> None:
+    """Delete a run's folder, so that a training starts over, and say so first. Where none began, nothing is deleted.
+
+    Raises:
+        CogpressError: the folder is no run's.
+    """
+    if not run.is_dir() or {path.name for path in run.iterdir()} <= _PREPARED:
+        return
+    if not _is_run(run):
+        raise CogpressError(
+            f"{run} is not a run of cogpress: it has no key.json that a training wrote. --fresh deletes only runs. "
+            "Name the folder of a run, or one that does not exist yet."
+        )
+    console.print(f"Deleting {run}, which holds an earlier run.", soft_wrap=True)
+    shutil.rmtree(run.resolve())
+
+
+def check_folder(run: Path) -> None:
+    """Check that a training in this folder would replace nothing but an earlier training.
+
+    Raises:
+        CogpressError: the folder holds something else under a name that a training writes.
+    """
+    if not _is_run(run) and (other := next((name for name in _TRAINED if (run / name).exists()), None)):
+        raise CogpressError(
+            f"{run} holds {other}, but no run that a training here began, and a training would replace it. Name "
+            "another folder with --run."
+        )
+
+
+def _is_run(run: Path) -> bool:
+    try:
+        return {"base", "train", "rows"} <= read_json(run / "key.json").keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def is_run_of(run: Path, facts: dict[str, Any]) -> bool:
@@ -103,6 +149,7 @@ def train(
     """
     if not prepared.train:
         raise CogpressError("No example is left to train on. The data report above says what was dropped.")
+    check_folder(run)
     fingerprint = manifest.fingerprint(base_folder)
     key = run_key(config, prepared, fingerprint)
     finished = _finished(run, key)
@@ -139,7 +186,7 @@ def _open_run(run: Path, key: dict[str, Any], config: Config, resume: bool) -> P
             f"{run} holds an interrupted run, at {complete[-1].name.replace('-', ' ')}. "
             "Continue it with --resume, or start over with --fresh."
         )
-    for name in ("checkpoints", ADAPTER, "result.json", "metrics.jsonl"):
+    for name in _TRAINED:
         path = run / name
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
@@ -149,14 +196,12 @@ def _open_run(run: Path, key: dict[str, Any], config: Config, resume: bool) -> P
     return None
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for name in new:
-        if isinstance(new[name], dict):
-            names += _differences(old.get(name, {}), new[name], f"{prefix}{name}.")
-        elif old.get(name) != new[name]:
-            names.append(prefix + name)
-    return names
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What two keys of runs differ in. An option that is younger than the old run had its default there."""
+    defaults = Train().model_dump(mode="json")
+    before = {**defaults, **old.get("train", {})}
+    names = [name for name in new if name != "train" and old.get(name) != new[name]]
+    return names + [f"train.{name}" for name in new["train"] if before.get(name) != new["train"][name]]
 
 
 def _train(
