@@ -73,12 +73,12 @@ def _machine(root: Path, weights: Path, serve: Serve, concurrency: int) -> Machi
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus:
         # Both servers share the GPUs.
-        serve = serve.model_copy(update={"gpu_memory_share": serve.gpu_memory_share / 2})
+        serve = serve.model_copy(update={"gpu_memory_share": serve.memory_share / 2})
     capability = torch.cuda.get_device_capability() if gpus else None
     options = vllm.options(weights, serve, concurrency, 0, gpus, capability)
     environment = {**vllm.environment(serve, bool(gpus)), **vllm.compile_cache(weights, options)}
     names = [str(torch.cuda.get_device_name(at)) for at in range(gpus)]
-    return Machine(options, environment, names, serve.gpu_memory_share)
+    return Machine(options, environment, names, serve.memory_share)
 
 
 _PLAIN_FLAGS = ("disable_log_stats",)

@@ -176,13 +176,17 @@ class Serve(Section):
     mode: Literal["auto", "eager", "compiled"] = "auto"
     """`auto` compiles on GPUs. Compiled mode can answer wrongly on a CPU and is refused there."""
     max_context: Annotated[int, Field(ge=16)] | None = None
-    """Most tokens of a prompt and its answer. Default: the model's. Lower it when the KV cache does not fit."""
+    """Most tokens of a prompt and its answer. Default: the model's, or as many as the memory holds."""
     tensor_parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """GPUs that share each layer. `auto`: as many as divide the attention heads."""
+    """GPUs that share each layer. `auto`: as many as the model can be divided between: its attention and KV heads, its
+    feed-forward width, the groups of quantized weights."""
     pipeline_parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Groups of GPUs that hold successive layers."""
-    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of each GPU's memory for weights and KV cache."""
+    """Groups of GPUs that hold successive layers. `auto`: as many as the weights need."""
+    data_parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Copies of the model, each on GPUs of its own. `auto`: as many as the GPUs that are left hold."""
+    gpu_memory_share: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"
+    """Share of each GPU's memory for weights and KV cache. `auto`: 0.9, or what is free; engines that the kit starts
+    side by side share it."""
     cpu_kv_cache_gb: Annotated[float, Field(gt=0, le=4096)] = 2.0
     """KV cache on a CPU, in GB."""
     cpu_threads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -209,6 +213,11 @@ class Serve(Section):
     """Loopback port for [Prometheus metrics](serving.md#monitoring)."""
     log: Literal["none", "requests", "prompts"] = "none"
     """A JSON line per prediction: `requests` without prompt and answer, `prompts` with them."""
+
+    @property
+    def memory_share(self) -> float:
+        """`gpu_memory_share` on a GPU that nobody else uses."""
+        return 0.9 if self.gpu_memory_share == "auto" else self.gpu_memory_share
 
 
 class Playground(Section):

@@ -28,6 +28,7 @@ _UNSUPPORTED = {
     "mode": "auto",
     "tensor_parallel": "auto",
     "pipeline_parallel": "auto",
+    "data_parallel": "auto",
     "kv_cache_dtype": "auto",
     "chunked_prefill": None,
     "max_batched_tokens": None,

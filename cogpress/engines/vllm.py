@@ -15,6 +15,7 @@ import psutil
 
 from cogpress.config import Serve
 from cogpress.engines.base import DEAD, INPUT_NAMES, MAX_LOGPROBS, Adapter, Delta, Sampling
+from cogpress.engines.gpus import free_and_total, memory_share, parallel
 from cogpress.engines.grammar import MAX_WHITESPACE, NICENESS, Guard
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
@@ -59,7 +60,8 @@ class Engine:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         self._shares_cores = not gpus
         capability = torch.cuda.get_device_capability() if gpus else None
-        wanted = options(folder, serve, concurrency, adapters, gpus, capability)
+        memory = free_and_total(gpus) if gpus else (0, 0)
+        wanted = options(folder, serve, concurrency, adapters, gpus, capability, memory)
         os.environ.update(compile_cache(folder, wanted))
         wanted["structured_outputs_config"] = StructuredOutputsConfig(**wanted["structured_outputs_config"])
         if not gpus:
@@ -219,6 +221,7 @@ def options(
     adapters: int,
     gpus: int,
     capability: tuple[int, int] | None,
+    memory: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
     """The engine arguments for vLLM.
 
@@ -229,15 +232,17 @@ def options(
         adapters: the largest adapter's rank; 0 for none.
         gpus: number of GPUs of this machine.
         capability: their compute capability; None without GPUs.
+        memory: free and total bytes of each; zeros where they are not known.
 
     Raises:
         CogpressError: an option does not fit this machine or these weights.
     """
-    tensor, pipeline = parallel(folder, serve, gpus)
+    tensor, pipeline, data = parallel(folder, serve, gpus, memory[1])
     chosen: dict[str, Any] = {
         "model": str(folder),
         "dtype": dtype(folder, serve, capability),
-        "max_model_len": serve.max_context,
+        # -1: the model's context, or as much of it as the memory holds for one sequence.
+        "max_model_len": serve.max_context or -1,
         "max_num_seqs": concurrency,
         "enable_prefix_caching": serve.prefix_caching,
         "kv_cache_dtype": serve.kv_cache_dtype,
@@ -260,8 +265,11 @@ def options(
         chosen["kv_offloading_size"] = serve.kv_offload_gb
     if serve.speculative is not None:
         chosen["speculative_config"] = dict(serve.speculative)
+    if data > 1:
+        chosen["data_parallel_size"] = data
     if gpus:
-        chosen["gpu_memory_utilization"] = serve.gpu_memory_share
+        free, total = memory if memory[1] else (1, 1)
+        chosen["gpu_memory_utilization"] = memory_share(serve, free, total)
         if serve.cpu_offload_gb:
             chosen["cpu_offload_gb"] = serve.cpu_offload_gb
     if adapters:
@@ -338,40 +346,6 @@ def compiled(serve: Serve, gpus: int) -> bool:
             "serve.mode is compiled, which gives wrong answers on a CPU with this vLLM. Set it to auto or eager."
         )
     return bool(gpus) and serve.mode != "eager"
-
-
-def parallel(folder: Path, serve: Serve, gpus: int) -> tuple[int, int]:
-    """Tensor and pipeline parallel sizes. `auto` uses all GPUs: as many as divide the attention heads for tensor
-    parallelism, which is faster, and the rest for pipeline stages.
-
-    Raises:
-        CogpressError: the machine has fewer GPUs, or the tensor parallel size does not divide the attention heads.
-    """
-    if not gpus:
-        if serve.tensor_parallel not in ("auto", 1) or serve.pipeline_parallel not in ("auto", 1):
-            raise CogpressError(
-                "serve.tensor_parallel and pipeline_parallel need GPUs, and this machine has none. Set them to auto."
-            )
-        return 1, 1
-    heads = _heads(folder)
-    stages = 1 if serve.pipeline_parallel == "auto" else serve.pipeline_parallel
-    if serve.tensor_parallel == "auto":
-        tensor = max(size for size in range(1, max(1, gpus // stages) + 1) if heads % size == 0)
-    else:
-        tensor = serve.tensor_parallel
-    pipeline = gpus // tensor if serve.pipeline_parallel == "auto" and serve.tensor_parallel == "auto" else stages
-    if tensor * pipeline > gpus:
-        raise CogpressError(
-            f"serve.tensor_parallel x pipeline_parallel needs {tensor * pipeline} GPUs; this machine has {gpus}."
-        )
-    if heads % tensor:
-        raise CogpressError(f"serve.tensor_parallel is {tensor}, which does not divide the {heads} attention heads.")
-    return tensor, pipeline
-
-
-def _heads(folder: Path) -> int:
-    settings = read_json(folder / "config.json")
-    return int(settings.get("text_config", settings).get("num_attention_heads") or 1)
 
 
 def environment(serve: Serve, cuda: bool) -> dict[str, str]:

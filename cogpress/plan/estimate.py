@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from cogpress import source
 from cogpress.config import Config
+from cogpress.engines.gpus import undivided
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
 from cogpress.plan import cost, memory
@@ -64,7 +65,8 @@ class ServingEstimate:
     Attributes:
         refused: why it does not work there; None if it does.
         room: bytes left of what vLLM may use; negative if it does not fit.
-        context: the largest context at the wanted concurrency, at most the model's.
+        context: the context that the engine will allow: `serve.max_context`, or as much of the model's as the memory
+            holds for one sequence.
         concurrency: the largest concurrency at the wanted context.
         per_million: US dollars per million output tokens at the wanted concurrency.
     """
@@ -339,11 +341,11 @@ def _trained(
 
 
 def _served(model: Architecture, how: Serving, machine: Machine, settings: Config, load: Load) -> ServingEstimate:
-    how = replace(how, gpus=max(1, machine.gpus))
+    how = replace(how, gpus=sharing(model, machine.gpus))
     if how.scheme == "bfloat16" and settings.serve.dtype == "auto" and (0, 0) < machine.capability < (8, 0):
         # As the engine does on such GPUs.
         how = replace(how, scheme="float16")
-    allowed = machine.gpu_bytes * settings.serve.gpu_memory_share
+    allowed = machine.gpu_bytes * settings.serve.memory_share
 
     def fits(**changed: Any) -> bool:
         return memory.serving(model, replace(how, **changed)).total <= allowed
@@ -357,7 +359,9 @@ def _served(model: Architecture, how: Serving, machine: Machine, settings: Confi
         f"lacks {-left / 1e9:.1f} GB on each GPU" if left < 0 else None,
         needed,
         left,
-        context=largest(lambda context: fits(context=context), model.max_context),
+        context=largest(
+            lambda context: fits(context=context, concurrency=1), settings.serve.max_context or model.max_context
+        ),
         concurrency=largest(lambda concurrency: fits(concurrency=concurrency), MOST),
     )
     if found.refused or not (machine.tflops and machine.bandwidth_gb_per_second):
@@ -392,9 +396,17 @@ def _no_gpu(machine: Machine) -> str | None:
 def _cannot(model: Architecture, how: Serving, machine: Machine) -> str | None:
     if how.scheme in NEEDS and machine.capability < NEEDS[how.scheme][0]:
         return NEEDS[how.scheme][1]
-    if model.heads % machine.gpus:
-        return f"has {machine.gpus} GPUs, which do not divide {model.heads} attention heads"
     return None
+
+
+def sharing(model: Architecture, gpus: int) -> int:
+    """How many of a machine's GPUs share each layer, as the engine decides it; copies of the model take the others."""
+
+    def divided(size: int) -> bool:
+        widths = [model.intermediate]
+        return not undivided(size, heads=model.heads, key_value_heads=model.key_value_heads, widths=widths)
+
+    return max(size for size in range(1, max(1, gpus) + 1) if divided(size))
 
 
 def _ranked(rows: list[Any], key: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:

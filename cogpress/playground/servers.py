@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from cogpress.cog import process, schema
+from cogpress.engines.gpus import ENGINES
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
 from cogpress.playground.backend import Cog, Rewrite
@@ -31,7 +32,7 @@ class ServerPool:
             at_once: how many may run; each holds a model in memory.
         """
         self.folder = folder
-        self._at_once = at_once
+        self.at_once = at_once
         self._running: list[OnDemandServer] = []
         self._room = asyncio.Condition()
         self._processes = folder / "servers.json"
@@ -65,7 +66,7 @@ class ServerPool:
             CogpressError: it does not start.
         """
         async with self._room:
-            while len(self._running) >= self._at_once and one not in self._running:
+            while len(self._running) >= self.at_once and one not in self._running:
                 idle = [other for other in self._running if not other.users]
                 if idle:
                     await self._stop(idle[0])
@@ -145,7 +146,9 @@ class OnDemandServer:
                 # Everyone who waited for this start gets its error; only later callers retry.
                 raise CogpressError(self._failure)
             await self._stop()
-            made = process.Server(self.root, weights=self.weights, port=0, log=self._log)
+            # Servers that may run at once share the GPU.
+            shares = {ENGINES: str(self._pool.at_once)}
+            made = process.Server(self.root, weights=self.weights, port=0, log=self._log, env=shares)
             self.server = made
             try:
                 await asyncio.to_thread(made.start)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from cogpress import source
+from cogpress.config import Serve
 from cogpress.errors import CogpressError
 from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
 from cogpress.preflight.facts import Facts
@@ -166,7 +167,7 @@ def _fits(facts: Facts) -> Iterator[Finding]:
         told = f"context up to {served.context:,} tokens, or {served.concurrency:,} predictions at once"
         yield passed(f"{gpu.sku}: {told}, as scripts/plan reckons")
         return
-    share = settings.serve.gpu_memory_share if settings else 0.9
+    share = (settings.serve if settings else Serve()).memory_share
     room = gpu.gpu_bytes * gpu.gpus * share
     told = f"{size(facts.weights.bytes)} of weights in {size(room)} of {gpu.sku} ({gpu.gpus} x {size(gpu.gpu_bytes)})"
     if facts.weights.bytes * 1.05 > room:

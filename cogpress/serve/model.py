@@ -69,7 +69,8 @@ class ServedModel:
         `tokenizer`, `engine` and `total`; after the first answer also `first_token`."""
         self.verified = manifest.state(self.folder, found.manifest)
         """Whether these very weights passed verification."""
-        print(manifest.STATE_MESSAGES[self.verified], cold_start_line(self.cold_start), sep="\n", flush=True)
+        context = f"A prompt and its answer may have {self.engine.max_context:,} tokens."
+        print(manifest.STATE_MESSAGES[self.verified], context, cold_start_line(self.cold_start), sep="\n", flush=True)
 
     def encode(self, request: Request, prompt: config.Prompt | None = None, tokenizer: Any = None) -> list[int]:
         """The prompt's token ids.

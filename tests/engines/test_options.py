@@ -15,9 +15,9 @@ import torch
 
 from cogpress import config
 from cogpress.engines import base as engine
-from cogpress.engines import grammar, transformers, vllm
+from cogpress.engines import gpus, grammar, transformers, vllm
 from cogpress.errors import CogpressError
-from cogpress.weights import base
+from cogpress.weights import base, manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +38,7 @@ def test_on_a_cpu(folder: Path) -> None:
     found = options(folder)
     assert found["enforce_eager"] is True, "compiled mode may answer wrongly on a CPU"
     assert (found["tensor_parallel_size"], found["pipeline_parallel_size"]) == (1, 1)
-    assert (found["max_num_seqs"], found["max_model_len"], found["enable_prefix_caching"]) == (64, None, True)
+    assert (found["max_num_seqs"], found["max_model_len"], found["enable_prefix_caching"]) == (64, -1, True)
     assert found["trust_remote_code"] is False
     assert found["load_format"] == "safetensors"
     assert found["disable_log_stats"] is True
@@ -114,32 +114,88 @@ def test_the_dtype_follows_what_the_cpu_computes_faster(folder: Path, monkeypatc
     assert options(folder)["dtype"] == "auto", "kernels for quantized weights require their dtype"
 
 
+QWEN_7B = {"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944}
+LLAMA_8B = {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}
+FEW_KV_HEADS = {"num_attention_heads": 24, "num_key_value_heads": 3}
+AWQ_14B = {
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "intermediate_size": 13824,
+    "quantization_config": {"config_groups": {"group_0": {"weights": {"group_size": 128}}}},
+}
+MIXTURE = {"text_config": {"num_attention_heads": 32, "num_key_value_heads": 4, "moe_intermediate_size": 768}}
+
+
 @pytest.mark.parametrize(
-    ("gpus", "tensor", "pipeline", "got"),
+    ("model", "gpus", "serve", "got"),
     [
-        (1, "auto", "auto", (1, 1)),
-        (2, "auto", "auto", (2, 1)),
-        (5, "auto", "auto", (4, 1)),
-        (8, "auto", "auto", (8, 1)),
-        (8, "auto", 2, (4, 2)),
-        (8, 2, "auto", (2, 1)),
-        (8, 2, 4, (2, 4)),
-        (16, "auto", "auto", (12, 1)),
+        ({}, 1, {}, (1, 1, 1)),
+        ({}, 2, {}, (2, 1, 1)),
+        ({}, 5, {}, (4, 1, 1)),
+        ({}, 8, {}, (8, 1, 1)),
+        ({}, 8, {"pipeline_parallel": 2}, (4, 2, 1)),
+        ({}, 8, {"tensor_parallel": 2}, (2, 1, 1)),
+        ({}, 8, {"tensor_parallel": 2, "pipeline_parallel": 4}, (2, 4, 1)),
+        ({}, 8, {"tensor_parallel": 2, "data_parallel": 4}, (2, 1, 4)),
+        ({}, 16, {}, (12, 1, 1)),
+        (QWEN_7B, 8, {}, (4, 1, 2)),
+        (QWEN_7B, 8, {"data_parallel": 1}, (4, 1, 1)),
+        (QWEN_7B, 8, {"data_parallel": 8}, (1, 1, 8)),
+        (LLAMA_8B, 8, {}, (8, 1, 1)),
+        (FEW_KV_HEADS, 8, {}, (6, 1, 1)),
+        (FEW_KV_HEADS, 4, {}, (3, 1, 1)),
+        (AWQ_14B, 8, {}, (4, 1, 2)),
+        (MIXTURE, 16, {}, (16, 1, 1)),
     ],
 )
-def test_gpus_are_divided_between_tensor_and_pipeline_parallelism(
-    folder: Path, gpus: int, tensor: Any, pipeline: Any, got: tuple[int, int]
+def test_gpus_are_divided_as_the_model_allows(
+    folder: Path, model: dict[str, Any], gpus: int, serve: dict[str, Any], got: tuple[int, int, int]
 ) -> None:
-    """The tensor parallel size must divide the 24 attention heads."""
-    found = options(folder, gpus, AMPERE, tensor_parallel=tensor, pipeline_parallel=pipeline)
-    assert (found["tensor_parallel_size"], found["pipeline_parallel_size"]) == got
+    if model:
+        (folder / "config.json").write_text(json.dumps(model))
+    found = options(folder, gpus, AMPERE, **serve)
+    divided = (found["tensor_parallel_size"], found["pipeline_parallel_size"], found.get("data_parallel_size", 1))
+    assert divided == got
+
+
+@pytest.mark.parametrize(("gigabytes", "got"), [(80, (4, 1, 2)), (4, (4, 2, 1)), (2, (4, 2, 1))])
+def test_weights_that_need_more_gpus_get_stages_instead_of_copies(
+    folder: Path, gigabytes: int, got: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "config.json").write_text(json.dumps(QWEN_7B))
+    monkeypatch.setattr(manifest, "weights_bytes", lambda folder: 15 * 10**9)
+    assert gpus.parallel(folder, config.Serve(), 8, gigabytes * 10**9) == got
+
+
+@pytest.mark.parametrize(
+    ("shares", "free", "engines", "got"),
+    [
+        ("auto", 80, "", 0.9),
+        ("auto", 40, "", 0.48),
+        ("auto", 80, "2", 0.45),
+        ("auto", 20, "2", 0.23),
+        (0.7, 9, "", 0.7),
+    ],
+)
+def test_an_engine_takes_what_is_free_of_a_gpu(
+    shares: Any, free: float, engines: str, got: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(gpus.ENGINES, engines)
+    assert gpus.memory_share(config.Serve(gpu_memory_share=shares), free * 1e9, 80e9) == pytest.approx(got)
+
+
+def test_a_gpu_that_is_full_is_said() -> None:
+    with pytest.raises(CogpressError, match=r"3\.0 of 80\.0 GB are free"):
+        gpus.memory_share(config.Serve(), 3e9, 80e9)
 
 
 @pytest.mark.parametrize(
     ("gpus", "serve", "said"),
     [
-        (0, {"tensor_parallel": 2}, "need GPUs, and this machine has none"),
-        (2, {"tensor_parallel": 4}, "needs 4 GPUs; this machine has 2"),
+        (0, {"tensor_parallel": 2}, "tensor_parallel needs GPUs, and this machine has none"),
+        (0, {"data_parallel": 2}, "data_parallel needs GPUs, and this machine has none"),
+        (2, {"tensor_parallel": 4}, "tensor_parallel needs 4 GPUs; this machine has 2"),
+        (4, {"tensor_parallel": 2, "data_parallel": 4}, "tensor_parallel x data_parallel needs 8 GPUs; this machine"),
         (8, {"tensor_parallel": 5}, "does not divide the 24 attention heads"),
         (0, {"mode": "compiled"}, "gives wrong answers on a CPU"),
         (0, {"adapters": 513}, "has rank 513; vLLM serves at most 512"),
