@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -24,13 +25,36 @@ from typing import Any
 _BLOCK = 1 << 22
 
 
+_SETTLED = 2.0
+"""Seconds after which the times of a changed file differ from before; some file systems count in seconds."""
+
+_known: dict[tuple[int, ...], str] = {}
+"""sha256 by state of a file."""
+
+
 def sha256(path: Path) -> str:
-    """The hexadecimal sha256 of a file, read in blocks of 4 MiB."""
-    digest = hashlib.sha256()
+    """The hexadecimal sha256 of a file, read in blocks of 4 MiB, once per state of the file.
+
+    The state is its place on the disk, size, and times of its last changes, which no program can set back. A file that
+    changed moments ago is read again.
+    """
+    began = time.time()
     with path.open("rb") as file:
+        state = _state(file.fileno())
+        if state in _known:
+            return _known[state]
+        digest = hashlib.sha256()
         while block := file.read(_BLOCK):
             digest.update(block)
-    return digest.hexdigest()
+        found = digest.hexdigest()
+        if began - max(state[-2:]) / 1e9 > _SETTLED and _state(file.fileno()) == state:
+            _known[state] = found
+    return found
+
+
+def _state(descriptor: int) -> tuple[int, ...]:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read_json(path: Path) -> Any:

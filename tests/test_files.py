@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cogpress import files
 from cogpress.files import new_folder, recover
 
 
@@ -108,3 +112,33 @@ def test_concurrent_writers_and_readers(tmp_path: Path) -> None:
         thread.join()
     assert problems == []
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_file_is_hashed_once_per_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, real = [], hashlib.sha256
+
+    def counted() -> Any:
+        hashed.append(1)
+        return real()
+
+    monkeypatch.setattr(hashlib, "sha256", counted)
+    monkeypatch.setattr(files, "_SETTLED", -1.0)
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    assert [files.sha256(path) for _ in range(3)] == [real(b"one").hexdigest()] * 3
+    assert len(hashed) == 1
+    times = path.stat()
+    time.sleep(0.05)
+    path.write_bytes(b"two")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # the time of the inode's change stays true
+    assert files.sha256(path) == real(b"two").hexdigest()
+    (tmp_path / "other").write_bytes(b"six")
+    os.replace(tmp_path / "other", path)
+    assert files.sha256(path) == real(b"six").hexdigest()
+
+
+def test_a_file_that_just_changed_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    for content in (b"one", b"two", b"one"):  # faster than the clock of a file system
+        path.write_bytes(content)
+        assert files.sha256(path) == hashlib.sha256(content).hexdigest()

@@ -81,7 +81,7 @@ def arguments(settings: Train, run: Path, rows: int, validation: bool, compute: 
         optimizer = "paged_adamw_8bit" if cuda else "adamw"
     if optimizer.startswith("paged") and not cuda:
         raise CogpressError(f"optimizer {optimizer} needs a GPU. Set it to auto or adamw.")
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(run / "checkpoints"),
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
@@ -116,3 +116,7 @@ def arguments(settings: Train, run: Path, rows: int, validation: bool, compute: 
         dataloader_num_workers=0,
         dataloader_pin_memory=cuda,
     )
+    if made.n_gpu > 1:
+        # One process uses one GPU: DataParallel would multiply the batch and break the loss of labelled positions.
+        made._n_gpu = 1
+    return made

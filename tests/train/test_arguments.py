@@ -37,3 +37,17 @@ def test_an_optimizer_of_gpus_is_refused_without_one(tmp_path: Path) -> None:
 def test_mixed_precision_is_that_of_the_compute_dtype(compute: torch.dtype, tmp_path: Path) -> None:
     found = arguments(config.Train(optimizer="adamw"), tmp_path, 8, False, compute)
     assert (found.bf16, found.fp16) == (compute == torch.bfloat16, False)
+
+
+def test_one_process_uses_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainingArguments
+
+    finish = TrainingArguments.__post_init__
+
+    def with_two(self: TrainingArguments) -> None:
+        finish(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_two)
+    found = arguments(config.Train(optimizer="adamw", batch_size=3), tmp_path, 8, False, torch.float32)
+    assert (found.n_gpu, found.train_batch_size) == (1, 3)
