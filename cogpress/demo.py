@@ -21,6 +21,7 @@ from cogpress import config, pipeline
 from cogpress.cli import step
 from cogpress.cog import client
 from cogpress.cog.process import Server
+from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
 from cogpress.train import answers
 from cogpress.train import run as training
@@ -100,7 +101,11 @@ def run(root: Path, task: Task, console: Console, *, fresh: bool) -> dict[str, A
     with step("Example data", console) as say:
         train_file, test_file = task.write(folder / "data", TRAIN_ROWS, QUESTIONS, settings.train.seed)
         say(f"{TRAIN_ROWS} examples, {QUESTIONS} held-out questions over columns that training never shows")
-    built = pipeline.build(settings, train_file, folder, root / ".cache", console, resume=_interrupted(folder))
+    built = pipeline.build(
+        settings, train_file, folder, root / ".cache", console, resume=_interrupted(folder), usual=True
+    )
+    if built.merged is None or built.naive is None:
+        raise CogpressError("The demonstration's weights could not be compared. What failed is said above.")
     held_out = [json.loads(line) for line in test_file.read_text(encoding="utf-8").splitlines()]
     served = {
         name: _served_once(root, name, weights, held_out, task, folder, console)

@@ -92,8 +92,8 @@ def main() -> None:
 
     root = Path(job["root"])
     try:
-        tar = pipeline.pack(pipeline.from_inputs(root, job["inputs"], run=pipeline.new_run(root)))
-        told = {"tar": str(tar)}
+        built = pipeline.from_inputs(root, job["inputs"], run=pipeline.new_run(root), tar=True)
+        told = {"tar": str(built.tar)}
     except CogpressError as error:
         told = {"error": str(error)}
     except Exception as error:  # noqa: BLE001 - whatever it is, the runtime reports it

@@ -46,8 +46,11 @@ class Built:
     weights: Path
     manifest: dict[str, Any]
     training: training.Result
-    merged: Divergence
-    naive: Divergence
+    merged: Divergence | None
+    """From what training scored; None where the comparison failed."""
+    naive: Divergence | None
+    """Of the usual merge, where that was asked for."""
+    tar: Path | None = None
 
 
 def from_inputs(
@@ -57,6 +60,8 @@ def from_inputs(
     run: Path | None = None,
     resume: bool = False,
     fresh: bool = False,
+    tar: bool = False,
+    usual: bool = False,
     console: Console | None = None,
 ) -> Built:
     """Build weights from the inputs of a training, over what `model.yaml` says.
@@ -67,6 +72,8 @@ def from_inputs(
         run: the run's folder; `runs/NAME` where not given.
         resume: go on with an interrupted training.
         fresh: delete the run's folder first.
+        tar: pack weights and adapter into a tar.
+        usual: compare with the usual merge, too.
         console: where progress is shown.
 
     Raises:
@@ -93,6 +100,8 @@ def from_inputs(
         validation_path=training.validation_file(config, root),
         resume=resume,
         skip_bad=skip_bad,
+        tar=tar,
+        usual=usual,
     )
 
 
@@ -221,8 +230,12 @@ def build(
     validation_path: Path | None = None,
     resume: bool = False,
     skip_bad: bool = False,
+    tar: bool = False,
+    usual: bool = False,
 ) -> Built:
     """Train an adapter on a file of examples and merge it into weights, in `run/weights`.
+
+    The weights are whole, and packed, before anything is compared: a comparison that fails loses no training.
 
     Args:
         config: the validated configuration.
@@ -233,6 +246,8 @@ def build(
         validation_path: the examples to hold out, where a file of their own has them.
         resume: go on with an interrupted training.
         skip_bad: leave bad lines out instead of refusing the file.
+        tar: pack weights and adapter into a tar.
+        usual: compare with the usual merge, too.
     """
     training.check_folder(run)
     base.quiet_libraries()
@@ -250,20 +265,28 @@ def build(
         if not reused:
             (run / TAR).unlink(missing_ok=True)  # it holds earlier weights
         say("reused" if reused else f"{content['merge']['layers']} layers, onto the {config.merge} base")
-    with step("Comparison with what training scored", console) as say:
-        merged, naive = compare_once(base_folder, result.adapter, prepared, run, console)
-        say(f"mean KL {merged.mean_kl:.5f} per token")
-        console.print(divergence_table(merged, naive, config))
-    return Built(base_folder, run / "weights", content, result, merged, naive)
+    packed = pack(run / "weights", result.adapter, console) if tar else None
+    merged = naive = None
+    try:
+        with step("Comparison with what training scored", console) as say:
+            merged, naive = compare_once(base_folder, result.adapter, prepared, run, console, usual=usual)
+            say(f"mean KL {merged.mean_kl:.5f} per token")
+            console.print(divergence_table(merged, naive, config))
+    except (CogpressError, RuntimeError, MemoryError, OSError) as error:
+        console.print(
+            f"The weights are finished, in {run / 'weights'}, but their comparison failed: {error} Run scripts/verify.",
+            soft_wrap=True,
+        )
+    return Built(base_folder, run / "weights", content, result, merged, naive, packed)
 
 
-def pack(built: Built, console: Console | None = None) -> Path:
-    """Write the weights and their adapter to one tar, `weights.tar` in the run's folder, and name it.
+def pack(weights: Path, adapter: Path, console: Console | None = None) -> Path:
+    """Write the weights and their adapter to one tar, `weights.tar` beside them, and name it.
 
     The adapter is what the weights can be verified against, wherever they are fetched to.
     """
     with step("Archive", console or Console()) as say:
-        tar = archive.pack(built.weights, built.weights.parent / TAR, {ADAPTER: built.training.adapter})
+        tar = archive.pack(weights, weights.parent / TAR, {ADAPTER: adapter})
         say(f"{tar} ({tar.stat().st_size / 1e6:.0f} MB)")
     return tar
 
@@ -335,9 +358,12 @@ def merge_anew(
 
 
 def compare_once(
-    base_folder: Path, adapter: Path, prepared: Prepared, run: Path, console: Console
-) -> tuple[Divergence, Divergence]:
-    """Divergence of the run's weights and of the usual merge from what training scored; kept in `divergence.json`."""
+    base_folder: Path, adapter: Path, prepared: Prepared, run: Path, console: Console, *, usual: bool = False
+) -> tuple[Divergence, Divergence | None]:
+    """Divergence of the run's weights from what training scored, and of the usual merge where asked for.
+
+    They are kept in `divergence.json`, and not measured twice.
+    """
     from cogpress.verify.distributions import Divergence
 
     rows = (prepared.validation or prepared.train)[:COMPARED_ROWS]
@@ -347,31 +373,33 @@ def compare_once(
         "rows": [row.input_ids for row in rows],
     }
     path = run / "divergence.json"
+    known: dict[str, Divergence] = {}
     try:
         saved = read_json(path)
         if saved["key"] == key:
-            return Divergence(**saved["merged"]), Divergence(**saved["naive"])
+            known = {name: Divergence(**saved[name]) for name in ("merged", "naive") if name in saved}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
-    pad = base.tokenizer(base_folder).pad_token_id or 0
-    found = distributions.compare(
-        distributions.reference_model(base_folder, adapter),
-        {
-            "merged": distributions.merged_model(run / "weights"),
-            "naive": distributions.naive_model(base_folder, adapter),
-        },
-        rows,
-        pad,
-        progress=progress_bar(console),
-    )
-    write_json(path, {"key": key, **{name: value.to_dict() for name, value in found.items()}})
-    return found["merged"], found["naive"]
+    loads: dict[str, distributions.Load] = {"merged": lambda: distributions.merged_model(run / "weights")}
+    if usual:
+        loads["naive"] = lambda: distributions.naive_model(base_folder, adapter)
+    if missing := {name: load for name, load in loads.items() if name not in known}:
+        known |= distributions.compare(
+            lambda: distributions.reference_model(base_folder, adapter),
+            missing,
+            rows,
+            base.tokenizer(base_folder).pad_token_id or 0,
+            progress=progress_bar(console),
+        )
+        write_json(path, {"key": key, **{name: value.to_dict() for name, value in known.items()}})
+    return known["merged"], known.get("naive")
 
 
-def divergence_table(merged: Divergence, naive: Divergence, config: Config) -> Table:
+def divergence_table(merged: Divergence, naive: Divergence | None, config: Config) -> Table:
     """Divergence of the merge, and of the usual merge, from what training scored."""
     table = Table("merged into", "mean KL per token", "99th percentile", "same top token", title_justify="left")
     names = {"dequantized": "the base as training saw it", "original": "the original weights, as configured"}
     for name, value in ((names[config.merge], merged), ("the original weights (the usual merge)", naive)):
-        table.add_row(name, f"{value.mean_kl:.5f}", f"{value.p99_kl:.5f}", f"{value.top1_agreement:.1%}")
+        if value is not None:
+            table.add_row(name, f"{value.mean_kl:.5f}", f"{value.p99_kl:.5f}", f"{value.top1_agreement:.1%}")
     return table

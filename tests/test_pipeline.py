@@ -24,7 +24,7 @@ def test_a_tar_is_packed_on_request_and_never_outlives_its_weights(
     settings = config.parse(given, "the test")
     built = pipeline.build(settings, examples_file, run, tmp_path / "cache", QUIET)
     assert not (run / "weights.tar").exists()
-    tar = pipeline.pack(built, QUIET)
+    tar = pipeline.pack(built.weights, built.training.adapter, QUIET)
     assert tar == run / "weights.tar"
     unpacked = archive.unpack(tar, tmp_path / "unpacked")
     assert manifest.fingerprint(unpacked / "adapter") == manifest.fingerprint(run / "adapter")

@@ -36,7 +36,7 @@ class CardFacts:
         config: of the run that made them.
         result: what training measured.
         data: the report on the examples.
-        divergence: of `merged` and `naive` from what training scored.
+        divergence: of `merged`, and where it was measured of `naive`, from what training scored.
         exact_match: shares of correct answers of `base` and `tuned`, and the number of `questions`.
         answers: examples to show.
     """
@@ -235,8 +235,9 @@ def _quality(facts: CardFacts) -> str:
             (name, _number(value["mean_kl"]), _number(value["p99_kl"]), _share(value["top1_agreement"]))
             for name, value in (
                 ("this model", facts.divergence["merged"]),
-                ("the usual merge, onto the original weights", facts.divergence["naive"]),
+                ("the usual merge, onto the original weights", facts.divergence.get("naive")),
             )
+            if value
         ]
         tokens = facts.divergence["merged"]["tokens"]
         parts.append(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,13 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2048
 """Tokens per forward pass, padding included."""
+
+STORED_BYTES = 4 << 30
+"""Size on the disk from which no more of the reference's distributions are stored: 8,000 tokens of a vocabulary of
+128,000."""
+
+Load = Callable[[], "torch.nn.Module"]
+"""Loads a model."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +97,8 @@ def naive_model(base_folder: Path, adapter: Path) -> torch.nn.Module:
 
 
 def compare(
-    reference: torch.nn.Module,
-    candidates: dict[str, torch.nn.Module],
+    reference: Load,
+    candidates: dict[str, Load],
     rows: Sequence[Row],
     pad_token_id: int,
     *,
@@ -96,40 +106,51 @@ def compare(
 ) -> dict[str, Divergence]:
     """Divergence of each candidate from the reference on the rows' answer tokens.
 
+    One model is in memory at a time: the reference's distributions wait in a file, of at most `STORED_BYTES`. Where
+    they are larger, the rows are compared in parts, and each model is loaded once for every part.
+
     Args:
-        reference: the model to agree with.
-        candidates: models by name, with the reference's vocabulary.
+        reference: loads the model to agree with.
+        candidates: load models by name, with the reference's vocabulary.
         rows: tokenized examples; only labelled tokens count.
         pad_token_id: fills short rows; its value changes nothing.
         progress: wraps the batches, given how many there are.
     """
-    import torch
-
-    kl: dict[str, list[torch.Tensor]] = {name: [] for name in candidates}
-    same = dict.fromkeys(candidates, 0)
-    found: dict[str, dict[int, Scored]] = {name: {} for name in ("", *candidates)}
     batches = list(_batches(rows))
-    with torch.no_grad():
-        for batch in progress(batches, len(batches)):
-            chosen = [rows[at] for at in batch]
-            # What training evaluated: its matrix products ran in the compute dtype.
-            with base.autocast(reference.dtype):  # type: ignore[arg-type]
-                expected, targets = _log_probs(reference, chosen, pad_token_id)
-            found[""] |= zip(batch, _by_row(expected, targets, chosen), strict=True)
-            for name, model in candidates.items():
-                got, _ = _log_probs(model, chosen, pad_token_id)
-                kl[name].append((expected.exp() * (expected - got)).sum(-1).cpu())
-                same[name] += int((expected.argmax(-1) == got.argmax(-1)).sum())
-                found[name] |= zip(batch, _by_row(got, targets, chosen), strict=True)
-    reference_scored = [found[""][at] for at in range(len(rows))]
-    result = {}
-    for name, parts in kl.items():
-        values = torch.cat(parts)
-        scored = [found[name][at] for at in range(len(rows))]
-        result[name] = Divergence(
+    total = len(batches) * (1 + len(candidates))
+    ticks = iter(progress(range(total), total))
+    expected: dict[int, Scored] = {}
+    found = {name: _Sums() for name in candidates}
+    done = 0
+    while done < len(batches):
+        with tempfile.TemporaryDirectory(prefix="cogpress-") as folder:
+            part, scored = _stored(reference, batches[done:], rows, pad_token_id, Path(folder), ticks)
+            expected |= scored
+            for name, load in candidates.items():
+                _compared(load, part, rows, pad_token_id, Path(folder), ticks, found[name])
+        done += len(part)
+    next(ticks, None)  # lets a progress bar finish
+    reference_scored = [expected[at] for at in range(len(rows))]
+    return {name: sums.divergence(reference_scored) for name, sums in found.items()}
+
+
+@dataclass
+class _Sums:
+    """What a candidate's batches gave so far."""
+
+    kl: list[torch.Tensor] = field(default_factory=list)
+    same: int = 0
+    scored: dict[int, Scored] = field(default_factory=dict)
+
+    def divergence(self, reference_scored: list[Scored]) -> Divergence:
+        import torch
+
+        values = torch.cat(self.kl)
+        scored = [self.scored[at] for at in range(len(reference_scored))]
+        return Divergence(
             mean_kl=float(values.mean()),
             p99_kl=float(values.quantile(0.99)),
-            top1_agreement=same[name] / values.numel(),
+            top1_agreement=self.same / values.numel(),
             perplexity=math.exp(mean_nll(scored)),
             reference_perplexity=math.exp(mean_nll(reference_scored)),
             tokens=values.numel(),
@@ -137,7 +158,68 @@ def compare(
             scored=scored,
             reference_scored=reference_scored,
         )
-    return result
+
+
+def _stored(
+    load: Load, batches: list[list[int]], rows: Sequence[Row], pad_token_id: int, folder: Path, ticks: Iterator[Any]
+) -> tuple[list[list[int]], dict[int, Scored]]:
+    """Write the reference's log-probabilities, a file for each batch, as far as they may; return those batches."""
+    import numpy as np
+    import torch
+
+    scored: dict[int, Scored] = {}
+    written, number = 0, 0
+    with alone(load) as model, torch.no_grad():
+        for number, batch in enumerate(batches, 1):
+            chosen = [rows[at] for at in batch]
+            # What training evaluated: its matrix products ran in the compute dtype.
+            with base.autocast(model.dtype):  # type: ignore[arg-type]
+                logprobs, targets = _log_probs(model, chosen, pad_token_id)
+            scored |= zip(batch, _by_row(logprobs, targets, chosen), strict=True)
+            np.save(folder / f"{number - 1}.npy", logprobs.cpu().numpy())
+            written += logprobs.nbytes
+            next(ticks, None)
+            if written >= STORED_BYTES:
+                break
+        del model
+    return batches[:number], scored
+
+
+def _compared(
+    load: Load,
+    batches: list[list[int]],
+    rows: Sequence[Row],
+    pad_token_id: int,
+    folder: Path,
+    ticks: Iterator[Any],
+    sums: _Sums,
+) -> None:
+    import numpy as np
+    import torch
+
+    with alone(load) as model, torch.no_grad():
+        for number, batch in enumerate(batches):
+            chosen = [rows[at] for at in batch]
+            got, targets = _log_probs(model, chosen, pad_token_id)
+            expected = torch.from_numpy(np.load(folder / f"{number}.npy")).to(got.device)
+            sums.kl.append((expected.exp() * (expected - got)).sum(-1).cpu())
+            sums.same += int((expected.argmax(-1) == got.argmax(-1)).sum())
+            sums.scored |= zip(batch, _by_row(got, targets, chosen), strict=True)
+            next(ticks, None)
+        del model
+
+
+@contextmanager
+def alone(load: Load) -> Iterator[torch.nn.Module]:
+    """A model for the block, whose memory is free afterwards if the block keeps no reference to it."""
+    import torch
+
+    try:
+        yield load()
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def mean_nll(scored: Iterable[Scored]) -> float:

@@ -210,7 +210,7 @@ def _labelled(row: Row, logprobs: Sequence[float]) -> list[float]:
 
 
 def compare(
-    model: Any,
+    load: distributions.Load,
     prompts: Sequence[list[int]],
     rows: Sequence[Row],
     served: Served,
@@ -220,14 +220,15 @@ def compare(
     """What transformers makes of the tokens that the engine generated, and of the expected ones.
 
     Args:
-        model: the same weights, loaded by transformers.
+        load: loads the same weights with transformers; called only where something is left to score.
         prompts: token ids, as the engine got them.
         rows: prompts with their expected answers, as the engine got them.
         served: what the engine made of both.
         pad: fills short rows; its value changes nothing.
         scored: what the model makes of the rows, where that is known already.
     """
-    scored = distributions.score(model, rows, pad) if scored is None else scored
+    if scored is None:
+        scored = _scored(load, rows, pad)
     found: dict[int, Scored] = {
         at: scored[at] for at, row in enumerate(rows) if expected_answer(prompts[at], row) == served.answers[at].tokens
     }
@@ -237,7 +238,8 @@ def compare(
         for at in others
     ]
     pairs = [(served.expected_logprobs[at], scored[at]) for at in range(len(rows)) if at not in found]
-    found |= zip(others, distributions.score(model, generated, pad), strict=True)
+    if others:
+        found |= zip(others, _scored(load, generated, pad), strict=True)
     pairs += [(served.answers[at].logprobs, one) for at, one in found.items()]
     points = [point for theirs, one in pairs for point in zip(theirs, one.logprobs, strict=True)]
     same = [one for scores in found.values() for one in scores.most_likely]
@@ -249,3 +251,10 @@ def compare(
         tokens=len(points),
         points=points,
     )
+
+
+def _scored(load: distributions.Load, rows: Sequence[Row], pad: int) -> list[Scored]:
+    with distributions.alone(load) as model:
+        found = distributions.score(model, rows, pad)
+        del model
+    return found

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from cogpress.cli import progress_bar, step
-from cogpress.config import Config, Prompt, Verify
+from cogpress.config import Config, Merge, Prompt, Verify
 from cogpress.data.prepare import read_examples
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
@@ -32,7 +32,6 @@ from cogpress.verify.report import Check, Verdict, write
 from cogpress.weights import base, fetch, manifest, tensors
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from cogpress.merge.adapter import LoraAdapter
@@ -64,6 +63,10 @@ LIMITS = {
 """By scheme of quantization. The faithful merge of the worked example measures 0.00005, the usual one 0.006 and more
 (docs/measurements.md); a quantized model is allowed what its scheme cannot avoid."""
 
+LEFT_OUT = {"nf4": "int4", "int8": "int8", "none": "none"}
+"""The scheme whose limits the usual merge gets, where `merge: original` asks for it: it leaves out the error of the
+base's quantization, which is as large as that of weights quantized so."""
+
 _ROUNDING = 2.0**-8
 """Relative distance of two tensors, as vectors, that bfloat16 rounding alone can make: half a unit in the last of its
 8 bits for each value, doubled because both may be rounded."""
@@ -80,6 +83,7 @@ class _Case:
     base: Path
     facts: dict[str, Any]
     scheme: str
+    onto: Merge
     limits: Limits
     examples: list[Conversation]
     rows: list[Row]
@@ -143,15 +147,14 @@ def verify(
                 checks.append(_merged(case))
         merged = all(check.passed for check in checks)
         with step("Answers of the reference and of the weights, by transformers", console):
-            candidate = distributions.merged_model(case.weights)
-            found = _divergence(case, candidate)
+            found = _divergence(case)
             metrics.update(found.to_dict())
             pictures["kl"] = found.values
             checks += _judged(found, case.limits, _cause(checks) or _distribution_cause(case))
         if merged:
             reference = _reference_answers(case, run or case.adapter.parent, found.reference_scored)
             with step("Answers of the engine", console):
-                checks += _served(case, candidate, found, metrics, pictures, reference, make)
+                checks += _served(case, found, metrics, pictures, reference, make)
     verdict = Verdict(
         weights=weights,
         scheme=case.scheme,
@@ -201,6 +204,8 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
         )
     base_folder = fetch.base(adapter_facts["base"]["source"], root / ".cache")
     scheme = (facts.get("compression") or {}).get("scheme", "none")
+    merged = (facts.get("merge") or {}).get("onto")
+    onto: Merge = "original" if config.merge == merged == "original" else "dequantized"
     tokenizer = base.tokenizer(base_folder)
     examples = held_out(
         config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]), config.data.ignore
@@ -213,7 +218,8 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
         base=base_folder,
         facts=facts,
         scheme=scheme,
-        limits=limits(config.verify, scheme),
+        onto=onto,
+        limits=limits(config.verify, scheme, LEFT_OUT[adapter_facts["quantization"]] if onto == "original" else None),
         examples=examples,
         rows=rows(tokenizer, examples, base.stop_ids(base_folder)),
         tokenizer=tokenizer,
@@ -221,10 +227,18 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
     )
 
 
-def limits(settings: Verify, scheme: str) -> Limits:
-    """The limits for weights of a scheme; those in `model.yaml` take precedence."""
+def limits(settings: Verify, scheme: str, left_out: str | None = None) -> Limits:
+    """The limits for weights of a scheme; those in `model.yaml` take precedence.
+
+    Args:
+        settings: the section `verify`.
+        scheme: how the weights are quantized.
+        left_out: the scheme that the base was quantized with, where the merge left its error out; the wider limits of
+            the two hold.
+    """
     own = {name: value for name, value in settings if name in Limits.__annotations__ and value is not None}
-    return Limits(**{**vars(LIMITS.get(scheme, LIMITS["int4"])), **own})
+    both = [LIMITS.get(one, LIMITS["int4"]) for one in (scheme, left_out) if one is not None]
+    return Limits(**{**vars(max(both, key=lambda found: found.mean_kl)), **own})
 
 
 def default_weights(root: Path, config: Config, run: Path | None) -> Path:
@@ -347,8 +361,8 @@ def _counted(name: str, different: int, case: _Case, cause: str) -> Check:
 
 
 def _merged(case: _Case) -> Check:
-    """Every tensor against the merge of the adapter into the base as training saw it, recomputed one by one."""
-    planned = merge.plan(case.base, case.adapter, "dequantized")
+    """Every tensor against the merge of the adapter into the base, recomputed one by one."""
+    planned = merge.plan(case.base, case.adapter, case.onto)
     stored = tensors.stored(case.weights)
     worst, far = 0.0, {}
     outputs = progress_bar(case.console)(planned.outputs, len(planned.outputs))
@@ -379,14 +393,14 @@ def _distance(place: tensors.Stored | None, output: merge.Output, planned: merge
 def _merge_cause(case: _Case, far: dict[str, float], found: LoraAdapter) -> str:
     """The most likely cause of tensors that are not as merged."""
     quantized = {f"{module}.weight" for module in found.quantized}
-    if far.keys() == quantized:
+    if case.onto == "dequantized" and far.keys() == quantized:
         naive = merge.plan(case.base, case.adapter, "original")
         stored = tensors.stored(case.weights)
         some = [output for output in naive.outputs if output.name in far][::8]
         if all(_distance(stored[output.name], output, naive) <= _ROUNDING for output in some):
             return (
                 "The adapter was merged onto the original base, not onto the quantized base that it was trained on. "
-                "Merge again with scripts/merge."
+                "Merge again with scripts/merge, or set merge: original in model.yaml to allow it."
             )
     name = max(far, key=lambda one: far[one])
     others = f" and {len(far) - 1} more are" if len(far) > 1 else " is"
@@ -397,13 +411,22 @@ def _cause(checks: Sequence[Check]) -> str | None:
     return next((check.cause for check in checks if not check.passed), None)
 
 
-def _divergence(case: _Case, candidate: torch.nn.Module) -> Divergence:
-    reference = distributions.reference_model(case.base, case.adapter)
-    bar = progress_bar(case.console)
-    return distributions.compare(reference, {"candidate": candidate}, case.rows, case.pad, progress=bar)["candidate"]
+def _divergence(case: _Case) -> Divergence:
+    return distributions.compare(
+        lambda: distributions.reference_model(case.base, case.adapter),
+        {"": lambda: distributions.merged_model(case.weights)},
+        case.rows,
+        case.pad,
+        progress=progress_bar(case.console),
+    )[""]
 
 
 def _distribution_cause(case: _Case) -> str:
+    if case.onto == "original":
+        return (
+            "The merge onto the original weights leaves out what quantization changed in the base, and this adapter "
+            "was trained with it. Set merge: dequantized in model.yaml, and merge again with scripts/merge."
+        )
     if case.scheme == "none":
         return (
             "The weights answer differently from what training scored, though their tensors agree: another config.json?"
@@ -457,11 +480,14 @@ def _reference_answers(case: _Case, run: Path, scored: Sequence[distributions.Sc
     others = [at for at in range(len(prompts)) if at not in answers]
     if others:
         with step(f"Answers of the reference to {len(others)} other examples", case.console):
-            model = distributions.reference_model(case.base, case.adapter, generates=True)
             batches = [others[at : at + _BATCH] for at in range(0, len(others), _BATCH)]
-            for batch in progress_bar(case.console)(batches, len(batches)):
-                asked = [prompts[at] for at in batch]
-                answers |= zip(batch, generate(model, case.tokenizer, asked, case.max_tokens), strict=True)
+            with distributions.alone(
+                lambda: distributions.reference_model(case.base, case.adapter, generates=True)
+            ) as model:
+                for batch in progress_bar(case.console)(batches, len(batches)):
+                    asked = [prompts[at] for at in batch]
+                    answers |= zip(batch, generate(model, case.tokenizer, asked, case.max_tokens), strict=True)
+                del model
     found = [answers[at] for at in range(len(prompts))]
     write_json(path, {"key": key, "answers": found})
     return found
@@ -476,7 +502,6 @@ _BATCH = 32
 
 def _served(
     case: _Case,
-    candidate: torch.nn.Module,
     divergence: Divergence,
     metrics: dict[str, Any],
     pictures: dict[str, Any],
@@ -486,7 +511,9 @@ def _served(
     score, limits = scorer(case.config.verify.score), case.limits
     log = case.adapter.parent / "verify-engine.log"
     served = parity.serve(case.weights, case.config.serve, case.prompts, case.rows, case.max_tokens, log, make)
-    found = parity.compare(candidate, case.prompts, case.rows, served, case.pad, divergence.scored)
+    found = parity.compare(
+        lambda: distributions.merged_model(case.weights), case.prompts, case.rows, served, case.pad, divergence.scored
+    )
     right = _share(score, case.expected, [answer.text for answer in served.answers])
     reference_right = _share(score, case.expected, reference)
     metrics.update(

@@ -101,8 +101,11 @@ def test_merged_weights_answer_as_training_scored(
     ).train
     quantization = (manifest.read(adapter) or {})["quantization"]
     found = distributions.compare(
-        distributions.reference_model(tiny_base, adapter),
-        {"merged": distributions.merged_model(weights), "naive": distributions.naive_model(tiny_base, adapter)},
+        lambda: distributions.reference_model(tiny_base, adapter),
+        {
+            "merged": lambda: distributions.merged_model(weights),
+            "naive": lambda: distributions.naive_model(tiny_base, adapter),
+        },
         rows,
         0,
     )

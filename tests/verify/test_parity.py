@@ -33,7 +33,7 @@ def test_what_is_known_of_the_rows_changes_no_figure(tiny_base: Path, monkeypatc
     served = parity.Served(answers, [[-1.0, -2.0, -3.0], [-6.0, -7.0]], 0.0, 0.0, 0.0)
     asked = [PROMPT, [1, 2, 3, 4]]
     scored = distributions.score(model, rows, 0)
-    plain = parity.compare(model, asked, rows, served, 0)
+    plain = parity.compare(lambda: model, asked, rows, served, 0)
     computed: list[int] = []
     real = distributions.score
 
@@ -42,7 +42,7 @@ def test_what_is_known_of_the_rows_changes_no_figure(tiny_base: Path, monkeypatc
         return real(model, rows, pad)
 
     monkeypatch.setattr(distributions, "score", score)
-    known = parity.compare(model, asked, rows, served, 0, scored)
+    known = parity.compare(lambda: model, asked, rows, served, 0, scored)
     assert computed == [1], "the answer that is not the expected one"
     assert replace(known, points=[]) == replace(plain, points=[])
     assert sorted(theirs for theirs, _ in known.points) == [-7, -6, -5, -4, -3, -2, -1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from cogpress import config, pipeline
 from cogpress.engines.vllm import Engine
 from cogpress.errors import CogpressError
 from cogpress.files import write_json
+from cogpress.merge import merge
+from cogpress.prompts import Row
+from cogpress.verify import distributions
 from cogpress.verify import report as verdict
 from cogpress.verify import run as verify
 from cogpress.verify.report import Check
@@ -150,9 +155,66 @@ def test_the_usual_merge_is_caught(trained_run: Path, few: config.Config, tmp_pa
     assert {"merge", "mean KL"} <= failures(found).keys()
     assert found.causes == [
         "The adapter was merged onto the original base, not onto the quantized base that it was trained on. "
-        "Merge again with scripts/merge."
+        "Merge again with scripts/merge, or set merge: original in model.yaml to allow it."
     ]
     assert manifest.state(copy) == "failed"
+
+
+@pytest.mark.slow
+def test_the_usual_merge_passes_where_it_is_configured(
+    trained_run: Path, few: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "_served", lambda *_: [])
+    adapter = trained_run / "adapter"
+    source = fetch.base((manifest.read(adapter) or {})["base"]["source"], ROOT / ".cache")
+    merge.merge(source, adapter, tmp_path / "weights", onto="original")
+    chosen = few.model_copy(update={"merge": "original"})
+    found = verify.verify(chosen, ROOT, tmp_path / "weights", Console(), run=trained_run)
+    assert failures(found) == {}
+    assert found.metrics["mean_kl"] > 0.003, "more than the faithful merge may have"
+    flip(tmp_path / "weights", "model.layers.1.mlp.down_proj.weight")
+    sign_again(tmp_path / "weights")
+    found = verify.verify(chosen, ROOT, tmp_path / "weights", Console(), run=trained_run)
+    assert "merge" in failures(found)
+
+
+@pytest.mark.train
+def test_one_model_is_in_memory_at_a_time(copy: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    real = base.load
+
+    def load(*given: Any, **named: Any) -> Any:
+        alive.append(sum(one() is not None for one in loaded))
+        model = real(*given, **named)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(base, "load", load)
+    monkeypatch.setattr(verify, "_served", lambda *_: alive.append(sum(one() is not None for one in loaded)) or [])
+    (tiny_run / verify.REFERENCE).unlink(missing_ok=True)
+    found = verify_tiny(copy, tiny_run)
+    assert failures(found) == {}
+    assert alive == [0, 0, 0, 0], "reference, candidate, the reference again to answer, the engine"
+    assert not any(one() for one in loaded)
+
+
+@pytest.mark.train
+def test_distributions_that_fill_the_disk_are_compared_in_parts(
+    tiny_run: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Row([1, 2, 3 + one, 4], [-100, 2, 3 + one, 4]) for one in range(5)]
+
+    def compared() -> distributions.Divergence:
+        loads = {"": partial(distributions.merged_model, tiny_run / "weights")}
+        return distributions.compare(partial(distributions.merged_model, tiny_base), loads, rows, 0)[""]
+
+    monkeypatch.setattr(distributions, "BATCH_TOKENS", 8)
+    whole = compared()
+    monkeypatch.setattr(distributions, "STORED_BYTES", 1)
+    assert compared() == whole
+    assert whole.tokens == 15
+    assert whole.mean_kl > 0
 
 
 def flip(folder: Path, name: str) -> None:
