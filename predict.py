@@ -32,22 +32,10 @@ class Runner(BaseRunner):
     @cog.concurrent(max=80)
     async def run(
         self,
-        prompt: str = Input(description="Text to send to the model.", default=""),
-        system_prompt: Optional[str] = Input(
-            description="Instructions for the whole conversation. Empty: those used in training.",
-            default=None,
-        ),
-        fields: Optional[str] = Input(
-            description='Values for the prompt template of this model, as a JSON object, such as {"question": "slowest endpoints in the last hour", "columns": ["http.route", "duration_ms"]}. Replaces prompt.',  # noqa: E501
-            default=None,
-        ),
-        messages: Optional[str] = Input(
-            description='A whole conversation as a JSON list of {"role": "user" | "assistant" | "system", "content": "..."}, ending with the user. Replaces prompt and fields.',  # noqa: E501
-            default=None,
-        ),
-        adapter: str = Input(
-            description="Name of the adapter to use, for a model served with several. Empty: the base without one.",
-            default="",
+        # --- inputs: scripts/form writes them from model.yaml ---
+        question: Optional[str] = Input(description="What to look up, in plain English.", default=None),
+        columns: Optional[str] = Input(
+            description="The columns that the query may use. One per line, or separated by commas.", default=None
         ),
         max_tokens: int = Input(
             description="Maximum number of tokens to generate; a token is about four characters.",
@@ -87,7 +75,7 @@ class Runner(BaseRunner):
             le=9007199254740991,
         ),
         json_schema: Optional[str] = Input(
-            description='JSON schema that the answer must follow, such as {"type": "object", "properties": {"op": {"enum": ["COUNT", "AVG"]}}, "required": ["op"]}.',  # noqa: E501
+            description='JSON schema that the answer must follow, such as {"type": "object", "properties": {"op": {"enum": ["COUNT", "AVG"]}}, "required": ["op"]}.',
             default=None,
         ),
         regex: Optional[str] = Input(
@@ -97,11 +85,10 @@ class Runner(BaseRunner):
             description='The only answers allowed, as a JSON list, such as ["yes", "no"].', default=None
         ),
         grammar: Optional[str] = Input(
-            description='EBNF grammar that the answer must follow, such as root ::= "SELECT " [a-z]+.',
-            default=None,
+            description='EBNF grammar that the answer must follow, such as root ::= "SELECT " [a-z]+.', default=None
         ),
         tools: Optional[str] = Input(
-            description='Functions that the model may call, as a JSON list of {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}. For models whose chat template supports tools.',  # noqa: E501
+            description='Functions that the model may call, as a JSON list of {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}. For models whose chat template supports tools.',
             default=None,
         ),
         thinking: Optional[bool] = Input(
@@ -130,18 +117,35 @@ class Runner(BaseRunner):
             le=2.0,
         ),
         logit_bias: Optional[str] = Input(
-            description='Biases tokens from -100 to 100: a JSON object from a token, as text or id, to its bias, such as {"yes": 5}.',  # noqa: E501
+            description='Biases tokens from -100 to 100: a JSON object from a token, as text or id, to its bias, such as {"yes": 5}.',
             default=None,
         ),
         logprobs: Optional[int] = Input(
-            description="Report the log-probability of each token, and of this many of the most likely tokens at its position, in the metrics. Empty: none.",  # noqa: E501
+            description="Report the log-probability of each token, and of this many of the most likely tokens at its position, in the metrics. Empty: none.",
             default=None,
             ge=0,
             le=20,
         ),
+        adapter: str = Input(
+            description="Name of the adapter to use, for a model served with several. Empty: the base without one.",
+            default="",
+        ),
+        system_prompt: Optional[str] = Input(
+            description="Instructions for the whole conversation. Empty: those used in training.", default=None
+        ),
+        prompt: str = Input(description="Text to send to the model.", default=""),
+        messages: Optional[str] = Input(
+            description='A whole conversation as a JSON list of {"role": "user" | "assistant" | "system", "content": "..."}, ending with the user. Replaces prompt and fields.',
+            default=None,
+        ),
+        fields: Optional[str] = Input(
+            description='Values for the prompt template of this model, as a JSON object, such as {"question": "10 player.uid with the highest p95 of agent.idle", "columns": ["agent.util", "cart.uid", "order.label", "agent.idle", "player.uid", "payment.card"]}. Replaces prompt.',
+            default=None,
+        ),
+        # --- end of the inputs ---
     ) -> ConcatenateIterator[str]:
         """Stream an answer."""
-        inputs = dict(locals())  # the inputs alone, as nothing else has a name yet
+        inputs = {**locals()}  # the inputs alone, as nothing else has a name yet
         del inputs["self"]
         from cogpress.cog.streaming import stream
 

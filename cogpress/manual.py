@@ -39,7 +39,8 @@ def _chapter(place: str, section: _Schema | None, defined: _Schema, level: str) 
     yield f"\n{level} `{place}`\n\n{_one_line(section['description'])}\n"
     yield from _table(f"{place}.", section, defined)
     for name, one in section["properties"].items():
-        yield from _chapter(f"{place}.{name}", _section(one, defined), defined, "###")
+        inner = f"{place}.{name}.NAME" if "additionalProperties" in one else f"{place}.{name}"
+        yield from _chapter(inner, _section(one, defined), defined, "###")
 
 
 def _table(prefix: str, section: _Schema, defined: _Schema) -> Iterator[str]:
@@ -47,7 +48,8 @@ def _table(prefix: str, section: _Schema, defined: _Schema) -> Iterator[str]:
     for name, one in section["properties"].items():
         default = "required" if name in section.get("required", ()) else _default(one)
         what = "section" if _section(one, defined) else _words(one)
-        what = "list of sections" if one.get("type") == "array" and what == "section" else what
+        if what == "section":
+            what = {"array": "list of sections", "object": "mapping to sections"}.get(one.get("type", ""), what)
         cells = (f"`{prefix}{name}`", what, default, _one_line(one["description"]))
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
@@ -57,11 +59,12 @@ def _one_line(text: str) -> str:
 
 
 def _section(schema: _Schema, defined: _Schema) -> _Schema | None:
-    """The section that an option holds: itself, optional, or in a list."""
+    """The section that an option holds: itself, optional, in a list or in a mapping."""
     if "$ref" in schema:
         found: _Schema = defined[schema["$ref"].rpartition("/")[2]]
         return found
-    inner = [*schema.get("anyOf", ()), *([schema["items"]] if "items" in schema else [])]
+    inner = [*schema.get("anyOf", ())]
+    inner += [schema[key] for key in ("items", "additionalProperties") if isinstance(schema.get(key), dict)]
     return next((deeper for one in inner if (deeper := _section(one, defined))), None)
 
 
@@ -71,6 +74,8 @@ def _words(schema: _Schema) -> str:
         return " or ".join(_words(one) for one in schema["anyOf"] if one.get("type") != "null")
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{one}`" for one in schema.get("enum", [schema.get("const")]))
+    if "type" not in schema:
+        return "any value"
     if schema["type"] == "array":
         return f"list of {_words(schema['items'])}"
     if schema["type"] == "object":

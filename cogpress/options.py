@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import keyword
+import math
 import string
 from typing import Annotated, Any, Literal
 
@@ -48,6 +50,96 @@ class Base(Section):
     (LLM.int8()), or `none` (plain LoRA)."""
 
 
+InputName = Literal[
+    "prompt", "system_prompt", "messages", "fields", "adapter", "max_tokens", "temperature", "top_p", "top_k", "min_p",
+    "stop", "seed", "json_schema", "regex", "choices", "grammar", "tools", "thinking", "min_tokens",
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs",
+]  # fmt: skip
+"""A prediction's inputs besides the template's fields; a test holds them equal to `cogpress.cog.form`'s."""
+
+_TAKEN = frozenset(
+    {*InputName.__args__, "self", "locals", "Input", "Output", "Status"}  # type: ignore[attr-defined]
+    | {f"{kind}{part}" for kind in ("Prediction", "Training") for part in ("Request", "Response", "Input", "Output")}
+    | {"HTTPValidationError", "ValidationError"}
+)
+"""Names that a field of the form cannot have: other inputs, names that `run()` uses, and Cog's own schemas."""
+
+EXACT_INTEGERS = 2**53
+"""Cog writes bounds as float64, which holds integers exactly below this."""
+
+_ESCAPED = frozenset("\\") | {chr(code) for code in range(32)} | {"\x7f"}
+
+
+class FormField(Section):
+    """A field of the template, as it appears in the form; `scripts/form` writes it into `predict.py`."""
+
+    description: str = ""
+    """Shown below the field: what to write there. Required."""
+    title: str = ""
+    """The field's label in the playground. Default: its name."""
+    type: Literal["text", "long text", "list", "number", "choice", "boolean"] = "text"
+    """A `list` is typed one item a line, separated by commas, or as a JSON list."""
+    choices: tuple[str, ...] = ()
+    """The values of a `choice`."""
+    default: Any = None
+    """Its value where it is left out. A field without one must be given."""
+    required: bool = True
+    """Whether Cog itself refuses a prediction without a field that has no default. `false`: `prompt`, `messages` or
+    `fields` may be given instead, and only where all are missing the server asks for it by name."""
+    minimum: float | None = None
+    """Smallest number; fewest characters of a text, fewest items of a list."""
+    maximum: float | None = None
+    """Largest number; most characters of a text, most items of a list."""
+    example: Any = None
+    """A value that the playground opens with."""
+
+    @pydantic.model_validator(mode="after")
+    def _agrees(self) -> FormField:
+        if not self.description.strip():
+            raise ValueError("needs a description: what users are to write there")
+        if bool(self.choices) != (self.type == "choice"):
+            raise ValueError("needs choices" if self.type == "choice" else f"a {self.type} has no choices")
+        if len(set(self.choices)) < len(self.choices) or not all(one.strip() for one in self.choices):
+            raise ValueError("choices must differ, and none may be empty")
+        bounds = [one for one in (self.minimum, self.maximum) if one is not None]
+        if bounds and self.type in ("choice", "boolean"):
+            raise ValueError(f"a {self.type} has no bounds")
+        if any(not math.isfinite(one) or abs(one) >= EXACT_INTEGERS for one in bounds):
+            raise ValueError("bounds must be below 2**53, which Cog's schema holds exactly")
+        if len(bounds) == 2 and bounds[0] > bounds[1]:
+            raise ValueError(f"minimum {bounds[0]:g} is above maximum {bounds[1]:g}")
+        if self.type != "number" and any(one < 0 or not one.is_integer() for one in bounds):
+            raise ValueError("minimum and maximum count characters or items: whole numbers of at least 0")
+        for option, value in (("default", self.default), ("example", self.example)):
+            if value is not None and not self._holds(value):
+                raise ValueError(f"{option} {value!r} is no {self.type} within its choices and bounds")
+        written = [self.title, *self.choices, *self._texts(self.default)]
+        if any(_ESCAPED & set(one) or {"'", '"'} <= set(one) for one in written):
+            raise ValueError(
+                "title, choices and default may hold no line break, no backslash, and not both kinds of quotes"
+            )
+        return self
+
+    @staticmethod
+    def _texts(value: Any) -> list[str]:
+        return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+
+    def _holds(self, value: Any) -> bool:
+        low, high = self.minimum, self.maximum
+        if self.type == "boolean":
+            return isinstance(value, bool)
+        if self.type == "choice":
+            return value in self.choices
+        if self.type == "number":
+            size = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+            return math.isfinite(size) and (low is None or size >= low) and (high is None or size <= high)
+        if self.type == "list":
+            fits = isinstance(value, list) and all(isinstance(one, str) and one.strip() for one in value)
+        else:
+            fits = isinstance(value, str)
+        return fits and (low is None or len(value) >= low) and (high is None or len(value) <= high)
+
+
 class Prompt(Section):
     """How an application's fields become the prompt, the same in training and serving."""
 
@@ -56,6 +148,8 @@ class Prompt(Section):
     template: str = "{prompt}"
     """The user's message, with `{fields}` to fill; `{{` writes a brace. A template of one field also takes a plain text
     prompt; with several, a plain text is taken as already filled. A list is written one item a line."""
+    fields: dict[str, FormField] = {}
+    """The template's fields as the form shows them, by name, [below](#promptfieldsname)."""
 
     @pydantic.field_validator("template")
     @classmethod
@@ -65,6 +159,30 @@ class Prompt(Section):
         if not parts or not plain:
             raise ValueError("needs at least one {field}, named like a Python identifier; write {{ for a brace")
         return template
+
+    @pydantic.model_validator(mode="after")
+    def _fields_are_the_templates(self) -> Prompt:
+        names = self.names
+        for name in self.fields:
+            if name not in names:
+                raise ValueError(f"fields describes {name}, which is no field of the template")
+            if keyword.iskeyword(name) or name.startswith("_") or not name.isascii():
+                raise ValueError(
+                    f"the field {name} cannot be an input's name; rename it in the template and the examples"
+                )
+            if name in _TAKEN:
+                raise ValueError(
+                    f"the field {name} is named like an input that every model has; rename it in the template and the "
+                    "examples"
+                )
+        if self.fields and (left := [name for name in names if name not in self.fields]):
+            raise ValueError(f"fields lacks a description of {', '.join(left)}, which the template has")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The template's fields, in order of first use."""
+        return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.template) if name))
 
 
 class Data(Section):
@@ -164,6 +282,20 @@ def _speculative(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+class Form(Section):
+    """The form that users of the model see; `scripts/form` writes it into `predict.py`."""
+
+    hide: tuple[InputName, ...] = ()
+    """Inputs that this model does not need. They are no inputs of the model then, not even for programs."""
+
+    @pydantic.field_validator("hide")
+    @classmethod
+    def _can_be_asked(cls, hide: tuple[InputName, ...]) -> tuple[InputName, ...]:
+        if "max_tokens" in hide:
+            raise ValueError("max_tokens cannot be hidden: it bounds the time and cost of an answer")
+        return hide
+
+
 class Serve(Section):
     """The server. `auto` is resolved on the machine that serves."""
 
@@ -211,6 +343,8 @@ class Serve(Section):
     """Adapters in memory; those used longest ago leave first."""
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Loopback port for [Prometheus metrics](serving.md#monitoring)."""
+    form: Form = Form()
+    """The form, [below](#serveform)."""
     log: Literal["none", "requests", "prompts"] = "none"
     """A JSON line per prediction: `requests` without prompt and answer, `prompts` with them."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import math
 import re
 import secrets
-import string
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,7 @@ class Row:
 
 def field_names(settings: Prompt) -> list[str]:
     """The template's fields, in order of first use."""
-    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(settings.template) if name))
+    return settings.names
 
 
 def conversation(question: Question, settings: Prompt) -> list[Message]:
@@ -134,8 +135,9 @@ def _filled(question: Question, settings: Prompt) -> str:
     if question.fields is None:
         if len(names) != 1 or not question.text.strip():
             return question.text
-        return settings.template.format(**{names[0]: question.text})
-    missing = [name for name in names if name not in question.fields]
+        return settings.template.format(**{names[0]: field_text(names[0], question.text, settings)})
+    defaults = {name: field.default for name, field in settings.fields.items() if field.default is not None}
+    missing = [name for name in names if name not in question.fields and name not in defaults]
     unknown = [name for name in question.fields if name not in names]
     if missing or unknown:
         wrong = f"lacks {', '.join(missing)}" if missing else f"has the unknown {', '.join(map(str, unknown))}"
@@ -143,7 +145,67 @@ def _filled(question: Question, settings: Prompt) -> str:
             f"The prompt template's fields are {', '.join(names)}; the input {wrong}. "
             "Give exactly those, as a JSON object."
         )
-    return settings.template.format(**{name: _as_text(name, value) for name, value in question.fields.items()})
+    given = {name: question.fields.get(name, defaults.get(name)) for name in names}
+    return settings.template.format(**{name: field_text(name, value, settings) for name, value in given.items()})
+
+
+def field_text(name: str, value: Any, settings: Prompt) -> str:
+    """A field's value as the template takes it, by the field's description, the same in training and serving.
+
+    A list is written one item a line, however it was given; a number in its shortest form, so that 8 and 8.0 are one
+    prompt; a boolean as `True` or `False`.
+
+    Raises:
+        CogpressError: it is not of the field's type, or out of its bounds.
+    """
+    field = settings.fields.get(name)
+    if field is None:
+        return _as_text(name, value)
+    size: float | None = None
+    if field.type == "list":
+        items = [_as_text(name, item) for item in (value if isinstance(value, list) else list_items(str(value)))]
+        text, size, unit = "\n".join(items), len(items), " items"
+    elif field.type == "number":
+        size, unit = _number(name, value), ""
+        text = str(int(size)) if size.is_integer() else repr(size)
+    elif field.type == "boolean":
+        if str(value).lower() not in ("true", "false"):
+            raise CogpressError(f"Field {name} must be true or false, not {value!r}.")
+        text = str(value).lower().capitalize()
+    else:
+        text = _as_text(name, value)
+        if field.type == "choice" and text not in field.choices:
+            raise CogpressError(f"Field {name} is {text[:80]!r}; choose one of {', '.join(field.choices)}.")
+        size, unit = (len(text), " characters") if field.type != "choice" else (None, "")
+    for bound, wrong in ((field.minimum, "at least"), (field.maximum, "at most")):
+        if size is not None and bound is not None and (size < bound if wrong == "at least" else size > bound):
+            raise CogpressError(f"Field {name} has {size:g}{unit}; it must have {wrong} {bound:g}.")
+    return text
+
+
+def list_items(text: str) -> list[Any]:
+    """The items of a list typed as text: a JSON list, or one a line, or, in one line, separated by commas."""
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(text)
+            if isinstance(found, list):
+                return found
+    return [item.strip() for item in text.split("\n" if "\n" in text else ",") if item.strip()]
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", value, re.ASCII):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CogpressError(f"Field {name} must be a number, not {str(value)[:80]!r}.")
+    return float(value)
+
+
+def described(settings: Prompt, form: Prompt) -> Prompt:
+    """Settings with the descriptions of the form's fields, where they have none and the same fields."""
+    if settings.fields or set(field_names(settings)) != set(form.fields):
+        return settings
+    return settings.model_copy(update={"fields": form.fields})
 
 
 def _as_text(name: str, value: Any) -> str:

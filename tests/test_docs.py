@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cogpress import config
 from cogpress.cog import schema
 from cogpress.config import Config
 
@@ -151,6 +152,6 @@ def test_the_ten_options_of_the_readme_have_these_defaults() -> None:
 
 def test_the_inputs_are_those_of_the_runner() -> None:
     rows = [row for row in cells(ROOT / "docs" / "serving.md") if row[0].startswith("`")]
-    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row[0])) == sorted(
-        schema.inputs(ROOT, "predict.py:Runner")
-    )
+    named = sorted(name for row in rows for name in re.findall(r"`(\w+)`", row[0]))
+    own = config.load(ROOT / "model.yaml").prompt.fields
+    assert named == sorted(schema.inputs(ROOT, "predict.py:Runner").keys() - own.keys())

@@ -71,6 +71,8 @@ class Predictions:
         shown = version.redacted(payload)
         size = sum(len(value) for value in shown.values() if isinstance(value, str))
         prediction = Prediction(new_id(), version, shown, payload, options or Options(), size=size)
+        if unknown := version.unknown(payload):
+            prediction.add_log(f"Not used, as the model has no such input: {', '.join(unknown)}.\n")
         self._alive[prediction.id] = prediction, queue
         self.on_create(prediction)
         written = self._store.insert(prediction.record())

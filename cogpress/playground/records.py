@@ -93,6 +93,11 @@ class Version:
         secrets = self._secrets("TrainingInput")
         return {name: REDACTED if name in secrets else value for name, value in inputs.items()}
 
+    def unknown(self, inputs: dict[str, Any]) -> list[str]:
+        """The names of inputs that the model does not have; Cog's runtime drops them."""
+        properties = self._schemas.get("Input", {}).get("properties")
+        return [] if properties is None else [name for name in inputs if name not in properties]
+
     def check(self, inputs: dict[str, Any]) -> None:
         """Validate a prediction's inputs.
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cogpress.errors import CogpressError
-from cogpress.preflight import cogyaml, image, packages, place, signature, weights
+from cogpress.preflight import cogyaml, form, image, packages, place, signature, weights
 from cogpress.preflight.check import Check, Finding, Row, failed
 from cogpress.preflight.facts import Facts, Request, gather
 from cogpress.preflight.fix import fix
@@ -22,6 +22,7 @@ __all__ = ["CHECKS", "TOPICS", "Facts", "Report", "Request", "check", "gather", 
 CHECKS: list[Check] = [
     *cogyaml.CHECKS,
     *signature.CHECKS,
+    *form.CHECKS,
     *packages.CHECKS,
     *weights.CHECKS,
     *image.CHECKS,

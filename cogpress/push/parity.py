@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from cogpress.cog import form
 from cogpress.config import Config, Prompt
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
@@ -95,7 +97,11 @@ def inputs(reference: Reference) -> list[dict[str, Any]]:
 
 
 def compare(
-    replicate: Replicate, version: str, settings: Config, found: Reference
+    replicate: Replicate,
+    version: str,
+    settings: Config,
+    found: Reference,
+    fields: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> tuple[list[Check], dict[str, Any]]:
     """Ask Replicate, compare with transformers and measure speed.
 
@@ -104,6 +110,7 @@ def compare(
         version: the pushed version's id.
         settings: limits and the task's score.
         found: the local weights and the examples.
+        fields: the version's inputs, as `schema.fields` gives them; required ones that messages replace are filled.
 
     Returns:
         the checks and the metrics: agreement, difference, scores, speeds.
@@ -118,7 +125,7 @@ def compare(
             raise CogpressError(f"Replicate's answer to a held-out example {made.get('status')}: {made.get('error')}")
         return made
 
-    asked = inputs(found)
+    asked = [form.completed(given, fields) for given in inputs(found)]
     began = time.monotonic()
     with ThreadPoolExecutor(settings.push.parallel) as pool:
         answers = list(pool.map(ask, asked))

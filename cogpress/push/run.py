@@ -321,7 +321,8 @@ class PushRun:
         limits = vars(verify.limits(self.settings.verify, found.scheme))
 
         def act(say: Say) -> dict[str, Any]:
-            checks, metrics = parity.compare(self.replicate, version, self.settings, found)
+            inputs = schema.fields(self.local_schema())
+            checks, metrics = parity.compare(self.replicate, version, self.settings, found, inputs)
             failed = [check for check in checks if not check.passed]
             if failed:
                 told = "; ".join(f"{check.name} {check.shown[0]}, required {check.shown[1]}" for check in failed)

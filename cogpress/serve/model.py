@@ -55,7 +55,9 @@ class ServedModel:
         self.folder = found.folder
         # Training decided what a prompt looks like, so it travels with the weights.
         prompt = (found.manifest or {}).get("prompt")
-        self.prompt = config.Prompt.model_validate(prompt) if prompt else settings.prompt
+        self._form = settings.prompt
+        own = config.Prompt.model_validate(prompt) if prompt else settings.prompt
+        self.prompt = prompts.described(own, self._form)
         self.observer = Observer(serve)
         self._long = asyncio.Lock()
         self._long_tokenizer: Any = None
@@ -83,7 +85,8 @@ class ServedModel:
         Raises:
             CogpressError: the prompt is empty, an input's JSON is malformed, or the chat template refuses.
         """
-        return prompts.encode(tokenizer or self.tokenizer, inputs.question(request), prompt or self.prompt)
+        settings = prompt or self.prompt
+        return prompts.encode(tokenizer or self.tokenizer, inputs.question(request, settings), settings)
 
     async def answer(self, given: Mapping[str, Any], record: Record, *, stream: bool = True) -> AsyncIterator[str]:
         """Check a request and stream its answer.
@@ -113,7 +116,7 @@ class ServedModel:
             raise CogpressError(DEAD)
         request, sampling = inputs.read(given, self.tokenizer)
         ready = await self.adapters.get(request.adapter) if request.adapter else None
-        prompt = await self._encode(request, ready.prompt if ready else None)
+        prompt = await self._encode(request, prompts.described(ready.prompt, self._form) if ready else None)
         room = self.engine.max_context - len(prompt)
         if room < 1:
             raise CogpressError(
@@ -127,7 +130,7 @@ class ServedModel:
 
     async def _encode(self, request: Request, prompt: config.Prompt | None) -> list[int]:
         """`encode`, but long texts in a thread with its own tokenizer, so that no stream waits for it."""
-        size = sum(len(text) for text in vars(request).values() if isinstance(text, str))
+        size = sum(len(text) for text in (*vars(request).values(), *request.values.values()) if isinstance(text, str))
         if size < LONG_TEXT:
             return self.encode(request, prompt)
         async with self._long:

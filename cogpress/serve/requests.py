@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, get_args
 
 from cogpress.engines.base import Sampling, Structure
 from cogpress.errors import CogpressError
-from cogpress.prompts import Question, whole_characters
+from cogpress.options import InputName
+from cogpress.prompts import Question, field_names, whole_characters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from cogpress.config import Prompt
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -46,16 +49,21 @@ class Request:
     tools: str | None = None
     thinking: bool | None = None
     adapter: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """The template's fields, each an input of its own."""
 
 
 def read(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Request, Sampling]:
     """The request and the sampling options in a prediction's inputs, by name; None counts as not given.
 
+    What is none of `options.InputName` is a field of the template; `question` refuses those that it does not have.
+
     Raises:
         CogpressError: an input is malformed.
     """
     values = {name: _typed(name, value) for name, value in given.items() if value is not None}
-    asked = {name: values[name] for name in Request.__dataclass_fields__ if name in values}
+    asked = {name: values[name] for name in _ASKED if name in values}
+    fields = {name: value for name, value in values.items() if name not in _INPUTS}
     plain = {name: values[name] for name in _PLAIN if name in values}
     sampling = Sampling(
         **plain,
@@ -63,13 +71,16 @@ def read(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[
         logit_bias=logit_bias(values.get("logit_bias"), tokenizer),
         structure=structure(*(values.get(name) for name in ("json_schema", "regex", "choices", "grammar"))),
     )
-    return Request(**asked), sampling
+    return Request(**asked, values=fields), sampling
 
 
 _INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed", "logprobs")
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _PLAIN = (*_INTEGERS, *_NUMBERS)
 """The inputs that `Sampling` takes unchanged."""
+
+_INPUTS = frozenset(get_args(InputName))
+_ASKED = tuple(name for name in Request.__dataclass_fields__ if name in _INPUTS)
 
 _LIMITS = dict.fromkeys(("prompt", "system_prompt", "messages", "fields"), MAX_TEXT)
 
@@ -93,9 +104,11 @@ def _typed(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise CogpressError(f"{name} must be true or false, not {_shown(value)}.")
         return value
+    if name not in _INPUTS and isinstance(value, bool | int | float | list):
+        return value
     if not isinstance(value, str):
         raise CogpressError(f"{name} must be text, not {_shown(value)}.")
-    most = _LIMITS.get(name, MAX_JSON)
+    most = _LIMITS.get(name, MAX_JSON if name in _INPUTS else MAX_TEXT)
     if len(value) > most:
         raise CogpressError(f"{name} has {len(value):,} characters; the limit is {most:,}. Shorten it.")
     return whole_characters(value)
@@ -105,17 +118,19 @@ def _shown(value: Any) -> str:
     return json.dumps(value, default=str)[:80]
 
 
-def question(request: Request) -> Question:
-    """The question in a request: `messages` win over `fields`, `fields` over `prompt`.
+def question(request: Request, settings: Prompt) -> Question:
+    """The question in a request: `messages` win over `fields`, `fields` over `prompt`, and `prompt` over the form's.
 
     Raises:
-        CogpressError: an input is malformed.
+        CogpressError: an input is malformed; or nothing replaces the form's fields, and one is unknown or missing.
     """
-    fields = None
+    fields: Mapping[str, Any] | None = None
     if request.fields and not request.messages:
         fields = read_json(request.fields, "fields")
         if not isinstance(fields, dict):
             raise CogpressError('fields must be a JSON object, such as {"question": "..."}.')
+    elif not request.messages and not request.prompt.strip():
+        fields = _values(request.values, settings)
     return Question(
         request.prompt,
         fields,
@@ -124,6 +139,31 @@ def question(request: Request) -> Question:
         tools(request.tools),
         request.thinking,
     )
+
+
+def _values(given: Mapping[str, Any], settings: Prompt) -> Mapping[str, Any] | None:
+    """The form's fields; None where the template describes none and none is given."""
+    names = field_names(settings)
+    if unknown := [name for name in given if name not in names]:
+        raise CogpressError(
+            f"This model has no input {', '.join(unknown)}; its template's fields are {', '.join(names)}. "
+            "Leave it out, or run scripts/form and push again."
+        )
+    if not given and not settings.fields:
+        return None
+    optional = {name for name, one in settings.fields.items() if one.default is not None}
+    missing = [name for name in names if name not in optional and _blank(given.get(name))]
+    if missing:
+        nothing = len(missing) == len(names) - len(optional)
+        raise CogpressError(
+            f"{'There is nothing to answer: ' if nothing else ''}{' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} empty. Give a value, or prompt, messages or fields instead."
+        )
+    return given
+
+
+def _blank(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
 def read_json(text: str, name: str) -> Any:

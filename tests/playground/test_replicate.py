@@ -164,6 +164,12 @@ def test_null_inputs_are_left_out(local: Local) -> None:
     assert made["input"] == {"prompt": "a", "count": 1}
 
 
+def test_an_input_that_the_model_does_not_have_is_named_in_the_logs(local: Local) -> None:
+    made = local.create({"prompt": "word", "count": 1, "max_new_tokens": 5}, wait=True)
+    assert made["status"] == "succeeded"
+    assert made["logs"].startswith("Not used, as the model has no such input: max_new_tokens.\n")
+
+
 def test_secrets_are_neither_shown_nor_stored(local: Local) -> None:
     made = local.create({"count": 1, "key": "a very secret key"}, wait=True)
     assert made["status"] == "succeeded"

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cogpress import http, preflight
+from cogpress import config, http, preflight
+from cogpress.cog import form
 from cogpress.files import new_folder
 from cogpress.plan import estimate
 from cogpress.preflight import place, secrets, weights
@@ -815,3 +817,18 @@ def test_the_page_lists_every_option() -> None:
     options = set(re.findall(r"--[a-z]+", shown)) - {"--help"}
     assert not [option for option in options if option not in page]
     assert not [name for name in preflight.TOPICS if f"`{name}`" not in page]
+
+
+def test_a_stale_form_is_refused(here: Path) -> None:
+    described = "prompt:\n  template: '{question}'\n  fields: {question: {description: What to look up.}}\n"
+    (here / "model.yaml").write_text(described)
+    found = [row.finding for row in run(here).rows if (row.topic, row.name) == ("Inputs", "form")]
+    assert [one.outcome for one in found] == ["failed"]
+    assert "needs the lines" in found[0].message
+    shutil.copy(ROOT / "predict.py", here)
+    found = [row.finding for row in run(here).rows if (row.topic, row.name) == ("Inputs", "form")]
+    assert "predict.py has other inputs than model.yaml describes" in found[0].message
+    assert "scripts/form" in found[0].fix
+    form.write(here / "predict.py", config.load(here / "model.yaml"))
+    found = [row.finding for row in run(here).rows if (row.topic, row.name) == ("Inputs", "form")]
+    assert [one.outcome for one in found] == ["passed"]

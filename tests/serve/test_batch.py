@@ -113,7 +113,7 @@ def test_errors_are_told_line_by_line(tmp_path: Path, go: Callable[..., batch.To
     assert said[1].startswith("The line is not JSON: Expecting")
     assert said[2].startswith("The line must be a JSON object")
     assert said[3] == "There is nothing to answer."
-    assert said[4].startswith("There is no input 'temperatur'. The inputs are prompt,")
+    assert said[4].startswith("There is no input 'temperatur'. The inputs are question,")
     assert said[5] == "temperature is 9; it must be from 0.0 to 5.0."
     assert said[6] == "temperature must be of type number, not str."
     assert said[7] == "max_tokens must be of type integer, not bool."

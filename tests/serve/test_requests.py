@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cogpress import prompts
+from cogpress.config import Prompt
 from cogpress.engines.base import Sampling, Structure
 from cogpress.errors import CogpressError
 from cogpress.serve import requests as inputs
@@ -142,7 +143,7 @@ def test_half_characters_become_replacement_characters(tokenizer: Any) -> None:
     )
     assert request.prompt == "a\ufffdb"
     assert request.system_prompt == "\U0001f600 \ufffd"
-    assert inputs.question(request).fields == {"qa\ufffdb": "a\ufffdb"}
+    assert inputs.question(request, Prompt()).fields == {"qa\ufffdb": "a\ufffdb"}
     assert sampling.stop == ["a\ufffdb"]
     assert sampling.structure == Structure("choice", ("a\ufffdb",))
     [message] = inputs.messages(f'[{{"role": "user", "content": "{ESCAPED}"}}]')
@@ -288,3 +289,55 @@ def test_tools_cannot_forge_turns(tokenizer: Any) -> None:
 def test_what_the_template_does_not_know_is_refused(tokenizer: Any, more: dict[str, Any], said: str) -> None:
     with pytest.raises(CogpressError, match=said):
         prompts.encode_prompt(tokenizer, HI, **more)
+
+
+FORM = Prompt.model_validate(
+    {
+        "template": "{question}|{columns}|{limit}",
+        "fields": {
+            "question": {"description": "x"},
+            "columns": {"description": "x", "type": "list"},
+            "limit": {"description": "x", "type": "number", "default": 10},
+        },
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"question": "q", "columns": "a, b", "limit": 10.0},
+        {"question": "q", "columns": "a\nb", "prompt": "", "messages": "", "fields": ""},
+        {"fields": '{"question": "q", "columns": ["a", "b"]}', "question": "", "columns": "", "limit": 3.0},
+    ],
+)
+def test_the_forms_fields_make_the_trainings_prompt(given: dict[str, Any], tokenizer: Any) -> None:
+    request, _ = inputs.read(given, tokenizer)
+    row = prompts.Question(fields={"question": "q", "columns": ["a", "b"], "limit": 10})
+    assert prompts.conversation(inputs.question(request, FORM), FORM) == prompts.conversation(row, FORM)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "There is nothing to answer: question and columns are empty"),
+        ({"question": " ", "columns": "", "limit": 3.0}, "There is nothing to answer"),
+        ({"question": "q"}, "^columns is empty"),
+        ({"question": "q", "columns": "a", "max_new_tokens": 5}, "no input max_new_tokens"),
+    ],
+)
+def test_what_the_form_lacks_is_named(given: dict[str, Any], said: str, tokenizer: Any) -> None:
+    request, _ = inputs.read(given, tokenizer)
+    with pytest.raises(CogpressError, match=said):
+        inputs.question(request, FORM)
+
+
+def test_a_prompt_takes_the_place_of_the_forms_fields(tokenizer: Any) -> None:
+    request, _ = inputs.read({"prompt": "whole", "question": "", "columns": "", "limit": 10.0}, tokenizer)
+    assert prompts.conversation(inputs.question(request, FORM), FORM)[-1]["content"] == "whole"
+
+
+def test_weights_from_before_the_form_take_its_descriptions() -> None:
+    old = Prompt(template=FORM.template)
+    assert prompts.described(old, FORM).fields == FORM.fields
+    assert prompts.described(Prompt(), FORM).fields == {}

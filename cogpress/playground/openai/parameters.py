@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from cogpress.cog import form
+from cogpress.cog.schema import fields
 from cogpress.playground.openai import tools as openai_tools
 from cogpress.playground.openai.errors import OpenAIError
 from cogpress.playground.openai.tools import Tools
@@ -117,6 +119,7 @@ def parse(body: dict[str, Any], schema: dict[str, Any], adapter: str = "", *, ch
     if chat:
         parser.tools()
     parser.others(chat=chat)
+    parser.request.inputs = form.completed(parser.request.inputs, fields(schema))
     return parser.request
 
 
