@@ -1,114 +1,216 @@
-"""Single-stream speed with and without speculation, and whether greedy answers stay the same."""
+"""What a draft gains: tokens per second without one, with n-gram lookup and with the weights' own table.
+
+On the task and off it, with and without a JSON schema, at several loads, side by side in one run; and whether every
+greedy answer stays the same.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from bench.measure import alternate_aloud, in_fresh_process, medians
-from bench.report import speeds, write_report
-from cogpress import config
-from cogpress.prompts import Question, conversation
+from bench.report import judged, write_report
+from cogpress import config, plots
+from cogpress.draft import file as draft
+from cogpress.errors import CogpressError
 from cogpress.serve import model as serving
 
-NGRAM: dict[str, Any] = {
-    "method": "ngram",
-    "num_speculative_tokens": 10,
-    "prompt_lookup_max": 4,
-    "prompt_lookup_min": 1,
+SIDES: dict[str, Any] = {
+    "none": "none",
+    "n-gram": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2},
+    "table": "auto",
 }
-"""The options if model.yaml sets no speculation."""
+"""`serve.speculative` of each side; `auto` is the table that comes with the weights."""
+
+LOADS = {1: 12, 4: 24, 16: 48, 64: 64}
+"""Streams, and the answers that each load asks for."""
+
+REQUIRED = {1: 3.0, 16: 1.8, 64: 1.25}
+"""Least speed of the table against none, by number of streams."""
+
+OFF_TASK = 0.98
+"""Least speed where the prompts are of no task that the table knows."""
 
 MAX_TOKENS = 160
+
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {
+            "calculations": {"type": "array", "items": {"type": "object"}},
+            "filters": {"type": "array", "items": {"type": "object"}},
+            "limit": {"type": "integer"},
+        },
+        "required": ["calculations"],
+    }
+)
+"""A form that every right answer has."""
+
+OTHER = (
+    "Why do leaves change their colour in autumn?",
+    "Write a short letter that thanks a neighbour for watering the plants.",
+    "Explain how a bicycle stays upright.",
+    "Name three things to pack for a week by the sea, and why.",
+    "What is the difference between weather and climate?",
+    "Tell a story of four sentences about a lighthouse.",
+    "How is bread made?",
+    "Describe the taste of an orange to someone who never had one.",
+)
+"""Prompts of another kind than the worked example's."""
 
 
 def run(
     root: Path, weights: Path, rows: Sequence[dict[str, Any]], out: Path, rounds: int, console: Console
 ) -> dict[str, Any]:
-    """Ask the worked example's questions one after the other, each after an answered one in the same conversation.
-
-    N-gram speculation gains where the prompt shows the form of the answer.
+    """Ask the worked example's held-out questions, whose column names no training answer has, and other prompts.
 
     Args:
         root: the project's folder.
-        weights: the folder to serve.
-        rows: rows of the worked example, `prompt` and `completion`; the first is the answered one.
-        out: the JSON file to write.
+        weights: the folder to serve, with a draft.
+        rows: rows of the worked example, `prompt` and `completion`.
+        out: the JSON file to write; a picture is written beside it.
         rounds: number of measurements of each side.
-        console: shows progress and the table.
-    """
-    settings = config.load(root / "model.yaml")
-    speculative = settings.serve.speculative or NGRAM
-    answers: dict[str, list[str]] = {}
+        console: shows progress and the tables.
 
-    def side(options: dict[str, Any] | None) -> dict[str, float]:
-        found, texts = in_fresh_process(_measure, root, weights, list(rows), options)
-        answers["with" if options else "without"] = texts
+    Raises:
+        CogpressError: the weights have no draft.
+    """
+    if not draft.path_in(weights).is_file():
+        raise CogpressError(f"{weights} has no draft. Make one with scripts/draft.")
+    answers: dict[str, dict[str, list[str]]] = {}
+
+    def side(name: str) -> dict[str, float]:
+        found, texts = in_fresh_process(_measure, root, weights, list(rows), SIDES[name])
+        answers[name] = texts
         return dict(found)
 
-    sides = {"without": partial(side, None), "with": partial(side, speculative)}
-    measured = alternate_aloud(
-        sides,
-        rounds,
-        console,
-        lambda found: f"{found['tokens_per_second']:.1f} tokens/s",
-    )
+    sides = {name: partial(side, name) for name in SIDES}
+    measured = alternate_aloud(sides, rounds, console, lambda found: f"{found['task 1']:.1f} tokens/s in one stream")
     found = medians(measured)
-    same = sum(one == other for one, other in zip(answers["with"], answers["without"], strict=True))
-    report: dict[str, Any] = {
-        **found,
-        "speculative": speculative,
-        "speedup": found["with"]["tokens_per_second"] / found["without"]["tokens_per_second"],
-        "same_answers": same,
-        "answers": len(answers["with"]),
-        "rounds": measured,
+    ratios = {
+        name: {key: figures[key] / found["none"][key] for key in figures if not key.startswith("share")}
+        for name, figures in found.items()
     }
-    titles = {"without": "without", "with": "with speculation"}
-    table = speeds(found, titles, "tokens per second, 1 stream", report["speedup"])
-    table.add_row("same greedy answers", "", f"{same} of {report['answers']}", "")
-    console.print(table)
+    same = {
+        name: [sum(one == other for one, other in zip(*pair, strict=True)) for pair in _pairs(answers, name)]
+        for name in SIDES
+    }
+    total = [len(texts) for texts in answers["none"].values()]
+    checks = [
+        {
+            "requirement": f"table, {streams} stream{'s' * (streams > 1)}: at least {least} times none",
+            "measured": f"{ratios['table'][f'task {streams}']:.2f}",
+            "passed": ratios["table"][f"task {streams}"] >= least,
+        }
+        for streams, least in REQUIRED.items()
+    ]
+    worst = min(ratios["table"][key] for key in ratios["table"] if key.startswith("off"))
+    checks += [
+        {
+            "requirement": f"table, off the task: at least {OFF_TASK} times none",
+            "measured": f"{worst:.2f}",
+            "passed": worst >= OFF_TASK,
+        },
+        {
+            "requirement": "table: every greedy answer on the task is the one without",
+            "measured": f"{same['table'][0]} of {total[0]}",
+            "passed": same["table"][0] == total[0],
+        },
+    ]
+    report = {"sides": SIDES, "found": found, "ratios": ratios, "same": same, "checks": checks, "rounds": measured}
+    console.print(_table(found, ratios))
+    console.print(judged(checks))
     write_report(out, report)
+    plots.drafts(ratios, out.with_suffix(".png"))
+    console.print(f"Report: {out}   picture: {out.with_suffix('.png')}")
     return report
 
 
+def _pairs(answers: dict[str, dict[str, list[str]]], name: str) -> list[tuple[list[str], list[str]]]:
+    return [(answers[name][kind], texts) for kind, texts in answers["none"].items()]
+
+
+def _table(found: dict[str, dict[str, float]], ratios: dict[str, dict[str, float]]) -> Table:
+    table = Table("prompts", "streams", *found, title="Tokens per second", title_justify="left")
+    for key in found["none"]:
+        kind, _, load = key.rpartition(" ")
+        if kind.startswith("share"):
+            continue
+        cells = [
+            f"{figures[key]:,.1f}" + ("" if name == "none" else f"  x {ratios[name][key]:.2f}")
+            for name, figures in found.items()
+        ]
+        table.add_row(kind, load, *cells)
+    accepted = [f"{found[name].get('share tokens per step', 1.0):.2f}" for name in found]
+    table.add_row("tokens per step", "1", *accepted)
+    return table
+
+
 def _measure(
-    root: Path, weights: Path, rows: Sequence[dict[str, Any]], speculative: dict[str, Any] | None
-) -> tuple[dict[str, float], list[str]]:
+    root: Path, weights: Path, rows: Sequence[dict[str, Any]], speculative: Any
+) -> tuple[dict[str, float], dict[str, list[str]]]:
     return asyncio.run(_ask_all(root, weights, rows, speculative))
 
 
 async def _ask_all(
-    root: Path, weights: Path, rows: Sequence[dict[str, Any]], speculative: dict[str, Any] | None
-) -> tuple[dict[str, float], list[str]]:
+    root: Path, weights: Path, rows: Sequence[dict[str, Any]], speculative: Any
+) -> tuple[dict[str, float], dict[str, list[str]]]:
     settings = config.load(root / "model.yaml")
     serve = settings.serve.model_copy(update={"speculative": speculative})
-    server = serving.ServedModel(str(weights), settings.model_copy(update={"serve": serve}), root, concurrency=16)
+    server = serving.ServedModel(str(weights), settings.model_copy(update={"serve": serve}), root, concurrency=64)
+    steps: Counter[int] = Counter()
+    generate = server.engine.generate
 
-    async def ask(row: dict[str, Any]) -> tuple[str, int]:
+    async def counted(*given: Any) -> Any:
+        async for delta in generate(*given):
+            steps[delta.tokens] += 1
+            yield delta
+
+    server.engine.generate = counted  # type: ignore[method-assign, assignment]
+
+    async def ask(inputs: dict[str, Any]) -> tuple[str, int]:
         metrics: dict[str, Any] = {}
-        shown = [
-            *conversation(Question(fields=rows[0]["prompt"], system=""), server.prompt),
-            {"role": "assistant", "content": rows[0]["completion"]},
-            *conversation(Question(fields=row["prompt"], system=""), server.prompt),
-        ]
-        inputs = {"messages": json.dumps(shown), "max_tokens": MAX_TOKENS}
-        text = "".join([chunk async for chunk in await server.answer(inputs, metrics.__setitem__)])
+        chunks = await server.answer({"max_tokens": MAX_TOKENS, **inputs}, metrics.__setitem__)
+        text = "".join([chunk async for chunk in chunks])
         return text, int(metrics["output_token_count"])
 
-    try:
-        for row in rows[1:3]:
-            await ask(row)  # the first requests after a start are slower
+    async def speed(asked: Sequence[dict[str, Any]], streams: int) -> tuple[float, list[str]]:
+        slots = asyncio.Semaphore(streams)
+
+        async def one(inputs: dict[str, Any]) -> tuple[str, int]:
+            async with slots:
+                return await ask(inputs)
+
         started = time.perf_counter()
-        found = [await ask(row) for row in rows[1:]]
-        seconds = time.perf_counter() - started
+        got = await asyncio.gather(*map(one, asked))
+        return sum(count for _, count in got) / (time.perf_counter() - started), [text for text, _ in got]
+
+    task = [{"fields": json.dumps(row["prompt"])} for row in rows]
+    other = [{"prompt": text, "system_prompt": "", "max_tokens": 96} for text in OTHER]
+    found: dict[str, float] = {}
+    texts: dict[str, list[str]] = {}
+    try:
+        await speed(task[:2], 2)  # the first requests after a start are slower
+        for streams, count in LOADS.items():
+            steps.clear()
+            found[f"task {streams}"], texts["task"] = await speed(task[:count], streams)
+            if streams == 1:
+                found["share tokens per step"] = sum(size * many for size, many in steps.items()) / steps.total()
+        with_schema = [{**inputs, "json_schema": SCHEMA} for inputs in task]
+        found["schema 1"], _ = await speed(with_schema[:8], 1)
+        found["schema 16"], texts["schema"] = await speed(with_schema[:32], 16)
+        found["off task 1"], _ = await speed(other[:3], 1)
+        found["off task 8"], texts["off task"] = await speed(other, 8)
     finally:
         server.engine.shutdown()
-    tokens = sum(count for _, count in found)
-    return {"tokens_per_second": tokens / seconds, "tokens": tokens}, [text for text, _ in found]
+    return found, texts

@@ -70,8 +70,9 @@ class Config(Section):
         for section, option in (("base", "source"), ("serve", "weights")):
             data[section][option] = data[section][option] and source.shown(data[section][option])
         data["adapters"] = {name: source.shown(place) for name, place in data["adapters"].items()}
-        if data["serve"]["speculative"] and "model" in data["serve"]["speculative"]:
-            data["serve"]["speculative"]["model"] = source.shown(data["serve"]["speculative"]["model"])
+        speculative = data["serve"]["speculative"]
+        if isinstance(speculative, dict) and "model" in speculative:
+            speculative["model"] = source.shown(speculative["model"])
         return data
 
     def override(self, inputs: dict[str, Any]) -> Config:

@@ -121,6 +121,11 @@ def run(root: Path, task: Task, console: Console, *, fresh: bool) -> dict[str, A
         "stream_tokens_per_second": tuned.stream_tokens_per_second,
         "concurrent_tokens_per_second": tuned.concurrent_tokens_per_second,
         "concurrent_streams": CONCURRENT,
+        # The base is as large and has no draft.
+        "draft_gain": {
+            "1": tuned.stream_tokens_per_second / base.stream_tokens_per_second,
+            str(CONCURRENT): tuned.concurrent_tokens_per_second / base.concurrent_tokens_per_second,
+        },
         "train_seconds": built.training.seconds,
         "train_tokens_per_second": built.training.tokens_per_second,
         "train_steps": built.training.steps,
@@ -270,6 +275,11 @@ def _table(base: Served, tuned: Served, report: dict[str, Any]) -> Table:
             f"tokens per second, {CONCURRENT} streams",
             f"{base.concurrent_tokens_per_second:.0f}",
             f"{tuned.concurrent_tokens_per_second:.0f}",
+        ),
+        (
+            f"times the base, through its draft, 1 and {CONCURRENT}",
+            "",
+            f"{report['draft_gain']['1']:.2f}, {report['draft_gain'][str(CONCURRENT)]:.2f}",
         ),
         ("KL to what training scored, per token", "", f"{report['kl_reference_vs_merged']:.5f}"),
         ("the same after the usual merge", "", f"{report['kl_reference_vs_naive_merge']:.5f}"),

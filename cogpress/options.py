@@ -272,7 +272,11 @@ class Verify(Section):
     """Most mean difference between the engine's log-probabilities and transformers', in nats."""
 
 
-def _speculative(options: dict[str, Any]) -> dict[str, Any]:
+def _speculative(options: Any) -> Any:
+    if options is None or options in ("auto", "none"):
+        return options or "none"
+    if not isinstance(options, dict):
+        raise ValueError("is auto, none, or a mapping with a method")
     if not {"method", "model"} & options.keys():
         raise ValueError('needs a method, such as "ngram", or the model that drafts')
     if not isinstance(options.get("num_speculative_tokens", 1), int) or options.get("num_speculative_tokens", 1) < 1:
@@ -335,8 +339,9 @@ class Serve(Section):
     """Weights kept in the CPU's memory, in GB per GPU. Slow; for models that do not fit."""
     kv_offload_gb: Annotated[float, Field(ge=0, le=4096)] = 0.0
     """KV cache swapped out to the CPU's memory, in GB."""
-    speculative: Annotated[dict[str, Any], pydantic.AfterValidator(_speculative)] | None = None
-    """vLLM's [speculative decoding](serving.md#speculative-decoding) options: a `method` or the `model` that drafts."""
+    speculative: Annotated[Literal["auto", "none"] | dict[str, Any], pydantic.BeforeValidator(_speculative)] = "auto"
+    """[Speculative decoding](speed.md): `auto` uses the draft that the weights bring, `none` none; or vLLM's options: a
+    `method` or the `model` that drafts."""
     adapters_at_once: Annotated[int, Field(ge=1, le=256)] = 4
     """Different adapters in one batch."""
     adapters_kept: Annotated[int, Field(ge=1, le=4096)] = 16

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,13 @@ from cogpress.cli import progress_bar, step
 from cogpress.config import Config, Merge, Prompt, load
 from cogpress.data import prepare as data
 from cogpress.data.prepare import Prepared
+from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, read_json, sha256, write_json
 from cogpress.merge import adapter as adapters
 from cogpress.merge import merge
+from cogpress.prompts import Row
+from cogpress.quantize import calibrate
 from cogpress.train import run as training
 from cogpress.verify import distributions
 from cogpress.weights import archive, base, fetch, manifest
@@ -261,7 +265,7 @@ def build(
         result = training.train(config, prepared, base_folder, run, console=console, resume=resume)
         say(_trained(result))
     with step("Merge", console) as say:
-        content, reused = merge_once(config, base_folder, result.adapter, run / "weights", console)
+        content, reused = merge_once(config, base_folder, result.adapter, run / "weights", console, prepared.train)
         if not reused:
             (run / TAR).unlink(missing_ok=True)  # it holds earlier weights
         say("reused" if reused else f"{content['merge']['layers']} layers, onto the {config.merge} base")
@@ -298,9 +302,12 @@ def _trained(result: training.Result) -> str:
 
 
 def merge_once(
-    config: Config, base_folder: Path, adapter: Path, target: Path, console: Console
+    config: Config, base_folder: Path, adapter: Path, target: Path, console: Console, rows: Sequence[Row] = ()
 ) -> tuple[dict[str, Any], bool]:
-    """Merge, unless `target` already holds this very merge undamaged. Returns the manifest and whether it did."""
+    """Merge, unless `target` already holds this very merge undamaged. Returns the manifest and whether it did.
+
+    A draft of the training rows' answers comes with the weights.
+    """
     facts = manifest.read(target) if target.is_dir() else None
     wanted = {"onto": config.merge, "adapter": manifest.fingerprint(adapter)}
     if facts is not None and {name: facts["merge"].get(name) for name in wanted} == wanted:
@@ -309,10 +316,39 @@ def merge_once(
             return facts, True
         except CogpressError:
             console.print(f"  {target} was changed since it was written; merging again")
-    return (
-        merge.merge(base_folder, adapter, target, onto=config.merge, progress=progress_bar(console)),
-        False,
-    )
+    made_by = manifest.fingerprint(adapter)
+
+    def add(part: Path) -> None:
+        draft.make(part, rows, made_by)
+
+    bar = progress_bar(console)
+    return merge.merge(base_folder, adapter, target, onto=config.merge, progress=bar, add=add if rows else None), False
+
+
+def draft_anew(root: Path, weights: Path, run: Path | None, examples: Path | None, console: Console) -> Path:
+    """Make the draft of finished weights again, from the examples that they were trained on; return its table's file.
+
+    Args:
+        root: the project's folder.
+        weights: the folder, whose manifest then names the new table.
+        run: the run that made them; found by their manifest where not given.
+        examples: the training examples, where they have moved.
+        console: where progress is shown.
+
+    Raises:
+        CogpressError: the weights were changed, or the run or its examples are missing.
+    """
+    with step("Examples of the training", console) as say:
+        source = calibrate.read_source(weights, run)
+        rows = calibrate.prepare(source, root, examples).train
+        say(f"{len(rows)} rows")
+    with step("Draft", console) as say, new_folder(weights) as part:
+        shutil.copytree(weights, part, dirs_exist_ok=True)
+        made = draft.make(part, rows, str(source.facts["merge"]["adapter"]))
+        kept = {name: value for name, value in source.facts.items() if name not in manifest.WRITTEN}
+        manifest.write(part, "weights", kept)
+        say(f"{len(made.keys):,} contexts")
+    return draft.path_in(weights)
 
 
 def merge_anew(

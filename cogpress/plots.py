@@ -267,6 +267,31 @@ def serving_curves(sides: Mapping[str, Sequence[Mapping[str, float]]], path: Pat
     figure.savefig(path, dpi=120)
 
 
+def drafts(ratios: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Plot how many times faster each draft makes each load than none.
+
+    Args:
+        ratios: by draft and load; `none` is the line at 1.
+        path: the PNG, replaced if it exists; its folder must exist.
+    """
+    figure = Figure(figsize=(9.5, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = _styled(figure.subplots())
+    shown = {name: values for name, values in ratios.items() if name != "none"}
+    loads = list(ratios["none"])
+    width = 0.8 / len(shown)
+    for number, ((name, values), colour) in enumerate(zip(shown.items(), (_ORANGE, _BLUE, "#5b8c5a"), strict=False)):
+        places = [at - 0.4 + width * (number + 0.5) for at in range(len(loads))]
+        bars = axes.bar(places, [values[load] for load in loads], width * 0.92, color=colour, label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8, color=_INK, padding=2)
+    axes.axhline(1, color=_INK, linewidth=1)
+    axes.set_xticks(range(len(loads)), [f"{load} stream{'s' * (not load.endswith(' 1'))}" for load in loads])
+    axes.set_ylabel("times the speed without a draft")
+    axes.set_title("What a draft gains", loc="left", color=_INK)
+    axes.legend(frameon=False, loc="upper right")
+    figure.savefig(path, dpi=120)
+
+
 _PARTS = {
     "weights": _BLUE, "gradients": "#8fb3d9", "optimizer": "#5b8c5a", "activations": _ORANGE, "logits": "#e0a08f",
     "cache": "#b58a3c", "overhead": "#aaaaaa",

@@ -81,6 +81,8 @@ def test_nothing_can_be_changed_afterwards() -> None:
         ({"train": {"seed": -1}}, "train.seed"),
         ({"serve": {"engine": "tgi"}}, "serve.engine: Input should be 'transformers' or 'vllm' (got 'tgi')"),
         ({"serve": {"speculative": {}}}, "serve.speculative: needs a method"),
+        ({"serve": {"speculative": "fast"}}, "serve.speculative: is auto, none, or a mapping"),
+        ({"serve": {"speculative": 3}}, "serve.speculative: is auto, none, or a mapping"),
         (
             {"serve": {"speculative": {"method": "ngram", "num_speculative_tokens": 0}}},
             "num_speculative_tokens must be",

@@ -70,6 +70,8 @@ def test_the_report_is_complete(runs: list[tuple[dict[str, Any], str]], project:
     ):
         assert report[name] > 0, name
     assert report["kl_reference_vs_merged"] <= 0.005
+    assert report["draft_gain"].keys() == {"1", "3"}
+    assert "through its draft" in said
     assert (report["concurrent_streams"], report["train_steps"]) == (3, 4)
     assert {"python", "torch", "transformers", "peft", "bitsandbytes", "cog"} <= set(report["versions"])
     assert "Held-out questions" in said

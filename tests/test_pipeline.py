@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from cogpress import config, pipeline
+from cogpress.draft import file as draft
 from cogpress.weights import archive, fetch, manifest
 
 pytestmark = pytest.mark.train
@@ -27,6 +28,8 @@ def test_a_tar_is_packed_on_request_and_never_outlives_its_weights(
     tar = pipeline.pack(built.weights, built.training.adapter, QUIET)
     assert tar == run / "weights.tar"
     unpacked = archive.unpack(tar, tmp_path / "unpacked")
+    assert len(draft.read(draft.check(unpacked, manifest.fingerprint(run / "adapter"))).keys) > 10
+    assert "draft/table.safetensors" in built.manifest["files"]
     assert manifest.fingerprint(unpacked / "adapter") == manifest.fingerprint(run / "adapter")
     assert manifest.fingerprint(fetch.model(tar, tmp_path / "cache").folder) == manifest.fingerprint(run / "weights")
     # The same weights again: the tar stays.

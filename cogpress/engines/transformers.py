@@ -34,7 +34,6 @@ _UNSUPPORTED = {
     "max_batched_tokens": None,
     "cpu_offload_gb": 0.0,
     "kv_offload_gb": 0.0,
-    "speculative": None,
 }
 """Options that this engine does not support, with the only value that it accepts."""
 
@@ -53,7 +52,8 @@ def refuse(serve: Serve) -> None:
     Raises:
         CogpressError: names the option.
     """
-    for name, only in _UNSUPPORTED.items():
+    drafts = {} if isinstance(serve.speculative, str) else {"speculative": "auto"}
+    for name, only in (_UNSUPPORTED | drafts).items():
         if getattr(serve, name) != only:
             raise CogpressError(f"The engine transformers does not support serve.{name}. Leave it out, or use vllm.")
 

@@ -14,12 +14,14 @@ from typing import Any
 import psutil
 
 from cogpress.config import Serve
+from cogpress.draft import file as draft
+from cogpress.draft import proposer
 from cogpress.engines.base import DEAD, INPUT_NAMES, MAX_LOGPROBS, Adapter, Delta, Sampling
 from cogpress.engines.gpus import free_and_total, memory_share, parallel
 from cogpress.engines.grammar import MAX_WHITESPACE, NICENESS, Guard
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
-from cogpress.weights import base
+from cogpress.weights import base, manifest
 from cogpress.weights.filenames import COMPILED
 
 BFLOAT16_CAPABILITY = (8, 0)
@@ -29,6 +31,9 @@ of arithmetic instructions."""
 EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """On a CPU, compute in the engine's own process. By default vLLM starts another process there and polls it for its
 answer, on a core that computing needs (docs/measurements.md)."""
+
+DRAFTS = "cogpress.draft.proposer.Proposer"
+"""The class that vLLM's engine imports to draft."""
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts as the largest rank of an adapter."""
@@ -97,7 +102,8 @@ class Engine:
             )
         except (VLLMClientError, ValueError) as error:
             name = "This" if sampling.structure is None else INPUT_NAMES[sampling.structure.kind]
-            raise CogpressError(f"{name} cannot be used: {error}") from None
+            way_out = " Leave it out, or set serve.speculative: none." if "speculative" in str(error) else ""
+            raise CogpressError(f"{name} cannot be used: {error}{way_out}") from None
 
     async def generate(
         self, prompt: list[int], sampling: Sampling, adapter: Adapter | None = None
@@ -263,8 +269,7 @@ def options(
         chosen["max_num_batched_tokens"] = serve.max_batched_tokens
     if serve.kv_offload_gb:
         chosen["kv_offloading_size"] = serve.kv_offload_gb
-    if serve.speculative is not None:
-        chosen["speculative_config"] = dict(serve.speculative)
+    chosen |= speculation(folder, serve, adapters)
     if data > 1:
         chosen["data_parallel_size"] = data
     if gpus:
@@ -282,6 +287,21 @@ def options(
             "max_cpu_loras": max(serve.adapters_kept, serve.adapters_at_once),
         }
     return chosen
+
+
+def speculation(folder: Path, serve: Serve, adapters: int = 0) -> dict[str, Any]:
+    """The engine arguments for speculative decoding: `serve.speculative`, or the draft that the weights bring.
+
+    Raises:
+        CogpressError: the draft is not one for these weights.
+    """
+    if isinstance(serve.speculative, dict):
+        return {"speculative_config": dict(serve.speculative)}
+    if serve.speculative == "none" or adapters or not draft.path_in(folder).is_file():
+        return {}
+    table = draft.check(folder, ((manifest.read(folder) or {}).get("merge") or {}).get("adapter"))
+    chosen = {"method": "custom_class", "model": DRAFTS, "num_speculative_tokens": proposer.MOST}
+    return {"speculative_config": chosen, "additional_config": {proposer.OPTION: str(table)}}
 
 
 def lower_priority() -> None:

@@ -168,6 +168,7 @@ def merge(
     alone: bool = False,
     progress: Progress = lambda items, _total: items,
     facts: dict[str, Any] | None = None,
+    add: Callable[[Path], object] | None = None,
 ) -> dict[str, Any]:
     """Merge an adapter into its base and write a folder of weights with a manifest, all or nothing.
 
@@ -181,6 +182,7 @@ def merge(
         alone: write the base alone, to serve adapters on.
         progress: wraps the tensors, given how many there are.
         facts: more for the manifest.
+        add: called with the folder before it is complete, to write more files into it.
 
     Returns:
         the manifest.
@@ -198,6 +200,8 @@ def merge(
     with new_folder(target) as part:
         written = _write(planned, part, progress)
         _copy_settings(base_folder, part, planned)
+        if add is not None:
+            add(part)
         return manifest.write(
             part,
             "weights",

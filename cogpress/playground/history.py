@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from cogpress.options import FormField
 from cogpress.playground.export import example, output_text
 from cogpress.playground.store import parsed
 from cogpress.playground.web import (
@@ -65,7 +66,13 @@ async def config(parts: Parts, request: Request) -> Response:
         for model in parts.catalog.models.values()
         if model.versions
     ]
-    return json_response({**facts, "models": models, "adapters": parts.adapters})
+    fields = {name: _example(one) for name, one in parts.prompt.fields.items()}
+    return json_response({**facts, "models": models, "adapters": parts.adapters, "fields": fields})
+
+
+def _example(field: FormField) -> Any:
+    """A field's example as its control shows it: a list one item a line; None where it has none."""
+    return "\n".join(field.example) if isinstance(field.example, list) else field.example
 
 
 async def history(parts: Parts, request: Request) -> Response:

@@ -38,7 +38,7 @@ from cogpress.quantize.schemes import (
 )
 from cogpress.setup.environment import QUANTIZE, Environment, clean_environment
 from cogpress.weights import manifest
-from cogpress.weights.filenames import SERVING_FILES, VERIFICATION_PAGE
+from cogpress.weights.filenames import DRAFT, SERVING_FILES, VERIFICATION_PAGE
 
 SAMPLES = {"cpu": 128, "gpu": 256}
 """Examples to calibrate with. Each takes half a second on two cores, and next to nothing on a GPU."""
@@ -339,6 +339,8 @@ def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:
         for name in SERVING_FILES:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, part / name)
+        if (source.folder / DRAFT).is_dir():
+            shutil.copytree(source.folder / DRAFT, part / DRAFT)
         settings = read_json(source.folder / "config.json")
         write_json(part / "config.json", {**settings, "quantization_config": written["quantization_config"]})
         compression = {

@@ -229,7 +229,7 @@ def batch_size() -> int:
 
 def with_draft(serve: config.Serve, root: Path) -> config.Serve:
     """The options, with a draft model fetched and replaced by its local folder."""
-    if serve.speculative is None or "model" not in serve.speculative:
+    if not isinstance(serve.speculative, dict) or "model" not in serve.speculative:
         return serve
     named = serve.speculative["model"]
     wanted = str(root / named) if source.parse(named).kind == "path" else named

@@ -76,7 +76,7 @@ def serve(
     folder: Path,
     settings: Serve,
     prompts: Sequence[list[int]],
-    rows: Sequence[Row],
+    rows: Sequence[Row] | None,
     max_tokens: int,
     log: Path,
     make: MakeEngine | None = None,
@@ -89,7 +89,7 @@ def serve(
         folder: the weights.
         settings: the engine's options.
         prompts: token ids.
-        rows: prompts with their expected answers, tokenized.
+        rows: prompts with their expected answers, tokenized; None to score none.
         max_tokens: the most to generate for one prompt.
         log: takes what the engine prints.
         make: makes the engine; the configured one by default.
@@ -119,7 +119,7 @@ def _serve(
     folder: Path,
     settings: Serve,
     prompts: Sequence[list[int]],
-    rows: Sequence[Row],
+    rows: Sequence[Row] | None,
     max_tokens: int,
     log: Path,
     make: MakeEngine,
@@ -139,7 +139,7 @@ async def _ask_all(
     folder: Path,
     settings: Serve,
     prompts: Sequence[list[int]],
-    rows: Sequence[Row],
+    rows: Sequence[Row] | None,
     max_tokens: int,
     make: MakeEngine,
 ) -> Served:
@@ -156,15 +156,16 @@ async def _ask_all(
         began = time.perf_counter()
         answers = await _at_once(lambda prompt: _answer(engine, prompt, max_tokens), prompts)
         seconds = time.perf_counter() - began
+        rows = [] if rows is None else rows
+        asked = list(zip(prompts, answers, strict=True))[: len(rows)]
         given = [
-            expected_answer(prompt, row) == answer.tokens
-            for prompt, row, answer in zip(prompts, rows, answers, strict=True)
+            expected_answer(prompt, row) == answer.tokens for (prompt, answer), row in zip(asked, rows, strict=True)
         ]
         others = [row for row, same in zip(rows, given, strict=True) if not same]
         scores = iter(await _at_once(engine.score, [row.input_ids for row in others]))
         expected = [
             answer.logprobs if same else _labelled(row, next(scores))
-            for row, answer, same in zip(rows, answers, given, strict=True)
+            for row, (_, answer), same in zip(rows, asked, given, strict=True)
         ]
     finally:
         engine.shutdown()
@@ -257,4 +258,26 @@ def _scored(load: distributions.Load, rows: Sequence[Row], pad: int) -> list[Sco
     with distributions.alone(load) as model:
         found = distributions.score(model, rows, pad)
         del model
+    return found
+
+
+def changed(drafted: Sequence[Answer], plain: Sequence[Answer], difference: float) -> int:
+    """How many greedy answers a draft changed.
+
+    Where two tokens are as likely as each other, the other requests of a batch decide which comes first, with or
+    without a draft; these do not count.
+
+    Args:
+        drafted: the engine's answers with the draft.
+        plain: its answers without one.
+        difference: of log-probabilities, in nats, up to which two tokens are as likely as each other.
+    """
+    found = 0
+    for one, other in zip(drafted, plain, strict=True):
+        pairs = list(zip(one.tokens, other.tokens, strict=False))
+        at = next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+        if at is None:
+            found += len(one.tokens) != len(other.tokens)
+        else:
+            found += abs(one.logprobs[at] - other.logprobs[at]) > difference
     return found

@@ -18,6 +18,7 @@ from rich.console import Console
 from cogpress.cli import progress_bar, step
 from cogpress.config import Config, Merge, Prompt, Verify
 from cogpress.data.prepare import read_examples
+from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
 from cogpress.merge import merge
@@ -531,10 +532,12 @@ def _served(
         f"The engine ({case.config.serve.engine}) answers differently from transformers with the same weights. Try "
         "other engine options (compiled or eager, dtype, attention) or another version of it."
     )
+    checks = _draft(case, served, metrics, log, make)
     agrees = found.agreement >= limits.served_agreement
     near = found.mean_difference <= limits.served_difference
     lower = reference_right - right
     return [
+        *checks,
         Check("served tokens agree", found.agreement, limits.served_agreement, agrees, cause, at_least=True),
         Check("served log-probability difference", found.mean_difference, limits.served_difference, near, cause),
         Check(
@@ -545,6 +548,28 @@ def _served(
             cause if not (agrees and near) else _distribution_cause(case),
         ),
     ]
+
+
+def _draft(
+    case: _Case, served: parity.Served, metrics: dict[str, Any], log: Path, make: parity.MakeEngine | None
+) -> list[Check]:
+    """Whether the engine answers the same without its draft, and how much faster it is with it."""
+    serve = case.config.serve
+    if serve.engine != "vllm" or serve.speculative == "none":
+        return []
+    if serve.speculative == "auto" and not draft.path_in(case.weights).is_file():
+        return []
+    without = serve.model_copy(update={"speculative": "none"})
+    with step("Answers of the engine without a draft", case.console):
+        plain = parity.serve(case.weights, without, case.prompts, None, case.max_tokens, log, make)
+    changed = parity.changed(served.answers, plain.answers, case.limits.served_difference)
+    metrics.update(
+        draft_changed=changed,
+        draft_speedup=served.stream_tokens_per_second / plain.stream_tokens_per_second,
+    )
+    cause = "The engine answers differently with the draft. Set serve.speculative: none, and report this."
+    same = "changes no answer"
+    return [Check("draft", f"changes {changed} answers" if changed else same, same, not changed, cause)]
 
 
 def _share(score: Score, expected: Sequence[str], answers: Sequence[str]) -> float:

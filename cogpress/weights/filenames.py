@@ -28,6 +28,9 @@ VERIFICATION_FILES = (VERIFICATION, VERIFICATION_PAGE, VERIFICATION_PLOT)
 ADAPTER = "adapter"
 """The folder of a run, and of the tar of its weights, that holds the adapter; it has a manifest of its own."""
 
+DRAFT = "draft"
+"""The folder in the weights that holds what drafts their answers."""
+
 COMPILED = "compiled"
 """The folder beside the weights for what was compiled for a GPU."""
 

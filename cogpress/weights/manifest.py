@@ -29,6 +29,9 @@ FORMAT = 1
 MAX_FILES = 10_000
 """More files than any model has."""
 
+WRITTEN = ("format", "kind", "cogpress", "created_at", "files")
+"""What `write` adds to the facts that it is given."""
+
 _ADDED = (NAME, *VERIFICATION_FILES, "README.md", "LICENSE", ".gitattributes")
 """Files that may be added to a folder after its manifest was written."""
 

@@ -29,12 +29,13 @@ _LONGEST_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor's file, dtype (in the format's words, such as BF16), shape and size."""
+    """A tensor's file, dtype (in the format's words, such as BF16), shape, size, and where in the file it begins."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    offset: int = 0
 
 
 def stored(folder: Path, chosen: Sequence[Path] | None = None) -> dict[str, Stored]:
@@ -57,7 +58,7 @@ def stored(folder: Path, chosen: Sequence[Path] | None = None) -> dict[str, Stor
             if name in found:
                 raise CogpressError(f"{path} holds {name}, which {found[name].file.name} holds too. Fetch them again.")
             low, high = entry["data_offsets"]
-            found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), high - low)
+            found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), high - low, start + low)
     return found
 
 

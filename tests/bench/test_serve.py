@@ -361,7 +361,7 @@ def test_help_names_the_options() -> None:
         assert option in done.stdout
 
 
-@pytest.mark.parametrize(("module", "count"), [(speculative, 17), (batch, 512)])
+@pytest.mark.parametrize(("module", "count"), [(speculative, 64), (batch, 512)])
 def test_speculation_and_batches_are_measured_with_held_out_rows(
     module: Any, count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

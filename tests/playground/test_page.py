@@ -439,6 +439,52 @@ def test_a_prediction_that_still_runs_is_followed_from_its_permalink(visit: Open
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The template's own fields
+# ---------------------------------------------------------------------------------------------------------------------
+
+ASKED = """
+import sys
+from typing import Optional
+sys.path.insert(0, {root!r})
+from cog import BaseRunner, Input
+
+class Runner(BaseRunner):
+    def run(
+        self,
+        question: Optional[str] = Input(description="What to look up.", default=None),
+        columns: Optional[str] = Input(description="What may be used. One per line, or with commas.", default=None),
+        max_tokens: int = Input(description="Maximum number of tokens.", default=512, ge=1, le=4096),
+        prompt: str = Input(description="Text to send to the model.", default=""),
+    ) -> str:
+        return repr([question, columns, prompt])
+"""
+
+
+@pytest.mark.parametrize("width", [1100, 390])
+def test_the_form_opens_with_the_example_of_the_template(
+    visit: Opener, tmp_path_factory: pytest.TempPathFactory, width: int
+) -> None:
+    """model.yaml's `prompt.fields` names them; the runner is another, so that no model is needed."""
+    folder = tmp_path_factory.mktemp("asked")
+    (folder / "cog.yaml").write_text('build:\n  python_version: "3.12"\nrun: "predict.py:Runner"\n')
+    (folder / "predict.py").write_text(ASKED.format(root=str(ROOT)))
+    with Server(folder, log=folder / "server.log") as server:
+        server.wait_ready(120)
+        opened = playground([server], tmp_path_factory.mktemp("playground"))
+        address = next(opened)
+        page = visit(at=address, viewport={"width": width, "height": 900})
+        expect(field(page, "question")).to_have_value("10 player.uid with the highest p95 of agent.idle")
+        expect(field(page, "columns")).to_have_value(re.compile("agent.util\ncart.uid\n.*\npayment.card", re.DOTALL))
+        assert int(field(page, "columns").get_attribute("rows") or 0) >= 5
+        expect(field(page, "question")).to_be_visible()
+        expect(field(page, "columns")).to_be_visible()
+        page.get_by_role("button", name=re.compile("^Run")).first.click()
+        expect(output(page)).to_contain_text("'agent.util\\ncart.uid")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        opened.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Showing each other
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -50,3 +50,15 @@ def test_what_is_known_of_the_rows_changes_no_figure(tiny_base: Path, monkeypatc
     by_hand = [real(model, [Row(asked[1] + [20, 21], [-100] * 4 + [20, 21])], 0)[0], *scored]
     expected = sorted(value for one in by_hand for value in one.logprobs)
     assert sorted(ours for _, ours in known.points) == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_answer_that_a_draft_changed_is_counted_and_a_tie_is_not() -> None:
+    plain = [parity.Answer("", [1, 2, 3], [-0.1, -0.2, -0.3])] * 5
+    drafted = [
+        plain[0],
+        parity.Answer("", [1, 9, 3], [-0.1, -0.21, -0.5]),  # as likely as the other
+        parity.Answer("", [1, 9, 3], [-0.1, -0.9, -0.3]),
+        parity.Answer("", [1, 2], [-0.1, -0.2]),
+        parity.Answer("", [1, 2, 3, 4], [-0.1, -0.2, -0.3, -0.1]),
+    ]
+    assert parity.changed(drafted, plain, 0.03) == 3

@@ -22,7 +22,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import write_json
 from cogpress.merge import merge
 from cogpress.prompts import Row
-from cogpress.verify import distributions
+from cogpress.verify import distributions, parity
 from cogpress.verify import report as verdict
 from cogpress.verify import run as verify
 from cogpress.verify.report import Check
@@ -197,6 +197,35 @@ def test_one_model_is_in_memory_at_a_time(copy: Path, tiny_run: Path, monkeypatc
     assert failures(found) == {}
     assert alive == [0, 0, 0, 0], "reference, candidate, the reference again to answer, the engine"
     assert not any(one() for one in loaded)
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(("lossy", "speculative"), [(False, "auto"), (True, "auto"), (True, "none")])
+def test_a_draft_that_changes_an_answer_fails(
+    copy: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, lossy: bool, speculative: str
+) -> None:
+    """The tiny run comes with a draft; what the engine answers stands for it."""
+    seen: list[Any] = []
+
+    def serve(folder: Path, serve: config.Serve, prompts: Any, rows: Any, *_: Any) -> parity.Served:
+        seen.append((serve.speculative, rows is None))
+        drafted = serve.speculative == "auto"
+        answers = [parity.Answer("It", [1, 3 if drafted and lossy else 2], [-0.1, -0.2 - drafted]) for _ in prompts]
+        return parity.Served(answers, [], 30.0 if drafted else 10.0, 1.0, 1.0)
+
+    monkeypatch.setattr(parity, "serve", serve)
+    monkeypatch.setattr(parity, "compare", lambda *_: parity.Parity(1.0, 0.0, 1.0, 1, []))
+    settings = config.parse({"serve": {"speculative": speculative}}, "the test")
+    found = verify.verify(settings, ROOT, copy, Console(), run=tiny_run)
+    if speculative == "none":
+        assert seen == [("none", False)]
+        assert "draft" not in {check.name for check in found.checks}
+        return
+    assert seen == [("auto", False), ("none", True)]
+    assert found.metrics["draft_speedup"] == 3
+    [check] = [check for check in found.checks if check.name == "draft"]
+    assert check.passed is not lossy
+    assert ("changes 8 answers" in str(check.value)) is lossy
 
 
 @pytest.mark.train

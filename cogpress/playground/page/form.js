@@ -76,6 +76,7 @@ export function fieldsOf(document) {
       maxLength: schema.maxLength ?? null,
       choices: schema.enum ?? null,
       ...(kind === "json" ? jsonOf(schema) : {}),
+      lines: kind === "text" && /One per line/.test(schema.description ?? ""),
       example: kind === "json" ? exampleIn(schema.description) : null,
     };
     if (kind === "integer") field.maximum = Math.min(field.maximum ?? SAFE, SAFE); // larger ones lose digits
@@ -86,12 +87,15 @@ export function fieldsOf(document) {
 
 /**
  * Fields in three groups: `main` for the question, `settings` with defaults, and `more` for optional ones. Optional
- * fields named in `promoted` join `main`.
+ * fields named in `promoted` join `main`, and so do those of the model's own template.
  */
-export function groups(fields, promoted = []) {
+export function groups(fields, promoted = [], own = []) {
   const main = fields.filter(
     (field, index) =>
-      field.required || (index === 0 && !field.nullable) || (field.nullable && promoted.includes(field.name)),
+      field.required ||
+      own.includes(field.name) ||
+      (index === 0 && !field.nullable) ||
+      (field.nullable && promoted.includes(field.name)),
   );
   const more = fields.filter((field) => field.nullable && !main.includes(field));
   const settings = fields.filter((field) => !main.includes(field) && !more.includes(field));

@@ -22,7 +22,7 @@ export const promoted = signal([]); // optional inputs that the prediction used,
 export const origin = signal(null); // the prediction that the shown one was made from
 
 export const fields = computed(() => (schema.value ? fieldsOf(schema.value) : []));
-export const grouped = computed(() => groups(fields.value, promoted.value));
+export const grouped = computed(() => groups(fields.value, promoted.value, Object.keys(config.value?.fields ?? {})));
 export const request = computed(() => collect(fields.value, values.value));
 export const streaming = computed(() => streams(schema.value));
 export const running = computed(() => lives.value.some((live) => live.running));
@@ -60,6 +60,10 @@ export const labelOf = (target) => {
   return [short(target.version), target.adapter && `with ${target.adapter}`].filter(Boolean).join(" ");
 };
 
+/** What the form opens with: an example of each of the template's fields. */
+const examples = () =>
+  Object.fromEntries(Object.entries(config.value?.fields ?? {}).filter(([, example]) => example !== null));
+
 /** Choose targets; the form keeps values that the new model also has. */
 export async function choose(chosen, input = null) {
   const before = targets.value[0];
@@ -73,7 +77,7 @@ export async function choose(chosen, input = null) {
   try {
     const { openapi_schema: document } = await get(versionPath(first));
     batch(() => {
-      const keep = schema.value ? request.value.input : {};
+      const keep = schema.value ? request.value.input : examples();
       schema.value = document;
       schemaProblem.value = null;
       values.value = filled(fields.value, input ? withoutSecrets(fields.value, input) : keep);

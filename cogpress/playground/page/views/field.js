@@ -49,7 +49,7 @@ const typed = (change) => (event) => change(event.currentTarget.value);
 function TextControl({ field, value, common, change }) {
   if (field.name === "adapter" && config.value?.adapters?.length)
     return html`<${AdapterControl} ...${{ value, common, change }} />`;
-  const rows = field.order === 0 || field.required ? 5 : 2;
+  const rows = field.order === 0 || field.required || field.lines ? 5 : 2;
   return html`<textarea ...${common} class="grows" rows=${rows} dir="auto" spellcheck="true" value=${value}
     onInput=${typed(change)}></textarea>`;
 }
