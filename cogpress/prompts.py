@@ -125,7 +125,7 @@ def conversation(question: Question, settings: Prompt) -> list[Message]:
         if not text.strip():
             raise CogpressError("There is nothing to answer: prompt, messages and fields are all empty. Give one.")
         messages = [{"role": "user", "content": text}]
-    if system and messages[0]["role"] != "system":
+    if system and all(message["role"] != "system" for message in messages):
         messages.insert(0, {"role": "system", "content": system})
     return messages
 
@@ -261,7 +261,25 @@ def encode_prompt(
     more: dict[str, Any] = {"tools": list(tools)} if tools else {}
     if thinking is not None and switch is not None:
         more[switch] = thinking
-    return _encode_rendered(tokenizer, _render(tokenizer, messages, ask=True, **more))
+    merged = _system_first(messages)
+    try:
+        rendered = _render(tokenizer, messages, ask=True, **more)
+        left_out = [one for one in messages if one["role"] == "system" and one["content"].strip() not in rendered]
+    except CogpressError:
+        if merged == list(messages):
+            raise
+        rendered, left_out = "", list(messages)
+    if left_out and merged != list(messages):
+        # Many templates take one system message, at the beginning; some drop others without a word.
+        rendered = _render(tokenizer, merged, ask=True, **more)
+    return _encode_rendered(tokenizer, rendered)
+
+
+def _system_first(messages: Sequence[Message]) -> list[Message]:
+    """A conversation with all its system messages as one before the others."""
+    texts = [message["content"] for message in messages if message["role"] == "system"]
+    others = [message for message in messages if message["role"] != "system"]
+    return [{"role": "system", "content": "\n\n".join(texts)}, *others] if texts else others
 
 
 def variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
@@ -315,11 +333,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
     """The chat template's text for messages, which only `_encode_rendered` may tokenize.
 
     Args:
-        ask: end where the assistant's answer begins, instead of after the last message.
+        ask: end where the assistant's answer begins, instead of after the last message; in the assistant's last
+            message, where that is the last.
         more: other variables of the template.
     """
     safe = _all_harmless(tokenizer, list(messages))
     more = _all_harmless(tokenizer, more)
+    if ask and messages[-1]["role"] == "assistant":
+        ask, more = False, {**more, "continue_final_message": True}
     try:
         text: Any = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=ask, **more)
     except _TEMPLATE_FAULTS as error:
@@ -344,6 +365,25 @@ def control_texts(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     Not among them are other special tokens, such as a code model's `<filename>`, which people may well write.
     """
     return _controls(tokenizer, str(tokenizer.chat_template or "")).steering
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes | None:
+    """The bytes that a token stands for; None where the tokenizer does not tell."""
+    text = tokenizer.convert_ids_to_tokens(token)
+    if not isinstance(text, str) or token in tokenizer.added_tokens_decoder:
+        return None
+    if found := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text):  # SentencePiece
+        return bytes([int(found[1], 16)])
+    letters = _byte_letters()
+    return bytes(letters[letter] for letter in text) if all(letter in letters for letter in text) else None
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """The byte that each letter of a byte-level vocabulary stands for (GPT-2's scheme)."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def is_control(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:

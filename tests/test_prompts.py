@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from jinja2 import TemplateError
 
 from cogpress import prompts
 from cogpress.config import Prompt
@@ -21,6 +23,52 @@ def test_the_control_texts_of_each_template(templates: dict[str, PreTrainedToken
     assert prompts.control_texts(templates["own"]) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
     assert {"<start_of_turn>", "<end_of_turn>"} < prompts.control_texts(templates["gemma"])
     assert {"<|begin|>", "<|header|>", "<|/header|>", "<|eot|>"} < prompts.control_texts(templates["llama3"])
+
+
+LATE = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Who are you?"},
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_late_system_message_is_where_the_template_has_it_or_first(
+    templates: dict[str, PreTrainedTokenizerBase], name: str
+) -> None:
+    tokenizer = templates[name]
+    first = [{"role": "system", "content": "Be brief.\n\nBe kind."}, LATE[1], LATE[3]]
+    whole = ""
+    for conversation in (LATE, first):
+        with contextlib.suppress(TemplateError):
+            text = str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+            whole = whole or (text if "Be kind." in text else "")
+    if not whole:
+        with pytest.raises(CogpressError, match="refuses turns"):
+            prompts.encode_prompt(tokenizer, LATE)
+        return
+    assert tokenizer.decode(prompts.encode_prompt(tokenizer, LATE)) == whole
+    assert "Be brief." in whole
+    assert "Be kind." in whole
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_that_was_begun_goes_on(templates: dict[str, PreTrainedTokenizerBase], name: str) -> None:
+    tokenizer = templates[name]
+    begun = [*messages("Count."), {"role": "assistant", "content": "One, two,"}]
+    asked = tokenizer.decode(prompts.encode_prompt(tokenizer, messages("Count.")))
+    ids = prompts.encode_prompt(tokenizer, begun)
+    assert tokenizer.decode(ids).endswith("One, two,")
+    assert tokenizer.decode(ids).startswith(asked.rstrip()[:20])
+
+
+def test_tokens_of_half_a_character_have_bytes(templates: dict[str, PreTrainedTokenizerBase]) -> None:
+    tokenizer = templates["own"]
+    text = "a 🎈ñ\n"
+    parts = [prompts.token_bytes(tokenizer, token) for token in prompts.encode_plain(tokenizer, text, begin=False)]
+    assert b"".join(part for part in parts if part).decode() == text
+    assert prompts.token_bytes(tokenizer, tokenizer.eos_token_id) is None
 
 
 ATTACKS = [

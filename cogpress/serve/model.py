@@ -187,8 +187,12 @@ class ServedModel:
         """Metrics: the text and log-probability of each token, and of the most likely ones in its place."""
 
         def described(token: int, value: float) -> dict[str, Any]:
+            text = str(self.tokenizer.decode([token]))
             # An impossible token has log-probability -infinity, which JSON cannot hold.
-            return {"token": str(self.tokenizer.decode([token])), "id": token, "logprob": max(round(value, 5), -9999.0)}
+            found = {"token": text, "id": token, "logprob": max(round(value, 5), -9999.0)}
+            # Several tokens may share a character; their bytes join to it.
+            raw = prompts.token_bytes(self.tokenizer, token) if "\ufffd" in text else None
+            return found if raw is None else {**found, "bytes": list(raw)}
 
         steps = zip(delta.token_ids, delta.logprobs, delta.alternatives, strict=True)
         return [

@@ -194,8 +194,13 @@ def messages(text: str) -> list[dict[str, Any]]:
     if len(found) > MAX_MESSAGES:
         raise CogpressError(f"messages has {len(found):,} messages; the limit is {MAX_MESSAGES:,}. Leave out old ones.")
     checked = [_message(at, message) for at, message in enumerate(found, 1)]
-    if checked[-1]["role"] not in ("user", "tool"):
-        raise CogpressError("The last message must be the user's or a tool's: it is the one to answer.")
+    if all(one["role"] == "system" for one in checked):
+        raise CogpressError("messages holds only system messages. Add the user's message, which is the one to answer.")
+    if checked[-1]["role"] == "assistant" and (checked[-1].get("tool_calls") or not checked[-1]["content"].strip()):
+        raise CogpressError(
+            "The last message is the assistant's, so the answer goes on with it, but it has no text. Leave it out, or "
+            "add the tools' messages."
+        )
     return checked
 
 
@@ -208,8 +213,6 @@ def _message(at: int, message: Any) -> dict[str, Any]:
     role = message["role"]
     if role not in ROLES:
         raise CogpressError(f"Message {at} has role {role!r}; use system, user, assistant or tool.")
-    if role == "system" and at > 1:
-        raise CogpressError(f"Message {at} is a system message; only the first message may be one.")
     kept: dict[str, Any] = {"role": role, "content": message["content"]}
     if calls:
         kept["tool_calls"] = [_call(at, call) for call in (calls if isinstance(calls, list) else [calls])]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from cogpress.engines.base import INCOMPLETE
 from cogpress.engines.grammar import unenforced
 from cogpress.playground.openai import parameters
 from cogpress.playground.openai import routes as openai_routes
+from cogpress.playground.openai import tools as openai_tools
 from cogpress.playground.openai.errors import OpenAIError, from_prediction
 from cogpress.playground.openai.responses import Completion, chat_logprobs, encoded, text_logprobs
 from cogpress.playground.openai.tools import Tools
@@ -309,12 +311,35 @@ def test_messages_reach_the_model(client: Any) -> None:
         ],
     )
     assert json.loads(found["messages"])[:-1] == [
-        {"role": "system", "content": "One.\n\nTwo.\nThree."},
+        {"role": "system", "content": "One."},
+        {"role": "system", "content": "Two.\nThree."},
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "", "tool_calls": calls},
         {"role": "tool", "content": "done", "tool_call_id": "c1"},
         {"role": "assistant", "content": "No."},
     ]
+
+
+@pytest.mark.parametrize("given", [{}, {"continue_final_message": True}, {"add_generation_prompt": False}])
+def test_an_answer_that_was_begun_goes_on(given: dict[str, Any]) -> None:
+    schema = {"components": {"schemas": {"Input": {"properties": {"messages": {"type": "string"}}}}}}
+    begun = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two,"}]
+    found = parameters.parse({"messages": begun, **given}, schema, chat=True)
+    assert json.loads(found.inputs["messages"]) == begun
+    with pytest.raises(
+        OpenAIError, match="continue_final_message must be false where the last message is of role user"
+    ):
+        parameters.parse({"messages": begun[:1], "continue_final_message": True}, schema, chat=True)
+    with pytest.raises(OpenAIError, match="add_generation_prompt must be false"):
+        parameters.parse({"messages": begun, "add_generation_prompt": True}, schema, chat=True)
+
+
+@pytest.mark.parametrize("name", ["responses", "embeddings", "moderations"])
+def test_what_is_not_served_says_the_way_out(client: Any, name: str) -> None:
+    route = getattr(client, name)
+    with pytest.raises(openai.NotFoundError, match="Use /v1/chat/completions") as refused:
+        route.create(model="teller", input="x")
+    assert refused.value.code == "unknown_url"
 
 
 def test_names_of_models(client: Any, local: Local) -> None:
@@ -471,6 +496,18 @@ def test_log_probabilities_of_half_a_character() -> None:
     [one] = chat_logprobs([{"token": "�", "id": 1, "logprob": -1.0}], 0)["content"]
     assert one == {"token": "�", "logprob": -1.0, "bytes": None, "top_logprobs": []}
     assert text_logprobs([], 2)["tokens"] == []
+    # An emoji of two tokens, whose alternatives begin with the same half.
+    halves = [
+        {"token": "\ufffd", "id": 1, "logprob": -1.0, "bytes": [0xF0, 0x9F]},
+        {"token": "\ufffd", "id": 2, "logprob": -2.0, "bytes": [0x8E, 0x88]},
+    ]
+    told = [{"token": "a", "logprob": 0.0}, *({**one, "top": halves} for one in halves), {"token": "b", "logprob": 0.0}]
+    chat = chat_logprobs(told, 2)["content"]
+    assert bytes(byte for one in chat for byte in one["bytes"]).decode() == "a🎈b"
+    plain = text_logprobs(told, 2)
+    assert plain["tokens"] == ["a", "bytes:\\xf0\\x9f", "bytes:\\x8e\\x88", "b"]
+    assert plain["text_offset"] == [0, 1, 1, 2]
+    assert [len(one) for one in plain["top_logprobs"]] == [0, 2, 2, 0]
     assert json.loads(encoded("a\ud800b🎈")) == "a?b🎈"
 
 
@@ -720,6 +757,37 @@ def test_a_stream_that_waits_long_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         assert bodies[0]["body"] == bodies[1]["body"] == b": waiting\n\n"
         assert last in b"".join(one["body"] for one in bodies).decode()
         assert bodies[-1]["body"].endswith(b"data: [DONE]\n\n")
+
+
+def test_a_long_tool_call_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_routes, "PULSE_SECONDS", 0.05)
+    parts = SimpleNamespace(predictions=SimpleNamespace(later=lambda _: None, cancel=lambda _: None))
+    version = Version("1" * 64, "local/x", 0.0, {}, "http://nowhere")
+    function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+    async def main() -> list[bytes]:
+        prediction = Prediction("x", version, {}, {})
+        request = parameters.CompletionRequest(stream=True, tools=openai_tools.read([function], "auto", None))
+        form = Completion(prediction, request, "x", chat=True)
+        sent: list[bytes] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+
+        response = openai_routes._CompletionResponse(parts, prediction, form, stream=True)  # type: ignore[arg-type]
+        running = asyncio.create_task(response({"type": "http"}, asyncio.Event().wait, send))  # type: ignore[arg-type]
+        prediction.start()
+        call = '<tool_call>{"name": "f", "arguments": {"a": "b"}}</tool_call>'
+        for at in range(0, len(call), 4):  # each piece is sooner than a pulse, and none can be sent
+            prediction.add_output(call[at : at + 4])
+            await asyncio.sleep(0.02)
+        prediction.end("succeeded")
+        await running
+        return sent
+
+    sent = asyncio.run(main())
+    assert 3 <= sent.count(b": waiting\n\n") <= 8
+    assert b'"tool_calls"' in sent[-1]
 
 
 @pytest.mark.server

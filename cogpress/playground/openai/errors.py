@@ -12,7 +12,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cogpress.engines.base import CONTEXT_EXCEEDED, DEAD, INCOMPLETE
 from cogpress.playground.records import Prediction
 
-_PATHS = re.compile(r"/v1/(?:chat/completions|completions|models(?:/[^/]+){0,2})/?")
+_TEXT_ONLY = "This server's models answer with text. Use /v1/chat/completions."
+NOT_HERE = {
+    "/v1/responses": "This server has no Responses API. Use /v1/chat/completions, which takes messages and tools.",
+    "/v1/embeddings": "This server's models give no embeddings. Use /v1/chat/completions, or another model.",
+    "/v1/moderations": _TEXT_ONLY,
+    "/v1/images/generations": _TEXT_ONLY,
+    "/v1/audio/speech": _TEXT_ONLY,
+    "/v1/audio/transcriptions": _TEXT_ONLY,
+}
+"""Paths of OpenAI's API that are not served, and the way out."""
+
+_PATHS = re.compile(
+    rf"/v1/(?:chat/completions|completions|models(?:/[^/]+){{0,2}})/?|(?:{'|'.join(map(re.escape, NOT_HERE))})/?"
+)
 """Paths that OpenAI's clients call."""
 
 _KINDS = {

@@ -167,7 +167,14 @@ class _Parser:
         given = self.body.get("messages")
         if not isinstance(given, list) or not given:
             raise OpenAIError("messages must be a list of at least one message.", "messages")
-        messages = _merge_system([_message(at, one) for at, one in enumerate(given)])
+        messages = [_message(at, one) for at, one in enumerate(given)]
+        continues = messages[-1]["role"] == "assistant"
+        for name, usual in (("continue_final_message", continues), ("add_generation_prompt", not continues)):
+            if self.body.pop(name, usual) is not usual:
+                detail = (
+                    f"{name} must be {str(usual).lower()} where the last message is of role {messages[-1]['role']}."
+                )
+                raise OpenAIError(detail, name)
         if "messages" in self.known:
             self.put("messages", messages)
             return
@@ -339,12 +346,3 @@ def _content(given: Any, place: str) -> str:
             raise OpenAIError(f"{place}.content has a part of type {kind!r}; use text.", f"{place}.content")
         texts.append(text)
     return "\n".join(texts)
-
-
-def _merge_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Merge leading system messages: most chat templates take only one."""
-    count = next((at for at, one in enumerate(messages) if one["role"] != "system"), len(messages))
-    if count < 2:
-        return messages
-    text = "\n\n".join(one["content"] for one in messages[:count])
-    return [{"role": "system", "content": text}, *messages[count:]]

@@ -153,13 +153,26 @@ def encoded(text: str) -> bytes:
     return encoded.encode()
 
 
+def _raw(one: dict[str, Any]) -> bytes | None:
+    """A token's bytes; None for half a character of a model that does not report them."""
+    if isinstance(one.get("bytes"), list):
+        return bytes(one["bytes"])
+    token = str(one["token"])
+    return None if _PARTIAL in token else token.encode(errors="replace")
+
+
+def _shown(one: dict[str, Any]) -> str:
+    """A token's text; half a character by its bytes, so that two such tokens differ."""
+    token, raw = str(one["token"]), _raw(one)
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw) if _PARTIAL in token and raw else token
+
+
 def chat_logprobs(told: list[dict[str, Any]], most: int) -> dict[str, Any]:
     """A prediction's log-probabilities in the form of chat completions."""
 
     def described(one: dict[str, Any]) -> dict[str, Any]:
-        token = str(one["token"])
-        raw = None if _PARTIAL in token else list(token.encode(errors="replace"))
-        return {"token": token, "logprob": one["logprob"], "bytes": raw}
+        raw = _raw(one)
+        return {"token": _shown(one), "logprob": one["logprob"], "bytes": None if raw is None else list(raw)}
 
     content = [
         {**described(one), "top_logprobs": [described(other) for other in one.get("top", ())[:most]]} for one in told
@@ -169,16 +182,14 @@ def chat_logprobs(told: list[dict[str, Any]], most: int) -> dict[str, Any]:
 
 def text_logprobs(told: list[dict[str, Any]], most: int) -> dict[str, Any]:
     """A prediction's log-probabilities in the form of completions."""
-    tokens = [str(one["token"]) for one in told]
-    offsets, place = [], 0
-    for token in tokens:
-        offsets.append(place)
-        place += len(token)
+    offsets, text = [], b""
+    for one in told:
+        offsets.append(len(text.decode(errors="ignore")))
+        raw = _raw(one)
+        text += str(one["token"]).encode(errors="replace") if raw is None else raw
     return {
-        "tokens": tokens,
+        "tokens": [_shown(one) for one in told],
         "token_logprobs": [one["logprob"] for one in told],
-        "top_logprobs": [
-            {str(other["token"]): other["logprob"] for other in one.get("top", ())[:most]} for one in told
-        ],
+        "top_logprobs": [{_shown(other): other["logprob"] for other in one.get("top", ())[:most]} for one in told],
         "text_offset": offsets,
     }

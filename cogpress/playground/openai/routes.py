@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ def routes(parts: Parts) -> list[Route]:
         ("POST", "/v1/chat/completions"): chat_completions,
         ("POST", "/v1/completions"): completions,
         ("GET", "/v1/models/{name}"): model,
+        **{("POST", path): not_here for path in errors.NOT_HERE},
     }
     return [Route(path, _endpoint(parts, handler), methods=[method]) for (method, path), handler in made.items()]
 
@@ -78,6 +80,11 @@ async def model(parts: Parts, request: Request) -> Response:
     """`GET /v1/models/NAME`, for a name without an owner or with %2F."""
     version, _ = resolve(parts, request.path_params["name"])
     return json_response(entry(parts.catalog.models[version.model]) | {"id": request.path_params["name"]})
+
+
+async def not_here(parts: Parts, request: Request) -> Response:
+    """What OpenAI's API has and this one has not."""
+    raise OpenAIError(errors.NOT_HERE[request.url.path.rstrip("/")], status=404, code="unknown_url")
 
 
 def entry(found: HostedModel) -> dict[str, Any]:
@@ -140,6 +147,7 @@ class _CompletionResponse(Response):
         super().__init__()
         self._parts, self._prediction, self._completion, self._streams = parts, prediction, completion, stream
         self._extra = {"x-request-id": prediction.id}
+        self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watching = asyncio.get_running_loop().create_task(self._watch(receive))
@@ -180,13 +188,28 @@ class _CompletionResponse(Response):
                 return
             await self._begin(send)
         waiting, (before, after) = completion.first(), completion.around()
-        async for texts in prediction.texts():
-            text = completion.safe_text(texts)
-            if text:
-                # Only the text differs between chunks, so only the text is encoded.
-                body, waiting = waiting + before + encoded(text) + after, b""
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+        pulse = asyncio.get_running_loop().create_task(self._pulse(send))
+        try:
+            async for texts in prediction.texts():
+                text = completion.safe_text(texts)
+                if text:
+                    # Only the text differs between chunks, so only the text is encoded.
+                    body, waiting = waiting + before + encoded(text) + after, b""
+                    self._sent_at = time.monotonic()
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+        finally:
+            pulse.cancel()
         await send({"type": "http.response.body", "body": waiting + completion.last()})
+
+    async def _pulse(self, send: Send) -> None:
+        """A comment after each silence: what may become a tool call waits for the end of the answer."""
+        self._sent_at = time.monotonic()
+        while True:
+            silence = time.monotonic() - self._sent_at
+            if silence >= PULSE_SECONDS:
+                await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+                self._sent_at, silence = time.monotonic(), 0.0
+            await asyncio.sleep(PULSE_SECONDS - silence)
 
     async def _begin(self, send: Send) -> None:
         headers = [(name.encode(), value.encode()) for name, value in {**_HEADERS, **self._extra}.items()]
