@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from typing import Any
 
 _BREAKS = re.compile("\r\n|\r|\n")
@@ -30,6 +31,11 @@ def encode(event: str, number: int, outputs: int, text: str) -> bytes:
     return f"event: {event}\nid: {number}:{outputs}\ndata: {text}\n\n".encode(errors="replace")
 
 
+def after(before: str, text: str) -> str:
+    """An output's text to encode after another one: a line end that falls between the two is one, and not two."""
+    return text[1:] if before.endswith("\r") and text.startswith("\n") else text
+
+
 def failure(error: str | None) -> str:
     """The data of an error event."""
     return json.dumps({"detail": error}, ensure_ascii=False)
@@ -49,7 +55,8 @@ def replay(record: dict[str, Any], seen: int = 0) -> list[bytes]:
     """
     output = record["output"]
     texts = list(map(text_of, output)) if isinstance(output, list) else [] if output is None else [text_of(output)]
-    frames = [encode("output", number, number, text) for number, text in enumerate(texts, 1)][seen:]
+    shown = [after(before, text) for before, text in pairwise(["", *texts])]
+    frames = [encode("output", number, number, text) for number, text in enumerate(shown, 1)][seen:]
     if record["status"] == "failed":
         frames.append(encode("error", len(texts) + 1, len(texts), failure(record["error"])))
     frames.append(encode("done", len(texts) + 2, len(texts), reason(record["status"])))

@@ -248,9 +248,10 @@ class Prediction:
         if self._outputs == 0:
             self.first_output = time.time()
             self.output = []
+        before = events.text_of(self.output[-1]) if self.output else ""
         self.output.append(chunk)
         self._outputs += 1
-        self._add("output", events.text_of(chunk))
+        self._add("output", events.after(before, events.text_of(chunk)))
 
     def add_log(self, text: str) -> None:
         """Append to the log."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cogpress.playground import events
 from cogpress.playground.api import streams
 from cogpress.playground.keys import Keys
 from cogpress.playground.records import Prediction, Version
@@ -80,3 +81,21 @@ def test_a_stream_that_says_something_gets_no_comments(short: None) -> None:
         prediction.end("succeeded")
 
     assert b"still running" not in read(act)[0]
+
+
+def test_a_line_end_between_two_chunks_is_one() -> None:
+    prediction = Prediction("x", Version("1" * 64, "local/x", 0.0, {}, "http://nowhere"), {}, {})
+    prediction.start()
+    chunks = ["a\r", "\nb", "\n", "c\r\n", "\r", "\n"]
+    for chunk in chunks:
+        prediction.add_output(chunk)
+    prediction.end("succeeded")
+    assert prediction.output == chunks
+    replayed = events.replay(prediction.record() | {"output": chunks, "error": None, "status": "succeeded"})
+    for frames in (prediction.frames, replayed):
+        data = [
+            "\n".join(line.removeprefix("data: ") for line in frame.decode().splitlines() if line.startswith("data: "))
+            for frame in frames
+            if frame.startswith(b"event: output")
+        ]
+        assert "".join(data) == "a\nb\nc\n\n"
