@@ -9,7 +9,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -24,13 +24,16 @@ from cogpress.files import read_json
 from cogpress.weights import base, manifest
 from cogpress.weights.filenames import COMPILED
 
+if TYPE_CHECKING:
+    import torch
+
 BFLOAT16_CAPABILITY = (8, 0)
 """Ampere's: the first compute capability with bfloat16 in hardware. Source: NVIDIA, CUDA C++ programming guide, table
 of arithmetic instructions."""
 
-EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""On a CPU, compute in the engine's own process. By default vLLM starts another process there and polls it for its
-answer, on a core that computing needs (docs/measurements.md)."""
+EXECUTOR = "cogpress.engines.vllm.CPUExecutor"
+"""On a CPU, compute in the engine's own process, by vLLM's own class (`__getattr__`). By default vLLM starts another
+process there and polls it for its answer, on a core that computing needs (docs/measurements.md)."""
 
 DRAFTS = "cogpress.draft.proposer.Proposer"
 """The class that vLLM's engine imports to draft."""
@@ -173,6 +176,45 @@ class Engine:
         """See `cogpress.engines.base.Engine`."""
         self._guard.close()
         self._llm.shutdown()
+
+
+def __getattr__(name: str) -> Any:
+    """`CPUExecutor`, which each of vLLM's processes looks up here."""
+    if name == "CPUExecutor":
+        return _cpu_executor()
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+@functools.cache
+def _cpu_executor() -> type:
+    """vLLM's executor under a name of this module, so that a process that gets it by name mends vLLM first."""
+    import vllm.v1.sample.rejection_sampler as sampler
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    sampler.expand_batch_to_tokens = expanded
+    return type("CPUExecutor", (UniProcExecutor,), {"__module__": __name__, "__qualname__": "CPUExecutor"})
+
+
+def expanded(
+    values: torch.Tensor, ends: torch.Tensor, count: int, replace_from: float = 0, replace_to: float = 0
+) -> torch.Tensor:
+    """A request's value for each of its drafted tokens.
+
+    vLLM 0.32's version for CPUs leaves values that are not 64-bit integers uninitialized: sampling with a draft then
+    used any temperature, and a top_k ended the engine.
+
+    Args:
+        values: by request, shape (requests,).
+        ends: where each request's tokens end, shape (requests,).
+        count: number of tokens.
+        replace_from: a value that stands for another,
+        replace_to: and the other.
+    """
+    import torch
+
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    found = values.repeat_interleave(counts, output_size=count)
+    return found if replace_from == replace_to else found.masked_fill(found == replace_from, replace_to)
 
 
 def _params(sampling: Sampling) -> Any:

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,6 +131,33 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
     order = sorted(sources, key=lambda name: place[sources[name]])  # read and write the files front to back
     outputs = [_output(name, stored[sources[name]], sources[name], dtype) for name in order]
     return MergePlan(found, stored, outputs, onto, compute, dtype, untied)
+
+
+def check_layers(base_folder: Path, layers: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that an adapter on these layers can be merged into a base, before anything is trained.
+
+    Args:
+        base_folder: the base.
+        layers: of the loaded model, by name, with the shapes of their weights: (outputs, inputs).
+
+    Raises:
+        CogpressError: names the first layer that is no tensor of the base's files, or one of another shape.
+    """
+    stored = tensors.stored(base_folder)
+    tied = bool(read_json(base_folder / "config.json").get("tie_word_embeddings"))
+    for name, shape in layers.items():
+        place = stored.get(f"{name}.weight")
+        kind = name.rpartition(".")[2]
+        if place is None and not (tied and kind == "lm_head"):
+            raise CogpressError(
+                f"{name} could be trained but not merged: the base's files hold no tensor of that name. Leave {kind} "
+                "out of train.target_modules, or use another base."
+            )
+        if place is not None and place.shape != shape:
+            raise CogpressError(
+                f"{name} could be trained but not merged: its weight is {list(place.shape)} in the base's files, and "
+                f"not {list(shape)} (outputs, inputs). Leave {kind} out of train.target_modules, or use another base."
+            )
 
 
 def _output(name: str, place: tensors.Stored, source: str, dtype: torch.dtype) -> Output:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from cogpress.data import prepare
 from cogpress.data.prepare import Prepared
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, read_json, write_json
+from cogpress.merge import merge
 from cogpress.train import answers
 from cogpress.train.arguments import arguments, lora, too_few
 from cogpress.weights import base, manifest
@@ -226,6 +228,7 @@ def _train(
     compute = base.trained_dtype(read_json(run / "key.json"))
     model = adapted(config, base_folder, attention=attention(longest), dtype=compute)
     quantized = base.quantized_modules(model.get_base_model())
+    merge.check_layers(base_folder, layers(model, quantized))
     recorder = Recorder(run / "metrics.jsonl", console)
     objective = AnswerLoss(model)
     trainer = ObjectiveTrainer(
@@ -278,6 +281,22 @@ def _train(
     write_json(run / "result.json", {"key": read_json(run / "key.json"), "result": saved})
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return result
+
+
+def layers(model: PeftModel, quantized: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The layers that a merge has to find in the base's files: adapted or quantized, with their weights' shapes."""
+    from peft.tuners.lora import LoraLayer
+
+    modules = dict(model.get_base_model().named_modules())
+    found: dict[str, tuple[int, ...]] = {
+        name: (module.out_features, module.in_features)
+        for name, module in modules.items()
+        if isinstance(module, LoraLayer)
+    }
+    for name in quantized:
+        plain = name.replace(".base_layer", "")
+        found.setdefault(plain, (modules[name].out_features, modules[name].in_features))  # type: ignore[arg-type, dict-item]
+    return found
 
 
 def check_learnt(model: torch.nn.Module, steps: int) -> None:

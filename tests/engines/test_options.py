@@ -298,3 +298,27 @@ def test_nothing_is_compiled_on_a_cpu_which_may_have_no_compiler(monkeypatch: py
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     assert vllm.environment(config.Serve(), cuda=False)["TORCHDYNAMO_DISABLE"] == "1"
     assert "TORCHDYNAMO_DISABLE" not in vllm.environment(config.Serve(), cuda=True)
+
+
+def test_each_drafted_token_is_sampled_as_its_request_asks() -> None:
+    """vLLM's own version for CPUs returns what was in memory."""
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    for values in (torch.tensor([0.5, 9.0, 0.0]), torch.tensor([5, 9, 0], dtype=torch.int32)):
+        first = values[0].item()
+        assert vllm.expanded(values, ends, 5).tolist() == [first, first, 0, 0, 0]
+        assert vllm.expanded(values, ends, 5, 0, 1).tolist() == [first, first, 1, 1, 1]
+        assert vllm.expanded(values, ends, 5).dtype == values.dtype
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a version of its own")
+def test_vllm_uses_it_on_a_cpu() -> None:
+    find = "from vllm.utils.import_utils import resolve_obj_by_qualname as find; import pickle, subprocess, sys\n"
+    child = "import pickle, sys; print(pickle.load(sys.stdin.buffer).__name__)\n"
+    child += "import vllm.v1.sample.rejection_sampler as sampler; print(sampler.expand_batch_to_tokens.__module__)"
+    program = (
+        f"{find}sent = pickle.dumps(find({vllm.EXECUTOR!r}))\n"
+        f"print(subprocess.run([sys.executable, '-c', {child!r}], input=sent, capture_output=True).stdout.decode())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["CPUExecutor", "cogpress.engines.vllm"], "also in the engine's own process"
