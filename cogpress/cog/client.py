@@ -17,6 +17,12 @@ _TIMEOUT = httpx.Timeout(10.0, read=None)
 """Connecting is quick or fails; an answer may take any time."""
 
 
+DEAD = frozenset({"SETUP_FAILED", "DEFUNCT", "UNHEALTHY"})
+"""Statuses of a health report after which a server takes no prediction any more."""
+
+_NOT_SENT = "Failed to send request"
+"""How the runtime's own error begins where its worker has ended: the prediction never began."""
+
 _AROUND_ERRORS = re.compile(
     r"(?:(?:(?:Async )?(?:prediction|training) failed|Generator iteration error|CogpressError): )+", re.IGNORECASE
 )
@@ -139,8 +145,15 @@ def _finished(prediction: dict[str, Any]) -> dict[str, Any]:
     return prediction
 
 
+def never_began(error: str) -> bool:
+    """Whether a prediction failed because the server's worker has ended."""
+    return error.startswith(_NOT_SENT)
+
+
 def plain_error(error: str) -> str:
     """A runner's error without the runtime's prefixes."""
+    if never_began(error):
+        return "The server has stopped working. See its log, and restart it."
     around = _AROUND_ERRORS.match(error)
     return (error[around.end() :] if around else error) or "The prediction failed. Look into the server's log."
 
@@ -173,6 +186,11 @@ def _refused(response: httpx.Response) -> CogpressError:
     if isinstance(detail, list) and all(isinstance(item, dict) for item in detail):
         detail = "; ".join(f"{'.'.join(map(str, item.get('loc', ())[2:]))}: {item.get('msg')}" for item in detail)
     if response.status_code == 409:
+        # The runtime refuses so too when its worker or engine is gone.
+        at = response.request.url
+        report = health(f"{at.scheme}://{at.netloc.decode()}") or {}
+        if report.get("status") in DEAD:
+            return CogpressError(f"The server has stopped working ({report['status']}). See its log, and restart it.")
         return BusyError(f"The server is busy ({detail}). Try again when a prediction has ended.")
     if response.status_code == 404:
         return _NotFound(f"The server has no {response.request.url.path}.")

@@ -180,7 +180,7 @@ class Server:
             status = health.get("status")
             if status in ("READY", "BUSY"):
                 return health
-            if status in ("SETUP_FAILED", "DEFUNCT", "UNHEALTHY"):
+            if status in client.DEAD:
                 raise CogpressError(f"The runner's setup failed: {_reason(health)}{self._log_end()}")
             # The runtime waits forever for a worker that could not even start.
             if status != "STARTING" or self._has_worker():
@@ -192,14 +192,43 @@ class Server:
         raise CogpressError(f"The server was not ready after {timeout:.0f} s.{self._log_end()}")
 
     def wait(self) -> None:
-        """Wait while the server runs.
+        """Wait while the server works.
 
         Raises:
-            CogpressError: it exited, which it never does by itself.
+            CogpressError: it exited, or its worker or its engine did; quotes the end of the log.
         """
+        dead, looked = 0, time.monotonic()
         while True:
             self._check_alive()
+            if time.monotonic() - looked >= LOOK_SECONDS:
+                report, looked = client.health(self.url) or {}, time.monotonic()
+                dead = dead + 1 if report.get("status") in client.DEAD else 0
+                if dead >= DEAD_LOOKS:
+                    raise CogpressError(f"The server has stopped working ({report['status']}).{self._log_end()}")
             time.sleep(0.5)
+
+    def serve(self, on_ready: Callable[[], None], on_restart: Callable[[str], None]) -> None:
+        """Start, and start again whenever the server stops working after it had worked for a while.
+
+        Args:
+            on_ready: called when it is ready, after each start.
+            on_restart: called with the reason before it starts again.
+
+        Raises:
+            CogpressError: it does not get ready, or stops working soon after.
+        """
+        while True:
+            self.start()
+            self.wait_ready()
+            on_ready()
+            ready = time.monotonic()
+            try:
+                self.wait()
+            except CogpressError as error:
+                if time.monotonic() - ready < RESTART_SECONDS:
+                    raise
+                on_restart(str(error))
+            self.stop()
 
     def stop(self) -> None:
         """Stop the server and every process that it started, with SIGTERM first; twice does no harm."""
@@ -230,6 +259,13 @@ class Server:
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         end = "".join(f"\n    {line[:300]}" for line in lines[-_LOG_LINES:])
         return f"\nThe log ends:{end}\nAll of it is in {self.log}."
+
+
+LOOK_SECONDS, DEAD_LOOKS = 5.0, 2
+"""Seconds between two looks at a server's health, and how often in turn it must be dead."""
+
+RESTART_SECONDS = 60.0
+"""A server that stops working sooner after its start is not started again."""
 
 
 def end_family(leader: subprocess.Popen[Any], grace: float | None = None) -> None:

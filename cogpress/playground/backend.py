@@ -31,6 +31,10 @@ class Unreachable(CogpressError):
     """Nothing answers, and nothing was begun."""
 
 
+class Defunct(Unreachable):
+    """The server runs, and will take no prediction any more: its worker or its engine ended, or its set-up failed."""
+
+
 class Rejected(CogpressError):
     """The model does not accept the input."""
 
@@ -113,7 +117,24 @@ class Cog:
         finally:
             del self._exchanges[prediction.id]
             call.close()
+        if not call.broken and call.status in (409, 503):
+            await self._refused()
         self._conclude(prediction, call)
+
+    async def _refused(self) -> None:
+        """A prediction was refused. The runtime does not say why: every slot is taken, or nothing works any more.
+
+        Raises:
+            Busy: it may run later.
+            Defunct: it will not.
+        """
+        try:
+            answer = (await self._http.get(f"{self.url}/health-check")).json()
+        except (httpx.HTTPError, ValueError):
+            raise Busy from None
+        if isinstance(answer, dict) and answer.get("status") in client.DEAD:
+            raise Defunct(f"The model server at {self.url} has stopped working ({answer['status']}). Check its log.")
+        raise Busy
 
     def _conclude(self, prediction: Prediction, call: exchange.Exchange) -> None:
         if call.broken:
@@ -126,8 +147,6 @@ class Cog:
                 f"The model server at {self.url} stopped while this prediction ran. Check its log, then run the "
                 "prediction again."
             )
-        if call.status in (409, 503):
-            raise Busy
         if call.status == 406:
             # A server that is just starting and has not read its schema yet answers this too.
             raise Unreachable(f"The model server at {self.url} does not stream. Add @cog.streaming to its run().")
@@ -142,8 +161,10 @@ class Cog:
             prediction.end("succeeded", output=answer.get("output"))
         elif status == "canceled":
             prediction.end("canceled")
+        elif client.never_began(error := str(answer.get("error") or "")):
+            raise Defunct(f"The model server at {self.url} has stopped working. Check its log.")
         else:
-            prediction.end("failed", error=client.plain_error(str(answer.get("error") or "")))
+            prediction.end("failed", error=client.plain_error(error))
 
     async def cancel(self, prediction: Prediction) -> None:
         """See `Backend.cancel`."""

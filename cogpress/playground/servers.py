@@ -15,7 +15,7 @@ from cogpress.cog import process, schema
 from cogpress.engines.gpus import ENGINES
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
-from cogpress.playground.backend import Cog, Rewrite
+from cogpress.playground.backend import Cog, Defunct, Rewrite
 from cogpress.playground.records import Prediction
 
 READY_SECONDS = 1800.0
@@ -184,20 +184,35 @@ class OnDemandServer:
         """See `Backend.run`."""
         self.users += 1
         try:
-            cog = self._cog
-            if cog is None or self.server is None or not self.server.alive:
-                await self._pool.start(self)
-                cog = self._cog
-            if cog is None:
-                raise CogpressError("The model's server was stopped to make room for another. Run it again.")
+            cog = await self._ready()
             if prediction.cancel_requested:
                 prediction.end("canceled")
                 return
-            await cog.run(prediction)
+            try:
+                await cog.run(prediction)
+            except Defunct:
+                # Its predictions fail with it; those that had not begun run on the next one.
+                await self._stop_defunct(cog)
+                await (await self._ready()).run(prediction)
         finally:
             self.users -= 1
             if not self.users:
                 await self._pool.notify_idle()
+
+    async def _ready(self) -> Cog:
+        cog = self._cog
+        if cog is None or self.server is None or not self.server.alive:
+            await self._pool.start(self)
+            cog = self._cog
+        if cog is None:
+            raise CogpressError("The model's server was stopped to make room for another. Run it again.")
+        return cog
+
+    async def _stop_defunct(self, cog: Cog) -> None:
+        """Stop the server behind `cog`, unless another prediction has done so."""
+        async with self._lock:
+            if self._cog is cog:
+                await self._stop()
 
     async def cancel(self, prediction: Prediction) -> None:
         """See `Backend.cancel`."""

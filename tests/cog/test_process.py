@@ -235,6 +235,51 @@ def test_a_server_that_is_killed_is_noticed(root: Path) -> None:
             served.wait_ready(30)
 
 
+def kill_worker(served: Server) -> None:
+    [worker] = psutil.Process(served.pid).children()
+    worker.kill()
+
+
+def test_a_killed_worker_ends_the_wait(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime lives on, and refuses everything as if it were busy."""
+    monkeypatch.setattr(server, "LOOK_SECONDS", 0.2)
+    with Server(root, log=root / "server.log") as served:
+        served.wait_ready(30)
+        kill_worker(served)
+        with pytest.raises(CogpressError, match=r"The server has stopped working \(UNHEALTHY\)"):
+            served.wait()
+        with pytest.raises(CogpressError, match="has stopped working") as refused:
+            client.predict(served.url, {})
+        assert not isinstance(refused.value, client.BusyError)
+
+
+@pytest.mark.parametrize("soon", [False, True])
+def test_a_server_whose_worker_is_killed_starts_again_unless_it_just_started(
+    root: Path, monkeypatch: pytest.MonkeyPatch, soon: bool
+) -> None:
+    monkeypatch.setattr(server, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(server, "RESTART_SECONDS", 60.0 if soon else 0.0)
+    served = Server(root, log=root / "server.log")
+    said: list[str] = []
+
+    class Enough(Exception):
+        pass
+
+    def ready() -> None:
+        said.append("ready")
+        if len(said) > 1:
+            raise Enough
+        kill_worker(served)
+
+    try:
+        with pytest.raises(CogpressError if soon else Enough):
+            served.serve(ready, said.append)
+    finally:
+        served.stop()
+    assert said[0] == "ready"
+    assert [one.partition(" (")[0] for one in said[1:]] == ([] if soon else ["The server has stopped working", "ready"])
+
+
 def test_a_server_that_ends_later_is_noticed(root: Path) -> None:
     with Server(root, log=root / "server.log") as served:
         served.wait_ready(30)

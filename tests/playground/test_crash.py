@@ -124,6 +124,34 @@ def test_a_server_of_our_own_is_started_on_demand_again_and_cleaned_up(tmp_path:
     assert not servers()
 
 
+def test_a_killed_worker_costs_what_ran_and_nothing_else(tmp_path: Path) -> None:
+    """The runtime survives its worker, and answers as if it were busy."""
+    root = project(tmp_path / "echo")
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "config.json").write_text("here")
+    with Local(root, [("echo", f"folder:{weights}")], servers_at_once=1) as local:
+        assert local.create({"count": 1}, wait=True)["status"] == "succeeded"
+        running = [local.create(LONG) for _ in range(SLOTS)]
+        wait_for(local, "processing", [one["id"] for one in running])
+        waiting = [local.create({"count": 2}) for _ in range(3)]
+        [leader] = [
+            process
+            for process in psutil.process_iter(["cmdline", "cwd"])
+            if "cog.server.http" in (process.info["cmdline"] or []) and process.info["cwd"] == str(root)
+        ]
+        [worker] = leader.children()
+        worker.kill()
+        for one in running:
+            found = local.wait(one["id"], 20)
+            assert found["status"] == "failed"
+            assert found["error"]
+            assert "Error:" not in found["error"]
+        for one in waiting:
+            assert local.wait(one["id"], 60)["status"] == "succeeded"
+        assert local.create({"count": 1}, wait=True)["status"] == "succeeded"
+
+
 def test_two_do_not_share_a_folder(tmp_path: Path) -> None:
     settings = app.Settings(root=tmp_path, folder=tmp_path / "data", playground=Playground())
     app.build(settings)
