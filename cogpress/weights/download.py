@@ -28,6 +28,9 @@ from cogpress.weights import pget
 SPARE = 64 << 20
 """Bytes of the disk that a download leaves free."""
 
+_LOOK = 64 << 20
+"""Bytes between two looks at the disk, where nobody said how many there are."""
+
 
 def get(wanted: Sequence[tuple[http.RemoteFile, Path]], parts: Path, *, also: int = 0) -> None:
     """Download files to their places, with a progress bar; those in place already are not downloaded again.
@@ -162,9 +165,13 @@ class _Streams:
                     for block in response.iter_raw():
                         if self._stop.is_set():
                             raise _Stopped
+                        at += len(block)
+                        if size is not None and at > size:
+                            raise CogpressError(f"{remote.shown} sends more than its {size:,} bytes. Check the URL.")
                         file.write(block)
                         self._count(len(block))
-                        at += len(block)
+                        if size is None and at // _LOOK > (at - len(block)) // _LOOK:
+                            check_room(job.part.parent, 1)  # nobody said how much there is
             if size not in (None, at):
                 raise httpx.RemoteProtocolError("The answer ended early.")
 

@@ -221,6 +221,8 @@ def _files(wanted: Source, cache: Path) -> FetchedModel:
                         f"{remote.shown} has {remote.size} bytes, and the manifest says that {name} has {size}. "
                         "Publish the folder again."
                     )
+            # Where a server does not say a size, the manifest's holds.
+            remotes = [replace(one, size=size) for one, size in zip(remotes, sizes.values(), strict=True)]
             parts = entry / "parts"
             places = [parts / f"{remote.key}.file" for remote in remotes]
             download.get(list(zip(remotes, places, strict=True)), parts)

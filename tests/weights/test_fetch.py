@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cogpress import http
 from cogpress.errors import CogpressError
 from cogpress.files import write_json
-from cogpress.weights import archive, fetch, manifest, pget
+from cogpress.weights import archive, download, fetch, manifest, pget
 from cogpress.weights.filenames import INDEX, VERIFICATION
 from tests.standins.fileserver import FileServer
 
@@ -249,6 +250,30 @@ def test_a_published_manifest_is_not_trusted(
     assert list((tmp_path / "cache").rglob("model-*")) == []
 
 
+def test_a_file_ends_where_the_manifest_says(
+    tmp_path: Path, site: FileServer, published: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that tells no size cannot fill the disk."""
+    site.chunked, site.ranges = True, False
+    path = site.folder / "model" / manifest.NAME
+    content = json.loads(path.read_text())
+    content["files"]["model.safetensors"]["bytes"] = 2
+    path.write_text(json.dumps(content))
+    with pytest.raises(CogpressError, match=r"model\.safetensors sends more than its 2 bytes"):
+        fetch.model(f"{published}/manifest.json", tmp_path / "cache")
+    assert all(file.stat().st_size <= 2000 for file in (tmp_path / "cache").rglob("*.part")), "of the others at most"
+    # Without a manifest, the disk's room is the bound.
+    monkeypatch.setattr(download, "_LOOK", 1 << 20)
+    real = shutil.disk_usage
+
+    def usage(folder: Any) -> Any:
+        return real(folder)._replace(free=1000) if site.asked("/model.tar") else real(folder)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(CogpressError, match="The download needs"):
+        fetch.model(f"{published}.tar", tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
@@ -364,7 +389,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
 def test_a_full_disk_is_reported_and_nothing_is_left(
     tmp_path: Path, site: FileServer, published: str, place: str, known: bool
 ) -> None:
-    """A known size is refused beforehand; for an unknown one the kernel refuses to write."""
+    """A size that the server or the manifest says is refused beforehand; else the kernel refuses to write."""
     megabytes = 1
     site.chunked = not known
     site.ranges = known
@@ -374,7 +399,7 @@ def test_a_full_disk_is_reported_and_nothing_is_left(
         start = process(published + place, cache, *limits)
         _, err = start.communicate()
         assert start.returncode == 1
-        if mounted and known:
+        if mounted and (known or place == "/manifest.json"):
             assert "Error: The download needs 0.0" in err
             assert not [path for _, path, wanted in site.log if wanted not in (None, "bytes=0-0")]
         else:
