@@ -134,8 +134,9 @@ def compare(
     base.quiet_libraries()
     tokenizer = base.tokenizer(found.folder)
     prompts = [encode_prompt(tokenizer, example.asked) for example in found.examples]
-    model = distributions.merged_model(found.folder)
-    same = parity.compare(model, prompts, [], served, tokenizer.pad_token_id or 0)
+    same = parity.compare(
+        lambda: distributions.merged_model(found.folder), prompts, [], served, tokenizer.pad_token_id or 0
+    )
     metrics = {
         "examples": len(answers),
         "served_agreement": same.agreement,

@@ -95,10 +95,10 @@ def test_users_cannot_forge_turns(tokenizer: Any) -> None:
         ({"messages": "[]"}, "non-empty JSON list"),
         ({"messages": '[{"role": "user"}]'}, "Message 1 must be an object"),
         ({"messages": '[{"role": "robot", "content": "x"}]'}, "'robot'"),
-        ({"messages": '[{"role": "assistant", "content": "x"}]'}, "last message must be the user's"),
+        ({"messages": '[{"role": "system", "content": "x"}]'}, "only system messages"),
         (
-            {"messages": '[{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]'},
-            "only the first message",
+            {"messages": '[{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]'},
+            "goes on with it, but it has no text",
         ),
         ({"messages": "[" * 100_000}, "messages is not JSON"),
     ],
