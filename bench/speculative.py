@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -22,8 +25,11 @@ from bench.measure import alternate_aloud, in_fresh_process, medians
 from bench.report import judged, write_report
 from cogpress import config, plots
 from cogpress.draft import file as draft
+from cogpress.draft import proposer
 from cogpress.errors import CogpressError
+from cogpress.prompts import Question, encode
 from cogpress.serve import model as serving
+from cogpress.weights import base
 
 SIDES: dict[str, Any] = {
     "none": "none",
@@ -127,13 +133,49 @@ def run(
             "passed": same["table"][0] == total[0],
         },
     ]
-    report = {"sides": SIDES, "found": found, "ratios": ratios, "same": same, "checks": checks, "rounds": measured}
+    asked = _asking(root, weights, rows)
+    report = {
+        "asking_ms": asked,
+        "sides": SIDES,
+        "found": found,
+        "ratios": ratios,
+        "same": same,
+        "checks": checks,
+        "rounds": measured,
+    }
     console.print(_table(found, ratios))
+    console.print(f"Asking the table takes {asked:.3f} ms for each of {len(rows)} requests.")
     console.print(judged(checks))
     write_report(out, report)
     plots.drafts(ratios, out.with_suffix(".png"))
     console.print(f"Report: {out}   picture: {out.with_suffix('.png')}")
     return report
+
+
+def _asking(root: Path, weights: Path, rows: Sequence[dict[str, Any]]) -> float:
+    """Milliseconds a request that one step's drafts take, all requests at once, halfway through the right answers."""
+    tokenizer = base.tokenizer(weights)
+    settings = config.load(root / "model.yaml").prompt
+    prompts = [encode(tokenizer, Question(fields=row["prompt"]), settings) for row in rows]
+    answers = [tokenizer.encode(row["completion"], add_special_tokens=False) for row in rows]
+    steps = min(map(len, answers)) - 1
+    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)) + proposer.MOST
+    ids: np.ndarray = np.zeros((len(rows), width), np.int32)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids[row, : len(prompt) + len(answer)] = [*prompt, *answer]
+    asked = proposer.Proposer(
+        SimpleNamespace(
+            additional_config={proposer.OPTION: str(draft.path_in(weights))},
+            model_config=SimpleNamespace(max_model_len=width),
+        )
+    )
+    took = []
+    for step in range(steps):
+        lengths = np.array([len(prompt) + step + 1 for prompt in prompts], np.int32)
+        started = time.perf_counter()
+        asked.propose([answer[step : step + 1] for answer in answers], lengths, ids)
+        took.append(time.perf_counter() - started)
+    return 1000 * statistics.median(took) / len(rows)
 
 
 def _pairs(answers: dict[str, dict[str, list[str]]], name: str) -> list[tuple[list[str], list[str]]]:

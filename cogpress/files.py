@@ -74,6 +74,15 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(part, path)
 
 
+def link(source: Path, target: Path) -> None:
+    """Make a file known under another name too, in a folder that is made; a copy where the disk has no hard links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def is_full(error: OSError) -> bool:
     """Whether an error says that the disk, a quota or a file size limit is exhausted."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

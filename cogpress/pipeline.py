@@ -22,7 +22,7 @@ from cogpress.data import prepare as data
 from cogpress.data.prepare import Prepared
 from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
-from cogpress.files import new_folder, read_json, sha256, write_json
+from cogpress.files import link, new_folder, read_json, sha256, write_json
 from cogpress.merge import adapter as adapters
 from cogpress.merge import merge
 from cogpress.prompts import Row
@@ -30,7 +30,7 @@ from cogpress.quantize import calibrate
 from cogpress.train import run as training
 from cogpress.verify import distributions
 from cogpress.weights import archive, base, fetch, manifest
-from cogpress.weights.filenames import ADAPTER
+from cogpress.weights.filenames import ADAPTER, DRAFT
 
 if TYPE_CHECKING:
     from cogpress.verify.distributions import Divergence
@@ -339,11 +339,14 @@ def draft_anew(root: Path, weights: Path, run: Path | None, examples: Path | Non
         CogpressError: the weights were changed, or the run or its examples are missing.
     """
     with step("Examples of the training", console) as say:
-        source = calibrate.read_source(weights, run)
+        source = calibrate.read_made(weights, run)
         rows = calibrate.prepare(source, root, examples).train
         say(f"{len(rows)} rows")
     with step("Draft", console) as say, new_folder(weights) as part:
-        shutil.copytree(weights, part, dirs_exist_ok=True)
+        # Only what the manifest lists: a report of a verification is about the weights as they were.
+        for name in source.facts["files"]:
+            if Path(name).parts[0] != DRAFT:
+                link(weights / name, part / name)
         made = draft.make(part, rows, str(source.facts["merge"]["adapter"]))
         kept = {name: value for name, value in source.facts.items() if name not in manifest.WRITTEN}
         manifest.write(part, "weights", kept)
@@ -386,10 +389,18 @@ def merge_anew(
             size = sum(file["bytes"] for file in content["files"].values())
             say(f"as training saw it; {size / 1e6:.0f} MB in {target}")
         return target
+    made = draft.fitting((target, adapter.parent / "weights"), manifest.fingerprint(adapter))
+
+    def add(part: Path) -> None:
+        if made is not None:
+            shutil.copytree(made, part / made.name)
+
     with step("Merge", console) as say:
-        content = merge.merge(base_folder, adapter, target, onto=onto, progress=progress_bar(console))
+        content = merge.merge(base_folder, adapter, target, onto=onto, progress=progress_bar(console), add=add)
         size = sum(file["bytes"] for file in content["files"].values())
         say(f"{content['merge']['layers']} layers, onto the {onto} base; {size / 1e6:.0f} MB in {target}")
+    if made is None:
+        console.print("They have no draft, which would make them answer faster: scripts/draft makes one.")
     return target
 
 

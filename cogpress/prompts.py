@@ -106,11 +106,6 @@ class Row:
 # --- settings applied -------------------------------------------------------------------------------------------------
 
 
-def field_names(settings: Prompt) -> list[str]:
-    """The template's fields, in order of first use."""
-    return settings.names
-
-
 def conversation(question: Question, settings: Prompt) -> list[Message]:
     """The messages that ask a question: system text and template applied.
 
@@ -131,7 +126,7 @@ def conversation(question: Question, settings: Prompt) -> list[Message]:
 
 
 def _filled(question: Question, settings: Prompt) -> str:
-    names = field_names(settings)
+    names = settings.names
     if question.fields is None:
         if len(names) != 1 or not question.text.strip():
             return question.text
@@ -203,7 +198,7 @@ def _number(name: str, value: Any) -> float:
 
 def described(settings: Prompt, form: Prompt) -> Prompt:
     """Settings with the descriptions of the form's fields, where they have none and the same fields."""
-    if settings.fields or set(field_names(settings)) != set(form.fields):
+    if settings.fields or set(settings.names) != set(form.fields):
         return settings
     return settings.model_copy(update={"fields": form.fields})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,31 @@ def test_a_tar_is_packed_on_request_and_never_outlives_its_weights(
     )
     assert json.loads((run / "weights" / "manifest.json").read_text())["merge"]["onto"] == "original"
     assert not tar.exists()
+
+
+def test_a_draft_is_made_again_and_kept_by_a_merge(tiny_base: Path, examples_file: Path, tmp_path: Path) -> None:
+    run, cache = tmp_path / "runs" / "tiny", tmp_path / "cache"
+    given = {"base": {"source": str(tiny_base)}, "train": {"max_steps": 1, "rank": 4, "evaluations": 0}}
+    settings = config.parse({**given, "data": {"train": str(examples_file)}}, "the test")
+    built = pipeline.build(settings, examples_file, run, cache, QUIET)
+    made_by = manifest.fingerprint(run / "adapter")
+    table = draft.path_in(built.weights)
+    first = table.read_bytes()
+    table.unlink()
+    (built.weights / "verification.json").write_text('{"checks": [], "files": {}}')
+    files = {name: known for name, known in built.manifest["files"].items() if not name.startswith("draft/")}
+    (built.weights / manifest.NAME).write_text(json.dumps({**built.manifest, "files": files}))
+    assert pipeline.draft_anew(tmp_path, built.weights, None, None, QUIET) == table
+    assert table.read_bytes() == first
+    facts = manifest.read(built.weights) or {}
+    manifest.check(built.weights, facts)
+    assert facts["files"].keys() == built.manifest["files"].keys(), "no report of another state is among them"
+    out = io.StringIO()
+    for target, lost in ((built.weights, False), (tmp_path / "other", False), (tmp_path / "third", True)):
+        if lost:
+            shutil.rmtree(table.parent)
+        pipeline.merge_anew(run / "adapter", target, cache, Console(file=out), onto="dequantized")
+        assert ("scripts/draft makes one" in " ".join(out.getvalue().split())) is lost
+        if not lost:
+            assert draft.check(target, made_by) == draft.path_in(target)
+        manifest.check(target, manifest.read(target) or {})

@@ -152,7 +152,7 @@ def filled(question: Question, template: str) -> Any:
 
 def test_fields_and_braces() -> None:
     template = "{b} {a} {b} {{a}} {{}}"
-    assert prompts.field_names(Prompt(template=template)) == ["b", "a"]
+    assert Prompt(template=template).names == ["b", "a"]
     asked = Question(fields={"a": "{x}", "b": [1, 2.5, True, ["y"]]})
     assert filled(asked, template) == "1\n2.5\nTrue\ny {x} 1\n2.5\nTrue\ny {a} {}"
 

@@ -30,6 +30,12 @@ ALONE_SECONDS = 15.0
 FAMILY_SECONDS = 2.0
 """For the engine's processes to end after the server, and again after SIGTERM, before they are killed."""
 
+LOOK_SECONDS, DEAD_LOOKS = 5.0, 2
+"""Seconds between two looks at a server's health, and how often in turn it must be dead."""
+
+RESTART_SECONDS = 60.0
+"""A server that stops working sooner after its start is not started again."""
+
 _LOG_LINES = 12
 
 
@@ -259,13 +265,6 @@ class Server:
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         end = "".join(f"\n    {line[:300]}" for line in lines[-_LOG_LINES:])
         return f"\nThe log ends:{end}\nAll of it is in {self.log}."
-
-
-LOOK_SECONDS, DEAD_LOOKS = 5.0, 2
-"""Seconds between two looks at a server's health, and how often in turn it must be dead."""
-
-RESTART_SECONDS = 60.0
-"""A server that stops working sooner after its start is not started again."""
 
 
 def end_family(leader: subprocess.Popen[Any], grace: float | None = None) -> None:

@@ -188,7 +188,7 @@ def read_examples(
             and the task is `reversed`, which asks with one text.
     """
     prompt = prompt or config.Prompt()
-    fields = prompts.field_names(prompt)
+    fields = prompt.names
     if task == "reversed" and len(fields) != 1:
         raise CogpressError(
             f"data.task: reversed asks with one text, but prompt.template has the fields {', '.join(fields)}. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from cogpress.weights.filenames import DRAFT
 NAME = "table.safetensors"
 
 FORMAT = "1"
+
+_FACTS = "cogpress"
+"""The entry of the file's metadata that says what it belongs to."""
 
 _TYPES = {"U64": np.uint64, "I32": np.int32, "F32": np.float32, "U8": np.uint8}
 _PARTS = {"keys": "U64", "symbols": "I32", "shares": "F32", "tail": "I32", "ends": "I32", "kinds": "U8", "bare": "I32"}
@@ -67,9 +71,10 @@ def write(path: Path, table: Table, *, tokenizer: Path, adapter: str) -> None:
         "bare": table.alphabet.bare,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"format": FORMAT, "tokenizer": sha256(tokenizer), "adapter": adapter}
+    # One entry, as the library writes several in any order, and the same rows must give the same file.
+    facts = json.dumps({"format": FORMAT, "tokenizer": sha256(tokenizer), "adapter": adapter})
     with new_file(path) as part:
-        save_file({name: np.ascontiguousarray(value) for name, value in parts.items()}, part, metadata=facts)
+        save_file({name: np.ascontiguousarray(value) for name, value in parts.items()}, part, metadata={_FACTS: facts})
 
 
 def read(path: Path) -> Table:
@@ -105,7 +110,19 @@ def facts(path: Path) -> dict[str, Any]:
     tensors.stored(path.parent, [path])  # says what is wrong with a damaged file
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return dict(header.get("__metadata__") or {})
+    try:
+        return dict(json.loads(header["__metadata__"][_FACTS]))
+    except (KeyError, TypeError, ValueError):
+        raise CogpressError(f"{path} is no draft. Make it again with scripts/draft.") from None
+
+
+def fitting(folders: Iterable[Path], adapter: str) -> Path | None:
+    """The first draft that one of these folders of weights has for an adapter, by its fingerprint; None if none has."""
+    for weights in folders:
+        with suppress(CogpressError, OSError):
+            if facts(path_in(weights)).get("adapter") == adapter:
+                return path_in(weights).parent
+    return None
 
 
 def check(weights: Path, adapter: str | None) -> Path:

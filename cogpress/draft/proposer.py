@@ -108,7 +108,7 @@ class Proposer:
             self._requests[row] = request
             if request.take(sampled, length):
                 self._share += (request.share - self._share) * (1 - _MEMORY) / 8
-            drafts.append(request.draft(ids, least, min(MOST, self._longest - 1 - length)))
+            drafts.append(request.draft(least, min(MOST, self._longest - 1 - length)))
         self._steps.begins(rows, sum(map(len, drafts)), complete=all(sampled_token_ids))
         return drafts
 
@@ -186,7 +186,7 @@ class _Request:
         self._length = length
         return drafted
 
-    def draft(self, ids: np.ndarray, least: float, most: int) -> list[int]:
+    def draft(self, least: float, most: int) -> list[int]:
         """The tokens that most likely come next, while all of them together are likely enough."""
         self._proposed, self._hoped = [], 0.0
         trust = min(1.0, 1.5 * self.share)
@@ -199,7 +199,7 @@ class _Request:
         hoped, reached = 0.0, max(trust, least)
         answer = self._answer.copy()
         while len(found) < most:
-            step = self._next(answer, found, ids)
+            step = self._next(answer, found)
             if step is None or (reached := reached * step[1]) < least:
                 break
             for token in step[0][: most - len(found)]:
@@ -211,7 +211,7 @@ class _Request:
         self._proposed, self._hoped = found, hoped
         return found
 
-    def _next(self, answer: Answer, found: list[int], ids: np.ndarray) -> tuple[tuple[int, ...], float] | None:
+    def _next(self, answer: Answer, found: list[int]) -> tuple[tuple[int, ...], float] | None:
         if answer.pending:
             if rest := answer.rest():
                 return rest, _BEGUN

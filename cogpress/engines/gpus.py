@@ -36,7 +36,7 @@ class Parallel(NamedTuple):
 def parallel(folder: Path, serve: Serve, gpus: int, gpu_bytes: int = 0) -> Parallel:
     """How the GPUs share the model. `auto` uses all that it can.
 
-    As many GPUs as the model allows share each layer (`tensor_limit`), which is fastest. Of the GPUs that are left,
+    As many GPUs as the model allows share each layer (`undivided`), which is fastest. Of the GPUs that are left,
     those that the weights need hold successive layers, and copies of the model take the others.
 
     Args:

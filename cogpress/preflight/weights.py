@@ -96,7 +96,7 @@ def _prompt(facts: Facts) -> Iterator[Finding]:
     recorded, settings = (facts.weights.manifest or {}).get("prompt"), facts.settings
     if not isinstance(recorded, dict) or settings is None:
         yield skipped("the weights do not record their prompt")
-    elif recorded != settings.prompt.model_dump():
+    elif any(recorded.get(name) != getattr(settings.prompt, name) for name in ("system", "template")):
         yield warning(
             "model.yaml's prompt differs from the one that the weights were trained with; the image uses theirs.",
             "Train again with the new prompt, or restore the old one.",

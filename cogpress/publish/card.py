@@ -139,7 +139,7 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    fields = prompts.field_names(facts.prompt)
+    fields = facts.prompt.names
     named = ", ".join(f"`{name}`" for name in fields)
     several = f" Its fields are {named}; write a list with one item a line." if len(fields) > 1 else ""
     return "\n\n".join(
@@ -169,7 +169,7 @@ def _literal(text: str) -> str:
 
 def _asking(facts: CardFacts) -> list[str]:
     """Python that fills the template and makes the messages or text for the model."""
-    values = ", ".join(f'{name}="..."' for name in prompts.field_names(facts.prompt))
+    values = ", ".join(f'{name}="..."' for name in facts.prompt.names)
     lines = [f"template = {_literal(facts.prompt.template)}", f"prompt = template.format({values})"]
     mark = "\0"  # stands for the variable `prompt`
     asked = prompts.conversation(prompts.Question(messages=[{"role": "user", "content": mark}]), facts.prompt)

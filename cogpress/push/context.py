@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cogpress.cog.process import read_cog_yaml
+from cogpress.files import link
 from cogpress.preflight import ignore
 
 CODE = (".py", ".ipynb")
@@ -31,14 +32,11 @@ def build_context(root: Path, folder: Path) -> Iterator[Path]:
     shutil.rmtree(place, ignore_errors=True)
     for name in sorted({*_needed(root), *_entries(root)}):
         source, target = root / name, place / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_symlink():
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(os.readlink(source))
-            continue
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copy2(source, target)
+        else:
+            link(source, target)
     try:
         yield place
     finally:

@@ -17,7 +17,7 @@ from cogpress.weights import base, manifest
 
 @dataclass(frozen=True)
 class Source:
-    """Unquantized weights, checked against their manifest, and the run that made them."""
+    """Weights, checked against their manifest, and the run that made them."""
 
     folder: Path
     facts: dict[str, Any]
@@ -33,22 +33,8 @@ class Source:
 
 
 def read_source(folder: Path, run: Path | None) -> Source:
-    """Check the weights to quantize, and find the run that made them.
-
-    Args:
-        folder: unquantized weights with a manifest.
-        run: the run's folder; the one that `folder` lies in where not given.
-
-    Raises:
-        CogpressError: the weights are not cogpress's, were changed since they were written, or are quantized already;
-            the run is missing, or is not the one that made them.
-    """
-    facts = manifest.read(folder) if folder.is_dir() else None
-    if facts is None or facts.get("kind") != "weights":
-        raise CogpressError(
-            f"{folder} holds no weights of cogpress. Name a run's weights, or make some: scripts/train."
-        )
-    compression = facts.get("compression")
+    """The weights to quantize; as `read_made`, and refuses those that are quantized already."""
+    compression = _facts(folder).get("compression")
     settings = read_json(folder / "config.json")
     if compression or settings.get("quantization_config"):
         scheme = compression["scheme"] if compression else settings["quantization_config"].get("quant_method", "such")
@@ -56,6 +42,30 @@ def read_source(folder: Path, run: Path | None) -> Source:
             f"{folder} holds {scheme} weights already; quantizing them again would only make them worse. "
             "Name the weights that they were made from."
         )
+    return read_made(folder, run)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    facts = manifest.read(folder) if folder.is_dir() else None
+    if facts is None or facts.get("kind") != "weights":
+        raise CogpressError(
+            f"{folder} holds no weights of cogpress. Name a run's weights, or make some: scripts/train."
+        )
+    return facts
+
+
+def read_made(folder: Path, run: Path | None) -> Source:
+    """Check weights, and find the run that made them.
+
+    Args:
+        folder: weights with a manifest.
+        run: the run's folder; the one that `folder` lies in where not given.
+
+    Raises:
+        CogpressError: the weights are not cogpress's, or were changed since they were written; the run is missing, or
+            is not the one that made them.
+    """
+    facts = _facts(folder)
     manifest.check(folder, facts)
     run = (
         run
@@ -64,7 +74,7 @@ def read_source(folder: Path, run: Path | None) -> Source:
     )
     if not (run / "key.json").is_file() or not (run / "config.json").is_file():
         raise CogpressError(
-            f"{run} is not a run's folder, and calibration needs the examples of the training. "
+            f"{run} is not a run's folder, and the examples of the training are needed. "
             "Name the run with --run runs/NAME."
         )
     adapter = run / "adapter"
@@ -92,7 +102,7 @@ def prepare(source: Source, root: Path, examples: Path | None) -> data.Prepared:
     path = examples or (root / settings.data.train if settings.data.train else None)
     if path is None or not path.exists():
         raise CogpressError(
-            f"The examples that {source.run} was trained on are not at {path}; calibration needs them. "
+            f"The examples that {source.run} was trained on are not at {path}, and they are needed. "
             "Name them with --data FILE."
         )
     prepared = data.prepare(

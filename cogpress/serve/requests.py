@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from cogpress.engines.base import Sampling, Structure
 from cogpress.errors import CogpressError
 from cogpress.options import InputName
-from cogpress.prompts import Question, field_names, whole_characters
+from cogpress.prompts import Question, whole_characters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,7 +143,7 @@ def question(request: Request, settings: Prompt) -> Question:
 
 def _values(given: Mapping[str, Any], settings: Prompt) -> Mapping[str, Any] | None:
     """The form's fields; None where the template describes none and none is given."""
-    names = field_names(settings)
+    names = settings.names
     if unknown := [name for name in given if name not in names]:
         raise CogpressError(
             f"This model has no input {', '.join(unknown)}; its template's fields are {', '.join(names)}. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,10 +72,16 @@ def table() -> Table:
 
 
 def made(table: Table, longest: int = 512) -> proposer.Proposer:
-    one = proposer.Proposer.__new__(proposer.Proposer)
-    one._table, one._longest, one._requests, one._share = table, longest, [], 1.0
+    """A proposer as vLLM's engine makes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer, path = Path(folder) / "tokenizer.json", Path(folder) / file.NAME
+        tokenizer.write_text("{}")
+        file.write(path, table, tokenizer=tokenizer, adapter="")
+        config: Any = SimpleNamespace(
+            additional_config={proposer.OPTION: str(path)}, model_config=SimpleNamespace(max_model_len=longest)
+        )
+        one = proposer.Proposer(config)
     one._steps = proposer.StepCost(lambda: 0.0)  # no time passes, so nothing is measured
-    one._failed = False
     return one
 
 
@@ -203,27 +209,6 @@ def test_what_pays_follows_from_what_a_token_costs(fixed: float, token: float, r
     assert cost.least(rows, rows) == found, "a pause is no step"
 
 
-def test_a_draft_costs_little(table: Table) -> None:
-    """The figure in docs/speed.md is of a quiet machine; this only finds a search that grew."""
-    asked = [examples(PARTS[32:], 64)[at] for at in range(64)]
-    buffer = np.zeros((64, 4096), np.int32)
-    lengths = np.zeros(64, np.int32)
-    for row, (prompt, answer) in enumerate(asked):
-        whole = [*[IDS["ask"]] * 3000, *prompt, *answer[:4]]
-        buffer[row, : len(whole)], lengths[row] = whole, len(whole)
-    one = made(table, 4096)
-    one.propose([answer[3:4] for _, answer in asked], lengths, buffer)
-    best = []
-    for _ in range(5):
-        started = time.perf_counter()
-        for row, (_, answer) in enumerate(asked):
-            buffer[row, lengths[row]] = answer[4]
-        lengths += 1
-        one.propose([answer[4:5] for _, answer in asked], lengths, buffer)
-        best.append((time.perf_counter() - started) / 64)
-    assert min(best) < 0.002
-
-
 def test_a_table_is_written_and_mapped(table: Table, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     path = file.path_in(tmp_path)
@@ -236,11 +221,9 @@ def test_a_table_is_written_and_mapped(table: Table, tmp_path: Path) -> None:
     assert table.tail == tuple(ids("\n", "ask", ":"))[-len(table.tail) :]
     unseen = examples(PARTS[32:], 3)
     assert steps(read, unseen) == steps(table, unseen)
-    config = SimpleNamespace(
-        additional_config={proposer.OPTION: str(path)}, model_config=SimpleNamespace(max_model_len=64)
-    )
-    assert proposer.Proposer(config)._longest == 64
     assert file.check(tmp_path, "one") == file.check(tmp_path, None) == path
+    assert file.fitting((tmp_path / "none", tmp_path), "one") == path.parent
+    assert file.fitting((tmp_path,), "other") is None
     with pytest.raises(CogpressError, match="another training"):
         file.check(tmp_path, "other")
     (tmp_path / "tokenizer.json").write_text("{ }")

@@ -180,7 +180,7 @@ def test_the_transformers_program_asks_as_training_did(system: str, template: st
     names: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         exec(program.replace("max_new_tokens=256", "max_new_tokens=2"), names)  # noqa: S102
-    asked = prompts.Question(fields=dict.fromkeys(prompts.field_names(told.prompt), "..."))
+    asked = prompts.Question(fields=dict.fromkeys(told.prompt.names, "..."))
     expected = prompts.encode(base.tokenizer(tiny_base), asked, told.prompt)
     assert names["inputs"]["input_ids"][0].tolist() == expected
 

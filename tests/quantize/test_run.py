@@ -44,6 +44,8 @@ def run(tiny_base: Path, examples_file: Path, tmp_path: Path) -> Path:
     weights = folder / "weights"
     shutil.copytree(tiny_base, weights)
     (weights / manifest.NAME).unlink()
+    (weights / "draft").mkdir()
+    (weights / "draft" / "table.safetensors").write_bytes(b"a table")
     settings = config.Config().override({"train_data": str(examples_file), "validation_share": 0.25})
     facts = {
         "base": {"source": "the tiny base", "fingerprint": "0"},
@@ -183,7 +185,7 @@ def test_examples_that_changed_since_or_are_gone_are_refused(run: Path, examples
     with pytest.raises(CogpressError, match=r"does not give the rows that .* was trained on"):
         calibrate.prepare(source, tmp_path, None)
     examples_file.unlink()
-    with pytest.raises(CogpressError, match=r"examples\.jsonl; calibration needs them.*--data FILE"):
+    with pytest.raises(CogpressError, match=r"examples\.jsonl, and they are needed.*--data FILE"):
         calibrate.prepare(source, tmp_path, None)
 
 
@@ -257,6 +259,7 @@ def test_the_job_says_everything_and_the_folder_keeps_its_sources_settings(
         facts = manifest.read(one.folder) or {}
         manifest.check(one.folder, facts)
         assert facts["kind"] == "weights"
+        assert facts["files"]["draft/table.safetensors"] == source["files"]["draft/table.safetensors"]
         for fact in ("base", "prompt", "merge", "compute_dtype"):
             assert facts[fact] == source[fact]
         compression = facts["compression"]

@@ -72,7 +72,7 @@ def test_adapters_are_fetched_on_first_use(project: Path) -> None:
     adapters.check(found)
     assert adapters.rank == 32
     first = get(adapters, "queries")
-    assert (first.adapter.number, first.adapter.rank, prompts.field_names(first.prompt)) == (
+    assert (first.adapter.number, first.adapter.rank, first.prompt.names) == (
         1,
         8,
         ["question", "columns"],
