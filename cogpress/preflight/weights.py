@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from cogpress import source
 from cogpress.config import Serve
@@ -96,13 +97,19 @@ def _prompt(facts: Facts) -> Iterator[Finding]:
     recorded, settings = (facts.weights.manifest or {}).get("prompt"), facts.settings
     if not isinstance(recorded, dict) or settings is None:
         yield skipped("the weights do not record their prompt")
-    elif any(recorded.get(name) != getattr(settings.prompt, name) for name in ("system", "template")):
+    elif _rendered(recorded) != _rendered(settings.prompt.model_dump(), typed=bool(recorded.get("fields"))):
         yield warning(
             "model.yaml's prompt differs from the one that the weights were trained with; the image uses theirs.",
             "Train again with the new prompt, or restore the old one.",
         )
     else:
         yield passed("model.yaml's prompt is the one of the training")
+
+
+def _rendered(prompt: dict[str, Any], *, typed: bool = True) -> tuple[Any, ...]:
+    """What of a prompt's settings decides the text that a model gets: descriptions in the form do not."""
+    types = {name: field.get("type") for name, field in (prompt.get("fields") or {}).items()}
+    return prompt.get("system"), prompt.get("template"), types if typed else {}
 
 
 def _interrupted(facts: Facts) -> Iterator[Finding]:

@@ -832,3 +832,21 @@ def test_a_stale_form_is_refused(here: Path) -> None:
     form.write(here / "predict.py", config.load(here / "model.yaml"))
     found = [row.finding for row in run(here).rows if (row.topic, row.name) == ("Inputs", "form")]
     assert [one.outcome for one in found] == ["passed"]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "outcome"),
+    [
+        ({}, "passed"),
+        ({"fields": {"question": {"description": "Other words.", "type": "text"}}}, "passed"),
+        ({"fields": {"question": {"description": "What to look up.", "type": "list"}}}, "warning"),
+        ({"system": "Answer."}, "warning"),
+        ({"template": "{question}?"}, "warning"),
+    ],
+)
+def test_a_prompt_is_the_trainings_whatever_its_form_says(here: Path, recorded: dict[str, Any], outcome: str) -> None:
+    described = "prompt:\n  template: '{question}'\n  fields: {question: {description: What to look up.}}\n"
+    (here / "model.yaml").write_text(described)
+    seal(here, prompt={"system": "", "template": "{question}", **recorded})
+    [found] = [row.finding for row in run(here).rows if (row.topic, row.name) == ("Weights", "prompt")]
+    assert found.outcome == outcome
