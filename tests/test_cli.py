@@ -109,6 +109,17 @@ def test_train_names_a_missing_file_without_a_stack_trace(
     assert "Traceback" not in shown
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "scripts").iterdir() if path.is_file()))
+def test_a_script_reaches_its_environment_on_a_bare_python(name: str) -> None:
+    """A new user's Python has none of the packages that the environment brings."""
+    path = ROOT / "scripts" / name
+    head, entered, _ = path.read_text().partition("\nenvironment.enter()\n")
+    head = head if entered else head.partition("\ndef ")[0]  # makes the environment, or the locks
+    program = f"__file__ = {str(path)!r}\n{head}"
+    done = subprocess.run([sys.executable, "-S", "-I", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 SAYS = """
 import cog
 from cog import BaseRunner, ConcatenateIterator, Input

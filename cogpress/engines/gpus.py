@@ -60,7 +60,7 @@ def parallel(folder: Path, serve: Serve, gpus: int, gpu_bytes: int = 0) -> Paral
         most = max(1, gpus // (pipeline * data))
         tensor = max(size for size in range(1, most + 1) if not _why_not(folder, size))
     elif why := _why_not(folder, tensor):
-        raise CogpressError(f"serve.tensor_parallel is {tensor}, which {why}.")
+        raise CogpressError(f"serve.tensor_parallel is {tensor}, which {why}. Set it to auto.")
     if asked["pipeline_parallel"] == "auto" and asked["tensor_parallel"] == "auto" and gpu_bytes:
         weights = manifest.weights_bytes(folder)
         free = gpus // (tensor * data)
@@ -70,7 +70,9 @@ def parallel(folder: Path, serve: Serve, gpus: int, gpu_bytes: int = 0) -> Paral
         data = max(1, gpus // (tensor * pipeline))
     if tensor * pipeline * data > gpus:
         product = " x ".join(name for name, value in zip(asked, (tensor, pipeline, data), strict=True) if value > 1)
-        raise CogpressError(f"serve.{product} needs {tensor * pipeline * data} GPUs; this machine has {gpus}.")
+        raise CogpressError(
+            f"serve.{product} needs {tensor * pipeline * data} GPUs; this machine has {gpus}. Set them to auto."
+        )
     return Parallel(tensor, pipeline, data)
 
 
