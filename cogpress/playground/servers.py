@@ -32,7 +32,8 @@ class ServerPool:
             at_once: how many may run; each holds a model in memory.
         """
         self.folder = folder
-        self.at_once = at_once
+        self.at_once, self.known = at_once, 0
+        """How many may run, and how many there are to start."""
         self._running: list[OnDemandServer] = []
         self._room = asyncio.Condition()
         self._processes = folder / "servers.json"
@@ -120,6 +121,7 @@ class OnDemandServer:
             rewrite: applied to inputs.
         """
         self.root, self.weights, self.users = root, weights, 0
+        pool.known += 1
         self.server: process.Server | None = None
         self._pool, self._log, self._rewrite = pool, pool.folder / f"{name}.log", rewrite
         self._cog: Cog | None = None
@@ -146,8 +148,8 @@ class OnDemandServer:
                 # Everyone who waited for this start gets its error; only later callers retry.
                 raise CogpressError(self._failure)
             await self._stop()
-            # Servers that may run at once share the GPU.
-            shares = {ENGINES: str(self._pool.at_once)}
+            # Servers that may run at once share the GPU; a single model has it for itself.
+            shares = {ENGINES: str(min(self._pool.at_once, self._pool.known))}
             made = process.Server(self.root, weights=self.weights, port=0, log=self._log, env=shares)
             self.server = made
             try:

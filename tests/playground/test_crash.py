@@ -130,8 +130,9 @@ def test_a_killed_worker_costs_what_ran_and_nothing_else(tmp_path: Path) -> None
     weights = tmp_path / "weights"
     weights.mkdir()
     (weights / "config.json").write_text("here")
-    with Local(root, [("echo", f"folder:{weights}")], servers_at_once=1) as local:
-        assert local.create({"count": 1}, wait=True)["status"] == "succeeded"
+    with Local(root, [("echo", f"folder:{weights}")], servers_at_once=2) as local:
+        alone = local.create({"prompt": "shares", "count": 1}, wait=True)
+        assert alone["output"] == ["raw:1"], "the only model has the GPU for itself"
         running = [local.create(LONG) for _ in range(SLOTS)]
         wait_for(local, "processing", [one["id"] for one in running])
         waiting = [local.create({"count": 2}) for _ in range(3)]

@@ -25,7 +25,7 @@ TOKEN = "r8_test-token-of-the-local-replicate"
 SLOTS = 8
 
 RUNNER = """
-import asyncio, sys
+import asyncio, os, sys
 from typing import Optional
 sys.path.insert(0, {root!r})
 import cog
@@ -63,6 +63,8 @@ class Runner(BaseRunner):
             prompt = "raw:" + open(file).read()
         if prompt == "weights":
             prompt = "raw:" + open(self.weights + "/config.json").read()
+        if prompt == "shares":
+            prompt = "raw:" + os.environ.get("COGPRESS_ENGINES_PER_GPU", "")
         return streaming.stream(self.chunks(prompt, count, delay, self.scope.record_metric))
 """
 
