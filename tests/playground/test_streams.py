@@ -64,8 +64,8 @@ def test_a_silent_stream_is_kept_open(short: None) -> None:
         prediction.end("succeeded")
 
     body, times = read(act)
-    assert 4 <= body.count(b": still running\n\n") <= 6
-    assert max(after - before for before, after in pairwise(times)) < 0.35
+    assert 2 <= body.count(b": still running\n\n") <= 6
+    assert max(after - before for before, after in pairwise(times)) < 0.65
     assert body.endswith(b"event: done\nid: 2:1\ndata: {}\n\n")
     decoder = pytest.importorskip("replicate.stream", reason="requirements/dev.in lists Replicate's client")
     decode = decoder.EventSource.Decoder().decode

@@ -139,13 +139,13 @@ def test_an_error_of_the_imports_or_the_fetch_is_told(tmp_path: Path, monkeypatc
         raise ImportError("no such engine")
 
     def slow(_serve: config.Serve) -> None:
-        time.sleep(1)
+        time.sleep(8)
 
     monkeypatch.setattr(engine.find("vllm"), "prepare", slow)
     started = time.monotonic()
     with pytest.raises(CogpressError, match="is not a folder"):
         serving.fetch_and_import("nothing", tmp_path, config.Serve())
-    assert time.monotonic() - started < 0.9, "a user's mistake is told at once"
+    assert time.monotonic() - started < 6, "a user's mistake is told at once"
     monkeypatch.setattr(engine.find("vllm"), "prepare", fails)
     (tmp_path / "model").mkdir()
     with pytest.raises(CogpressError, match=r"no config\.json"):

@@ -69,4 +69,4 @@ def test_a_cpu_computes_in_what_is_faster_by_far(
     monkeypatch.undo()
     started = time.perf_counter()
     assert base.compute_dtype.__wrapped__() in seconds
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 10
