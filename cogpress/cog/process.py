@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -20,6 +20,7 @@ import yaml
 
 from cogpress.cog import client, schema
 from cogpress.errors import CogpressError
+from cogpress.files import read_json, write_json
 
 GRACE_SECONDS = 10.0
 """For a stopping server to end its predictions before it is killed."""
@@ -290,6 +291,30 @@ def end_family(leader: subprocess.Popen[Any], grace: float | None = None) -> Non
         leader.kill()
         leader.wait()
         psutil.wait_procs(killed, timeout=FAMILY_SECONDS)
+
+
+def note(path: Path, servers: Iterable[Server]) -> None:
+    """Note the processes of servers in a file, for the `end_noted` of the next run if this one is killed."""
+    found = []
+    for server in servers:
+        with contextlib.suppress(psutil.Error):
+            if server.pid is not None:
+                found.append({"pid": server.pid, "created": psutil.Process(server.pid).create_time()})
+    write_json(path, found)
+
+
+def end_noted(path: Path) -> None:
+    """Stop the servers that a killed run noted, and remove the note."""
+    try:
+        noted = read_json(path)
+    except (OSError, ValueError):
+        return
+    for one in noted:
+        with contextlib.suppress(psutil.Error, KeyError, TypeError):
+            leader = psutil.Process(one["pid"])
+            if leader.create_time() == one["created"]:  # and not another process that got its number
+                end_session(leader)
+    path.unlink(missing_ok=True)
 
 
 def end_session(leader: psutil.Process) -> None:

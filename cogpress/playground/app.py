@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -149,9 +150,10 @@ async def model(parts: Parts, request: Request) -> Response:
 
 async def training_log(parts: Parts, request: Request) -> Response:
     """A training's log so far, from the runtime."""
-    body = await web.read_json(request)
-    if not parts.trainings.report(request.path_params["id"], request.path_params["key"], body):
+    identifier = request.path_params["id"]
+    if not parts.trainings.expects(identifier, request.path_params["key"]):  # before a byte of the body is read
         raise web.HTTPProblem(404, "Not found", "There is no such training.")
+    parts.trainings.report(identifier, await web.read_json(request))
     return Response(status_code=204)
 
 
@@ -281,7 +283,10 @@ async def _housekeeping(parts: Parts) -> None:
     while True:
         await asyncio.sleep(HOUSEKEEPING_SECONDS)
         parts.predictions.forget_old()
-        await parts.store.remove_old()
+        try:
+            await parts.store.remove_old()
+        except (sqlite3.Error, OSError) as error:  # a full disk now is no reason to remove nothing later
+            print(f"Cannot remove what is old from {parts.store.folder}: {error}.", flush=True)
 
 
 async def _add(parts: Parts, name: str, source: str) -> Version:

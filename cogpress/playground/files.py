@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cogpress.files import is_full
 from cogpress.playground.keys import Keys
 from cogpress.playground.records import new_id
-from cogpress.playground.store import Store
+from cogpress.playground.store import Store, UnwritableError
 
 _ADDRESS = re.compile(r"https?://[^/?#]+/v1/files/(?P<id>[a-z0-9]{26})(?:/download)?(?:\?[^#]*)?")
 
@@ -47,6 +48,8 @@ class Files:
         """
         self.folder = store.folder / "files"
         self.folder.mkdir(exist_ok=True)
+        for part in self.folder.glob("*.part"):  # of a run that was killed
+            part.unlink()
         self.loopback_url = loopback_url
         self._store, self._keys = store, keys
 
@@ -116,8 +119,17 @@ class Files:
 
 def _copy(source: BinaryIO, target: Path) -> tuple[int, str]:
     digest, size = hashlib.sha256(), 0
-    with target.open("xb") as file:
-        while block := source.read(1 << 20):
-            digest.update(block)
-            size += file.write(block)
+    part = target.with_name(f"{target.name}.part")
+    try:
+        with part.open("xb") as file:
+            while block := source.read(1 << 20):
+                digest.update(block)
+                size += file.write(block)
+        part.rename(target)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise UnwritableError(f"The disk of {target.parent} is full. Free some space and upload it again.") from None
+    finally:
+        part.unlink(missing_ok=True)
     return size, digest.hexdigest()

@@ -62,8 +62,9 @@ class Predictions:
 
         Raises:
             InvalidInput: the schema rejects the inputs.
-            CogpressError: the version cannot be run.
+            CogpressError: the version cannot be run, or the store cannot be written.
         """
+        self._store.check_writable()
         # The runtime rejects null, even for an optional input.
         payload = {name: value for name, value in inputs.items() if value is not None}
         version.check(payload)

@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from cogpress.cog import process, schema
 from cogpress.engines.gpus import ENGINES
 from cogpress.errors import CogpressError
-from cogpress.files import read_json, write_json
 from cogpress.playground.backend import Cog, Defunct, Rewrite
 from cogpress.playground.records import Prediction
 
@@ -37,28 +33,10 @@ class ServerPool:
         self._running: list[OnDemandServer] = []
         self._room = asyncio.Condition()
         self._processes = folder / "servers.json"
-        self._stop_leftovers()
-
-    def _stop_leftovers(self) -> None:
-        try:
-            noted = read_json(self._processes)
-        except (OSError, ValueError):
-            return
-        for one in noted:
-            with suppress(psutil.Error, KeyError, TypeError):
-                leader = psutil.Process(one["pid"])
-                if leader.create_time() == one["created"]:  # and not another process that got its number
-                    process.end_session(leader)
-        self._processes.unlink(missing_ok=True)
+        process.end_noted(self._processes)
 
     def _note(self) -> None:
-        found = []
-        for one in self._running:
-            with suppress(psutil.Error):
-                pid = one.server.pid if one.server is not None else None
-                if pid is not None:
-                    found.append({"pid": pid, "created": psutil.Process(pid).create_time()})
-        write_json(self._processes, found)
+        process.note(self._processes, [one.server for one in self._running if one.server is not None])
 
     async def start(self, one: OnDemandServer) -> None:
         """Start a server, and wait for room if there is none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import fcntl
 import json
 import re
@@ -19,6 +20,9 @@ from cogpress.errors import CogpressError
 
 CRASHED = "The playground ended while this was waiting or running. Run it again."
 """The error of whatever had not ended when the store was opened."""
+
+RETRY_SECONDS = 1.0
+"""How long what could not be written waits for the next attempt."""
 
 SEARCHED = 100_000
 """Characters of a text that are indexed for search; the rest is stored too."""
@@ -45,6 +49,10 @@ CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)
 Row = dict[str, Any]
 
 
+class UnwritableError(CogpressError):
+    """The store cannot be written, as on a full disk, so that nothing new may begin."""
+
+
 class Store:
     """The database and its folder, for one process at a time."""
 
@@ -56,7 +64,7 @@ class Store:
         Args:
             folder: for the database, uploaded files and trained weights.
             keep_prompts: whether to write inputs, outputs and logs.
-            retention_days: age at which predictions and files are removed.
+            retention_days: age at which predictions, trainings and files are removed.
             retention_count: how many predictions are kept; the oldest go first, rated ones only by age.
 
         Raises:
@@ -67,6 +75,9 @@ class Store:
         self._days, self._count = retention_days, retention_count
         self._pending: list[tuple[str, tuple[Any, ...]]] = []
         self._batch: asyncio.Task[None] | None = None
+        self._writing = asyncio.Lock()
+        self._failing = ""
+        """Why the last batch could not be written; empty if it was."""
         self._thread = ThreadPoolExecutor(1, "store")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -120,18 +131,42 @@ class Store:
         """Write in the next batch, in the order of the calls.
 
         Returns:
-            a future that is done once it is written.
+            a future that is done once it is written. It fails if it cannot be written now; what is kept in memory
+            then is written as soon as it can be.
         """
         self._pending.append((statement, tuple(map(_storable, values))))
-        if self._batch is None:
-            self._batch = asyncio.get_running_loop().create_task(self._flush())
-            self._batch.add_done_callback(_retrieved)
+        return self._batch or self._begin(0)
+
+    def _begin(self, seconds: float) -> asyncio.Task[None]:
+        self._batch = asyncio.get_running_loop().create_task(self._flush(seconds))
+        self._batch.add_done_callback(_retrieved)
         return self._batch
 
-    async def _flush(self) -> None:
-        await asyncio.sleep(0)
-        pending, self._pending, self._batch = self._pending, [], None
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._commit, pending)
+    async def _flush(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        async with self._writing:  # in order, even where a batch has to be written again
+            pending, self._pending, self._batch = self._pending, [], None
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._commit, pending)
+            except sqlite3.OperationalError as error:
+                self._failing = str(error)
+                self._pending = pending + self._pending
+                if self._batch is None:
+                    self._begin(RETRY_SECONDS)
+                raise
+            self._failing = ""
+
+    def check_writable(self) -> None:
+        """Refuse what would begin while nothing can be written.
+
+        Raises:
+            UnwritableError: the last batch could not be written.
+        """
+        if self._failing:
+            raise UnwritableError(
+                f"The playground cannot write to {self.folder} ({self._failing}). Free some disk space; it goes on "
+                "by itself."
+            )
 
     def _commit(self, pending: list[tuple[str, tuple[Any, ...]]]) -> None:
         # A version names weights that took hours; even a crash of the machine must not part the two.
@@ -143,8 +178,9 @@ class Store:
 
     async def read(self, query: str, *values: Any) -> list[Row]:
         """The rows of a query, which sees all earlier writes."""
-        if self._batch is not None:
-            await asyncio.shield(self._batch)
+        if self._batch is not None and not self._failing:
+            with contextlib.suppress(sqlite3.Error):  # told to who wrote it
+                await asyncio.shield(self._batch)
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._fetch, query, values)
 
     def _fetch(self, query: str, values: tuple[Any, ...]) -> list[Row]:
@@ -197,7 +233,7 @@ class Store:
         return parsed(rows[0]) if rows else None
 
     async def remove_old(self) -> None:
-        """Remove predictions and files beyond the retention limits."""
+        """Remove predictions, trainings and files beyond the retention limits; trained versions stay."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._remove_old)
 
     def _remove_old(self) -> None:
@@ -214,6 +250,10 @@ class Store:
             ]
             database.executemany("DELETE FROM search WHERE rowid = ?", ((seq,) for seq in gone))
             database.executemany("DELETE FROM predictions WHERE seq = ?", ((seq,) for seq in gone))
+            database.execute(
+                f"DELETE FROM trainings WHERE {ended} AND json_extract(data, '$.created') < ?",
+                (before,),
+            )
             files = [row["id"] for row in database.execute("SELECT id FROM files WHERE created < ?", (before,))]
             database.executemany("DELETE FROM files WHERE id = ?", ((name,) for name in files))
         for name in files:
@@ -223,6 +263,8 @@ class Store:
         """Write what is pending and release the folder."""
         if self._batch is not None:
             await asyncio.gather(self._batch, return_exceptions=True)
+        if self._batch is not None:  # it cannot be written, and nothing will change that
+            self._batch.cancel()
         await asyncio.get_running_loop().run_in_executor(self._thread, self._database.close)
         self._thread.shutdown()
         self._lock.close()

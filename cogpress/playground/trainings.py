@@ -32,7 +32,7 @@ class Trainings:
     """All trainings."""
 
     def __init__(self, store: Store, catalog: Catalog, files: Files, keys: Keys, root: Path) -> None:
-        """Nothing runs yet.
+        """Stops a trainer that a killed run left behind; nothing runs yet.
 
         Args:
             store: where trainings are kept.
@@ -48,6 +48,8 @@ class Trainings:
         self._waiting: deque[tuple[dict[str, Any], dict[str, Any]]] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._server: process.Server | None = None
+        self._noted = store.folder / "trainer.json"
+        process.end_noted(self._noted)  # a killed run leaves its trainer, with the GPU
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def create(
@@ -88,6 +90,7 @@ class Trainings:
             "events": options.webhook_events,
             "base_url": options.base_url,
         }
+        self._store.check_writable()
         self._alive[record["id"]] = record
         await self._save(record, "INSERT INTO trainings (status, data, id) VALUES (?, ?, ?)")
         self._waiting.append((record, payload))
@@ -129,19 +132,20 @@ class Trainings:
                     break
                 await asyncio.sleep(0.05)
 
-    def report(self, identifier: str, key: str, body: dict[str, Any]) -> bool:
-        """Take the log that the runtime reports; False if there is no such training or the key is wrong."""
+    def expects(self, identifier: str, key: str) -> bool:
+        """Whether reports are awaited of a training, and the key is the one that its runtime was given."""
+        return identifier in self._alive and self._keys.match("training", identifier, key)
+
+    def report(self, identifier: str, body: dict[str, Any]) -> None:
+        """Take the log that the runtime reports of a training."""
         record = self._alive.get(identifier)
-        if record is None or not self._keys.match("training", identifier, key):
-            return False
-        if record["status"] in ENDED:
-            return True
+        if record is None or record["status"] in ENDED:
+            return
         if isinstance(body.get("logs"), str) and body["logs"] != record["logs"]:
             record["logs"] = body["logs"]
             self._notify(record, "logs")
         if isinstance(body.get("metrics"), dict):
             record["metrics"].update(body["metrics"])
-        return True
 
     def _notify(self, record: dict[str, Any], event: str) -> None:
         if record["webhook"] and (record["events"] is None or event in record["events"]):
@@ -189,6 +193,7 @@ class Trainings:
         self._server = made = process.Server(self._root, mode="train", log=log)
         try:
             await asyncio.to_thread(made.start)
+            process.note(self._noted, [made])
             await asyncio.to_thread(made.wait_ready, 300.0)
             if record.get("canceled"):
                 await self._end(record, "canceled")
@@ -213,6 +218,7 @@ class Trainings:
         finally:
             self._server = None
             await asyncio.to_thread(made.stop)
+            self._noted.unlink(missing_ok=True)
             part.unlink(missing_ok=True)
             part.with_suffix(".answer").unlink(missing_ok=True)
             self._catalog.training.discard(identifier)

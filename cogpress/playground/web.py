@@ -23,7 +23,7 @@ from cogpress.playground.predictions import Predictions
 from cogpress.playground.records import InvalidInput
 from cogpress.playground.servers import ServerPool
 from cogpress.playground.sources import Sources
-from cogpress.playground.store import Store
+from cogpress.playground.store import Store, UnwritableError
 from cogpress.playground.trainings import Trainings
 from cogpress.prompts import whole_characters
 
@@ -80,6 +80,8 @@ def _endpoint(parts: Parts, handler: Handler) -> Callable[[Request], Awaitable[R
             return problem_response(invalid(fields).body)
         except NotFound as error:
             return problem_response(access.error(404, "Not found", str(error)))
+        except UnwritableError as error:
+            return problem_response(access.error(503, "Unavailable", str(error)))
         except CogpressError as error:
             return problem_response(access.error(422, "Unprocessable", str(error)))
 

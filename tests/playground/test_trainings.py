@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import socket
 import sqlite3
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from cogpress.errors import CogpressError
@@ -187,6 +189,37 @@ def test_a_training_s_secrets_are_neither_shown_nor_quoted(mark: dict[str, Any])
 
 def test_a_report_without_its_key_is_refused(local: Local) -> None:
     assert local.ask("POST", "/hooks/trainings/abc/def", {"logs": "x"}).status_code == 404
+    with socket.create_connection(("127.0.0.1", local.port), timeout=20) as connection:
+        head = "POST /hooks/trainings/abc/def HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 60000000\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(64).startswith(b"HTTP/1.1 404"), "before a byte of the body"
+
+
+def test_a_killed_playground_leaves_no_trainer(tmp_path: Path) -> None:
+    root = project(tmp_path / "echo")
+    (root / "base").mkdir()
+    (root / "base" / "config.json").write_text("untrained")
+    alone = Local(root, [("echo", f"folder:{root / 'base'}")])
+
+    def trainers() -> list[psutil.Process]:
+        found = psutil.process_iter(["cmdline", "cwd"])
+        return [one for one in found if one.info["cwd"] == str(root) and "train" in (one.info["cmdline"] or [])]
+
+    with alone:
+        api = replicate.Client(base_url=alone.url, api_token="any")
+        base = api.models.get("local/echo").latest_version
+        inputs = {"train_data": DATA, "steps": 1000}
+        made = api.trainings.create(model="local/echo", version=base.id, destination="local/echo", input=inputs)
+        deadline = time.monotonic() + 30
+        while "step 1" not in (api.trainings.get(made.id).logs or ""):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert trainers()
+        alone.kill()
+        assert trainers(), "it goes on, with the GPU"
+        alone.start()
+        assert not trainers()
+        assert api.trainings.get(made.id).status == "failed"
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 1000, 3 << 20])

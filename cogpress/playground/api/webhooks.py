@@ -109,7 +109,9 @@ class Webhooks:
                 await asyncio.sleep(FIRST_WAIT * 2 ** (number - 1))
             headers = {"Content-Type": "application/json", **self.signed(name, content)}
             try:
-                answer = await self._http.post(url, content=content, headers=headers)
+                # The body of the answer is not read: it may never end.
+                async with self._http.stream("POST", url, content=content, headers=headers) as answer:
+                    pass
             except (httpx.HTTPError, httpx.InvalidURL):
                 continue
             if answer.status_code < 300:
