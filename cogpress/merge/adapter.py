@@ -65,6 +65,8 @@ class LoraAdapter:
     replaced: dict[str, str]
     quantization: Quantization
     quantized: frozenset[str]
+    transposed: frozenset[str]
+    """Layers that the base's files hold as (inputs, outputs); everything here is (outputs, inputs)."""
     facts: dict[str, Any]
     _stored: dict[str, tensors.Stored] = field(repr=False)
 
@@ -95,7 +97,7 @@ class LoraAdapter:
         up, down = self._stored[layer.up].shape, self._stored[layer.down].shape
         if part == "bias":
             return (up[0],)
-        return (down[1], up[0]) if layer.embedding else (up[0], down[1])
+        return (down[1], up[0]) if layer.embedding or module in self.transposed else (up[0], down[1])
 
     def replacement(self, name: str) -> torch.Tensor | None:
         """The tensor that replaces the base's: of a module saved whole, or a trained bias."""
@@ -144,6 +146,9 @@ def read(folder: Path) -> LoraAdapter:
         raise CogpressError(f"{folder} holds no adapter trained by cogpress. Name a run's adapter.")
     manifest.check(folder, facts)
     config = read_json(folder / ADAPTER_CONFIG)
+    transposed = frozenset(facts.get("transposed_modules", ()))
+    if transposed:  # peft notes it for the whole adapter, as the last layer of its list is
+        config.pop("fan_in_fan_out", None)
     _refuse_unknown(config, folder)
     stored = tensors.stored(folder, list(folder.glob(ADAPTER_WEIGHTS)))
     layers, replaced = _sorted_out(stored, config, folder)
@@ -153,6 +158,7 @@ def read(folder: Path) -> LoraAdapter:
         replaced=replaced,
         quantization=facts["quantization"],
         quantized=frozenset(facts["quantized_modules"]),
+        transposed=transposed,
         facts=facts,
         _stored=stored,
     )

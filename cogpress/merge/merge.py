@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,9 @@ Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 _WORKERS = 4
 """The most tensors computed, and so in memory, at once on a CPU."""
+
+
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,12 @@ class MergePlan:
         if not quantized and not touched:
             return tensor.to(self.dtype)
         replacement = self.adapter.replacement(output.name)
+        turned = module in self.adapter.transposed and tensor.ndim == 2 and replacement is None
         tensor = (tensor if replacement is None else replacement).to(base.device())
+        tensor = tensor.T.contiguous() if turned else tensor
         trained = TrainedWeight(tensor, self.adapter.quantization if quantized else "none", self.compute)
-        return self._merged(output.name, trained).cpu() if touched else trained.whole().to(self.dtype).cpu()
+        merged = self._merged(output.name, trained) if touched else trained.whole().to(self.dtype)
+        return (merged.T.contiguous() if turned else merged).cpu()
 
     def _merged(self, name: str, trained: TrainedWeight) -> torch.Tensor:
         import torch
@@ -133,18 +139,20 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
     return MergePlan(found, stored, outputs, onto, compute, dtype, untied)
 
 
-def check_layers(base_folder: Path, layers: Mapping[str, tuple[int, ...]]) -> None:
+def check_layers(base_folder: Path, layers: Mapping[str, tuple[int, ...]], transposed: Collection[str] = ()) -> None:
     """Check that an adapter on these layers can be merged into a base, before anything is trained.
 
     Args:
         base_folder: the base.
         layers: of the loaded model, by name, with the shapes of their weights: (outputs, inputs).
+        transposed: those that the files hold as (inputs, outputs).
 
     Raises:
         CogpressError: names the first layer that is no tensor of the base's files, or one of another shape.
     """
     stored = tensors.stored(base_folder)
-    tied = bool(read_json(base_folder / "config.json").get("tie_word_embeddings"))
+    # As `_untie` will give the output layer a tensor of its own.
+    tied = bool(read_json(base_folder / "config.json").get("tie_word_embeddings")) and _EMBEDDING in stored
     for name, shape in layers.items():
         place = stored.get(f"{name}.weight")
         kind = name.rpartition(".")[2]
@@ -153,10 +161,12 @@ def check_layers(base_folder: Path, layers: Mapping[str, tuple[int, ...]]) -> No
                 f"{name} could be trained but not merged: the base's files hold no tensor of that name. Leave {kind} "
                 "out of train.target_modules, or use another base."
             )
+        order = "inputs, outputs" if name in transposed else "outputs, inputs"
+        shape = shape[::-1] if name in transposed else shape
         if place is not None and place.shape != shape:
             raise CogpressError(
                 f"{name} could be trained but not merged: its weight is {list(place.shape)} in the base's files, and "
-                f"not {list(shape)} (outputs, inputs). Leave {kind} out of train.target_modules, or use another base."
+                f"not {list(shape)} ({order}). Leave {kind} out of train.target_modules, or use another base."
             )
 
 
@@ -174,7 +184,7 @@ def _untie(found: LoraAdapter, sources: dict[str, str], base_folder: Path) -> bo
 
     A checkpoint with tied embeddings holds one tensor; peft trains each layer separately.
     """
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    head, embedding = "lm_head.weight", _EMBEDDING
     if not found.touched & {head, embedding} or head in sources:
         return False
     if embedding not in sources:

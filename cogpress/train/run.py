@@ -228,7 +228,9 @@ def _train(
     compute = base.trained_dtype(read_json(run / "key.json"))
     model = adapted(config, base_folder, attention=attention(longest), dtype=compute)
     quantized = base.quantized_modules(model.get_base_model())
-    merge.check_layers(base_folder, layers(model, quantized))
+    found = layers(model, quantized)
+    transposed = found.keys() & base.transposed_modules(model.get_base_model())
+    merge.check_layers(base_folder, found, transposed)
     recorder = Recorder(run / "metrics.jsonl", console)
     objective = AnswerLoss(model)
     trainer = ObjectiveTrainer(
@@ -257,6 +259,7 @@ def _train(
         "quantization": config.base.quantization,
         "compute_dtype": str(compute).removeprefix("torch."),
         "quantized_modules": [name.replace(".base_layer", "") for name in quantized],
+        **({"transposed_modules": sorted(transposed)} if transposed else {}),
         "prompt": config.prompt.model_dump(mode="json"),
         # Whoever has the examples can tell whether they hold the same ones out.
         "held_out": hashlib.sha256(prepare.held_out(prepared).encode()).hexdigest(),

@@ -192,6 +192,21 @@ def _to_float32(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.T
     return (inputs[0].float(), *inputs[1:])
 
 
+def transposed_modules(model: torch.nn.Module) -> list[str]:
+    """Names of the linear layers whose weights the checkpoint holds as (inputs, outputs), as GPT-2's does.
+
+    By the kind of layer: the shape of a square weight says nothing.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return sorted(
+        name.replace(".base_layer", "")
+        for name, module in model.named_modules()
+        # bitsandbytes' layers remember what they replaced.
+        if isinstance(module, Conv1D) or getattr(module, "source_cls", None) is Conv1D
+    )
+
+
 def quantized_modules(model: torch.nn.Module) -> list[str]:
     """Names of the linear layers that bitsandbytes quantized, as in the base's own checkpoint."""
     import bitsandbytes as bnb
