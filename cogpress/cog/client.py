@@ -150,12 +150,17 @@ def never_began(error: str) -> bool:
     return error.startswith(_NOT_SENT)
 
 
+def said(error: str) -> str:
+    """What the runner itself says in an error, without the runtime's prefixes; empty where it says nothing."""
+    around = _AROUND_ERRORS.match(error)
+    return "" if never_began(error) else error[around.end() if around else 0 :]
+
+
 def plain_error(error: str) -> str:
-    """A runner's error without the runtime's prefixes."""
+    """A runner's error as a sentence."""
     if never_began(error):
         return "The server has stopped working. See its log, and restart it."
-    around = _AROUND_ERRORS.match(error)
-    return (error[around.end() :] if around else error) or "The prediction failed. Look into the server's log."
+    return said(error) or "The prediction failed. Look into the server's log."
 
 
 class _NotFound(CogpressError):

@@ -24,7 +24,7 @@ from cogpress.merge import adapter
 from cogpress.merge.adapter import LoraAdapter
 from cogpress.merge.dequantize import TrainedWeight
 from cogpress.weights import base, manifest, tensors
-from cogpress.weights.filenames import INDEX, SERVING_FILES
+from cogpress.weights.filenames import INDEX, copy_serving_files
 
 if TYPE_CHECKING:
     import torch
@@ -351,9 +351,7 @@ def _ahead(function: Callable[[Output], torch.Tensor], items: Sequence[Output]) 
 
 
 def _copy_settings(base_folder: Path, part: Path, planned: MergePlan) -> None:
-    for name in SERVING_FILES:
-        if (base_folder / name).is_file():
-            shutil.copyfile(base_folder / name, part / name)
+    copy_serving_files(base_folder, part)
     config = read_json(part / "config.json")
     config.pop("torch_dtype", None)
     config["dtype"] = str(planned.dtype).removeprefix("torch.")

@@ -137,8 +137,8 @@ def _fault(made: dict[str, Any]) -> str | None:
     error = str(made.get("error") or "")
     if made.get("timed_out") or made.get("status") != "failed":
         return error or f"it was {made.get('status')}"
-    plain = client.plain_error(error)
-    crash = _CRASH.match(plain)
-    if not error or (crash and crash["kind"] not in _REFUSALS):
-        return f"it failed without a message for the user: {plain[:200]}"
+    said = client.said(error).strip()  # not the sentence that stands in for a dead worker's
+    crash = _CRASH.match(said)
+    if not said or (crash and crash["kind"] not in _REFUSALS):
+        return f"it failed without a message for the user: {(said or error or 'nothing at all')[:200]}"
     return None

@@ -38,7 +38,7 @@ from cogpress.quantize.schemes import (
 )
 from cogpress.setup.environment import QUANTIZE, Environment, clean_environment
 from cogpress.weights import manifest
-from cogpress.weights.filenames import DRAFT, SERVING_FILES, VERIFICATION_PAGE
+from cogpress.weights.filenames import DRAFT, VERIFICATION_PAGE, copy_serving_files
 
 SAMPLES = {"cpu": 128, "gpu": 256}
 """Examples to calibrate with. Each takes half a second on two cores, and next to nothing on a GPU."""
@@ -336,9 +336,7 @@ def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:
         for path in [*raw.glob("*.safetensors"), *raw.glob("*.safetensors.index.json")]:
             shutil.move(path, part / path.name)
         # Tokenizer and settings are the source's own: another version of transformers writes them differently.
-        for name in SERVING_FILES:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, part / name)
+        copy_serving_files(source.folder, part)
         if (source.folder / DRAFT).is_dir():
             shutil.copytree(source.folder / DRAFT, part / DRAFT)
         settings = read_json(source.folder / "config.json")

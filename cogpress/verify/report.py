@@ -27,6 +27,13 @@ class Check:
     passed: bool
     cause: str = ""
     at_least: bool = False
+    conclusive: bool = True
+    """False where nothing can be concluded from what was found; `cause` says why."""
+
+    @property
+    def mark(self) -> str:
+        """The check's result as one letter."""
+        return "✗" if not self.passed else "✓" if self.conclusive else "?"
 
     @property
     def shown(self) -> tuple[str, str]:
@@ -39,7 +46,9 @@ class Check:
         """As JSON, which has no infinity: an infinite value is None."""
         value = None if isinstance(self.value, float) and not math.isfinite(self.value) else self.value
         found = {"name": self.name, "value": value, "limit": self.limit, "passed": self.passed}
-        return found if self.passed else {**found, "cause": self.cause}
+        if self.passed and self.conclusive:
+            return found
+        return {**found, "cause": self.cause} | ({} if self.conclusive else {"conclusive": False})
 
 
 def _short(value: float) -> str:
@@ -69,12 +78,17 @@ class Verdict:
         """Why it failed, each cause once."""
         return list(dict.fromkeys(check.cause for check in self.checks if not check.passed))
 
+    @property
+    def doubts(self) -> list[str]:
+        """Why nothing can be concluded from a check that did not fail."""
+        return [check.cause for check in self.checks if check.passed and not check.conclusive]
+
     def table(self) -> Table:
         """The checks, for a terminal."""
         table = Table("", "check", "found", "passes", title="Verification", title_justify="left")
         for check in self.checks:
-            mark = Text("✓", "green") if check.passed else Text("✗", "bold red")
-            table.add_row(mark, check.name, *check.shown)
+            style = {"✓": "green", "✗": "bold red", "?": "yellow"}[check.mark]
+            table.add_row(Text(check.mark, style), check.name, *check.shown)
         return table
 
 
@@ -98,6 +112,7 @@ def write(verdict: Verdict, pictures: dict[str, Any]) -> None:
         "engine": verdict.engine,
         "checks": [check.to_dict() for check in verdict.checks],
         "causes": verdict.causes,
+        "doubts": verdict.doubts,
         "metrics": verdict.metrics,
         "files": manifest.signed_files(verdict.weights),
     }
@@ -127,8 +142,9 @@ def _markdown(content: dict[str, Any]) -> str:
     ]
     for check in content["checks"]:
         value, limit = (_short(one) if isinstance(one, float) else one for one in (check["value"], check["limit"]))
-        lines.append(f"| {'✓' if check['passed'] else '✗'} | {check['name']} | {value} | {limit} |")
-    lines += ["", *(f"- {cause}" for cause in content["causes"]), ""]
+        mark = "✗" if not check["passed"] else "✓" if check.get("conclusive", True) else "?"
+        lines.append(f"| {mark} | {check['name']} | {value} | {limit} |")
+    lines += ["", *(f"- {cause}" for cause in [*content["causes"], *content["doubts"]]), ""]
     lines += ["| measured | |", "|---|---|"]
     lines += [f"| {name} | {_short(v) if isinstance(v, float) else v} |" for name, v in content["metrics"].items()]
     lines += ["", f"![verification]({VERIFICATION_PLOT})", ""]

@@ -68,6 +68,11 @@ LEFT_OUT = {"nf4": "int4", "int8": "int8", "none": "none"}
 """The scheme whose limits the usual merge gets, where `merge: original` asks for it: it leaves out the error of the
 base's quantization, which is as large as that of weights quantized so."""
 
+_NOTHING = (
+    "Neither the model nor the reference gives one expected answer, so nothing can be concluded from their score. "
+    "Train longer, or choose another verify.score."
+)
+
 _ROUNDING = 2.0**-8
 """Relative distance of two tensors, as vectors, that bfloat16 rounding alone can make: half a unit in the last of its
 8 bits for each value, doubled because both may be rounded."""
@@ -536,6 +541,7 @@ def _served(
     agrees = found.agreement >= limits.served_agreement
     near = found.mean_difference <= limits.served_difference
     lower = reference_right - right
+    nothing = right == reference_right == 0 and agrees and near
     return [
         *checks,
         Check("served tokens agree", found.agreement, limits.served_agreement, agrees, cause, at_least=True),
@@ -545,7 +551,8 @@ def _served(
             lower,
             limits.score_loss,
             lower <= limits.score_loss,
-            cause if not (agrees and near) else _distribution_cause(case),
+            _NOTHING if nothing else cause if not (agrees and near) else _distribution_cause(case),
+            conclusive=not nothing,
         ),
     ]
 

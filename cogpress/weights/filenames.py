@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
@@ -43,12 +44,19 @@ SERVING_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
 )
-"""What an engine reads beside the weights."""
+"""What an engine reads beside the weights, whatever the tokenizer's kind."""
 
-HUB_FILES = ("*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "LICENSE*")
+TEMPLATES = "additional_chat_templates"
+"""The folder of a model's named chat templates, such as `tool_use.jinja`, beside its usual one."""
+
+HUB_FILES = ("*.json", "*.jinja", "tokenizer*", "*.model", "vocab.*", "merges.txt", "LICENSE*")
 """What training and serving need of a repository on the Hub beside the weights."""
 
 _LOADED = (
@@ -64,6 +72,19 @@ CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh"}
 
 MAX_NAME = 255
 """Bytes of a file's whole path."""
+
+
+def serving_files(folder: Path) -> list[str]:
+    """What a folder holds of the files that an engine reads beside the weights."""
+    named = sorted(path.name for path in (folder / TEMPLATES).glob("*.jinja"))
+    return [name for name in SERVING_FILES if (folder / name).is_file()] + [f"{TEMPLATES}/{name}" for name in named]
+
+
+def copy_serving_files(source: Path, target: Path) -> None:
+    """Copy a folder's `serving_files` into another."""
+    for name in serving_files(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def is_loaded(name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from cogpress.errors import CogpressError
 from cogpress.source import Source
 from cogpress.weights import download, manifest, tensors
-from cogpress.weights.filenames import HUB_FILES, INDEX, PICKLES, SINGLE, VERIFICATION_FILES, refuse_pickle
+from cogpress.weights.filenames import HUB_FILES, INDEX, PICKLES, SINGLE, TEMPLATES, VERIFICATION_FILES, refuse_pickle
 
 
 def prepare() -> None:
@@ -82,7 +82,8 @@ def _needed(wanted: Source, listed: Iterable[str]) -> list[str]:
     if manifest.NAME in names and (ours := _manifest_files(wanted)):
         needed = {manifest.NAME, *ours, *names.intersection(VERIFICATION_FILES)}
     else:
-        settings = {name for name in top - weights if any(fnmatch(name, form) for form in HUB_FILES)}
+        named = {name for name in names if fnmatch(name, f"{TEMPLATES}/*.jinja")}
+        settings = {name for name in (top - weights) | named if any(fnmatch(name, form) for form in HUB_FILES)}
         settings = {name for name in settings if PurePosixPath(name).suffix not in PICKLES}
         # Some repositories hold the same weights again under other names.
         if INDEX in names:

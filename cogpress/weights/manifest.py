@@ -17,10 +17,10 @@ from cogpress.weights.filenames import (
     ADAPTER,
     COMPILED,
     INDEX,
-    SERVING_FILES,
     VERIFICATION,
     VERIFICATION_FILES,
     safe_name,
+    serving_files,
 )
 
 NAME = "manifest.json"
@@ -200,7 +200,7 @@ def signed_files(folder: Path) -> dict[str, str]:
         names = sorted(facts["files"])
     else:
         names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
-        names += [name for name in (*SERVING_FILES, INDEX) if (folder / name).is_file()]
+        names += [*serving_files(folder), *(name for name in (INDEX,) if (folder / name).is_file())]
     return {name: found["sha256"] for name, found in hashes(folder, names).items()}
 
 

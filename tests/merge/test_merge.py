@@ -442,3 +442,25 @@ def test_a_killed_merge_leaves_the_last_good_weights(
             merge.merge(tiny_base, adapter, tmp_path / "weights", onto="original")
     assert manifest.read(tmp_path / "weights") == before
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "weights"}
+
+
+def test_every_template_and_tokenizer_file_of_the_base_is_carried(tiny_base: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for path in tiny_base.iterdir():
+        (folder / path.name).symlink_to(path)
+    named = folder / "additional_chat_templates"
+    named.mkdir()
+    (named / "tool_use.jinja").write_text("{{ 'tools' }}")
+    (named / "run.py").write_text("raise SystemExit")
+    for name in ("vocab.txt", "spiece.model", "tekken.json"):
+        (folder / name).write_text("x")
+    adapter = an_adapter(folder, tmp_path / "adapter", "none")
+    weights = tmp_path / "weights"
+    facts = merge.merge(folder, adapter, weights)
+    carried = {"vocab.txt", "spiece.model", "tekken.json", "additional_chat_templates/tool_use.jinja"}
+    assert carried <= set(facts["files"])
+    assert not list(weights.rglob("*.py"))
+    assert AutoTokenizer.from_pretrained(weights).chat_template["tool_use"] == "{{ 'tools' }}"

@@ -225,6 +225,25 @@ def test_fuzz_finds_a_fault_of_the_program_and_takes_a_refusal(pushed: Any) -> N
     assert "its own schema rejects it" in found[3].message
 
 
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        ("Async prediction failed: IndexError: list index out of range", "IndexError"),
+        ("Failed to send request: channel closed", "Failed to send request"),
+        ("Async prediction failed: ", "Async prediction failed"),
+        ("", "nothing at all"),
+        ("Async prediction failed: CogpressError: stop may have at most 16 texts.", None),
+        ("Prediction failed: ValueError: too long", None),
+    ],
+)
+def test_fuzz_tells_a_crash_from_a_refusal(error: str, fault: str | None) -> None:
+    from cogpress.push import fuzz
+
+    found = fuzz._fault({"status": "failed", "error": error})
+    assert (found is None) == (fault is None)
+    assert (fault or "") in (found or "")
+
+
 def test_breaking_changes_block_unless_allowed(here: Machine, remote: PushReplicate) -> None:
     push(here)
     here.calls()

@@ -1,0 +1,46 @@
+"""The verification report as programs and people read it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from cogpress.verify import report
+from cogpress.verify.report import Check, Verdict
+from cogpress.weights.filenames import VERIFICATION, VERIFICATION_PAGE
+
+
+def verdict(folder: Path, *checks: Check) -> Verdict:
+    facts = {"source": "the test"}
+    return Verdict(folder, "none", list(checks), {"score": 0.0}, "abc", facts, 64, "vllm")
+
+
+def test_what_cannot_be_concluded_is_no_pass_and_no_failure(tmp_path: Path) -> None:
+    checks = [
+        Check("merge", 0.0, 0.003, passed=True),
+        Check("score below the reference", 0.0, 0.02, passed=True, cause="Train longer.", conclusive=False),
+    ]
+    found = verdict(tmp_path, *checks)
+    assert found.passed
+    assert (found.causes, found.doubts) == ([], ["Train longer."])
+    console = Console(file=io.StringIO(), width=80)
+    console.print(found.table())
+    [line] = [one for one in console.file.getvalue().splitlines() if "score" in one]  # type: ignore[attr-defined]
+    assert "?" in line
+    assert "✓" not in line
+    report.write(found, {})
+    content = json.loads((tmp_path / VERIFICATION).read_text())
+    assert [check.get("conclusive", True) for check in content["checks"]] == [True, False]
+    assert content["doubts"] == ["Train longer."]
+    page = (tmp_path / VERIFICATION_PAGE).read_text()
+    assert "| ? | score below the reference |" in page
+    assert "- Train longer." in page
+
+
+def test_a_failure_is_one_whatever_can_be_concluded(tmp_path: Path) -> None:
+    found = verdict(tmp_path, Check("merge", 1.0, 0.003, passed=False, cause="Merge again."))
+    assert not found.passed
+    assert (found.checks[0].mark, found.causes, found.doubts) == ("✗", ["Merge again."], [])
