@@ -112,8 +112,10 @@ def test_too_much_is_refused(local: Local) -> None:
     assert local.create({"count": 1}, wait=True)["status"] == "succeeded"
 
 
-def test_a_rate_limited_client_is_told_when_to_retry(guarded: Local) -> None:
-    answers = [guarded.ask("GET", "/v1/account") for _ in range(130)]
+def test_a_rate_limited_client_is_told_when_to_retry(cog: Server, tmp_path: Path) -> None:
+    options = {"requests_per_minute": 20}
+    with Local(cog.root, [("echo", cog.url)], data=tmp_path, options=options) as limited:
+        answers = [limited.ask("GET", "/v1/account") for _ in range(60)]
     refused = [answer for answer in answers if answer.status_code == 429]
     assert refused
     assert refused[0].json()["title"] == "Too many requests"
