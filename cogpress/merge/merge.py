@@ -35,8 +35,8 @@ Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 _WORKERS = 4
 """The most tensors computed, and so in memory, at once on a CPU."""
 
-
 _EMBEDDING = "model.embed_tokens.weight"
+"""The tensor that an output layer shares where the two are tied."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from cogpress.errors import CogpressError
 from cogpress.playground.catalog import Catalog
 from cogpress.playground.queue import Queue
 from cogpress.playground.records import Options, Prediction, Version, new_id
-from cogpress.playground.store import Store
+from cogpress.playground.store import Store, UnwritableError
 
 CANCEL_SECONDS = 10.0
 """How long `cancel` waits for a running prediction to end; only a hanging server takes that long."""
@@ -79,7 +79,8 @@ class Predictions:
         written = self._store.insert(prediction.record())
         # It begins meanwhile: the write takes a few milliseconds.
         queue.put(prediction)
-        await written
+        with contextlib.suppress(UnwritableError):  # it runs; its record is kept, and written later
+            await written
         return prediction
 
     def _end(self, prediction: Prediction) -> None:

@@ -131,8 +131,8 @@ class Store:
         """Write in the next batch, in the order of the calls.
 
         Returns:
-            a future that is done once it is written. It fails if it cannot be written now; what is kept in memory
-            then is written as soon as it can be.
+            a future that is done once it is written. It fails with an `UnwritableError` if that is impossible now:
+            then it is kept in memory, and written as soon as it can be.
         """
         self._pending.append((statement, tuple(map(_storable, values))))
         return self._batch or self._begin(0)
@@ -149,11 +149,13 @@ class Store:
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._commit, pending)
             except sqlite3.OperationalError as error:
-                self._failing = str(error)
+                known, self._failing = self._failing, str(error)
                 self._pending = pending + self._pending
                 if self._batch is None:
                     self._begin(RETRY_SECONDS)
-                raise
+                if not known:
+                    print(self._refusal(), flush=True)
+                raise self._refusal() from None
             self._failing = ""
 
     def check_writable(self) -> None:
@@ -163,10 +165,12 @@ class Store:
             UnwritableError: the last batch could not be written.
         """
         if self._failing:
-            raise UnwritableError(
-                f"The playground cannot write to {self.folder} ({self._failing}). Free some disk space; it goes on "
-                "by itself."
-            )
+            raise self._refusal()
+
+    def _refusal(self) -> UnwritableError:
+        return UnwritableError(
+            f"The playground cannot write to {self.folder} ({self._failing}). Free some disk space; it then goes on."
+        )
 
     def _commit(self, pending: list[tuple[str, tuple[Any, ...]]]) -> None:
         # A version names weights that took hours; even a crash of the machine must not part the two.
@@ -179,7 +183,7 @@ class Store:
     async def read(self, query: str, *values: Any) -> list[Row]:
         """The rows of a query, which sees all earlier writes."""
         if self._batch is not None and not self._failing:
-            with contextlib.suppress(sqlite3.Error):  # told to who wrote it
+            with contextlib.suppress(sqlite3.Error, UnwritableError):  # told to who wrote it
                 await asyncio.shield(self._batch)
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._fetch, query, values)
 
@@ -315,5 +319,6 @@ def _plain(metrics: Row) -> Row:
 
 def _retrieved(task: asyncio.Task[None]) -> None:
     """Report a batch's error once, whether or not anyone awaits it."""
-    if not task.cancelled() and (error := task.exception()) is not None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, UnwritableError):  # which is told when it begins
         print(f"Cannot write to the store: {error}. Free disk space, or check permissions.", flush=True)

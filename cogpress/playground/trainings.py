@@ -20,7 +20,7 @@ from cogpress.playground.catalog import Catalog, full_name
 from cogpress.playground.files import Files
 from cogpress.playground.keys import Keys
 from cogpress.playground.records import ENDED, Options, Version, new_id
-from cogpress.playground.store import Store
+from cogpress.playground.store import Store, UnwritableError
 from cogpress.weights import archive
 
 _BLOCK = 4 << 20  # bytes; a multiple of four, because base64 is decoded in blocks
@@ -102,7 +102,8 @@ class Trainings:
         self, record: dict[str, Any], statement: str = "UPDATE trainings SET status = ?, data = ? WHERE id = ?"
     ) -> None:
         kept = record if self._store.keep_prompts else {**record, "input": None, "logs": ""}
-        await self._store.write(statement, record["status"], json.dumps(kept), record["id"])
+        with contextlib.suppress(UnwritableError):  # the store keeps it, and writes it later
+            await self._store.write(statement, record["status"], json.dumps(kept), record["id"])
 
     def now(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row of the store, brought up to date if its training has not ended."""

@@ -33,7 +33,7 @@ class Check:
     @property
     def mark(self) -> str:
         """The check's result as one letter."""
-        return "✗" if not self.passed else "✓" if self.conclusive else "?"
+        return _mark(self.passed, self.conclusive)
 
     @property
     def shown(self) -> tuple[str, str]:
@@ -49,6 +49,10 @@ class Check:
         if self.passed and self.conclusive:
             return found
         return {**found, "cause": self.cause} | ({} if self.conclusive else {"conclusive": False})
+
+
+def _mark(passed: bool, conclusive: bool) -> str:
+    return "✗" if not passed else "✓" if conclusive else "?"
 
 
 def _short(value: float) -> str:
@@ -142,7 +146,7 @@ def _markdown(content: dict[str, Any]) -> str:
     ]
     for check in content["checks"]:
         value, limit = (_short(one) if isinstance(one, float) else one for one in (check["value"], check["limit"]))
-        mark = "✗" if not check["passed"] else "✓" if check.get("conclusive", True) else "?"
+        mark = _mark(check["passed"], check.get("conclusive", True))
         lines.append(f"| {mark} | {check['name']} | {value} | {limit} |")
     lines += ["", *(f"- {cause}" for cause in [*content["causes"], *content["doubts"]]), ""]
     lines += ["| measured | |", "|---|---|"]

@@ -82,7 +82,7 @@ def _needed(wanted: Source, listed: Iterable[str]) -> list[str]:
     if manifest.NAME in names and (ours := _manifest_files(wanted)):
         needed = {manifest.NAME, *ours, *names.intersection(VERIFICATION_FILES)}
     else:
-        named = {name for name in names if fnmatch(name, f"{TEMPLATES}/*.jinja")}
+        named = {name for name in names if name.rpartition("/")[0] == TEMPLATES and name.endswith(".jinja")}
         settings = {name for name in (top - weights) | named if any(fnmatch(name, form) for form in HUB_FILES)}
         settings = {name for name in settings if PurePosixPath(name).suffix not in PICKLES}
         # Some repositories hold the same weights again under other names.

@@ -200,7 +200,8 @@ def signed_files(folder: Path) -> dict[str, str]:
         names = sorted(facts["files"])
     else:
         names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
-        names += [*serving_files(folder), *(name for name in (INDEX,) if (folder / name).is_file())]
+        names += serving_files(folder)
+        names += [INDEX] if (folder / INDEX).is_file() else []
     return {name: found["sha256"] for name, found in hashes(folder, names).items()}
 
 

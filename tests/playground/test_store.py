@@ -6,19 +6,22 @@ import asyncio
 import io
 import json
 import socket
-import sqlite3
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from cogpress.playground import store as module
 from cogpress.playground.api.webhooks import Webhooks
+from cogpress.playground.catalog import Catalog
 from cogpress.playground.files import Files
 from cogpress.playground.keys import Keys
+from cogpress.playground.predictions import Predictions
+from cogpress.playground.records import Version
 from cogpress.playground.store import Store, UnwritableError
 
 
@@ -52,9 +55,9 @@ def test_what_a_full_disk_refused_is_written_later_in_order(
     async def work(store: Store) -> None:
         await store.insert(record("before"))
         limit(store, 1)  # no page more than there are
-        with pytest.raises(sqlite3.OperationalError, match="full"):
+        with pytest.raises(UnwritableError, match="full"):
             await store.insert(record("a", input={"prompt": "x" * 200_000}))
-        with pytest.raises(UnwritableError, match=r"full\)\. Free some disk space; it goes on by itself\.$"):
+        with pytest.raises(UnwritableError, match=r"full\)\. Free some disk space; it then goes on\.$"):
             store.check_writable()
         store.update(record("a", status="succeeded", output=["y" * 200_000]))  # it ended meanwhile
         store.write("UPDATE predictions SET rating = 'good' WHERE id = 'before'")
@@ -71,13 +74,35 @@ def test_what_a_full_disk_refused_is_written_later_in_order(
         store.check_writable()
 
     with_store(tmp_path, work)
-    assert "Free disk space" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("Free some disk space") == 1, "said once, not at each attempt"
+
+
+def test_what_was_accepted_runs_and_what_comes_after_it_is_refused(tmp_path: Path) -> None:
+    begun: list[Any] = []
+
+    async def work(store: Store) -> None:
+        catalog = SimpleNamespace(queue=lambda _version: SimpleNamespace(put=begun.append), on_end=None)
+        predictions = Predictions(store, cast(Catalog, catalog))
+        version = Version("1", "local/m", 1.0, {}, "folder:x", "", None)
+        limit(store, 1)
+        made = await predictions.create(version, {"prompt": "x" * 200_000})
+        assert begun == [made]
+        with pytest.raises(UnwritableError):
+            await predictions.create(version, {"prompt": "short"})
+        assert begun == [made]
+        limit(store, 1 << 20)
+        deadline = time.monotonic() + 20
+        while not await store.find(made.id) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        assert await store.find(made.id)
+
+    with_store(tmp_path, work)
 
 
 def test_a_store_that_cannot_be_written_can_be_closed(tmp_path: Path) -> None:
     async def work(store: Store) -> None:
         limit(store, 1)
-        with pytest.raises(sqlite3.OperationalError):
+        with pytest.raises(UnwritableError):
             await store.insert(record("a", input={"prompt": "x" * 200_000}))
 
     started = time.monotonic()

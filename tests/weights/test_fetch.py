@@ -467,8 +467,17 @@ def test_from_the_hub_only_needed_files_are_fetched(tmp_path: Path, small: Path,
     (repository / "onnx").mkdir()
     for name in ("pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors", "tokenizer.pkl", "a.png"):
         (repository / name).write_bytes(b"not to be fetched")
+    templates = repository / "additional_chat_templates"
+    (templates / "deeper").mkdir(parents=True)
+    for name in ("tool_use.jinja", "run.py", "deeper/other.jinja"):
+        (templates / name).write_text("a template")
+    (repository / "vocab.txt").write_text("a")
     hub.publish(repository)
     out, err = hub.fetch("hf://org/name@main")
+    named = (Path(out) / templates.name).rglob("*")
+    assert [path.name for path in named] == ["tool_use.jinja"], err
+    shutil.rmtree(Path(out) / templates.name)
+    (Path(out) / "vocab.txt").unlink()
     names = {path.name for path in small.iterdir()} - {manifest.NAME}
     assert {path.name for path in Path(out).iterdir()} - {manifest.NAME} == names, err
     assert all((Path(out) / name).read_bytes() == (small / name).read_bytes() for name in names)
