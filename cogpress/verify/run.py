@@ -540,21 +540,22 @@ def _served(
     checks = _draft(case, served, metrics, log, make)
     agrees = found.agreement >= limits.served_agreement
     near = found.mean_difference <= limits.served_difference
-    lower = reference_right - right
-    nothing = right == reference_right == 0 and agrees and near
     return [
         *checks,
         Check("served tokens agree", found.agreement, limits.served_agreement, agrees, cause, at_least=True),
         Check("served log-probability difference", found.mean_difference, limits.served_difference, near, cause),
-        Check(
-            "score below the reference",
-            lower,
-            limits.score_loss,
-            lower <= limits.score_loss,
-            _NOTHING if nothing else cause if not (agrees and near) else _distribution_cause(case),
-            conclusive=not nothing,
+        _score_check(
+            right, reference_right, limits.score_loss, _distribution_cause(case) if agrees and near else cause
         ),
     ]
+
+
+def _score_check(right: float, reference: float, limit: float, cause: str) -> Check:
+    """Whether the model scores as the reference does; the same nothing is no proof of it."""
+    nothing = right == reference == 0
+    lower = reference - right
+    name = "score below the reference"
+    return Check(name, lower, limit, lower <= limit, _NOTHING if nothing else cause, conclusive=not nothing)
 
 
 def _draft(

@@ -6,10 +6,12 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from cogpress.verify import report
 from cogpress.verify.report import Check, Verdict
+from cogpress.verify.run import _score_check
 from cogpress.weights.filenames import VERIFICATION, VERIFICATION_PAGE
 
 
@@ -38,6 +40,15 @@ def test_what_cannot_be_concluded_is_no_pass_and_no_failure(tmp_path: Path) -> N
     page = (tmp_path / VERIFICATION_PAGE).read_text()
     assert "| ? | score below the reference |" in page
     assert "- Train longer." in page
+
+
+@pytest.mark.parametrize(
+    ("right", "reference", "mark"), [(0.9, 0.9, "✓"), (1.0, 0.9, "✓"), (0.8, 0.9, "✗"), (0.0, 0.9, "✗"), (0, 0, "?")]
+)
+def test_the_score_is_compared_where_there_is_one(right: float, reference: float, mark: str) -> None:
+    check = _score_check(right, reference, 0.02, "Merge again.")
+    assert check.mark == mark
+    assert ("nothing can be concluded" in check.cause) == (mark == "?")
 
 
 def test_a_failure_is_one_whatever_can_be_concluded(tmp_path: Path) -> None:
