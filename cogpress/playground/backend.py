@@ -164,7 +164,7 @@ class Cog:
         elif client.never_began(error := str(answer.get("error") or "")):
             raise Defunct(f"The model server at {self.url} has stopped working. Check its log.")
         else:
-            prediction.end("failed", error=client.plain_error(error))
+            prediction.fail(client.plain_error(error))
 
     async def cancel(self, prediction: Prediction) -> None:
         """See `Backend.cancel`."""

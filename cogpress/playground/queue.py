@@ -94,7 +94,7 @@ class Queue:
             if not again:
                 prediction.end("failed", error=str(error), fault="server")
         except CogpressError as error:
-            prediction.end("failed", error=str(error), fault="input" if isinstance(error, Rejected) else "server")
+            prediction.fail(str(error), fault="input" if isinstance(error, Rejected) else "server")
         except asyncio.CancelledError:
             stopped = "The playground was stopped while this prediction ran. Run it again."
             prediction.end("failed", error=stopped, fault="server")

@@ -260,6 +260,13 @@ class Prediction:
         self.logs.append(text)
         self._add("logs", text.removesuffix("\n"))
 
+    def fail(self, error: str, *, fault: Fault | None = None) -> None:
+        """Finish it with an error; one that comes after a cancellation is its consequence, and goes to the log."""
+        if self.cancel_requested and not self.ended:
+            self.add_log(f"After the cancellation: {error}\n")
+            self.end("canceled")
+        self.end("failed", error=error, fault=fault)
+
     def end(self, status: str, *, error: str | None = None, output: Any = None, fault: Fault | None = None) -> None:
         """Finish it; only the first call counts.
 

@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 
+from cogpress.playground.records import Options, Prediction, Version
 from tests.standins.localreplicate import ROOT, Local, echoing, project
 
 pytestmark = pytest.mark.slow
@@ -147,6 +148,21 @@ def test_a_model_that_does_not_start_is_told(tmp_path: Path) -> None:
     assert servers(root) == []
 
 
+@pytest.mark.parametrize("requested", [False, True])
+def test_a_canceled_prediction_does_not_fail_of_it(requested: bool) -> None:
+    version = Version("1", "local/m", 1.0, {}, "folder:x", "", None)
+    prediction = Prediction("a", version, {}, {}, Options())
+    prediction.cancel_requested = requested
+    prediction.fail("The generator was closed.", fault="server")
+    if requested:
+        assert (prediction.status, prediction.error, prediction.fault) == ("canceled", None, None)
+        assert "".join(prediction.logs) == "After the cancellation: The generator was closed.\n"
+    else:
+        assert (prediction.status, prediction.error, prediction.fault) == (
+            "failed", "The generator was closed.", "server",
+        )  # fmt: skip
+
+
 def test_what_waits_for_a_server_to_start_is_canceled_at_once(tmp_path: Path) -> None:
     root = kit(tmp_path / "kit", "import time; time.sleep(8)")
     with Local(root, [("echo", f"folder:{root / 'weights'}")]) as local:
@@ -165,7 +181,10 @@ def test_what_waits_for_a_server_to_start_is_canceled_at_once(tmp_path: Path) ->
 
 def test_who_waits_for_a_server_that_fails_is_told_without_another_try(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
-    root = kit(tmp_path / "kit", f'open({str(starts)!r}, "a").write("x"); raise ValueError("broken weights")')
+    root = kit(
+        tmp_path / "kit",
+        f'open({str(starts)!r}, "a").write("x"); import time; time.sleep(4); raise ValueError("broken weights")',
+    )
     with Local(root, [("echo", f"folder:{root / 'weights'}")]) as local:
         made = [local.create({"prompt": "slow", "count": 2}) for _ in range(6)]
         found = [local.wait(one["id"]) for one in made]
