@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from typing import Any
 from urllib.parse import urlencode
 
+from starlette.background import BackgroundTask
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from cogpress.options import FormField
-from cogpress.playground.export import example, output_text
-from cogpress.playground.store import parsed
+from cogpress.playground.export import example
+from cogpress.playground.records import Prediction
+from cogpress.playground.store import INPUT_BREAK, parsed, searched_input, searched_output
 from cogpress.playground.web import (
     GONE,
+    PAGE_BYTES,
     HTTPProblem,
     Parts,
     base_url,
@@ -29,6 +33,7 @@ from cogpress.playground.web import (
 
 PAGE_SIZE = 50
 _PREVIEW = 200
+_IN_MEMORY = 1 << 20  # bytes
 _NOTE, _CORRECTION = 10_000, 100_000
 """Most characters."""
 
@@ -75,6 +80,16 @@ def _example(field: FormField) -> Any:
     return "\n".join(field.example) if isinstance(field.example, list) else field.example
 
 
+_METRICS = ("predict_time", "output_token_count", "tokens_per_second", "time_to_first_token")
+_SHOWN = ("id", "model", "version", "status", "rating", "note", *_METRICS)
+_SUMMARY = f"""SELECT seq, created, id, model, version, status, rating, note,
+    {", ".join(f"json_extract(metrics, '$.{name}') AS {name}" for name in _METRICS)},
+    substr(search.input, 1, {4 * _PREVIEW}) AS asked, substr(search.output, 1, {4 * _PREVIEW}) AS answered,
+    substr(iif(json_valid(error), json_extract(error, '$'), error), 1, {4 * _PREVIEW}) AS failure
+    FROM predictions LEFT JOIN search ON search.rowid = seq"""
+"""What a line of the list shows, and no more: inputs and outputs can have megabytes."""
+
+
 async def history(parts: Parts, request: Request) -> Response:
     """Predictions, the newest first, filtered by words, state, model, version and rating."""
     asked = request.query_params
@@ -96,39 +111,32 @@ async def history(parts: Parts, request: Request) -> Response:
         conditions.append("0")  # nothing but punctuation, which is not indexed
     where = " AND ".join(conditions)
     counted = await parts.store.read(f"SELECT count(*) AS total FROM predictions WHERE {where}", *values)
-    rows = await parts.store.read(
-        f"SELECT * FROM predictions WHERE {where} AND seq < ? ORDER BY seq DESC LIMIT ?",
-        *(*values, cursor_place(asked.get("cursor")), PAGE_SIZE + 1),
+    rows, more = await parts.store.read_page(
+        f"{_SUMMARY} WHERE {where} AND seq < ? ORDER BY seq DESC",
+        *(*values, cursor_place(asked.get("cursor"))),
+        count=PAGE_SIZE,
     )
     after = None
-    if len(rows) > PAGE_SIZE:
-        rows = rows[:PAGE_SIZE]
+    if more:
         place = {**dict(asked), "cursor": cursor("older", rows[-1]["seq"])}
         after = f"{base_url(request)}{request.url.path}?{urlencode(place)}"
-    results = [_summary(parts.predictions.now(parsed(row))) for row in rows]
+    results = [_summary(row, parts.predictions.find(row["id"])) for row in rows]
     return json_response({"results": results, "next": after, "total": counted[0]["total"]})
 
 
-def _summary(record: dict[str, Any]) -> dict[str, Any]:
-    metrics = record["metrics"] or {}
-    measured = ("predict_time", "output_token_count", "tokens_per_second", "time_to_first_token")
+def _summary(row: dict[str, Any], alive: Prediction | None) -> dict[str, Any]:
+    """A line of the list, from a row of `_SUMMARY`, brought up to date if its prediction is in memory."""
+    shown = {name: row[name] for name in _SHOWN}
+    asked, answered = row["asked"] or "", row["answered"] or row["failure"] or ""
+    if alive is not None:
+        shown |= {"status": alive.status, **{name: alive.metrics.get(name) for name in _METRICS}}
+        asked, answered = searched_input(alive.input), searched_output(alive.output) or alive.error or ""
     return {
-        "id": record["id"],
-        "created_at": timestamp(record["created"]),
-        **{name: record[name] for name in ("model", "version", "status", "rating", "note")},
-        "input_preview": _preview(_input_text(record["input"])),
-        "output_preview": _preview(output_text(record["output"]) or (record["error"] or "")),
-        **{name: metrics.get(name) for name in measured},
+        "created_at": timestamp(row["created"]),
+        **shown,
+        "input_preview": _preview(asked.partition(INPUT_BREAK)[0]),
+        "output_preview": _preview(answered),
     }
-
-
-def _input_text(inputs: dict[str, Any] | None) -> str:
-    """The main text of an input, without its settings."""
-    values = {name: value for name, value in (inputs or {}).items() if isinstance(value, str) and value.strip()}
-    for name in ("prompt", "fields", "messages"):
-        if name in values:
-            return str(values[name])
-    return next(iter(values.values()), json.dumps(inputs, ensure_ascii=False) if inputs else "")
 
 
 def _preview(text: str) -> str:
@@ -137,9 +145,10 @@ def _preview(text: str) -> str:
 
 
 async def _rating(parts: Parts, identifier: str) -> dict[str, Any]:
-    found = await parts.store.find(identifier)
-    if found is None:
+    rows = await parts.store.read("SELECT rating, note, correction FROM predictions WHERE id = ?", identifier)
+    if not rows:
         raise HTTPProblem(404, "Not found", GONE)
+    [found] = rows
     return {"rating": found["rating"], "note": found["note"] or "", "correction": found["correction"]}
 
 
@@ -172,15 +181,29 @@ async def export(parts: Parts, request: Request) -> Response:
     if wanted not in ("good", "bad", "all"):
         raise HTTPProblem(422, "Unprocessable", "rating must be good, bad or all.")
     which = "rating IS NOT NULL" if wanted == "all" else "rating = ?"
-    rows = await parts.store.read(
-        f"SELECT * FROM predictions WHERE {which} ORDER BY seq", *([] if wanted == "all" else [wanted])
-    )
-    examples = [example(parsed(row), parts.prompt) for row in rows]
-    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in examples if one is not None]
+    values = [] if wanted == "all" else [wanted]
+    place, left_out, more = 0, 0, True
+    spool = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - closed once it is sent
+    while more:
+        rows, more = await parts.store.read_page(
+            f"SELECT * FROM predictions WHERE {which} AND seq > ? ORDER BY seq",
+            *(*values, place),
+            count=PAGE_SIZE,
+            most_bytes=PAGE_BYTES,
+        )
+        for row in rows:
+            place, one = row["seq"], example(parsed(row), parts.prompt)
+            left_out += one is None
+            if one is not None:
+                spool.write((json.dumps(one, ensure_ascii=False) + "\n").encode(errors="replace"))
     headers = {
         "Content-Disposition": f'attachment; filename="examples-{wanted}.jsonl"',
-        "X-Left-Out": str(len(rows) - len(lines)),
+        "X-Left-Out": str(left_out),
+        "Content-Length": str(spool.tell()),
         "X-Content-Type-Options": "nosniff",
         "Cache-Control": "no-store",
     }
-    return Response("".join(lines).encode(errors="replace"), media_type="application/jsonl", headers=headers)
+    spool.seek(0)
+    closed = BackgroundTask(spool.close)
+    blocks = iter(lambda: spool.read(_IN_MEMORY), b"")
+    return StreamingResponse(blocks, media_type="application/jsonl", headers=headers, background=closed)

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import fcntl
 import json
+import math
 import re
 import secrets
 import sqlite3
@@ -182,13 +183,35 @@ class Store:
 
     async def read(self, query: str, *values: Any) -> list[Row]:
         """The rows of a query, which sees all earlier writes."""
+        return (await self.read_page(query, *values))[0]
+
+    async def read_page(
+        self, query: str, *values: Any, count: float = math.inf, most_bytes: float = math.inf
+    ) -> tuple[list[Row], bool]:
+        """The first rows of a query, and whether there are more.
+
+        Args:
+            query: sees all earlier writes.
+            values: of its parameters.
+            count: most rows.
+            most_bytes: most characters of all rows' texts; a first row alone may have more.
+        """
         if self._batch is not None and not self._failing:
             with contextlib.suppress(sqlite3.Error, UnwritableError):  # told to who wrote it
                 await asyncio.shield(self._batch)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._fetch, query, values)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._fetch, query, values, count, most_bytes
+        )
 
-    def _fetch(self, query: str, values: tuple[Any, ...]) -> list[Row]:
-        return [dict(row) for row in self._database.execute(query, values)]
+    def _fetch(self, query: str, values: tuple[Any, ...], count: float, most: float) -> tuple[list[Row], bool]:
+        rows: list[Row] = []
+        size = 0
+        for row in self._database.execute(query, values):  # which reads one row at a time
+            size += sum(len(value) for value in row if isinstance(value, str))
+            if len(rows) >= count or (rows and size > most):
+                return rows, True
+            rows.append(dict(row))
+        return rows, False
 
     # Rows of predictions come from `Prediction.record()`.
 
@@ -207,7 +230,7 @@ class Store:
         )
         return self.write(
             "INSERT INTO search (rowid, input, output) SELECT seq, ?, '' FROM predictions WHERE id = ?",
-            searched(record["input"]) if self.keep_prompts else "",
+            searched_input(record["input"]) if self.keep_prompts else "",
             record["id"],
         )
 
@@ -227,7 +250,7 @@ class Store:
         )
         return self.write(
             "UPDATE search SET output = ? WHERE rowid = (SELECT seq FROM predictions WHERE id = ?)",
-            searched(record["output"]) if kept else "",
+            searched_output(record["output"]) if kept else "",
             record["id"],
         )
 
@@ -284,11 +307,27 @@ def parsed(row: Row) -> Row:
     return row
 
 
-def searched(value: Any) -> str:
-    """The text of an input or output to index: without file contents, and cut at `SEARCHED`."""
-    separator = "" if isinstance(value, list) else "\n"  # the chunks of an output are one text
-    text = separator.join(_texts(value))[:SEARCHED]
-    return text.replace("\0", " ")
+INPUT_BREAK = "\x1f"
+"""Between the indexed texts of two inputs."""
+
+_MAIN = ("prompt", "fields", "messages")
+
+
+def searched_input(inputs: Row) -> str:
+    """The texts of an input to index, the main one first: without file contents, and cut at `SEARCHED`."""
+
+    def rank(name: str) -> int:
+        return _MAIN.index(name) if name in _MAIN else len(_MAIN) + (not isinstance(inputs[name], str))
+
+    texts = ("\n".join(_texts(inputs[name])) for name in sorted(inputs, key=rank))
+    kept = [text[:SEARCHED].replace(INPUT_BREAK, " ") for text in texts if text.strip()]
+    return INPUT_BREAK.join(kept)[:SEARCHED].replace("\0", " ")
+
+
+def searched_output(output: Any) -> str:
+    """The text of an output to index, cut at `SEARCHED`: the chunks of an answer are one text."""
+    separator = "" if isinstance(output, list) else "\n"
+    return separator.join(_texts(output))[:SEARCHED].replace("\0", " ")
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -31,6 +31,9 @@ GONE = "There is no such prediction. It was deleted because of its age or number
 
 PAGE_SIZE = 100
 
+PAGE_BYTES = 8 << 20
+"""A page of a list ends early with rows that have more: inputs and outputs can be large."""
+
 
 @dataclass
 class Parts:
@@ -159,10 +162,8 @@ async def paginate(
     """A page of a table, the newest first, with the URLs of the pages before and after."""
     direction, place = _parse_cursor(request.query_params.get("cursor"))
     newer = direction == "newer"
-    query = f"SELECT * FROM {table} WHERE seq {'>' if newer else '<'} ? ORDER BY seq {'' if newer else 'DESC'} LIMIT ?"
-    rows = await parts.store.read(query, place, PAGE_SIZE + 1)
-    more = len(rows) > PAGE_SIZE
-    rows = rows[:PAGE_SIZE]
+    query = f"SELECT * FROM {table} WHERE seq {'>' if newer else '<'} ? ORDER BY seq {'' if newer else 'DESC'}"
+    rows, more = await parts.store.read_page(query, place, count=PAGE_SIZE, most_bytes=PAGE_BYTES)
     if newer:
         rows.reverse()
     here = f"{base_url(request)}{request.url.path}?cursor="
