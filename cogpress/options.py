@@ -372,6 +372,10 @@ class Playground(Section):
     """Largest request in MB, uploads included."""
     requests_per_minute: Annotated[int, Field(ge=1)] = 6000
     """Requests per address; more are answered 429 with `Retry-After`."""
+    max_waiting: Annotated[int, Field(ge=2)] = 2000
+    """Predictions that wait or run at once, those of one address at most half of them; more are answered 429."""
+    max_waiting_mb: Annotated[int, Field(ge=2, le=1_048_576)] = 512
+    """Their inputs and outputs in MB, likewise."""
 
 
 class Plan(Section):

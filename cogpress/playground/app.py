@@ -181,7 +181,7 @@ def build(settings: Settings) -> Parts:
         pool=pool,
         sources=sources,
         catalog=catalog,
-        predictions=Predictions(store, catalog),
+        predictions=Predictions(store, catalog, options.max_waiting, options.max_waiting_mb << 20),
         trainings=Trainings(store, catalog, files, keys, settings.root),
         files=files,
         title=settings.title,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
@@ -22,7 +23,7 @@ from typing import Any
 from cogpress.errors import CogpressError
 from cogpress.playground.catalog import Catalog
 from cogpress.playground.queue import Queue
-from cogpress.playground.records import Options, Prediction, Version, new_id
+from cogpress.playground.records import Options, Prediction, QueueFullError, Version, new_id
 from cogpress.playground.store import Store, UnwritableError
 
 CANCEL_SECONDS = 10.0
@@ -41,8 +42,16 @@ KEPT_BYTES = 64 << 20
 class Predictions:
     """All predictions: running and recently ended ones in memory, the others in the store."""
 
-    def __init__(self, store: Store, catalog: Catalog) -> None:
-        """Predictions are saved in `store` and run on the queues of `catalog`."""
+    def __init__(self, store: Store, catalog: Catalog, most: int = 2000, most_bytes: int = 512 << 20) -> None:
+        """Nothing runs yet.
+
+        Args:
+            store: where they are saved.
+            catalog: has the queues on which they run.
+            most: how many may wait or run, one client's at most half of them.
+            most_bytes: of their inputs and events so far, likewise.
+        """
+        self._most, self._most_bytes = most, most_bytes
         self.on_create: Callable[[Prediction], None] = lambda _prediction: None
         """Called with each prediction before it begins."""
         self._store, self._catalog = store, catalog
@@ -62,6 +71,7 @@ class Predictions:
 
         Raises:
             InvalidInput: the schema rejects the inputs.
+            QueueFullError: too many wait or run.
             CogpressError: the version cannot be run, or the store cannot be written.
         """
         self._store.check_writable()
@@ -70,8 +80,8 @@ class Predictions:
         version.check(payload)
         queue = self._catalog.queue(version)
         shown = version.redacted(payload)
-        size = sum(len(value) for value in shown.values() if isinstance(value, str))
-        prediction = Prediction(new_id(), version, shown, payload, options or Options(), size=size)
+        prediction = Prediction(new_id(), version, shown, payload, options or Options(), size=_memory(shown))
+        self._check_room(prediction)
         if unknown := version.unknown(payload):
             prediction.add_log(f"Not used, as the model has no such input: {', '.join(unknown)}.\n")
         self._alive[prediction.id] = prediction, queue
@@ -82,6 +92,18 @@ class Predictions:
         with contextlib.suppress(UnwritableError):  # it runs; its record is kept, and written later
             await written
         return prediction
+
+    def _check_room(self, new: Prediction) -> None:
+        alive = [prediction for prediction, _ in self._alive.values()]
+        own = [prediction for prediction in alive if prediction.options.client == new.options.client]
+        for found, share, whose in ((alive, 1, ""), (own, 2, " from this address")):
+            size = sum(prediction.size for prediction in found)
+            # One alone may be of any size that a request may have.
+            if found and (len(found) >= self._most // share or size + new.size > self._most_bytes // share):
+                raise QueueFullError(
+                    f"Too much waits or runs: {len(found):,} predictions of {size >> 20:,} MB{whose}. Try again once "
+                    "some have ended, or raise playground.max_waiting and playground.max_waiting_mb in model.yaml."
+                )
 
     def _end(self, prediction: Prediction) -> None:
         if self._alive.pop(prediction.id, None) is None:
@@ -145,3 +167,9 @@ class Predictions:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _memory(value: Any) -> int:
+    """Bytes of JSON in memory."""
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sys.getsizeof(value) + sum(map(_memory, inner))

@@ -1,12 +1,13 @@
-"""Queue predictions before one backend: first come, first served, retried while it is busy."""
+"""Queue predictions before one backend: clients in turn, each one's in order, retried while it is busy."""
 
 from __future__ import annotations
 
 import asyncio
-import heapq
+import bisect
 import itertools
 import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 
 from cogpress.errors import CogpressError
 from cogpress.playground.backend import Backend, Busy, Rejected, Unreachable
@@ -25,6 +26,44 @@ _LATE_SECONDS = 0.25
 """A refusal this soon after an answer says nothing about the number of slots: the answer's may not be free yet."""
 
 
+class _Lines:
+    """What waits, in a line for each client; the clients take turns, so that a long line delays nobody else."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[str, list[tuple[int, Prediction]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return (prediction for line in self._lines.values() for _, prediction in line)
+
+    def add(self, number: int, prediction: Prediction, *, again: bool) -> None:
+        """Line up in the order of numbers; a client whose prediction came back is the next."""
+        client = prediction.options.client
+        bisect.insort(self._lines.setdefault(client, []), (number, prediction))
+        if again:
+            self._lines.move_to_end(client, last=False)
+
+    def take(self) -> tuple[int, Prediction]:
+        """The first of the next client, whose turn is then over."""
+        client, line = next(iter(self._lines.items()))
+        first = line.pop(0)
+        self._lines.move_to_end(client)
+        if not line:
+            del self._lines[client]
+        return first
+
+    def remove(self, prediction: Prediction) -> None:
+        """Forget it, if it waits."""
+        client = prediction.options.client
+        line = [one for one in self._lines.get(client, ()) if one[1] is not prediction]
+        if line:
+            self._lines[client] = line
+        else:
+            self._lines.pop(client, None)
+
+
 class Queue:
     """The predictions that wait for a backend or run on it."""
 
@@ -38,7 +77,7 @@ class Queue:
         self.backend = backend
         self.running: set[Prediction] = set()
         self._on_end = on_end
-        self._waiting: list[tuple[int, Prediction]] = []
+        self._waiting = _Lines()
         self._numbers = itertools.count()
         self._limit = float(backend.slots or _UNKNOWN_SLOTS)
         self._pause = 0.0
@@ -50,17 +89,18 @@ class Queue:
     @property
     def waiting(self) -> int:
         """How many wait."""
-        return sum(not prediction.ended for _, prediction in self._waiting)
+        return len(self._waiting)
 
     def put(self, prediction: Prediction) -> None:
-        """Run a prediction as soon as a slot is free."""
-        heapq.heappush(self._waiting, (next(self._numbers), prediction))
+        """Run a prediction as soon as a slot is free and it is its client's turn."""
+        self._waiting.add(next(self._numbers), prediction, again=False)
         self._fill()
 
     def drop(self, prediction: Prediction) -> bool:
         """Cancel a prediction that still waits; False if it runs."""
         if prediction in self.running:
             return False
+        self._waiting.remove(prediction)
         prediction.end("canceled")
         self._on_end(prediction)
         return True
@@ -69,9 +109,7 @@ class Queue:
         if self._paused is not None:
             return
         while self._waiting and len(self.running) < self._limit:
-            number, prediction = heapq.heappop(self._waiting)
-            if prediction.ended:
-                continue
+            number, prediction = self._waiting.take()
             self.running.add(prediction)
             task = asyncio.get_running_loop().create_task(self._run(number, prediction))
             self._tasks.add(task)
@@ -109,7 +147,7 @@ class Queue:
                 again = False
             if again:
                 prediction.status = "starting"
-                heapq.heappush(self._waiting, (number, prediction))
+                self._waiting.add(number, prediction, again=True)
                 self._back_off()
             else:
                 if not prediction.ended:
@@ -147,11 +185,10 @@ class Queue:
         """Fail whatever waits or runs, and close the backend."""
         if self._paused is not None:
             self._paused.cancel()
-        for _, prediction in self._waiting:
-            if not prediction.ended:
-                stopped = "The playground was stopped before this prediction ran. Run it again."
-                prediction.end("failed", error=stopped, fault="server")
-                self._on_end(prediction)
+        for prediction in self._waiting:
+            stopped = "The playground was stopped before this prediction ran. Run it again."
+            prediction.end("failed", error=stopped, fault="server")
+            self._on_end(prediction)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

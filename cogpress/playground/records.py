@@ -32,6 +32,10 @@ class InvalidInput(CogpressError):
         self.fields = fields
 
 
+class QueueFullError(CogpressError):
+    """So much waits or runs that no more is accepted."""
+
+
 def new_id() -> str:
     """A random id in Replicate's form: 26 letters and digits."""
     number = secrets.randbits(130)
@@ -164,12 +168,14 @@ class Options:
         webhook_events: which of start, output, logs, completed; None for all.
         base_url: this server's address as the client sees it, for the URLs in webhooks.
         source: "api" or "web".
+        client: the address that it came from; clients take turns.
     """
 
     webhook: str | None = None
     webhook_events: tuple[str, ...] | None = None
     base_url: str = ""
     source: str = "api"
+    client: str = ""
 
 
 @dataclass(eq=False)

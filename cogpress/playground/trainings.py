@@ -19,11 +19,14 @@ from cogpress.errors import CogpressError
 from cogpress.playground.catalog import Catalog, full_name
 from cogpress.playground.files import Files
 from cogpress.playground.keys import Keys
-from cogpress.playground.records import ENDED, Options, Version, new_id
+from cogpress.playground.records import ENDED, Options, QueueFullError, Version, new_id
 from cogpress.playground.store import Store, UnwritableError
 from cogpress.weights import archive
 
 _BLOCK = 4 << 20  # bytes; a multiple of four, because base64 is decoded in blocks
+
+MOST_WAITING = 16
+"""How many may wait or run: each keeps its inputs in memory, and they run one at a time."""
 
 _STOPPED = "The playground was stopped before this training ended. Start it again."
 
@@ -65,11 +68,14 @@ class Trainings:
 
         Raises:
             InvalidInput: the schema rejects the inputs.
+            QueueFullError: too many wait.
             CogpressError: the version cannot be trained here, or the destination is not a valid name.
         """
         destination = full_name(destination)
         if not process.read_cog_yaml(self._root).get("train") or not version.source.startswith("folder:"):
             raise CogpressError("This version cannot be trained here: only the project's own weights can.")
+        if len(self._alive) >= MOST_WAITING:
+            raise QueueFullError(f"{MOST_WAITING} trainings wait or run already. Start it once one has ended.")
         payload = {name: value for name, value in inputs.items() if value is not None}
         version.check_training(payload)
         record: dict[str, Any] = {

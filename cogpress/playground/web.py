@@ -20,7 +20,7 @@ from cogpress.playground.catalog import Catalog, NotFound
 from cogpress.playground.files import Files
 from cogpress.playground.keys import Keys
 from cogpress.playground.predictions import Predictions
-from cogpress.playground.records import InvalidInput
+from cogpress.playground.records import InvalidInput, QueueFullError
 from cogpress.playground.servers import ServerPool
 from cogpress.playground.sources import Sources
 from cogpress.playground.store import Store, UnwritableError
@@ -53,6 +53,10 @@ class Parts:
     prompt: Prompt = field(default_factory=Prompt)
 
 
+RETRY = {"Retry-After": "5"}
+"""A header of refusals that time heals."""
+
+
 class HTTPProblem(Exception):
     """An error response in Replicate's form."""
 
@@ -83,6 +87,8 @@ def _endpoint(parts: Parts, handler: Handler) -> Callable[[Request], Awaitable[R
             return problem_response(invalid(fields).body)
         except NotFound as error:
             return problem_response(access.error(404, "Not found", str(error)))
+        except QueueFullError as error:
+            return problem_response(access.error(429, "Too many requests", str(error)), RETRY)
         except UnwritableError as error:
             return problem_response(access.error(503, "Unavailable", str(error)))
         except CogpressError as error:
@@ -102,15 +108,17 @@ def invalid_field(field: str, description: str, kind: str = "value_error") -> HT
     return invalid([{"type": kind, "field": field, "description": description}])
 
 
-def problem_response(body: dict[str, Any]) -> Response:
+def problem_response(body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
     """An error as `application/problem+json`."""
-    return json_response(body, int(body["status"]), "application/problem+json")
+    return json_response(body, int(body["status"]), "application/problem+json", headers)
 
 
-def json_response(body: Any, status: int = 200, media_type: str = "application/json") -> Response:
+def json_response(
+    body: Any, status: int = 200, media_type: str = "application/json", headers: dict[str, str] | None = None
+) -> Response:
     """JSON in UTF-8; a lone surrogate becomes a question mark."""
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
-    return Response(content, status, media_type=media_type)
+    return Response(content, status, headers, media_type)
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -142,6 +150,11 @@ def string(body: dict[str, Any], name: str, *, required: bool = False) -> str | 
     if (value is None and not required) or isinstance(value, str):
         return value
     raise invalid_field(name, "must be a string")
+
+
+def client_of(request: Request) -> str:
+    """The address that a request comes from."""
+    return request.client.host if request.client else ""
 
 
 def base_url(request: Request) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tracemalloc
 from collections.abc import Awaitable, Callable
@@ -9,13 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx
+import pytest
+from starlette.applications import Starlette
 from starlette.requests import Request
 
 from cogpress.config import Prompt
 from cogpress.playground import history
 from cogpress.playground.api import routes
+from cogpress.playground.backend import Backend, Busy
 from cogpress.playground.catalog import Catalog
+from cogpress.playground.openai import routes as openai
 from cogpress.playground.predictions import Predictions
+from cogpress.playground.queue import Queue
+from cogpress.playground.records import Options, Prediction, QueueFullError, Version
 from cogpress.playground.store import Store
 from cogpress.playground.web import PAGE_BYTES, Parts
 from tests.playground.test_store import record, with_store
@@ -99,3 +107,101 @@ def test_pages_and_the_export_read_what_they_show(tmp_path: Path) -> None:
         await answer.background()
 
     with_long_rows(tmp_path, work)
+
+
+class Gated:
+    """A backend that runs one prediction at a time, each as long as the test wants, and sometimes says it is busy."""
+
+    slots = 1
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.busy = 0
+        self.gate = asyncio.Event()
+
+    async def run(self, prediction: Prediction) -> None:
+        await self.gate.wait()
+        if self.busy:
+            self.busy -= 1
+            raise Busy
+        self.ran.append(prediction.input["prompt"])
+        prediction.start()
+        prediction.end("succeeded")
+
+
+def with_queue(
+    folder: Path, action: Callable[[Predictions, Gated, Queue, Version], Awaitable[None]], **most: int
+) -> None:
+    async def work(store: Store) -> None:
+        backend = Gated()
+        catalog = SimpleNamespace(on_end=lambda _: None)
+        queue = Queue(cast("Backend", backend), lambda prediction: catalog.on_end(prediction))
+        catalog.queue = lambda _version: queue
+        predictions = Predictions(store, cast("Catalog", catalog), **most)
+        await action(predictions, backend, queue, Version("v", "local/m", 0.0, {}, ""))
+
+    with_store(folder, work)
+
+
+def test_clients_take_turns_and_each_keeps_its_order(tmp_path: Path) -> None:
+    async def work(predictions: Predictions, backend: Gated, queue: Queue, version: Version) -> None:
+        made = [await predictions.create(version, {"prompt": f"a{n}"}, Options(client="a")) for n in range(5)]
+        for name in ("b0", "b1", "c0"):
+            made.append(await predictions.create(version, {"prompt": name}, Options(client=name[0])))
+        await predictions.cancel(made[2])
+        assert queue.waiting == 6, "one runs, and what was canceled is forgotten"
+        backend.busy = 2
+        backend.gate.set()
+        assert all([await one.wait(20) for one in made])
+        assert backend.ran == ["a0", "b0", "c0", "a1", "b1", "a3", "a4"]
+        assert queue.waiting == 0
+
+    with_queue(tmp_path, work)
+
+
+def test_what_waits_is_bounded_by_number_and_size_and_for_each_client(tmp_path: Path) -> None:
+    async def work(predictions: Predictions, backend: Gated, queue: Queue, version: Version) -> None:
+        def create(client: str, size: int = 1) -> Awaitable[Prediction]:
+            return predictions.create(version, {"prompt": "x" * size}, Options(client=client))
+
+        first = [await create("a") for _ in range(3)]
+        with pytest.raises(QueueFullError, match=r"3 predictions of 0 MB from this address\. Try again once"):
+            await create("a")
+        first += [await create("b"), await create("b"), await create("c")]
+        with pytest.raises(QueueFullError, match=r"6 predictions of 0 MB\. Try again once"):
+            await create("d")
+        backend.gate.set()
+        assert all([await one.wait(20) for one in first])
+        backend.gate.clear()
+        large = await create("a", 3 << 20)
+        assert large.size > 3 << 20
+        with pytest.raises(QueueFullError, match="of 3 MB from this address"):
+            await create("a")
+        await create("b", 500_000)
+        with pytest.raises(QueueFullError, match="2 predictions of 3 MB\\. "):
+            await create("c", 2 << 20)
+        backend.gate.set()
+        await queue.idle()
+
+    with_queue(tmp_path, work, most=6, most_bytes=4 << 20)
+
+
+def test_both_apis_say_when_to_come_back(tmp_path: Path) -> None:
+    async def work(predictions: Predictions, backend: Gated, queue: Queue, _version: Version) -> None:
+        schema = {"components": {"schemas": {"Input": {"properties": {"messages": {}, "prompt": {}}}}}}
+        version = Version("v", "local/m", 0.0, schema, "")
+        await predictions.create(version, {"prompt": "first"}, Options(client="127.0.0.1"))
+        catalog = SimpleNamespace(resolve=lambda _name: version)
+        parts = cast("Parts", SimpleNamespace(predictions=predictions, catalog=catalog))
+        app = Starlette(routes=[*routes.routes(parts), *openai.routes(parts)])
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            told = await client.post("/v1/predictions", json={"version": "m", "input": {"prompt": "x"}})
+            assert (told.status_code, told.headers["retry-after"], told.json()["status"]) == (429, "5", 429)
+            body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+            told = await client.post("/v1/chat/completions", json=body)
+            assert (told.status_code, told.headers["retry-after"]) == (429, "5")
+            assert (told.headers["x-should-retry"], told.json()["error"]["type"]) == ("true", "rate_limit_error")
+        backend.gate.set()
+        await queue.idle()
+
+    with_queue(tmp_path, work, most=2)

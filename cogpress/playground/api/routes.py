@@ -18,6 +18,7 @@ from cogpress.playground.web import (
     Parts,
     base_url,
     bind,
+    client_of,
     invalid_field,
     json_response,
     paginate,
@@ -111,7 +112,7 @@ async def _create(parts: Parts, request: Request, body: dict[str, Any], version:
         hook, events = body["webhook_completed"], ["completed"]
     # History tells what people tried on the page from what programs requested.
     source = "web" if request.headers.get("sec-fetch-site") == "same-origin" else "api"
-    options = Options(hook, webhooks.check(hook, events), base_url(request), source)
+    options = Options(hook, webhooks.check(hook, events), base_url(request), source, client_of(request))
     created = await parts.predictions.create(version, inputs, options)
     seconds = _wait(request.headers.get("prefer", ""))
     record = created.record()

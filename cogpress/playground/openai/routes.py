@@ -23,8 +23,9 @@ from cogpress.playground.openai import errors, parameters
 from cogpress.playground.openai.errors import OpenAIError
 from cogpress.playground.openai.parameters import CompletionRequest
 from cogpress.playground.openai.responses import Completion, encoded
-from cogpress.playground.records import HostedModel, InvalidInput, Options, Prediction, Version
-from cogpress.playground.web import Handler, HTTPProblem, Parts, base_url, json_response, read_json
+from cogpress.playground.records import HostedModel, InvalidInput, Options, Prediction, QueueFullError, Version
+from cogpress.playground.store import UnwritableError
+from cogpress.playground.web import RETRY, Handler, HTTPProblem, Parts, base_url, client_of, json_response, read_json
 
 PULSE_SECONDS = 15.0
 """A stream begins after this long even without text, and then sends a comment this often until there is some."""
@@ -53,6 +54,10 @@ def _endpoint(parts: Parts, handler: Handler) -> Callable[[Request], Awaitable[R
             return problem(OpenAIError(error.body["detail"], status=error.body["status"]))
         except NotFound as error:
             return problem(OpenAIError(str(error), "model", status=404, code="model_not_found"))
+        except QueueFullError as error:
+            return problem(OpenAIError(str(error), status=429), {**RETRY, "x-should-retry": "true"})
+        except UnwritableError as error:
+            return problem(OpenAIError(str(error), status=503))
         except CogpressError as error:
             return problem(OpenAIError(str(error)))
 
@@ -127,7 +132,8 @@ async def _complete(parts: Parts, request: Request, *, chat: bool) -> Response:
     version, adapter = resolve(parts, body.get("model"))
     parsed = parameters.parse(body, version.schema, adapter, chat=chat)
     try:
-        prediction = await parts.predictions.create(version, parsed.inputs, Options(base_url=base_url(request)))
+        options = Options(base_url=base_url(request), client=client_of(request))
+        prediction = await parts.predictions.create(version, parsed.inputs, options)
     except InvalidInput as invalid:
         raise _invalid(invalid, parsed) from None
     completion = Completion(prediction, parsed, str(body["model"]), chat=chat)
