@@ -27,8 +27,10 @@ from cogpress.merge import adapter as adapters
 from cogpress.merge import merge
 from cogpress.prompts import Row
 from cogpress.quantize import calibrate
+from cogpress.train import answers
 from cogpress.train import run as training
 from cogpress.verify import distributions
+from cogpress.verify import run as verify
 from cogpress.weights import archive, base, fetch, manifest
 from cogpress.weights.filenames import ADAPTER, DRAFT
 
@@ -252,8 +254,12 @@ def build(
         skip_bad: leave bad lines out instead of refusing the file.
         tar: pack weights and adapter into a tar.
         usual: compare with the usual merge, too.
+
+    Raises:
+        CogpressError: the examples or the base cannot be trained on or merged, or what came out of it fails `judge`.
     """
     training.check_folder(run)
+    score = verify.scorer(config.verify.score)
     base.quiet_libraries()
     with step("Base model", console):
         base_folder = fetch.base(config.base.source, cache)
@@ -262,7 +268,7 @@ def build(
             config, data_path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad
         )
     with step("Training", console) as say:
-        result = training.train(config, prepared, base_folder, run, console=console, resume=resume)
+        result = training.train(config, prepared, base_folder, run, console=console, resume=resume, score=score)
         say(_trained(result))
     with step("Merge", console) as say:
         content, reused = merge_once(config, base_folder, result.adapter, run / "weights", console, prepared.train)
@@ -281,7 +287,46 @@ def build(
             f"The weights are finished, in {run / 'weights'}, but their comparison failed: {error} Run scripts/verify.",
             soft_wrap=True,
         )
-    return Built(base_folder, run / "weights", content, result, merged, naive, packed)
+    built = Built(base_folder, run / "weights", content, result, merged, naive, packed)
+    judge(config, built, score)
+    return built
+
+
+def judge(config: Config, built: Built, score: verify.Score) -> None:
+    """Check that what was measured of finished weights makes them a success. They stay where they are.
+
+    The limit is that of scripts/verify, which measures more.
+
+    Raises:
+        CogpressError: the merge diverges more than its limit, or more than the usual merge; or the tuned model gives no
+            right answer where the base gives some.
+    """
+    where = f"The weights stay in {built.weights}, for scripts/verify to find the cause; do not serve them."
+    if (found := built.merged) is not None:
+        merged = verify.left_out(built.manifest["quantization"], built.manifest["merge"]["onto"])
+        limit = verify.limits(config.verify, "none", merged).mean_kl
+        if not found.mean_kl <= limit:
+            advice = " Set merge: dequantized in model.yaml." if config.merge == "original" else ""
+            raise CogpressError(
+                f"The merged weights answer differently from what training scored: mean KL {found.mean_kl:.5f} per "
+                f"token, and at most {limit} passes (verify.mean_kl).{advice} {where}"
+            )
+        # The two are the same merge where the base was not quantized, up to rounding.
+        if built.naive is not None and found.mean_kl > built.naive.mean_kl + limit / 10:
+            raise CogpressError(
+                f"The merge is worse than the usual one: mean KL {found.mean_kl:.5f} per token to what training "
+                f"scored, against {built.naive.mean_kl:.5f}. {where}"
+            )
+    try:
+        rows = read_json(built.training.adapter.parent / answers.ANSWERS)
+    except (FileNotFoundError, ValueError):
+        return
+    if answers.fails(rows, score):
+        raise CogpressError(
+            f"Of {len(rows)} validation answers the tuned model gives none as expected, and the base does "
+            f"(verify.score: {config.verify.score}). See {answers.ANSWERS} in the run; train longer, or with a lower "
+            f"train.learning_rate. {where}"
+        )
 
 
 def pack(weights: Path, adapter: Path, console: Console | None = None) -> Path:

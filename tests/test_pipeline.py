@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cogpress import config, pipeline
 from cogpress.draft import file as draft
+from cogpress.errors import CogpressError
 from cogpress.weights import archive, fetch, manifest
 
 pytestmark = pytest.mark.train
@@ -36,6 +37,11 @@ def test_a_tar_is_packed_on_request_and_never_outlives_its_weights(
     assert manifest.fingerprint(fetch.model(tar, tmp_path / "cache").folder) == manifest.fingerprint(run / "weights")
     # The same weights again: the tar stays.
     pipeline.build(settings, examples_file, run, tmp_path / "cache", QUIET)
+    assert tar.is_file()
+    # Weights that fail are an error, and stay.
+    strict = config.parse({**given, "verify": {"mean_kl": 1e-12}}, "the test")
+    with pytest.raises(CogpressError, match=r"answer differently from what training scored: mean KL .* stay in .*run"):
+        pipeline.build(strict, examples_file, run, tmp_path / "cache", QUIET)
     assert tar.is_file()
     # Other weights: it goes.
     pipeline.build(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,12 @@ from cogpress.weights import base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+ANSWERS = "answers.json"
+"""The file of a run that holds them."""
+
+JUDGED = 32
+"""Validation answers that a model is judged on where its first ones are all wrong."""
 
 SHOWN_CHARACTERS = 400
 """Of each text in a table."""
@@ -52,10 +58,12 @@ def compare(
     console: Console,
     *,
     count: int = 4,
+    score: Callable[[str, str], bool] | None = None,
 ) -> list[dict[str, str]]:
     """Greedy answers of the base and of the tuned model to validation prompts.
 
-    Shown as a table and written to `answers.json` in the run's folder.
+    Shown as a table and written to `answers.json` in the run's folder. Where the base gives a right answer and the
+    tuned model none, more are asked, for a few can be bad luck.
 
     Args:
         model: the base with its adapter, which is switched off for the base's answers.
@@ -64,23 +72,42 @@ def compare(
         run: the run's folder.
         console: where the table goes.
         count: how many examples are shown.
+        score: from the expected and the given answer to whether it is right.
     """
-    shown = [example for example in examples if example.messages][:count]
-    if not shown:
+    (run / ANSWERS).unlink(missing_ok=True)  # of an earlier training
+    asked = [example for example in examples if example.messages]
+    if not asked:
         return []
-    prompts = [encode_prompt(tokenizer, example.asked) for example in shown]
+    rows = _ask(model, tokenizer, asked[:count])
+    if score and fails(rows, score):
+        rows += [row for at in range(count, JUDGED, count) for row in _ask(model, tokenizer, asked[at : at + count])]
+    write_json(run / ANSWERS, rows)
+    console.print(table(rows[:count], "Validation answers", marked=not console.is_terminal))
+    return rows
+
+
+def fails(rows: Sequence[dict[str, str]], score: Callable[[str, str], bool]) -> bool:
+    """Whether the tuned model gives no right answer where the base gives some; not where the score fails itself."""
+    try:
+        right = {name: any(score(row["expected"], row[name]) for row in rows) for name in ("base", "tuned")}
+    except Exception:  # noqa: BLE001 - a user's function must not end a training; scripts/verify shows its error
+        return False
+    return right["base"] and not right["tuned"]
+
+
+def _ask(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Conversation]) -> list[dict[str, str]]:
+    if not examples:
+        return []
+    prompts = [encode_prompt(tokenizer, example.asked) for example in examples]
     # A base that does not know the task rarely ends by itself.
-    max_tokens = max(len(tokenizer.encode(example.answer)) for example in shown) + 8
+    max_tokens = max(len(tokenizer.encode(example.answer)) for example in examples) + 8
     with model.disable_adapter():
         before = generate(model, tokenizer, prompts, max_tokens)
     after = generate(model, tokenizer, prompts, max_tokens)
-    rows = [
+    return [
         {"prompt": example.prompt, "expected": example.answer, "base": old, "tuned": new}
-        for example, old, new in zip(shown, before, after, strict=True)
+        for example, old, new in zip(examples, before, after, strict=True)
     ]
-    write_json(run / "answers.json", rows)
-    console.print(table(rows, "Validation answers", marked=not console.is_terminal))
-    return rows
 
 
 def table(rows: Sequence[dict[str, str]], title: str, *, marked: bool) -> Table:

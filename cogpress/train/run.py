@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +132,14 @@ def validation_file(config: Config, root: Path) -> Path | None:
 
 
 def train(
-    config: Config, prepared: Prepared, base_folder: Path, run: Path, *, console: Console, resume: bool = False
+    config: Config,
+    prepared: Prepared,
+    base_folder: Path,
+    run: Path,
+    *,
+    console: Console,
+    resume: bool = False,
+    score: Callable[[str, str], bool] | None = None,
 ) -> Result:
     """Train an adapter into `run/adapter`, with all measurements beside it.
 
@@ -145,6 +152,7 @@ def train(
         run: the run's folder, made when missing.
         console: where progress is shown.
         resume: resume an interrupted run from its newest checkpoint.
+        score: judges answers, as `answers.compare` takes it.
 
     Raises:
         CogpressError: nothing to train on; the folder holds another run; nothing to resume.
@@ -158,7 +166,7 @@ def train(
     if finished is not None:
         return finished
     checkpoint = _open_run(run, key, config, resume)
-    return _train(config, prepared, base_folder, fingerprint, run, checkpoint, console)
+    return _train(config, prepared, base_folder, fingerprint, run, checkpoint, console, score)
 
 
 def _finished(run: Path, key: dict[str, Any]) -> Result | None:
@@ -214,6 +222,7 @@ def _train(
     run: Path,
     checkpoint: Path | None,
     console: Console,
+    score: Callable[[str, str], bool] | None,
 ) -> Result:
     import torch
 
@@ -268,7 +277,7 @@ def _train(
         model.save_pretrained(part)
         _name_base(part, source.shown(config.base.source))
         manifest.write(part, "adapter", facts)
-    answers.compare(model, tokenizer, prepared.validation_examples, run, console)
+    answers.compare(model, tokenizer, prepared.validation_examples, run, console, score=score)
     result = Result(
         adapter=run / ADAPTER,
         steps=output.global_step,

@@ -225,12 +225,22 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
         facts=facts,
         scheme=scheme,
         onto=onto,
-        limits=limits(config.verify, scheme, LEFT_OUT[adapter_facts["quantization"]] if onto == "original" else None),
+        limits=limits(config.verify, scheme, left_out(adapter_facts["quantization"], onto)),
         examples=examples,
         rows=rows(tokenizer, examples, base.stop_ids(base_folder)),
         tokenizer=tokenizer,
         console=console,
     )
+
+
+def left_out(quantization: str, onto: Merge) -> str | None:
+    """The scheme whose error a merge leaves out, as `limits` takes it.
+
+    Args:
+        quantization: of the base in training.
+        onto: what was merged into.
+    """
+    return LEFT_OUT[quantization] if onto == "original" else None
 
 
 def limits(settings: Verify, scheme: str, left_out: str | None = None) -> Limits:
@@ -551,11 +561,12 @@ def _served(
 
 
 def _score_check(right: float, reference: float, limit: float, cause: str) -> Check:
-    """Whether the model scores as the reference does; the same nothing is no proof of it."""
+    """Whether the model scores as the reference does; the same nothing is no proof of it, and nothing is no score."""
     nothing = right == reference == 0
     lower = reference - right
+    passed = lower <= limit and (right > 0 or nothing)
     name = "score below the reference"
-    return Check(name, lower, limit, lower <= limit, _NOTHING if nothing else cause, conclusive=not nothing)
+    return Check(name, lower, limit, passed, _NOTHING if nothing else cause, conclusive=not nothing)
 
 
 def _draft(

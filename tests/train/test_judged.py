@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from cogpress import config
+from cogpress import config, pipeline
 from cogpress.errors import CogpressError
 from cogpress.prompts import Row
+from cogpress.train import answers
 from cogpress.train import run as training
 from cogpress.train.arguments import arguments, too_few
 from cogpress.train.objective import Collator
+from cogpress.verify.distributions import Divergence
 
 if TYPE_CHECKING:
     from cogpress.train.loop import ObjectiveTrainer, Recorder
@@ -149,3 +152,67 @@ def test_a_real_training_ends_at_the_step_whose_loss_is_no_number(tmp_path: Path
     with pytest.raises(CogpressError, match="loss is nan at step 3"):
         toy(tmp_path, steps=8, nan_at=3)
     assert len(rates(tmp_path)) == 3
+
+
+def built(folder: Path, mean_kl: float, naive: float | None = None, onto: str = "dequantized") -> pipeline.Built:
+    def divergence(value: float) -> Divergence:
+        return Divergence(value, value, 1.0, 1.0, 1.0, 9)
+
+    facts = {"quantization": "nf4", "merge": {"onto": onto}}
+    result = training.Result(folder / "adapter", 9, 1.0, 1.0, 1.0, 9, 1.0, 1.0)
+    usual = None if naive is None else divergence(naive)
+    return pipeline.Built(folder, folder / "weights", facts, result, divergence(mean_kl), usual)
+
+
+def test_a_merge_over_its_limit_or_worse_than_the_usual_one_is_no_success(tmp_path: Path) -> None:
+    def judged(*measured: Any, **settings: Any) -> None:
+        pipeline.judge(config.Config.model_validate(settings), built(tmp_path, *measured), operator.eq)
+
+    judged(0.0029)
+    judged(0.0029, 0.0028)
+    judged(0.07, 0.07, "original", merge="original")
+    judged(0.02, verify={"mean_kl": 0.03})
+    for value in (0.004, math.nan, math.inf):
+        with pytest.raises(CogpressError, match=rf"mean KL {value}.*at most 0\.003 passes.*stay in {tmp_path}"):
+            judged(value)
+    with pytest.raises(CogpressError, match="Set merge: dequantized"):
+        judged(0.09, 0.09, "original", merge="original")
+    with pytest.raises(CogpressError, match=r"worse than the usual one: mean KL 0\.00200.*against 0\.00010"):
+        judged(0.002, 0.0001)
+
+
+def test_no_right_answer_where_the_base_gives_some_is_no_success(tmp_path: Path) -> None:
+    made = built(tmp_path, 0.0)
+    for base, tuned, passes in (("yes", "no", False), ("yes", "yes", True), ("no", "no", True), ("no", "yes", True)):
+        rows = [{"prompt": "?", "expected": "yes", "base": base, "tuned": tuned}]
+        (tmp_path / "answers.json").write_text(json.dumps(rows))
+        if passes:
+            pipeline.judge(config.Config(), made, operator.eq)
+            continue
+        with pytest.raises(CogpressError, match=r"Of 1 validation answers the tuned model gives none as expected"):
+            pipeline.judge(config.Config(), made, operator.eq)
+
+
+def test_few_wrong_answers_are_not_enough_to_conclude(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tuned model's first right answer is the ninth."""
+    asked: list[int] = []
+
+    def ask(_model: Any, _tokenizer: Any, examples: Any) -> list[dict[str, str]]:
+        asked.extend(example.number for example in examples)
+        return [
+            {"prompt": "?", "expected": "yes", "base": "yes", "tuned": "yes" if example.number == 9 else "no"}
+            for example in examples
+        ]
+
+    monkeypatch.setattr(answers, "_ask", ask)
+    examples: Any = [SimpleNamespace(number=number, messages=[1]) for number in range(40)]
+    found = answers.compare(None, None, examples, tmp_path, Console(quiet=True), score=operator.eq)  # type: ignore[arg-type]
+    assert asked == list(range(32))
+    assert json.loads((tmp_path / "answers.json").read_text()) == found
+    assert not answers.fails(found, operator.eq)
+    asked.clear()
+    answers.compare(None, None, examples[6:], tmp_path, Console(quiet=True), score=operator.eq)  # type: ignore[arg-type]
+    assert asked == [6, 7, 8, 9], "a right answer among the first is enough"
+    assert not answers.fails([found[0]], lambda expected, answer: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert not answers.compare(None, None, [], tmp_path, Console(quiet=True))  # type: ignore[arg-type]
+    assert not (tmp_path / "answers.json").exists()

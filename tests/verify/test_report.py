@@ -47,6 +47,7 @@ def test_what_cannot_be_concluded_is_no_pass_and_no_failure(tmp_path: Path) -> N
 )
 def test_the_score_is_compared_where_there_is_one(right: float, reference: float, mark: str) -> None:
     check = _score_check(right, reference, 0.02, "Merge again.")
+    assert not _score_check(0.0, 0.01, 0.02, "Merge again.").passed, "nothing right is no small loss"
     assert check.mark == mark
     assert ("nothing can be concluded" in check.cause) == (mark == "?")
 
