@@ -366,6 +366,25 @@ def _weights(given: str | None) -> str | None:
     return str(path)
 
 
+class _Loader(yaml.SafeLoader):
+    """As Cog reads YAML: 3.10 without quotes stays the text 3.10."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in listed if tag != "tag:yaml.org,2002:float"]
+    for first, listed in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_cog_yaml(text: str) -> Any:
+    """The first document of a cog.yaml, as Cog reads it.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    return _Loader(text).get_data()
+
+
 def read_cog_yaml(root: Path) -> dict[str, Any]:
     """The project's `cog.yaml`.
 
@@ -374,7 +393,7 @@ def read_cog_yaml(root: Path) -> dict[str, Any]:
     """
     path = root / "cog.yaml"
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = parse_cog_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CogpressError(f"{path} does not exist. Run this in a cogpress project.") from None
     except yaml.YAMLError as error:

@@ -1,4 +1,7 @@
-"""Run `cog login` and `cog push`. Cog's token goes to the program's standard input alone, the API's nowhere."""
+"""Run `cog`: its verdict on a project, `cog login` and `cog push`.
+
+Cog's token goes to the program's standard input alone, the API's nowhere.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cogpress.config import Push
@@ -51,6 +55,86 @@ def environment(*secrets: str | None) -> dict[str, str]:
         if "TOKEN" not in name.upper() and not any(secret in value for secret in known)
     }
     return kept | {"COG_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
+
+
+OLDEST = (0, 22)
+"""The first release that checks a project without building it; an older one would run `cog run`'s words in an image."""
+
+VERDICT_SECONDS = 60.0
+"""Longest time for one question; Cog needs a second."""
+
+_ASKED = re.compile(r"(unknown|missing required) input", re.IGNORECASE)
+"""The refusal of the input itself, which comes after the project has been found good."""
+
+_NO_COMMAND = re.compile(r"unknown (command|flag|shorthand)", re.IGNORECASE)
+_DEPRECATED = re.compile(r"deprecat", re.IGNORECASE)
+_UNKNOWN_PAIR = "Cog doesn't know if CUDA"
+"""Said of each CUDA and torch that is newer than Cog's own table; it changes nothing."""
+
+_MARKS = "\u2717\u2a2f\u2179\u26a0\u00d7 "
+"""Before Cog's errors and warnings."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What Cog says of a project.
+
+    Attributes:
+        asked: the commands that answered.
+        refusals: why it would not build, in Cog's words.
+        notices: what it says beside that.
+        problem: why Cog cannot be asked.
+    """
+
+    asked: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def verdict(root: Path, program: str, version: str, modes: Sequence[str], *secrets: str | None) -> Verdict:
+    """Ask Cog whether it takes a project. It builds nothing and needs no Docker.
+
+    Args:
+        root: the project's folder.
+        program: of `cog`.
+        version: its version.
+        modes: `run`, `train` or both: what cog.yaml names.
+        secrets: kept out of the environment.
+    """
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
+        return Verdict(problem=f"cog {version} cannot check a project without building it; 0.22 can")
+    hidden = environment(*secrets) | {"COG_SKIP_DOCKER_CHECK": "1", "COG_SKIP_GPU_CHECK": "1"}
+    # An input that no project has: Cog looks at the project first, then refuses the input and builds nothing.
+    asked, refusals, notices = [], list[str](), dict[str, None]()
+    for words in (["doctor"], *([mode, "-i", "nope=1"] for mode in modes)):
+        try:
+            done = subprocess.run(
+                [program, *words],
+                cwd=root,
+                env=hidden,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=VERDICT_SECONDS,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return Verdict(problem=f"cog {' '.join(words)} does not answer ({type(error).__name__})")
+        said = (done.stdout + done.stderr).strip()
+        if done.returncode and _NO_COMMAND.search(said):
+            continue
+        asked.append(words[0])
+        lines = [line for line in said.splitlines() if line.strip() and _UNKNOWN_PAIR not in line]
+        notices |= dict.fromkeys(line.strip(_MARKS) for line in lines if _DEPRECATED.search(line))
+        if done.returncode and not _ASKED.search(said):
+            kept = "\n".join(line for line in lines if not _DEPRECATED.search(line)) or said
+            refusals.append(kept.strip(_MARKS) or f"cog {words[0]} ended with status {done.returncode}")
+    if not asked:
+        return Verdict(problem=f"cog {version} knows none of the commands that check a project")
+    whole = [one for at, one in enumerate(refusals) if one not in refusals[:at]]
+    return Verdict(tuple(asked), tuple(whole), tuple(notices))
 
 
 def login(root: Path, token: str | None, *secrets: str | None) -> None:

@@ -15,6 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from cogpress.cog import reading
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
 
@@ -113,38 +114,12 @@ def concurrency(root: Path, reference: str) -> int:
 
     Only the image build reads the decorator; the runtime takes the number from its environment.
     """
-    method = _run_method(root, reference)
-    for decorator in method.decorator_list if method else []:
-        if isinstance(decorator, ast.Call) and _name(decorator.func) == "concurrent":
-            for keyword in decorator.keywords:
-                if keyword.arg == "max" and isinstance(keyword.value, ast.Constant):
-                    return int(keyword.value.value)  # type: ignore[arg-type]
-    return 1
+    return reading.concurrency(reading.find(root, reference).method)
 
 
 def streams(root: Path, reference: str) -> bool:
     """Whether a runner's method carries `@cog.streaming`, which leaves no trace at run time."""
-    method = _run_method(root, reference)
-    return method is not None and any(
-        _name(item.func if isinstance(item, ast.Call) else item) == "streaming" for item in method.decorator_list
-    )
-
-
-def _name(node: ast.expr) -> str:
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-
-
-def _run_method(root: Path, reference: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    file, _, name = reference.partition(":")
-    for node in ast.parse((root / file).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            for item in node.body:
-                if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef) and item.name in (
-                    "run",
-                    "predict",  # its deprecated name
-                ):
-                    return item
-    return None
+    return reading.decorator(reading.find(root, reference).method, "streaming") is not None
 
 
 @dataclass(frozen=True)
@@ -152,9 +127,13 @@ class _Described:
     """The SDK's description of a runner or a function."""
 
     inputs: dict[str, Any]
-    output: Any
+    output: dict[str, Any]
     written: dict[str, Any]
     """Each input's `Input(...)` as written: the SDK's description omits some of it."""
+    defaulted: set[str]
+    """The inputs that name a default, None too."""
+    shown: dict[str, str]
+    """The descriptions that Cog shows otherwise than they are meant."""
 
 
 def _inspect(root: Path, reference: str) -> _Described:
@@ -174,6 +153,7 @@ def _inspect(root: Path, reference: str) -> _Described:
         info = _inspector.create_predictor(module, name)
         found = getattr(sys.modules[module], name)
         function = found if inspect.isfunction(found) else _inspector._selected_predict_method(found, reference)[1]
+        target = reading.find(root, reference)
     except (ImportError, SyntaxError, ValueError, TypeError) as error:
         raise CogpressError(f"Could not describe {reference}: {error}") from error
     finally:
@@ -182,7 +162,26 @@ def _inspect(root: Path, reference: str) -> _Described:
         if loaded is not None:
             sys.modules[module] = loaded
     parameters = inspect.signature(function).parameters.items()
-    return _Described(info.inputs, info.output, {name: parameter.default for name, parameter in parameters})
+    written = {name: parameter.default for name, parameter in parameters}
+    for loss in reading.losses(target):
+        if not loss.shown:  # the document would not be the one in the image
+            raise CogpressError(f"{target.file}, line {loss.line}: {loss.what}. {loss.fix}.")
+    output = info.output.json_type() | _dictionary(target.method.returns if target.method else None)
+    return _Described(info.inputs, output, written, reading.defaulted(target), reading.descriptions(target))
+
+
+def _dictionary(node: ast.expr | None) -> dict[str, Any]:
+    """What the SDK's description of an output leaves out: the type of a dictionary's values."""
+    if not isinstance(node, ast.Subscript) or reading.last(node) not in ("dict", "Dict", "list", "List"):
+        kind = _JSON.get(reading.last(node)) if node is not None else None
+        return {"type": kind} if kind else {}
+    inner = _dictionary(node.slice.elts[-1] if isinstance(node.slice, ast.Tuple) else node.slice)
+    if reading.last(node) in ("list", "List"):
+        return {"type": "array", "items": inner} if inner else {}
+    return {"type": "object", "additionalProperties": inner} if inner else {}
+
+
+_JSON = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 
 
 def _schemas(described: _Described, endpoint: _Endpoint) -> dict[str, Any]:
@@ -191,8 +190,11 @@ def _schemas(described: _Described, endpoint: _Endpoint) -> dict[str, Any]:
     required: list[str] = []
     schemas: dict[str, Any] = {}
     for name, field in described.inputs.items():
-        properties[name] = _property(name, field, described.written.get(name), schemas)
-        if field.default is None and not _optional(field):
+        given = name in described.defaulted
+        properties[name] = _property(name, field, described.written.get(name), schemas, given=given)
+        if name in described.shown:
+            properties[name]["description"] = described.shown[name]
+        if field.default is None and not _optional(field, given=given):
             required.append(name)
     input_name, output_name = f"{endpoint.prefix}Input", f"{endpoint.prefix}Output"
     input_schema: dict[str, Any] = {"title": input_name, "type": "object", "properties": properties}
@@ -210,14 +212,14 @@ def _schemas(described: _Described, endpoint: _Endpoint) -> dict[str, Any]:
     kind = endpoint.noun.title()
     return {
         input_name: input_schema,
-        output_name: dict(described.output.json_type()),
+        output_name: described.output,
         **schemas,
         f"{kind}Request": {"title": f"{kind}Request", "type": "object", "properties": shared},
         f"{kind}Response": {"title": f"{kind}Response", "type": "object", "properties": response},
     }
 
 
-def _property(name: str, field: Any, written: Any, schemas: dict[str, Any]) -> dict[str, Any]:
+def _property(name: str, field: Any, written: Any, schemas: dict[str, Any], *, given: bool) -> dict[str, Any]:
     """One input's schema; its choices are added to `schemas`."""
     found: dict[str, Any] = {"x-order": field.order}
     if field.choices:
@@ -226,9 +228,10 @@ def _property(name: str, field: Any, written: Any, schemas: dict[str, Any]) -> d
         found["allOf"] = [_reference(name)]
     else:
         found |= {"title": _title(name), **field.type.json_type()}
-    if field.default is not None or _optional(field):
+    optional = _optional(field, given=given)
+    if field.default is not None or (optional and given):
         found["default"] = None if field.default is None else field.type.json_encode(field.default)
-    if _optional(field):
+    if optional:
         found["nullable"] = True
     if field.deprecated:
         found["deprecated"] = True
@@ -260,12 +263,15 @@ def _fields(schemas: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _optional(field: Any) -> bool:
-    return "OPTIONAL" in field.type.repetition.name
+def _optional(field: Any, *, given: bool) -> bool:
+    """Whether an input may be left out without a value; to Cog, a secret with the default None is optional too."""
+    secret = given and field.type.json_type().get("x-cog-secret", False)
+    return bool("OPTIONAL" in field.type.repetition.name or (secret and field.default is None))
 
 
 def _title(name: str) -> str:
-    return name.replace("_", " ").title()
+    """Inner capitals stay: topK becomes TopK."""
+    return " ".join(part[:1].upper() + part[1:] for part in name.split("_"))
 
 
 def _text(title: str, **more: str) -> dict[str, Any]:

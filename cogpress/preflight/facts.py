@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from cogpress import config, source
-from cogpress.cog.program import REGISTRY
+from cogpress.cog.process import parse_cog_yaml
+from cogpress.cog.program import REGISTRY, Verdict, verdict
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
 from cogpress.http import Api, Reply
@@ -95,6 +96,8 @@ class Facts:
     served: estimate.ServingEstimate | None
     """What scripts/plan predicts for serving there; None without a known model and hardware."""
     machine: Machine
+    verdict: Verdict
+    """What Cog itself says of the project."""
     replicate: Asked
     hub: dict[str, Asked]
 
@@ -122,7 +125,7 @@ class Facts:
     def text(self, name: str) -> str | None:
         """The content of a file of the project; None if it is missing or not text."""
         try:
-            return (self.root / name).read_text(encoding="utf-8")
+            return (self.root / name).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError):
             return None
 
@@ -135,6 +138,7 @@ def gather(request: Request) -> Facts:
     with ThreadPoolExecutor(4) as pool:
         weights_found = pool.submit(_weights, request.root)
         machine_found = pool.submit(machine.look, request.root)
+        verdict_found = pool.submit(_verdict, request.root, cog)
         replicate_found = pool.submit(_replicate, request, request.destination or _image(cog))
         weights = weights_found.result()
         named: list[str | None] = [_base(weights, settings), settings.serve.weights if settings else None]
@@ -152,14 +156,23 @@ def gather(request: Request) -> Facts:
             hardware=(known := _hardware(request, settings)),
             served=_served(weights, settings, known),
             machine=machine_found.result(),
+            verdict=verdict_found.result(),
             replicate=replicate_found.result(),
             hub=hub,
         )
 
 
+def _verdict(root: Path, cog: dict[str, Any] | None) -> Verdict:
+    program = machine.cog()
+    if program.path is None or program.problem:
+        return Verdict(problem=f"cog {program.problem}")
+    named = [name for name in ("run", "train") if (cog or {}).get(name) or (name == "run" and "predict" in (cog or {}))]
+    return verdict(root, program.path, program.version, named or ["run"], os.environ.get("REPLICATE_API_TOKEN"))
+
+
 def _cog(root: Path) -> tuple[dict[str, Any] | None, str | None]:
     try:
-        content = yaml.safe_load((root / "cog.yaml").read_text(encoding="utf-8"))
+        content = parse_cog_yaml((root / "cog.yaml").read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None, "is missing"
     except (OSError, UnicodeDecodeError) as error:

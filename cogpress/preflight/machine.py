@@ -52,13 +52,18 @@ def look(root: Path) -> Machine:
     """Ask programs and read files; nothing is sent anywhere."""
     return Machine(
         docker=_ask("docker", "info", "--format", "{{.ServerVersion}}"),
-        cog=_ask("cog", "--version"),
+        cog=cog(),
         logged_in=logged_in(),
         free=shutil.disk_usage(root).free,
         token=os.environ.get("REPLICATE_API_TOKEN", "").strip() or None,
         cli_token=cli_token(),
         git=_git(root),
     )
+
+
+def cog() -> Program:
+    """Cog's program."""
+    return _ask("cog", "--version")
 
 
 def _ask(name: str, *arguments: str) -> Program:

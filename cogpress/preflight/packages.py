@@ -32,7 +32,8 @@ LEFT_OUT = {"cog", "coglet", "llm", "llama-cpp-python"}
 LONGEST_LINE = 65_536
 """Length of a line, continuations joined, above which Cog does not read it."""
 
-_PLAIN = re.compile(r"[a-zA-Z0-9_-]+==[^ ;]+( |;|$)")
+_KEPT = re.compile(r"[a-zA-Z0-9_-]+==[^ ;]+")
+"""What Cog keeps of a line in which it occurs anywhere; it passes other lines on unchanged."""
 
 _CUDA_PARTS = re.compile(
     r"nvidia-cuda-(runtime|nvrtc|cupti|nvcc|crt|cccl)|nvidia-(nvjitlink|nvvm)|cuda-(python|bindings)"
@@ -61,7 +62,12 @@ def _lock(facts: Facts) -> dict[str, str]:
 def _listed(facts: Facts) -> Iterator[Finding]:
     name = _file(facts)
     if name is None:
-        yield failed("cog.yaml names no requirements.", "Write python_requirements: requirements/gpu.lock below build.")
+        if facts.build.get("python_packages"):
+            yield passed("listed in cog.yaml itself")
+        else:
+            yield failed(
+                "cog.yaml names no requirements.", "Write python_requirements: requirements/gpu.lock below build."
+            )
         return
     text = facts.text(name)
     if text is None:
@@ -70,21 +76,44 @@ def _listed(facts: Facts) -> Iterator[Finding]:
     lines = _lines(text)
     loose = [line.split()[0] for line in lines if "==" not in line and not line.startswith("-")]
     options = [line.split()[0] for line in lines if line.startswith("-") and not line.startswith("--hash")]
+    refused = [line for line in lines if _refused(line, facts.root)]
+    if refused:
+        yield failed(
+            f"The build refuses {some(line[:60] for line in refused)} of {name}.",
+            "Name packages of an index, or a wheel of the project by its path alone.",
+        )
     if loose:
         yield warning(
             f"{name} names no version of {some(loose)}: each build may get other versions.",
             f"Pin versions with ==, or: {AGAIN}",
         )
-    if options:
-        yield warning(f"{name} has the options {some(options)}, which Cog may not pass to pip.", "List only packages.")
+    if options and not refused:
+        yield warning(f"{name} has the options {some(options)}, which change what pip installs.", "List only packages.")
     twice = sorted({item for item in _names(lines) if _names(lines).count(item) > 1})
     if twice:
         yield failed(f"{name} names {some(twice)} twice.", "Keep one line for each.")
     by_cog = sorted({"cog", "coglet"} & _lock(facts).keys())
     if by_cog:
         yield warning(f"{name} has {some(by_cog)}, which cog build installs.", "Set build.sdk_version instead.")
-    if not loose and not options and not twice and not by_cog:
+    if not loose and not options and not twice and not by_cog and not refused:
         yield passed(f"{name}: {len(lines)} packages, each with its version")
+
+
+def _refused(line: str, root: Path) -> bool:
+    """Whether the build stops at a line of the requirements, which Cog's quick verdict does not read."""
+    option = line.split()[0]
+    if option in ("-r", "--requirement"):
+        return True
+    if option in ("-f", "--find-links") or line.startswith("--find-links="):
+        return "://" not in line
+    if line.startswith("-"):
+        return False
+    target = re.split(r"\s@\s", line)[-1]
+    if target.startswith("file:"):
+        return True
+    if not target.startswith((".", "/")):
+        return False
+    return target != line or len(line.split()) > 1 or not (root / target).is_file()
 
 
 def _read_by_cog(facts: Facts) -> Iterator[Finding]:
@@ -94,9 +123,16 @@ def _read_by_cog(facts: Facts) -> Iterator[Finding]:
     if not lines:
         yield skipped("there are no requirements to read")
         return
-    whole = [line.split()[0] for line in lines if "--hash" in line and not _PLAIN.match(line)]
-    marked = [line.split()[0] for line in lines if _PLAIN.match(line) and ";" in line]
+    kept = {line: _KEPT.search(line) for line in lines}
+    other = [f"{line.split(' ')[0]} as {found.group()}" for line, found in kept.items() if found and found.start()]
+    cut = [line.partition("#")[0] for line in lines if "#" in line]
+    whole = [line.split()[0] for line, found in kept.items() if "--hash" in line and not found]
+    marked = [line.split()[0] for line, found in kept.items() if found and not found.start() and ";" in line]
     long = [line.split()[0] for line in lines if len(line) >= LONGEST_LINE]
+    if other:
+        yield failed(f"Cog reads {some(other)}: another package.", "Write the name with - in place of dots, no marker.")
+    if cut:
+        yield failed(f"Cog drops what follows # in {some(cut)}.", "Name a package, or an address without #.")
     if whole:
         yield failed(
             f"Cog passes {some(whole)} of {name} to pip with its hashes, and pip then requires everybody's.",
@@ -108,7 +144,7 @@ def _read_by_cog(facts: Facts) -> Iterator[Finding]:
         )
     if long:
         yield failed(f"{some(long)} of {name} has more hashes than Cog reads in a line.", "Remove some of its hashes.")
-    if not whole and not marked and not long:
+    if not other and not cut and not whole and not marked and not long:
         yield passed("Cog reads every line as intended")
 
 
@@ -186,6 +222,8 @@ def _agrees(facts: Facts) -> Iterator[Finding]:
         if not _same(found.version, version):
             continue
         known += 1
+        if name in ("cog", "coglet"):
+            continue  # Cog takes the line out and installs its own
         for line in found.requires or []:
             requirement = Requirement(line)
             package = canonicalize_name(requirement.name)

@@ -39,7 +39,7 @@ def _cog(facts: Facts) -> Iterator[Finding]:
     elif cog.problem:
         yield failed(f"cog {cog.problem}.", "Reinstall it as cog.run describes.")
     elif isinstance(wanted, str) and _minor(cog.version) < _minor(wanted):
-        yield warning(f"cog is {cog.version}, older than the image's {wanted}.", "Update cog.")
+        yield failed(f"cog is {cog.version}, older than the image's {wanted}, which it cannot build.", "Update cog.")
     else:
         yield passed(f"cog {cog.version}")
 

@@ -25,7 +25,6 @@ from typing import Optional
 import cog
 from cog import BaseRunner, ConcatenateIterator, Input, Secret
 
-LONGEST = 9
 
 
 class Runner(BaseRunner):
@@ -33,7 +32,7 @@ class Runner(BaseRunner):
     def run(
         self,
         prompt: str = Input(description="What to say."),
-        max_tokens: int = Input(default=5, ge=1, le=LONGEST),
+        max_tokens: int = Input(default=5, ge=1, le=9),
         top_p: float = Input(default=0.9, ge=0.01, le=1),
         loud: bool = Input(default=False),
         seed: Optional[int] = Input(default=None, ge=0, le=9223372036854775807),

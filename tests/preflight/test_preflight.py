@@ -25,6 +25,7 @@ from cogpress.plan import estimate
 from cogpress.preflight import place, secrets, weights
 from cogpress.preflight.check import Row
 from cogpress.preflight.ignore import Ignore, context
+from tests.standins import preflightproject
 from tests.standins.preflightproject import TOKEN, Stub, git, program, project, seal, stub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: Stub) -> Path:
     """A project that passes, on a machine that has everything."""
     programs = tmp_path / "bin"
     program(programs, "docker", "29.1.0")
-    program(programs, "cog", "cog version 0.23.1 (built today)")
+    preflightproject.cog(programs)
     (tmp_path / "docker").mkdir()
     (tmp_path / "docker" / "config.json").write_text(json.dumps({"auths": {"r8.im": {}}}))
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
@@ -134,70 +135,32 @@ FP8 = {"quantization_config": {"quant_method": "fp8"}}
 
 CASES: list[tuple[str, str, Change, str]] = [
     # what is looked at, its outcome, what is wrong, what the message holds
-    ("Configuration: options", "failed", remove("cog.yaml"), "is missing"),
-    ("Configuration: options", "failed", write("cog.yaml", "a: [b"), "is not YAML"),
-    ("Configuration: options", "failed", write("cog.yaml", "- a"), "holds no options"),
-    ("Configuration: options", "failed", cog("  gpu:", "  gpus:"), "build.gpus is not an option"),
-    ("Configuration: options", "failed", cog("environment:", "environments:"), "environments is not an option"),
-    ("Configuration: options", "failed", cog("gpu: true", 'gpu: "yes"'), "build.gpu is 'yes'"),
-    ("Configuration: deprecated names", "warning", cog('run: "p', 'predict: "p'), "predict is deprecated"),
-    ("Configuration: deprecated names", "warning", cog("build:", "concurrency:\n  max: 8\nbuild:"), "concurrency"),
-    ("Configuration: deprecated names", "failed", cog("train:", 'predict: "predict.py:Runner"\ntrain:'), "both"),
-    ("Configuration: deprecated names", "warning", cog("  gpu:", "  fast: true\n  gpu:"), "earlier releases"),
-    ("Configuration: Python", "failed", cog('"3.12"', "3.10"), "number 3.1"),
-    ("Configuration: Python", "failed", cog('"3.12"', '"3.7"'), "no images for Python 3.7"),
-    ("Configuration: Python", "failed", cog('  python_version: "3.12"\n', ""), "python_version is missing"),
-    ("Configuration: CUDA", "failed", cog('"13.0"', '"13.9"'), "no base image with CUDA 13.9"),
-    ("Configuration: CUDA", "failed", cog('"13.0"', "13.0"), "not a version in quotes"),
+    ("Configuration: Cog's verdict", "failed", remove("cog.yaml"), "is missing"),
+    ("Configuration: Cog's verdict", "failed", write("cog.yaml", "a: [b"), "is not YAML"),
+    ("Configuration: Cog's verdict", "failed", write("cog.yaml", "- a"), "holds no options"),
+    ("Configuration: lost by Cog", "warning", cog("  gpu:", "  gpus:"), "build.gpus is not an option"),
+    ("Configuration: lost by Cog", "warning", cog("environment:", "environments:"), "environments is not an option"),
+    ("Configuration: lost by Cog", "failed", cog('"3.12"', '"3.7"'), "no image with Python 3.7"),
+    ("Configuration: lost by Cog", "failed", cog('  python_version: "3.12"\n', ""), "python_version is missing"),
+    ("Configuration: lost by Cog", "failed", cog('"0.23.1"', "latest"), "does not exist"),
+    ("Configuration: lost by Cog", "failed", cog("build:", "image: You/model\nbuild:"), "no registry takes capitals"),
+    ("Configuration: lost by Cog", "warning", cog("TRACK=1", "TRACK=$HOME"), "value of DO_NOT_TRACK"),
     ("Configuration: CUDA", "failed", cog("gpu: true", "gpu: false"), "build.gpu is not true"),
     ("Configuration: CUDA", "warning", cog('  cuda: "13.0"\n', ""), "build.cuda is missing"),
-    ("Configuration: environment", "failed", cog("DO_NOT_TRACK=1", "CUDA_VISIBLE_DEVICES=0"), "CUDA_VISIBLE_DEVICES"),
-    ("Configuration: environment", "failed", cog("DO_NOT_TRACK=1", "HF_ENDPOINT=x"), "HF_ENDPOINT"),
-    ("Configuration: environment", "failed", cog("DO_NOT_TRACK=1", "DO_NOT_TRACK"), "Entry 1 of environment"),
-    ("Configuration: environment", "failed", cog("=1\n", "=1\n  - DO_NOT_TRACK=0\n"), "twice"),
     ("Configuration: build commands", "failed", cog("- curl", "- |-\n      pwd\n      curl"), "several lines"),
     ("Configuration: build commands", "warning", cog("curl --fail", "pwd; curl --fail"), "continues after"),
     ("Configuration: build commands", "warning", cog("curl --fail", "curl"), "error page"),
     ("Configuration: build commands", "warning", cog("com/tool", "com/latest/tool"), "whatever is latest"),
-    ("Configuration: image", "failed", cog("build:", "image: somewhere/else\nbuild:"), "not a place on Replicate"),
     ("Configuration: model.yaml", "failed", write("model.yaml", "nonsense: 1"), "nonsense is not an option"),
-    ("Inputs: runner", "failed", cog('run: "predict.py:Runner"\n', ""), "names no runner"),
+    ("Inputs: runner", "failed", cog('run: "predict.py:Runner"\ntrain: "train.py:train"\n', ""), "names no runner"),
     ("Inputs: runner", "failed", cog("predict.py:Runner", "predict:Runner"), "predict:Runner"),
     ("Inputs: runner", "failed", cog("predict.py:Runner", "other.py:Runner"), "other.py, which cog.yaml names"),
-    ("Inputs: runner", "failed", cog("predict.py:Runner", "predict.py:Other"), "has no Other"),
-    ("Inputs: runner", "failed", runner("async def run(", "async def go("), "no method run"),
     ("Inputs: runner", "failed", runner("import cog\n", "import (\n"), "predict.py, line"),
-    ("Inputs: runner", "warning", runner("BaseRunner", "BasePredictor"), "BasePredictor"),
-    ("Inputs: runner", "warning", runner("async def run(", "async def predict("), "predict()"),
-    ("Inputs: readable by Cog", "failed", runner("prompt: str =", "prompt ="), "prompt has no type"),
-    ("Inputs: readable by Cog", "failed", runner("prompt: str", "prompt: bytes"), "does not know this type"),
-    ("Inputs: readable by Cog", "failed", runner("prompt: str", "prompt: str | int"), "one type or None"),
-    ("Inputs: readable by Cog", "failed", runner("prompt: str", "prompt: list[list[str]]"), "list of lists"),
-    ("Inputs: readable by Cog", "failed", runner("kind: str", 'kind: Literal["a"]'), "choices to Input"),
-    ("Inputs: readable by Cog", "failed", runner('default=""', "default=str()"), "reads the default str() as none"),
-    ("Inputs: readable by Cog", "failed", runner('default=""', "default_factory=str"), "default_factory"),
-    ("Inputs: readable by Cog", "failed", runner("ge=-1", "ge=LOW"), "drops ge=LOW"),
-    ("Inputs: readable by Cog", "failed", runner("le=9", "le=3 * 3"), "drops le=3 * 3"),
-    ("Inputs: readable by Cog", "failed", runner('CHOICES + ["c"]', "sorted(CHOICES)"), "sorted(CHOICES)"),
-    ("Inputs: readable by Cog", "failed", runner('"What to ask."', 'f"What {1}"'), "drops the description"),
-    ("Inputs: readable by Cog", "failed", runner('Input(description="Which."', 'Input("a"'), "is not named"),
-    (
-        "Inputs: readable by Cog",
-        "failed",
-        runner(' = Input(description="Which.", default="a", choices=CHOICES + ["c"])', " = str(1)"),
-        "only be known by running it",
-    ),
-    ("Inputs: readable by Cog", "failed", runner("kind: str", "*, kind: str"), "Cog refuses"),
-    ("Inputs: readable by Cog", "failed", runner(" -> ConcatenateIterator[str]", ""), "does not declare its output"),
-    ("Inputs: readable by Cog", "failed", runner("-> ConcatenateIterator[str]", "-> Optional[str]"), "optional"),
-    ("Inputs: readable by Cog", "failed", runner("Iterator[str]:", "Iterator[int]:"), "does not yield strings"),
-    ("Inputs: readable by Cog", "failed", runner("-> ConcatenateIterator[str]", "-> Elsewhere"), "another file"),
     ("Inputs: concurrency", "failed", runner("async def run(", "def run("), "not async"),
-    ("Inputs: concurrency", "failed", runner("max=8", "max=MOST"), "literal number"),
     ("Inputs: concurrency", "failed", swap("train.py", "async def", "def"), "no training starts"),
     ("Inputs: concurrency", "warning", runner("return inner()", 'yield "text"'), "nothing streams"),
     ("Inputs: descriptions", "warning", runner('description="Which.", ', ""), "kind of predict.py:Runner"),
-    ("Inputs: descriptions", "warning", runner('"Which."', '"Which " "one."'), "written in parts"),
+    ("Inputs: readable by Cog", "warning", runner('"Which."', '"Which " "one."'), "as it stands in the source"),
     ("Packages: Cog's runtime", "failed", cog("coglet==0.23.1", "other==1"), "does not pin coglet"),
     ("Packages: Cog's runtime", "failed", cog("coglet==0.23.1", "coglet==0.23.2"), "installs coglet 0.23.2"),
     ("Packages: Cog's runtime", "failed", cog("coglet==0.23.1", "coglet"), "installs coglet any version"),
@@ -270,6 +233,80 @@ def test_what_is_wrong_is_found(here: Path, name: str, outcome: str, change: Cha
     assert [
         row.finding.message for row in found if row.finding.outcome == outcome and message in row.finding.message
     ], found
+
+
+def test_cogs_verdict_is_preflights(here: Path, tmp_path: Path) -> None:
+    """In its words: each command's refusal once, and what it says beside; what no other knows is not guessed."""
+    bin_ = tmp_path / "bin"
+    named = "Configuration: Cog's verdict"
+    [row] = findings(here, named)
+    assert (row.finding.outcome, row.finding.message) == ("passed", "Cog takes the project (cog doctor, run, train)")
+    said = "parameter 'kind': choices expression cannot be statically resolved"
+    preflightproject.cog(bin_, says=said)
+    [row] = findings(here, named)
+    assert (row.finding.outcome, row.finding.message) == ("failed", f"Cog refuses the project: {said}")
+    preflightproject.cog(bin_, train="train schema: fit", doctor="predict.py not found\nRemediation: Create it")
+    rows = findings(here, named)
+    assert [row.finding.outcome for row in rows] == ["failed", "failed"]
+    assert "predict.py not found\nRemediation: Create it" in rows[0].finding.message
+    # A required input is asked for before the unknown one is seen; a table of versions that is too old changes nothing.
+    seen = "Cog doesn't know if CUDA 13.0 is compatible with PyTorch 2.13.0. This might cause CUDA problems."
+    preflightproject.cog(bin_, run=f'{seen}\ndeprecated field "predict"\nmissing required input "prompt"')
+    rows = findings(here, named)
+    assert [(row.finding.outcome, row.finding.message) for row in rows[:1]] == [
+        ("warning", 'Cog says: deprecated field "predict"')
+    ]
+    assert rows[1].finding.outcome == "passed"
+    preflightproject.cog(bin_, train='unknown command "train" for "cog"')
+    assert "(cog doctor, run)" in findings(here, named)[0].finding.message
+
+
+def test_an_older_cog_is_not_asked(here: Path, tmp_path: Path) -> None:
+    """Its `cog run` would run the words in an image that it builds first."""
+    preflightproject.cog(tmp_path / "bin", "0.21.0", says="it was asked")
+    [row] = findings(here, "Configuration: Cog's verdict")
+    assert (row.finding.outcome, "without building it" in row.finding.message) == ("skipped", True)
+
+
+@pytest.mark.parametrize(
+    ("change", "unsure"),
+    [
+        (runner("count: Optional[int]", "count: dict"), "count"),
+        (runner("prompt: str", "prompt: Secret"), "prompt"),
+        (runner('default=""', "default=None"), "prompt"),
+        (runner("default=None, ge", "default=-2, ge"), "count"),
+        (runner('default="a", choices=CHOICES + ["c"]', 'default="z", choices=["c"]'), "kind"),
+        (runner("max=8", "max=MOST"), "cog.concurrent(max=MOST)"),
+        (runner("-> ConcatenateIterator[str]", "-> list[str]"), "the output list[str]"),
+        (runner("self,", "self, *,"), "the parameters of run()"),
+        (runner("async def run(", "async def go("), "Runner"),
+        (cog("build:", "weights: [a]\nbuild:"), "weights"),
+        (cog('cuda: "13.0"', "cuda: [13]"), "build.cuda"),
+        (cog("DO_NOT_TRACK=1", SECRET), "environment"),
+    ],
+)
+def test_without_cog_only_the_repositorys_own_forms_are_known(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Change, unsure: str
+) -> None:
+    runner(' choices=CHOICES + ["c"]', ' choices=["a"]')(here)
+    (tmp_path / "bin" / "cog").unlink()
+    rows = [row for row in run(here).of("skipped") if row.topic in ("Configuration", "Inputs")]
+    assert [row.finding.message for row in rows] == ["Cog was not asked, as cog is not on the PATH."]
+    with_choices = runner(' choices=["a"]', ' choices=CHOICES + ["c"]')
+    if "CHOICES" in str(change.__closure__ and [cell.cell_contents for cell in change.__closure__]):
+        with_choices(here)
+    change(here)
+    report = run(here)
+    told = [row.finding.message for row in report.of("skipped") if "nly Cog can tell" in row.finding.message]
+    assert any(unsure in message for message in told), told
+    assert SECRET not in str(report.to_dict())
+
+
+def test_the_repositorys_own_files_need_no_cog_to_be_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    rows = preflight.run(preflight.Request(ROOT, offline=True), skip=["weights", "image", "machine", "replicate"]).rows
+    assert [row.finding.message for row in rows if "nly Cog can tell" in row.finding.message] == []
+    assert [row for row in rows if row.finding.outcome in ("failed", "warning")] == []
 
 
 def test_a_lock_that_lacks_what_a_package_needs(here: Path) -> None:
@@ -527,7 +564,7 @@ def test_a_folder_without_git_is_no_mistake(here: Path, tmp_path: Path) -> None:
     [
         ("docker", "Cannot connect to the Docker daemon", 1, "failed", "Cannot connect"),
         ("cog", "broken", 2, "failed", "broken"),
-        ("cog", "cog version 0.9.0", 0, "warning", "older than"),
+        ("cog", "cog version 0.9.0", 0, "failed", "older than"),
     ],
 )
 def test_programs_that_do_not_work(

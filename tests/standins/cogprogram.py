@@ -30,6 +30,10 @@ def main(arguments):
     note(arguments)
     if arguments == ["--version"]:
         print("cog version 0.23.1 (built 2026-01-01T00:00:00Z)")
+    elif arguments == ["doctor"]:
+        print("no issues found")
+    elif arguments[:1] in (["run"], ["train"]):
+        fail('unknown input "nope"')  # what it refuses is in tests/preflight/corpus.json
     elif arguments[:1] == ["login"]:
         login(arguments[1:])
     elif arguments[:1] == ["push"]:

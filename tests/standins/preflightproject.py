@@ -134,6 +134,30 @@ def program(folder: Path, name: str, answer: str, status: int = 0) -> None:
     path.chmod(0o755)
 
 
+ACCEPTED = 'unknown input "nope"'
+
+
+def cog(folder: Path, version: str = "0.23.1", says: str = "", **words: str) -> None:
+    """A `cog` with Cog's verdict: `says` where it refuses the project, `words` where a command answers by itself.
+
+    What Cog's build alone refuses, its quick questions let pass.
+    """
+    folder.mkdir(exist_ok=True)
+    quick = "" if says.startswith("image build failed") else says
+    for name in ("doctor", "run", "train"):
+        told = words.get(name, quick if name != "doctor" else "")
+        (folder / f"cog-{name}").write_text(told or (ACCEPTED if name != "doctor" else ""))
+    path = folder / "cog"
+    path.write_text(
+        '#!/bin/sh\nenv | grep -q TOKEN && exit 9\n[ "$COG_NO_UPDATE_CHECK$NO_COLOR" = 11 ] || exit 9\n'
+        f'case "$*" in\n--version) echo "cog version {version} (built today)"; exit;;\n'
+        f'doctor) [ "$COG_SKIP_DOCKER_CHECK$COG_SKIP_GPU_CHECK" = 11 ] || exit 9;;\n'
+        '"run -i nope=1"|"train -i nope=1");;\n*) exit 8;;\nesac\n'
+        'said=$(dirname "$0")/cog-$1\ncat "$said" >&2\n[ "$1" = doctor ] && [ ! -s "$said" ] && exit 0\nexit 1\n'
+    )
+    path.chmod(0o755)
+
+
 class Stub:
     """Routes with their answers, a status each; `busy` answers come first."""
 

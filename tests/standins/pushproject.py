@@ -112,12 +112,12 @@ class Machine:
     programs: Path
 
     def calls(self) -> list[list[str]]:
-        """The arguments of each call of `cog` since the last time, without calls for its version."""
+        """The arguments of each call of `cog` since the last time, without preflight's questions."""
         path = self.programs / "cog-calls.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         path.write_text("")
         found = [json.loads(line)["arguments"] for line in lines]
-        return [arguments for arguments in found if arguments != ["--version"]]
+        return [arguments for arguments in found if arguments[0] in ("login", "push")]
 
     def violations(self) -> str:
         path = self.programs / "cog-violations.txt"
