@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
@@ -24,8 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cogpress.cog.process import check_free
 from cogpress.config import Playground, Prompt
-from cogpress.errors import CogpressError
-from cogpress.playground import access, history, web
+from cogpress.playground import access, history, listen, web
 from cogpress.playground.api import resources
 from cogpress.playground.api import routes as api
 from cogpress.playground.api.streams import Streams
@@ -129,7 +124,7 @@ def routes(parts: Parts, webhook_secret: str) -> list[BaseRoute]:
         *api.routes(parts),
         *resources.routes(parts, webhook_secret),
         *history.routes(parts),
-        *openai.routes(parts),
+        *openai.hosted(parts),
     ]
 
 
@@ -251,8 +246,7 @@ def application(
             await webhooks.close()
             await made.store.close()
 
-    handlers = {HTTPException: _http_error, access.TooLarge: _too_large, Exception: _internal_error}
-    inner = Starlette(routes=routes(made, webhooks.key), lifespan=lifespan, exception_handlers=handlers)
+    inner = Starlette(routes=routes(made, webhooks.key), lifespan=lifespan, exception_handlers=web.EXCEPTION_HANDLERS)
 
     async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
         # Streams are long and busy, so they bypass the framework.
@@ -297,23 +291,6 @@ async def _add(parts: Parts, name: str, source: str) -> Version:
     return await parts.catalog.add(name, source, label=label or shown)
 
 
-def _http_error(_request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    titles = {404: "Not found", 405: "Method not allowed", 400: "Bad request"}
-    detail = "There is nothing at this address." if status == 404 else str(getattr(error, "detail", ""))
-    return web.problem_response(access.error(status, titles.get(status, "Error"), detail))
-
-
-def _too_large(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, access.TooLarge)
-    return web.problem_response(error.body)
-
-
-def _internal_error(_request: Request, error: Exception) -> Response:
-    detail = f"The playground failed ({type(error).__name__})."
-    return web.problem_response(access.error(500, "Internal error", detail))
-
-
 def serve(settings: Settings, on_ready: Callable[[Parts], None] = lambda _parts: None) -> None:
     """Serve until told to stop.
 
@@ -325,66 +302,13 @@ def serve(settings: Settings, on_ready: Callable[[Parts], None] = lambda _parts:
         CogpressError: it cannot start; nothing is left running.
     """
     check_free(settings.host, settings.port)
-    # The reason is raised below; uvicorn need not add to it.
-    logging.getLogger("uvicorn.error").addFilter(lambda line: "startup failed" not in line.getMessage())
     stopped = asyncio.Event()
-    app = _StartupErrors(application(settings, on_ready=on_ready, stopped=stopped))
-    options = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        lifespan="on",
-        timeout_graceful_shutdown=3,
-    )
-
-    class Stoppable(uvicorn.Server):
-        """Reports a signal at once; uvicorn itself would only notice it after the start."""
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            super().handle_exit(sig, frame)
-            # A signal alone does not wake every kind of event loop.
-            asyncio.get_running_loop().call_soon_threadsafe(stopped.set)
-
-    try:
-        Stoppable(options).run()
-    except SystemExit:
-        if app.error is None:
-            raise
-    if app.error is not None:
-        raise app.error
-
-
-class _StartupErrors:
-    """Keeps the error of a failed start, which uvicorn would print as a stack trace."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.error: CogpressError | None = None
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "lifespan":
-            await self._app(scope, receive, send)
-            return
-
-        async def silenced(message: Any) -> None:
-            if message["type"] == "lifespan.startup.failed":
-                message = {**message, "message": ""}
-            await send(message)
-
-        try:
-            await self._app(scope, receive, silenced)
-        except CogpressError as error:
-            self.error = error
+    listen.listen(application(settings, on_ready=on_ready, stopped=stopped), settings.host, settings.port, stopped)
 
 
 def greeting(parts: Parts, host: str, port: int) -> str:
     """The address, and how to point clients at it."""
-    shown = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
-    base = f"http://{shown}:{port}"
+    base = listen.address(host, port)
     names = ", ".join(name for name, model in parts.catalog.models.items() if model.versions)
     return (
         f"Ready at {base} with {names}. Stop with Ctrl-C.\n"

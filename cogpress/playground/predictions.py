@@ -14,23 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from cogpress.errors import CogpressError
 from cogpress.playground.catalog import Catalog
-from cogpress.playground.queue import Queue
-from cogpress.playground.records import Options, Prediction, QueueFullError, Version, new_id
+from cogpress.playground.queue import Queue, check_room, memory
+from cogpress.playground.records import Options, Prediction, Version, new_id
 from cogpress.playground.store import Store, UnwritableError
-
-CANCEL_SECONDS = 10.0
-"""How long `cancel` waits for a running prediction to end; only a hanging server takes that long."""
-
-START_SECONDS = 1.0
-"""How long `cancel` waits for a prediction whose server has not begun it."""
 
 KEPT_SECONDS = 300.0
 """How long the events of an ended prediction are kept for readers that reconnect; later only its output is known."""
@@ -80,8 +72,8 @@ class Predictions:
         version.check(payload)
         queue = self._catalog.queue(version)
         shown = version.redacted(payload)
-        prediction = Prediction(new_id(), version, shown, payload, options or Options(), size=_memory(shown))
-        self._check_room(prediction)
+        prediction = Prediction(new_id(), version, shown, payload, options or Options(), size=memory(shown))
+        check_room(prediction, [one for one, _ in self._alive.values()], self._most, self._most_bytes)
         if unknown := version.unknown(payload):
             prediction.add_log(f"Not used, as the model has no such input: {', '.join(unknown)}.\n")
         self._alive[prediction.id] = prediction, queue
@@ -92,18 +84,6 @@ class Predictions:
         with contextlib.suppress(UnwritableError):  # it runs; its record is kept, and written later
             await written
         return prediction
-
-    def _check_room(self, new: Prediction) -> None:
-        alive = [prediction for prediction, _ in self._alive.values()]
-        own = [prediction for prediction in alive if prediction.options.client == new.options.client]
-        for found, share, whose in ((alive, 1, ""), (own, 2, " from this address")):
-            size = sum(prediction.size for prediction in found)
-            # One alone may be of any size that a request may have.
-            if found and (len(found) >= self._most // share or size + new.size > self._most_bytes // share):
-                raise QueueFullError(
-                    f"Too much waits or runs: {len(found):,} predictions of {size >> 20:,} MB{whose}. Try again once "
-                    "some have ended, or raise playground.max_waiting and playground.max_waiting_mb in model.yaml."
-                )
 
     def _end(self, prediction: Prediction) -> None:
         if self._alive.pop(prediction.id, None) is None:
@@ -150,26 +130,10 @@ class Predictions:
         if prediction.ended or prediction.id not in self._alive:
             return
         _, queue = self._alive[prediction.id]
-        prediction.cancel_requested = True
-        if queue.drop(prediction):
-            return
-        with contextlib.suppress(CogpressError):  # the wait below shows whether it ended
-            await queue.backend.cancel(prediction)
-        if prediction.status == "processing":
-            await prediction.wait(CANCEL_SECONDS)
-        if prediction.status == "starting" and not await prediction.wait(START_SECONDS):
-            # Its server is still starting, which takes minutes; once ready, it finds nothing to do.
-            prediction.end("canceled")
-            self._end(prediction)
+        await queue.cancel(prediction)
 
     async def close(self) -> None:
         """Stop the background work."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-def _memory(value: Any) -> int:
-    """Bytes of JSON in memory."""
-    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sys.getsizeof(value) + sum(map(_memory, inner))

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import itertools
+import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 from cogpress.errors import CogpressError
 from cogpress.playground.backend import Backend, Busy, Rejected, Unreachable
-from cogpress.playground.records import Prediction
+from cogpress.playground.records import Prediction, QueueFullError
 
 PATIENCE_SECONDS = 10.0
 """How long predictions wait for a server that does not answer: it may be restarting."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.004, 0.25
 """Seconds between retries. The runtime frees a slot a few milliseconds after its answer."""
+
+CANCEL_SECONDS = 10.0
+"""How long `cancel` waits for a running prediction to end; only a hanging server takes that long."""
+
+START_SECONDS = 1.0
+"""How long `cancel` waits for a prediction whose server has not begun it."""
 
 _UNKNOWN_SLOTS = 64
 _PROBE_SECONDS = 5.0
@@ -72,7 +81,8 @@ class Queue:
 
         Args:
             backend: runs the predictions.
-            on_end: called once for each prediction that has ended.
+            on_end: called for each prediction that has ended, and once more when the backend lets go of one that had
+                not begun when it was canceled.
         """
         self.backend = backend
         self.running: set[Prediction] = set()
@@ -96,14 +106,22 @@ class Queue:
         self._waiting.add(next(self._numbers), prediction, again=False)
         self._fill()
 
-    def drop(self, prediction: Prediction) -> bool:
-        """Cancel a prediction that still waits; False if it runs."""
-        if prediction in self.running:
-            return False
-        self._waiting.remove(prediction)
-        prediction.end("canceled")
-        self._on_end(prediction)
-        return True
+    async def cancel(self, prediction: Prediction) -> None:
+        """Cancel a prediction and wait for its end."""
+        prediction.cancel_requested = True
+        if prediction not in self.running:
+            self._waiting.remove(prediction)
+            prediction.end("canceled")
+            self._on_end(prediction)
+            return
+        with contextlib.suppress(CogpressError):  # the wait below shows whether it ended
+            await self.backend.cancel(prediction)
+        if prediction.status == "processing":
+            await prediction.wait(CANCEL_SECONDS)
+        if prediction.status == "starting" and not await prediction.wait(START_SECONDS):
+            # Its server is still starting, which takes minutes; once ready, it finds nothing to do.
+            prediction.end("canceled")
+            self._on_end(prediction)
 
     def _fill(self) -> None:
         if self._paused is not None:
@@ -193,3 +211,32 @@ class Queue:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.backend.close()
+
+
+def check_room(new: Prediction, alive: Collection[Prediction], most: int, most_bytes: int) -> None:
+    """Refuse a prediction where too many wait or run.
+
+    Args:
+        new: the prediction, with its client and size.
+        alive: those that wait or run.
+        most: how many there may be, one client's at most half of them.
+        most_bytes: of their inputs and events so far, likewise.
+
+    Raises:
+        QueueFullError: there are too many.
+    """
+    own = [prediction for prediction in alive if prediction.options.client == new.options.client]
+    for found, share, whose in ((alive, 1, ""), (own, 2, " from this address")):
+        size = sum(prediction.size for prediction in found)
+        # One alone may be of any size that a request may have.
+        if found and (len(found) >= most // share or size + new.size > most_bytes // share):
+            raise QueueFullError(
+                f"Too much waits or runs: {len(found):,} predictions of {size >> 20:,} MB{whose}. Try again once some "
+                "have ended, or raise playground.max_waiting and playground.max_waiting_mb in model.yaml."
+            )
+
+
+def memory(value: Any) -> int:
+    """Bytes of JSON in memory."""
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sys.getsizeof(value) + sum(map(memory, inner))

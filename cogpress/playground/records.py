@@ -205,6 +205,8 @@ class Prediction:
     first_output: float = 0.0
     fault: Fault | None = None
     """Whose fault a failure is, if it was not the model that failed."""
+    refused: int | None = None
+    """The status with which Replicate refuses it to the caller's own token."""
     cancel_requested: bool = False
     unreachable_since: float = 0.0
     _outputs: int = 0

@@ -26,6 +26,9 @@ PATIENCE_SECONDS = 60.0
 SILENT_SECONDS = 120.0
 """The longest silence of a stream; after that the prediction itself is polled."""
 
+CALLERS = frozenset({401, 402, 403})
+"""Refusals of a token, or of what its account may do."""
+
 TRIES = 2
 """Attempts at a request. The queue repeats what still fails, and cancels what waits."""
 
@@ -33,7 +36,7 @@ LONGEST_WAIT = 60.0
 """Seconds between attempts."""
 
 
-class _Missing(CogpressError):
+class Missing(CogpressError):
     """There is no such model, version or deployment."""
 
 
@@ -47,7 +50,7 @@ class ReplicateBackend:
 
         Args:
             name: of the model, with or without a version, or of a deployment.
-            token: default: REPLICATE_API_TOKEN.
+            token: the caller's; default: REPLICATE_API_TOKEN.
             base: address of the API; default: REPLICATE_BASE_URL, or else Replicate's own.
 
         Raises:
@@ -60,13 +63,20 @@ class ReplicateBackend:
         self._kind: Literal["models", "deployments", ""] = ""
         """What `name` names; empty if predictions are created by version."""
         self._found = False
+        self._callers = token is not None
+        """Whether the token is the caller's, and not this server's own."""
         timeout = httpx.Timeout(20, read=SILENT_SECONDS)
         self._replicate = AsyncReplicate(*credentials(environ), tries=TRIES, longest=LONGEST_WAIT, timeout=timeout)
         self._remote: dict[str, dict[str, Any]] = {}
 
     async def run(self, prediction: Prediction) -> None:
         """See `Backend.run`."""
-        made = await self._create(prediction.payload)
+        try:
+            made = await self._create(prediction.payload)
+        except RefusedError as error:
+            if self._callers and error.status in CALLERS:
+                prediction.refused = error.status
+            raise
         self._remote[prediction.id] = made
         try:
             if prediction.cancel_requested:
@@ -81,7 +91,7 @@ class ReplicateBackend:
         if self._kind:
             try:
                 return await self._ask(routes.predict_by_name(self._kind, self._name, inputs))
-            except _Missing:
+            except Missing:
                 # Replicate runs only official models by name, all others by version.
                 if not self._version:
                     raise
@@ -139,7 +149,7 @@ class ReplicateBackend:
             return dict(await self._replicate.ask(call))
         except RefusedError as error:
             if error.status == 404:
-                raise _Missing(str(error)) from None
+                raise Missing(str(error)) from None
             if error.status == 422:
                 raise Rejected(str(error)) from None
             raise
@@ -181,10 +191,10 @@ class ReplicateBackend:
             found = (await self._ask(routes.model(self._name))).get("latest_version") or {}
             self._version, self._kind, self._found = str(found.get("id") or ""), "models", True
             return found
-        except _Missing as missing:
+        except Missing as missing:
             try:
                 release = (await self._ask(routes.deployment(self._name)))["current_release"]
-            except (_Missing, KeyError):
+            except (Missing, KeyError):
                 raise missing from None
         self._kind, self._found = "deployments", True
         return await self._ask(routes.version(release["model"], release["version"]))

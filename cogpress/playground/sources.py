@@ -85,16 +85,26 @@ def parse(text: str) -> str:
             raise CogpressError(f"{text!r} is not replicate:owner/name or replicate:owner/name:version.")
         return text
     if text.startswith(("http://", "https://")):
-        try:
-            found = urlsplit(text)
-            if found.hostname and not found.username and not found.query and found.port != 0:
-                return text.rstrip("/")
-        except ValueError:
-            pass
-        raise CogpressError("Give a Cog server's address as http://HOST:PORT, without a password or query.")
+        return cog(text)
     if text.startswith("hf://"):
         return f"folder:{text}"
     folder = Path(text).expanduser().resolve()
     if not folder.exists():
         raise CogpressError(f"There are no weights at {folder}. Run scripts/train, or name others.")
     return f"folder:{folder}"
+
+
+def cog(text: str) -> str:
+    """A Cog server's address.
+
+    Raises:
+        CogpressError: it is none.
+    """
+    try:
+        found = urlsplit(text)
+        right = found.scheme in ("http", "https") and found.hostname and found.port != 0
+        if right and not found.username and not found.query:
+            return text.rstrip("/")
+    except ValueError:
+        pass
+    raise CogpressError("Give a Cog server's address as http://HOST:PORT, without a password or query.")

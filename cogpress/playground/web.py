@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -138,6 +139,31 @@ async def read_json(request: Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise HTTPProblem(400, "Bad request", "The body must be a JSON object.")
     return body
+
+
+def _http_error(_request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    titles = {404: "Not found", 405: "Method not allowed", 400: "Bad request"}
+    detail = "There is nothing at this address." if status == 404 else str(getattr(error, "detail", ""))
+    return problem_response(access.error(status, titles.get(status, "Error"), detail))
+
+
+def _too_large(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, access.TooLarge)
+    return problem_response(error.body)
+
+
+def _internal_error(_request: Request, error: Exception) -> Response:
+    detail = f"The server failed ({type(error).__name__})."
+    return problem_response(access.error(500, "Internal error", detail))
+
+
+EXCEPTION_HANDLERS: dict[Any, Callable[[Request, Exception], Response]] = {
+    HTTPException: _http_error,
+    access.TooLarge: _too_large,
+    Exception: _internal_error,
+}
+"""What an application answers to a request that no handler of a route answers."""
 
 
 def string(body: dict[str, Any], name: str, *, required: bool = False) -> str | None:

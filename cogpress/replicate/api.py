@@ -202,10 +202,19 @@ def credentials(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
         raise CogpressError(
             "REPLICATE_API_TOKEN is not set. Set it to a token from replicate.com/account/api-tokens, in no file here."
         )
+    return token, address(environ)
+
+
+def address(environ: Mapping[str, str] = os.environ) -> str:
+    """The API's address, from REPLICATE_BASE_URL.
+
+    Raises:
+        CogpressError: it is not safe to send a token to.
+    """
     base = (environ.get("REPLICATE_BASE_URL") or ADDRESS).rstrip("/")
     if not source.allowed(base):
         raise CogpressError(f"{source.shown(base)} (REPLICATE_BASE_URL) is neither https nor this machine. Correct it.")
-    return token, base
+    return base
 
 
 def connect() -> Replicate:

@@ -193,7 +193,7 @@ def test_both_apis_say_when_to_come_back(tmp_path: Path) -> None:
         await predictions.create(version, {"prompt": "first"}, Options(client="127.0.0.1"))
         catalog = SimpleNamespace(resolve=lambda _name: version)
         parts = cast("Parts", SimpleNamespace(predictions=predictions, catalog=catalog))
-        app = Starlette(routes=[*routes.routes(parts), *openai.routes(parts)])
+        app = Starlette(routes=[*routes.routes(parts), *openai.hosted(parts)])
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             told = await client.post("/v1/predictions", json={"version": "m", "input": {"prompt": "x"}})
             assert (told.status_code, told.headers["retry-after"], told.json()["status"]) == (429, "5", 429)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -26,68 +24,13 @@ from cogpress.playground.openai.errors import OpenAIError, from_prediction
 from cogpress.playground.openai.responses import Completion, chat_logprobs, encoded, text_logprobs
 from cogpress.playground.openai.tools import Tools
 from cogpress.playground.records import Prediction, Version
-from tests.standins.localreplicate import ROOT, TOKEN, Local, echoing, project
+from tests.standins.localreplicate import ROOT, TOKEN, Local
+from tests.standins.teller import say
 
 openai = pytest.importorskip("openai", reason="requirements/dev.in lists OpenAI's client")
 instructor = pytest.importorskip("instructor", reason="requirements/dev.in lists Instructor")
 
 pytestmark = pytest.mark.slow
-
-RUNNER = """
-import asyncio, json, sys
-from typing import Optional
-sys.path.insert(0, {root!r})
-from cog import BaseRunner, ConcatenateIterator, Input
-from cogpress.cog import streaming
-from cogpress.errors import CogpressError
-
-class Runner(BaseRunner):
-    def setup(self) -> None:
-        streaming.install()
-
-    async def chunks(self, inputs, record):
-        text = json.loads(inputs["messages"])[-1]["content"] if inputs.get("messages") else inputs["prompt"]
-        told = json.loads(text) if text.startswith("{{") else {{"say": [text]}}
-        record("input_token_count", len(text.split()))
-        if "refuse" in told:
-            raise CogpressError(told["refuse"])
-        if "raise" in told:
-            raise ValueError(told["raise"])
-        said = [json.dumps(inputs)] if told.get("tell") else told["say"] * told.get("times", 1)
-        for one in said:
-            await asyncio.sleep(told.get("delay", 0))
-            yield one
-        if "fail" in told:
-            raise ValueError(told["fail"])
-        record("output_token_count", len(said))
-        for name, value in told.get("metrics", {{}}).items():
-            record(name, value)
-
-    @cog.streaming
-    @cog.concurrent(max=16)
-    async def run(
-        self,
-        prompt: str = Input(default=""),
-        system_prompt: Optional[str] = Input(default=None),
-        messages: Optional[str] = Input(default=None),
-        adapter: str = Input(default=""),
-        max_tokens: int = Input(default=512, ge=1, le=1000),
-        temperature: float = Input(default=0.0, ge=0.0, le=5.0),
-        top_p: float = Input(default=1.0, ge=0.01, le=1.0),
-        top_k: int = Input(default=0, ge=0, le=1000),
-        stop: str = Input(default=""),
-        seed: Optional[int] = Input(default=None, ge=0),
-        json_schema: Optional[str] = Input(default=None),
-        tools: Optional[str] = Input(default=None),
-        presence_penalty: float = Input(default=0.0, ge=-2.0, le=2.0),
-        frequency_penalty: float = Input(default=0.0, ge=-2.0, le=2.0),
-        logit_bias: Optional[str] = Input(default=None),
-        logprobs: Optional[int] = Input(default=None, ge=0, le=20),
-    ) -> ConcatenateIterator[str]:
-        inputs = dict(locals())
-        del inputs["self"]
-        return streaming.stream(self.chunks(inputs, self.scope.record_metric))
-""".replace("import asyncio, json, sys", "import asyncio, json, sys, cog")
 
 SCHEMA = {
     "components": {
@@ -104,29 +47,6 @@ SCHEMA = {
 """The schema of a model that takes conversations and JSON schemas."""
 
 
-@pytest.fixture(scope="module")
-def cog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = project(tmp_path_factory.mktemp("teller"))
-    (root / "predict.py").write_text(RUNNER.format(root=str(ROOT)))
-    with Server(root, log=root / "server.log") as cog:
-        cog.wait_ready(60)
-        yield cog
-
-
-@pytest.fixture(scope="module")
-def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A model with few inputs."""
-    with echoing(tmp_path_factory.mktemp("echo")) as cog:
-        yield cog
-
-
-@pytest.fixture(scope="module")
-def local(cog: Server, echo: Server) -> Iterator[Local]:
-    models = [("teller", cog.url), ("acme/echo", echo.url)]
-    with Local(cog.root, models, token=TOKEN, adapters=["blue"], options={"max_input_mb": 1}) as local:
-        yield local
-
-
 @pytest.fixture
 def client(local: Local) -> Any:
     return openai.OpenAI(base_url=f"{local.url}/v1", api_key=TOKEN)
@@ -141,10 +61,6 @@ def told(client: Any, **more: Any) -> dict[str, Any]:
         **more,
     )
     return dict(json.loads(made.choices[0].message.content))
-
-
-def say(*texts: str, **more: Any) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": json.dumps({"say": texts, **more})}]
 
 
 def test_a_chat_completion(client: Any, local: Local) -> None:
@@ -727,12 +643,6 @@ def test_a_stream_that_waits_long_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     """A stream without text begins with comments after a while; a later failure is reported in the stream."""
     monkeypatch.setattr(openai_routes, "PULSE_SECONDS", 0.05)
 
-    class Parts:
-        class Predictions:
-            later = cancel = staticmethod(lambda _: None)
-
-        predictions = Predictions
-
     version = Version("1" * 64, "local/x", 0.0, {}, "http://nowhere")
 
     async def main(status: str) -> list[dict[str, Any]]:
@@ -743,7 +653,7 @@ def test_a_stream_that_waits_long_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         async def send(message: Any) -> None:
             sent.append(message)
 
-        response = openai_routes._CompletionResponse(Parts, prediction, form, stream=True)  # type: ignore[arg-type]
+        response = openai_routes._CompletionResponse(prediction, form, lambda _: None, stream=True)
         running = asyncio.create_task(response({"type": "http"}, asyncio.Event().wait, send))  # type: ignore[arg-type]
         await asyncio.sleep(0.2)
         prediction.start()
@@ -761,7 +671,6 @@ def test_a_stream_that_waits_long_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_long_tool_call_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_routes, "PULSE_SECONDS", 0.05)
-    parts = SimpleNamespace(predictions=SimpleNamespace(later=lambda _: None, cancel=lambda _: None))
     version = Version("1" * 64, "local/x", 0.0, {}, "http://nowhere")
     function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -774,7 +683,7 @@ def test_a_long_tool_call_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None
         async def send(message: Any) -> None:
             sent.append(message.get("body", b""))
 
-        response = openai_routes._CompletionResponse(parts, prediction, form, stream=True)  # type: ignore[arg-type]
+        response = openai_routes._CompletionResponse(prediction, form, lambda _: None, stream=True)
         running = asyncio.create_task(response({"type": "http"}, asyncio.Event().wait, send))  # type: ignore[arg-type]
         prediction.start()
         call = '<tool_call>{"name": "f", "arguments": {"a": "b"}}</tool_call>'

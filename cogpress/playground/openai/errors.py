@@ -28,6 +28,8 @@ _PATHS = re.compile(
 )
 """Paths that OpenAI's clients call."""
 
+API_KEY = "Use a token from replicate.com/account/api-tokens as the client's API key."
+
 _KINDS = {
     401: ("invalid_request_error", "invalid_api_key"),
     403: ("permission_error", None),
@@ -63,6 +65,15 @@ def body(message: str, status: int, param: str | None = None, code: str | None =
     return {"error": {"message": message, "type": kind, "param": param, "code": code or usual}}
 
 
+def refused(message: str, status: int) -> OpenAIError:
+    """What a caller is told that Replicate refuses: their token, or their account."""
+    if status == 401:
+        return OpenAIError(f"Replicate rejects the API key. {API_KEY}", status=401)
+    if status == 402:  # clients do not try again what has this code
+        return OpenAIError(message, status=429, code="insufficient_quota")
+    return OpenAIError(message, status=status)
+
+
 def from_prediction(prediction: Prediction) -> OpenAIError | None:
     """The error that a prediction ended with; None if it succeeded.
 
@@ -74,6 +85,8 @@ def from_prediction(prediction: Prediction) -> OpenAIError | None:
     if prediction.status != "failed":
         return None
     message = prediction.error or "The prediction failed."
+    if prediction.refused is not None:
+        return refused(message, prediction.refused)
     if prediction.started_at is None and prediction.fault != "input":
         return OpenAIError(message, status=503, code="model_unavailable")
     broken = prediction.fault == "server" or message in (DEAD, INCOMPLETE) or _EXCEPTION.match(message) is not None
@@ -91,16 +104,16 @@ class ErrorMiddleware:
     Replicate's clients call the routes of models too, so errors there keep Replicate's keys beside OpenAI's.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        """Wrap an application."""
-        self._app = app
+    def __init__(self, app: ASGIApp, *, alone: bool = False) -> None:
+        """Wrap an application; `alone` where it serves no other API."""
+        self._app, self._alone = app, alone
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and rewrite the response if it is an error."""
-        if scope["type"] != "http" or not _PATHS.fullmatch(scope["path"]):
+        if scope["type"] != "http" or not (self._alone or _PATHS.fullmatch(scope["path"])):
             await self._app(scope, receive, send)
             return
-        keep = scope["path"].startswith("/v1/models")
+        keep = not self._alone and scope["path"].startswith("/v1/models")
         start: MutableMapping[str, Any] | None = None
         content = b""
 

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -25,7 +27,7 @@ from cogpress.playground.openai.parameters import CompletionRequest
 from cogpress.playground.openai.responses import Completion, encoded
 from cogpress.playground.records import HostedModel, InvalidInput, Options, Prediction, QueueFullError, Version
 from cogpress.playground.store import UnwritableError
-from cogpress.playground.web import RETRY, Handler, HTTPProblem, Parts, base_url, client_of, json_response, read_json
+from cogpress.playground.web import RETRY, HTTPProblem, Parts, base_url, client_of, json_response, read_json
 
 PULSE_SECONDS = 15.0
 """A stream begins after this long even without text, and then sends a comment this often until there is some."""
@@ -33,21 +35,66 @@ PULSE_SECONDS = 15.0
 _HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
 
 
-def routes(parts: Parts) -> list[Route]:
-    """The routes; those of models, which Replicate's clients call too, are in the application."""
-    made = {
-        ("POST", "/v1/chat/completions"): chat_completions,
-        ("POST", "/v1/completions"): completions,
-        ("GET", "/v1/models/{name}"): model,
-        **{("POST", path): not_here for path in errors.NOT_HERE},
+@dataclass(frozen=True)
+class Asked:
+    """The model that a request names.
+
+    Attributes:
+        version: of the model.
+        adapter: of the version; empty for none.
+        create: creates a prediction with these inputs.
+        cancel: cancels it, in the background.
+    """
+
+    version: Version
+    adapter: str
+    create: Callable[[dict[str, Any]], Awaitable[Prediction]]
+    cancel: Callable[[Prediction], None]
+
+
+Resolve = Callable[[Request, str], Awaitable[Asked]]
+"""Finds the model of a name in a request."""
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def routes(resolve: Resolve) -> list[Route]:
+    """The routes of completions, and of what is not served."""
+    made: dict[str, Handler] = {
+        "/v1/chat/completions": partial(_complete, resolve, chat=True),
+        "/v1/completions": partial(_complete, resolve, chat=False),
+        **dict.fromkeys(errors.NOT_HERE, _not_here),
     }
-    return [Route(path, _endpoint(parts, handler), methods=[method]) for (method, path), handler in made.items()]
+    return [Route(path, endpoint(handler), methods=["POST"]) for path, handler in made.items()]
 
 
-def _endpoint(parts: Parts, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+def hosted(parts: Parts) -> list[Route]:
+    """The routes over the playground's models; those of models, which Replicate's clients call too, are elsewhere."""
+
+    async def asked(request: Request, named: str) -> Asked:
+        version, adapter = resolve(parts, named)
+        options = Options(base_url=base_url(request), client=client_of(request))
+        predictions = parts.predictions
+
+        async def create(inputs: dict[str, Any]) -> Prediction:
+            return await predictions.create(version, inputs, options)
+
+        return Asked(version, adapter, create, lambda prediction: predictions.later(predictions.cancel(prediction)))
+
+    async def model(request: Request) -> Response:
+        """`GET /v1/models/NAME`, for a name without an owner or with %2F."""
+        version, _ = resolve(parts, request.path_params["name"])
+        return json_response(entry(parts.catalog.models[version.model]) | {"id": request.path_params["name"]})
+
+    return [*routes(asked), Route("/v1/models/{name}", endpoint(model), methods=["GET"])]
+
+
+def endpoint(handler: Handler) -> Handler:
+    """A handler whose errors have OpenAI's form."""
+
     async def respond(request: Request) -> Response:
         try:
-            return await handler(parts, request)
+            return await handler(request)
         except OpenAIError as error:
             return problem(error)
         except HTTPProblem as error:
@@ -71,23 +118,7 @@ def problem(error: OpenAIError, headers: dict[str, str] | None = None) -> Respon
     return response
 
 
-async def chat_completions(parts: Parts, request: Request) -> Response:
-    """`POST /v1/chat/completions`."""
-    return await _complete(parts, request, chat=True)
-
-
-async def completions(parts: Parts, request: Request) -> Response:
-    """`POST /v1/completions`; the prompt goes through the model's template, as in a prediction."""
-    return await _complete(parts, request, chat=False)
-
-
-async def model(parts: Parts, request: Request) -> Response:
-    """`GET /v1/models/NAME`, for a name without an owner or with %2F."""
-    version, _ = resolve(parts, request.path_params["name"])
-    return json_response(entry(parts.catalog.models[version.model]) | {"id": request.path_params["name"]})
-
-
-async def not_here(parts: Parts, request: Request) -> Response:
+async def _not_here(request: Request) -> Response:
     """What OpenAI's API has and this one has not."""
     raise OpenAIError(errors.NOT_HERE[request.url.path.rstrip("/")], status=404, code="unknown_url")
 
@@ -108,15 +139,12 @@ def entries(parts: Parts) -> list[dict[str, Any]]:
     return found
 
 
-def resolve(parts: Parts, named: Any) -> tuple[Version, str]:
+def resolve(parts: Parts, named: str) -> tuple[Version, str]:
     """The version and adapter that a model's name means.
 
     Raises:
-        OpenAIError: it is not a string.
         NotFound: there is no such model.
     """
-    if not isinstance(named, str) or not named:
-        raise OpenAIError("model must name a model. GET /v1/models lists them.", "model")
     reference, _, adapter = named.partition("@")
     try:
         return parts.catalog.resolve(reference), adapter
@@ -127,17 +155,20 @@ def resolve(parts: Parts, named: Any) -> tuple[Version, str]:
         return parts.catalog.latest(same[0]), adapter
 
 
-async def _complete(parts: Parts, request: Request, *, chat: bool) -> Response:
+async def _complete(resolve: Resolve, request: Request, *, chat: bool) -> Response:
+    """A chat completion or a completion, whose prompt goes through the model's template, as in a prediction."""
     body = await read_json(request)
-    version, adapter = resolve(parts, body.get("model"))
-    parsed = parameters.parse(body, version.schema, adapter, chat=chat)
+    named = body.get("model")
+    if not isinstance(named, str) or not named:
+        raise OpenAIError("model must name a model. GET /v1/models lists them.", "model")
+    asked = await resolve(request, named)
+    parsed = parameters.parse(body, asked.version.schema, asked.adapter, chat=chat)
     try:
-        options = Options(base_url=base_url(request), client=client_of(request))
-        prediction = await parts.predictions.create(version, parsed.inputs, options)
+        prediction = await asked.create(parsed.inputs)
     except InvalidInput as invalid:
         raise _invalid(invalid, parsed) from None
-    completion = Completion(prediction, parsed, str(body["model"]), chat=chat)
-    return _CompletionResponse(parts, prediction, completion, stream=parsed.stream)
+    completion = Completion(prediction, parsed, named, chat=chat)
+    return _CompletionResponse(prediction, completion, asked.cancel, stream=parsed.stream)
 
 
 def _invalid(invalid: InvalidInput, request: CompletionRequest) -> OpenAIError:
@@ -149,9 +180,16 @@ def _invalid(invalid: InvalidInput, request: CompletionRequest) -> OpenAIError:
 class _CompletionResponse(Response):
     """A response whose prediction still runs; it is canceled when the client disconnects."""
 
-    def __init__(self, parts: Parts, prediction: Prediction, completion: Completion, *, stream: bool) -> None:
+    def __init__(
+        self,
+        prediction: Prediction,
+        completion: Completion,
+        cancel: Callable[[Prediction], None],
+        *,
+        stream: bool,
+    ) -> None:
         super().__init__()
-        self._parts, self._prediction, self._completion, self._streams = parts, prediction, completion, stream
+        self._prediction, self._completion, self._cancel, self._streams = prediction, completion, cancel, stream
         self._extra = {"x-request-id": prediction.id}
         self._sent_at = 0.0
 
@@ -177,7 +215,7 @@ class _CompletionResponse(Response):
             while (await receive())["type"] != "http.disconnect":
                 pass
             # Its end also ends the response.
-            self._parts.predictions.later(self._parts.predictions.cancel(self._prediction))
+            self._cancel(self._prediction)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         prediction, completion, begun = self._prediction, self._completion, False
