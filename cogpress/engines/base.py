@@ -164,7 +164,7 @@ class Engine(Protocol):
 def names() -> list[str]:
     """The engines, sorted by name."""
     found = {module.name for module in pkgutil.iter_modules(engines.__path__)}
-    return sorted(found - {"base", "gpus", "grammar"})
+    return sorted(found - {"base", "gpus", "grammar", "watch"})
 
 
 def find(name: str) -> ModuleType:

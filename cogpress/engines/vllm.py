@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from cogpress.draft import proposer
 from cogpress.engines.base import DEAD, INPUT_NAMES, MAX_LOGPROBS, Adapter, Delta, Sampling
 from cogpress.engines.gpus import free_and_total, memory_share, parallel
 from cogpress.engines.grammar import MAX_WHITESPACE, NICENESS, Guard
+from cogpress.engines.watch import Watch
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
 from cogpress.weights import base, manifest
@@ -84,6 +86,8 @@ class Engine:
             raise CogpressError(f"vLLM cannot load {folder}: {str(error).strip()}") from error
         self.max_context: int = self._llm.model_config.max_model_len
         self._guard = Guard(folder, self._llm.model_config.get_vocab_size())
+        self._stalled = False
+        self._watch = Watch(self._llm.is_sleeping, self._processes, self._end)
 
     async def check(self, sampling: Sampling) -> None:
         """See `cogpress.engines.base.Engine`."""
@@ -122,15 +126,17 @@ class Engine:
             tokens_input(prompt), _params(sampling), request_id=uuid.uuid4().hex, lora_request=lora
         )
         try:
-            async for output in outputs:
-                answer = output.outputs[0]
-                ids = list(answer.token_ids) if sampling.logprobs is not None else []
-                found = [
-                    {token: one.logprob for token, one in step.items()}
-                    for _, step in zip(ids, answer.logprobs or (), strict=True)
-                ]
-                chosen = [step[token] for token, step in zip(ids, found, strict=True)]
-                yield Delta(answer.text, len(answer.token_ids), answer.finish_reason, ids, chosen, found)
+            with self._watch.request() as moved:
+                async for output in outputs:
+                    moved()
+                    answer = output.outputs[0]
+                    ids = list(answer.token_ids) if sampling.logprobs is not None else []
+                    found = [
+                        {token: one.logprob for token, one in step.items()}
+                        for _, step in zip(ids, answer.logprobs or (), strict=True)
+                    ]
+                    chosen = [step[token] for token, step in zip(ids, found, strict=True)]
+                    yield Delta(answer.text, len(answer.token_ids), answer.finish_reason, ids, chosen, found)
         except EngineDeadError:
             raise CogpressError(DEAD) from None
         except (VLLMClientError, EngineGenerateError, ValueError) as error:
@@ -150,8 +156,10 @@ class Engine:
         )
         found: list[dict[int, Any] | None] = []
         try:
-            async for output in self._llm.generate(tokens_input(ids), params, request_id=uuid.uuid4().hex):
-                found = list(output.prompt_logprobs or ())
+            with self._watch.request() as moved:
+                async for output in self._llm.generate(tokens_input(ids), params, request_id=uuid.uuid4().hex):
+                    moved()
+                    found = list(output.prompt_logprobs or ())
         except EngineDeadError:
             raise CogpressError(DEAD) from None
         return [step[one].logprob if step else 0.0 for one, step in zip(ids, found, strict=True)]
@@ -159,7 +167,27 @@ class Engine:
     @property
     def dead(self) -> bool:
         """See `cogpress.engines.base.Engine`."""
-        return bool(self._llm.errored)
+        return self._stalled or bool(self._llm.errored)
+
+    def _processes(self) -> list[psutil.Process]:
+        """The engine's processes on this machine, with those that they started."""
+        found: list[psutil.Process] = []
+        for one in getattr(self._llm.engine_core.resources.engine_manager, "processes", ()):
+            with contextlib.suppress(psutil.Error):
+                leader = psutil.Process(one.pid)
+                found += [leader, *leader.children(recursive=True)]
+        return found
+
+    def _end(self, why: str) -> None:
+        """End a stalled engine, so that what it runs fails instead of waiting on."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        print(f"The engine has stalled: {why}. It is ended.", file=sys.stderr, flush=True)
+        self._stalled = True
+        self._llm.output_processor.propagate_error(EngineDeadError())
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
     @property
     def unfinished(self) -> int:

@@ -1,0 +1,141 @@
+"""An engine that stalls is ended; one that is busy is left alone."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cogpress import config
+from cogpress.engines import base as engine
+from cogpress.engines import watch
+from cogpress.engines.base import DEAD, Sampling
+from cogpress.errors import CogpressError
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "IDLE_LOOKS", 5)
+
+
+@pytest.fixture
+def program() -> Iterator[Callable[[str], psutil.Process]]:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(code: str) -> psutil.Process:
+        made = subprocess.Popen([sys.executable, "-c", f"print(flush=True)\n{code}"], stdout=subprocess.PIPE)
+        started.append(made)
+        assert made.stdout is not None
+        made.stdout.readline()
+        return psutil.Process(made.pid)
+
+    yield start
+    for one in started:
+        one.kill()
+        one.communicate()
+
+
+SLEEPS, WORKS = "import time\ntime.sleep(600)", "while True: pass"
+
+
+def found(
+    ask: Callable[[], Awaitable[object]], process: psutil.Process, seconds: float = 60, moves: bool = False
+) -> str:
+    """Why an engine of this process that answers so is ended; empty if its request ends first."""
+    said: list[str] = []
+
+    async def run() -> None:
+        looks = watch.Watch(ask, lambda: [process], said.append)
+        until = time.monotonic() + seconds
+        with looks.request() as moved:
+            while not said and time.monotonic() < until:
+                await asyncio.sleep(0.05)
+                if moves:
+                    moved()
+
+    asyncio.run(run())
+    return "".join(said)
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+async def at_once() -> None:
+    return
+
+
+def test_what_does_nothing_and_answers_nothing_has_stalled(program: Callable[[str], psutil.Process]) -> None:
+    assert "did nothing" in found(never, program(SLEEPS))
+    stopped = program(WORKS)
+    stopped.send_signal(signal.SIGSTOP)
+    assert "did nothing" in found(never, stopped)
+
+
+def test_what_works_has_not_stalled_until_the_limit(
+    program: Callable[[str], psutil.Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = program(WORKS)
+    assert found(never, works, 3) == ""
+    monkeypatch.setattr(watch, "BUSY_LOOKS", 10)
+    assert "did not finish a step" in found(never, works)
+
+
+def test_what_answers_has_not_stalled_unless_nothing_moves(
+    program: Callable[[str], psutil.Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeps = program(SLEEPS)
+    assert found(at_once, sleeps, 3) == ""
+    monkeypatch.setattr(watch, "STUCK_LOOKS", 5)
+    assert found(at_once, sleeps, 3, moves=True) == ""
+    assert "no request made progress" in found(at_once, sleeps)
+
+
+def test_a_blocked_event_loop_accuses_nobody(program: Callable[[str], psutil.Process]) -> None:
+    async def run() -> list[str]:
+        said: list[str] = []
+        with watch.Watch(lambda: asyncio.sleep(0.3), lambda: [program(SLEEPS)], said.append).request():
+            await asyncio.sleep(0.1)
+            time.sleep(2)  # noqa: ASYNC251 - that is the case
+            await asyncio.sleep(0.5)
+        return said
+
+    assert asyncio.run(run()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_vllm_with_a_dead_thread_is_ended_and_what_runs_fails(tiny_base: Path) -> None:
+    """Its process lives, and its loop waits for requests that no longer come in."""
+
+    async def run() -> list[Any]:
+        made: Any = engine.load(tiny_base, config.Serve(cpu_kv_cache_gb=1, max_context=2048), 4, 0)
+
+        async def ask() -> int:
+            return sum([delta.tokens async for delta in made.generate([1, 2, 3], Sampling(max_tokens=8, min_tokens=8))])
+
+        try:
+            assert await ask() == 8
+            client = made._llm.engine_core
+            processes = made._processes()
+            assert processes
+            await client._send_input_message((b"nonsense",), client.core_engine)
+            answers = await asyncio.wait_for(asyncio.gather(*(ask() for _ in range(3)), return_exceptions=True), 120)
+            assert made.dead
+            with pytest.raises(CogpressError, match="has stopped"):
+                await ask()
+            assert not psutil.wait_procs(processes, 30)[1]
+            return answers
+        finally:
+            made.shutdown()
+
+    assert [str(answer) for answer in asyncio.run(run())] == [DEAD] * 3
