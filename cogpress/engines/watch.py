@@ -1,7 +1,7 @@
 """Tell an engine that stalls from one that is busy.
 
-While requests wait, the engine is asked a question that passes through the same threads and the same loop as they do. It
-is dead if it leaves the question open and does nothing else meanwhile, or leaves it open far too long.
+While requests wait, the engine is asked a question that passes through the same threads and the same loop as they do.
+It is dead if it leaves the question open and does nothing else meanwhile, or leaves it open far too long.
 """
 
 from __future__ import annotations

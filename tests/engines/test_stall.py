@@ -101,11 +101,13 @@ def test_what_answers_has_not_stalled_unless_nothing_moves(
 
 
 def test_a_blocked_event_loop_accuses_nobody(program: Callable[[str], psutil.Process]) -> None:
+    sleeps = program(SLEEPS)
+
     async def run() -> list[str]:
         said: list[str] = []
-        with watch.Watch(lambda: asyncio.sleep(0.3), lambda: [program(SLEEPS)], said.append).request():
+        with watch.Watch(lambda: asyncio.sleep(0.3), lambda: [sleeps], said.append).request():
             await asyncio.sleep(0.1)
-            time.sleep(2)  # noqa: ASYNC251 - that is the case
+            time.sleep(2)
             await asyncio.sleep(0.5)
         return said
 
