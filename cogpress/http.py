@@ -306,19 +306,21 @@ class RemoteFile:
     Attributes:
         url: may hold a signature.
         size: bytes; None where the server does not say.
-        validator: a strong ETag or the date of the last change, which tells versions of the file apart.
+        validator: a strong ETag or the date of the last change, by which a server knows what to go on with.
         ranges: whether the server sends parts of it.
+        version: all that the server says to tell versions of the file apart; None where it says nothing.
     """
 
     url: str
     size: int | None
     validator: str | None
     ranges: bool
+    version: str | None
 
     @property
     def key(self) -> str:
-        """Names this version of the file."""
-        return hashlib.sha256(f"{self.url}|{self.validator}|{self.size}".encode()).hexdigest()[:24]
+        """Names this version of the file, as far as the server tells."""
+        return hashlib.sha256(f"{self.url}|{self.version}|{self.size}".encode()).hexdigest()[:24]
 
     @property
     def shown(self) -> str:
@@ -443,7 +445,8 @@ def _look(opened: httpx.Client, url: str) -> RemoteFile:
         with request(opened, url, {"Range": "bytes=0-0"}) as response:
             headers = response.headers
             tag = headers.get("etag", "")
-            validator = tag if tag and not tag.startswith("W/") else headers.get("last-modified")
+            date = headers.get("last-modified")
+            validator = tag if tag and not tag.startswith("W/") else date
             if response.status_code == 206:
                 size = headers.get("content-range", "").rpartition("/")[2]
             elif response.status_code == 416:
@@ -451,6 +454,7 @@ def _look(opened: httpx.Client, url: str) -> RemoteFile:
             else:
                 size = headers.get("content-length", "")
             known = int(size) if size.isascii() and size.isdecimal() else None
-            return RemoteFile(url, known, validator, ranges=response.status_code == 206)
+            version = "|".join(filter(None, (tag, date))) or None
+            return RemoteFile(url, known, validator, ranges=response.status_code == 206, version=version)
 
     return retried(ask, source.shown(url))

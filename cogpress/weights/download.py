@@ -210,11 +210,22 @@ def _bar(name: str, total: int | None, here: int) -> tqdm[Any]:
 
 def _by_pget(jobs: list[_Job], bar: tqdm[Any]) -> list[_Job]:
     """Download what is not begun yet with pget, where it is installed; returns the jobs that are left."""
-    # pget asks for the size itself, and takes an empty file for a failure.
-    fresh = {job.part.with_suffix(".pget"): job for job in jobs if job.remote.size and not job.part.exists()}
+    # pget asks for the size itself, and takes an empty file for a failure. Its requests for parts of a file name no
+    # version, so what it brought may be of two: only a version that is the same before and after tells.
+    fresh = {
+        job.part.with_suffix(".pget"): job
+        for job in jobs
+        if job.remote.size and job.remote.version is not None and not job.part.exists()
+    }
     files = [pget.Wanted(job.remote.url, place, job.remote.size or 0) for place, job in fresh.items()]
     if not files or not pget.get(files, bar.update):
         return jobs
+    after = http.look([job.remote.url for job in fresh.values()])
+    for job, now in zip(fresh.values(), after, strict=True):
+        if now.version != job.remote.version:
+            for one in fresh:
+                one.unlink()
+            raise CogpressError(f"{job.remote.shown} changed while it was downloaded. Start again.")
     for place, job in fresh.items():
         os.replace(place, job.place)
     return [job for job in jobs if not job.place.exists()]

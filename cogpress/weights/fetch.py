@@ -28,7 +28,7 @@ import safetensors
 
 from cogpress import http, source
 from cogpress.errors import CogpressError
-from cogpress.files import new_folder, recover, write_json
+from cogpress.files import new_folder, recover, sha256, write_json
 from cogpress.source import Source
 from cogpress.weights import archive, download, embedded, hub, manifest, tensors
 from cogpress.weights.filenames import ADAPTER_CONFIG, VERIFICATION, refuse_pickle
@@ -191,16 +191,28 @@ def _tar(wanted: Source, cache: Path) -> FetchedModel:
             return _kept(entry, wanted, error)
         tar = entry / "parts" / f"{remote.key}.tar"
 
-        def fill(folder: Path) -> None:
+        def get() -> None:
             # Unpacked files are no smaller than the tar: weights hardly compress.
             download.get([(remote, tar)], tar.parent, also=remote.size or 0)
-            try:
-                archive.unpack_into(tar, folder, wanted.shown)
-                _lift(folder)
-            finally:
-                tar.unlink()
 
-        return _version(entry, remote.key, wanted.shown, fill)
+        def fill(folder: Path) -> None:
+            get()
+            archive.unpack_into(tar, folder, wanted.shown)
+            _lift(folder)
+
+        version = remote.key
+        try:
+            if remote.version is None:
+                _say(f"The server of {wanted.shown} tells no version of it, so it is downloaded at every start.")
+                tar.unlink(missing_ok=True)
+                try:
+                    get()
+                except CogpressError as error:
+                    return _kept(entry, wanted, error)
+                version = sha256(tar)
+            return _version(entry, version, wanted.shown, fill)
+        finally:
+            tar.unlink(missing_ok=True)
 
 
 def _files(wanted: Source, cache: Path) -> FetchedModel:

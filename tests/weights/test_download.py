@@ -189,6 +189,8 @@ for line in sys.stdin:
     url, place = line.split()
     assert not os.path.lexists(place), place
     body = urllib.request.urlopen(url).read()
+    if mode.startswith("/"):
+        pathlib.Path(mode).write_bytes(body[::-1])
     open(place, "wb").write(body[:-1] if mode == "short" else body)
     with open("{log}", "a") as log:
         log.write(url + "\\n")
@@ -239,6 +241,20 @@ def test_a_failed_pget_is_replaced(
     assert get(site, tmp_path / "out").read_bytes() == content
     assert "downloading without it" in capfd.readouterr().err
     assert left(tmp_path / "out") == ["a.bin"]
+
+
+def test_pget_never_mixes_two_versions(tmp_path: Path, site: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = served(site)
+    log = install_pget(tmp_path, monkeypatch, str(site.folder / "a.bin"))
+    with pytest.raises(CogpressError, match="changed while it was downloaded"):
+        get(site, tmp_path / "out")
+    assert left(tmp_path / "out") == []
+    (tmp_path / "mode").write_text("works")
+    assert get(site, tmp_path / "out").read_bytes() == content[::-1]
+    log.unlink()
+    site.etags = False
+    assert get(site, tmp_path / "other").read_bytes() == content[::-1]
+    assert not log.exists(), "where the server tells no version, nobody could know"
 
 
 def test_another_program_of_that_name_is_not_run(

@@ -21,6 +21,7 @@ from cogpress import http
 from cogpress.errors import CogpressError
 from cogpress.files import write_json
 from cogpress.weights import archive, download, fetch, manifest, pget
+from cogpress.weights.fetch import FetchedModel
 from cogpress.weights.filenames import INDEX, VERIFICATION
 from tests.standins.fileserver import FileServer
 
@@ -115,6 +116,31 @@ def test_a_published_folders_verification_report_is_fetched(
     assert state() == "changed"
     (site.folder / "model" / VERIFICATION).write_text("<html>")
     assert state() == "changed", "a page is no report"
+
+
+@pytest.mark.parametrize("tells", ["weak ETag", "nothing"])
+def test_a_new_tar_of_the_same_size_is_noticed(
+    small: Path, tmp_path: Path, site: FileServer, published: str, tells: str
+) -> None:
+    def fetched(version: str) -> FetchedModel:
+        site.headers = {"ETag": f'W/"{version}"'} if tells == "weak ETag" else {}
+        return fetch.model(published + ".tar", tmp_path / "cache")
+
+    site.etags = False
+    old = fetched("1")
+    assert fetched("1").folder == old.folder
+    tar, changed = site.folder / "model.tar", tmp_path / "changed"
+    size = tar.stat().st_size
+    shutil.copytree(small, changed)
+    (changed / "tokenizer.json").write_text("[]" * 1000)
+    manifest.write(changed, "base", {"source": {"package": "test"}})
+    archive.pack(changed, tar)
+    assert tar.stat().st_size == size
+    new = fetched("2")
+    assert (new.folder / "tokenizer.json").read_text().startswith("[]")
+    assert new.folder != old.folder
+    site.busy = 1000
+    assert fetched("2").folder == new.folder, "offline, the last one is used"
 
 
 @pytest.mark.slow
