@@ -37,6 +37,11 @@ def test_pull_requests_are_checked_and_tags_are_pushed() -> None:
     assert commands("push")[-1] == ["scripts/push", "$MODEL"]
 
 
+def test_answers_are_uploaded_from_private_repositories_alone() -> None:
+    steps = [step for job in JOBS.values() for step in job["steps"] if "upload-artifact" in step.get("uses", "")]
+    assert [step["if"] for step in steps] == ["always() && github.event.repository.private"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [words for job in JOBS for words in commands(job)], ids=" ".join)
 def test_each_command_exists_with_its_options(words: list[str]) -> None:
