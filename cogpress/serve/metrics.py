@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -102,13 +103,38 @@ class Observer:
             **{name: value for name, value in prediction.metrics.items() if name != "logprobs"},
         }
         if error:
-            # The text after a colon may quote the user's input.
-            facts["error"] = error if self._log == "prompts" else error.partition(":")[0][:80]
+            facts["error"] = error if self._log == "prompts" else _without_typed(error, prediction.given)
         if self._log == "prompts":
             facts |= {"input": dict(prediction.given), "output": "".join(prediction.text)}
         # The prediction's log may be closed already, and the answer is complete.
         with suppress(OSError, ValueError):
             print(json.dumps(facts, ensure_ascii=False, default=str), file=sys.stderr, flush=True)
+
+
+_QUOTE = re.compile(r""":|(?<!\w)["'`]""")
+
+
+def _without_typed(error: str, given: Mapping[str, Any]) -> str:
+    """The beginning of an error, up to what it quotes and without any word of the inputs."""
+    typed = {word.casefold() for text in _texts(list(given.values())) for word in re.findall(r"\w+", text)}
+    typed -= {name.casefold() for name in given}  # these are logged anyway
+    shown = _QUOTE.split(error, maxsplit=1)[0].strip()[:80]
+    return re.sub(r"\w+", lambda word: "…" if word[0].casefold() in typed else word[0], shown)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in an input, also within JSON that is a text."""
+    if isinstance(value, str):
+        yield value
+        if value.lstrip()[:1] in ("{", "["):
+            with suppress(ValueError, RecursionError):
+                yield from _texts(json.loads(value))
+    elif isinstance(value, Mapping):
+        yield from map(str, value)
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
 
 
 def _unset(name: str) -> list[Any]:
