@@ -47,8 +47,8 @@ class Files:
             loopback_url: how a server on this machine reaches this one.
         """
         self.folder = store.folder / "files"
-        self.folder.mkdir(exist_ok=True)
-        for part in self.folder.glob("*.part"):  # of a run that was killed
+        self.folder.mkdir(0o700, exist_ok=True)
+        for part in self.folder.glob(f"{'[0-9a-z]' * 26}.part"):  # of a run that was killed
             part.unlink()
         self.loopback_url = loopback_url
         self._store, self._keys = store, keys

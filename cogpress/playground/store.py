@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import re
 import secrets
 import sqlite3
@@ -81,8 +82,9 @@ class Store:
         """Why the last batch could not be written; empty if it was."""
         self._thread = ThreadPoolExecutor(1, "store")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(0o700)  # it holds prompts
+            # Prompts are for nobody else, and a folder that was there before is not ours to close to others.
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+            os.close(os.open(folder / "predictions.sqlite", os.O_CREAT | os.O_RDWR, 0o600))
             self._lock = (folder / "lock").open("a")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -194,7 +194,7 @@ class Trainings:
         self._notify(record, "start")
         inputs = await self._files.rewrite(payload, True)
         part = self._store.folder / "trained" / f"{identifier}.part"
-        part.parent.mkdir(exist_ok=True)
+        part.parent.mkdir(0o700, exist_ok=True)
         log = self._store.folder / "training.log"
         self._catalog.training.add(identifier)
         self._server = made = process.Server(self._root, mode="train", log=log)

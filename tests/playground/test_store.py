@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import socket
+import stat
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -133,6 +134,28 @@ class Broken(io.RawIOBase):
         return self.blocks.pop()
 
 
+def test_a_folder_of_the_users_stays_as_it_is_and_what_is_added_is_private(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    for name in ("files", "trained"):
+        (theirs / name).mkdir(0o755, parents=True)
+        (theirs / name / "notes.txt").write_text("keep me")
+    theirs.chmod(0o755)
+
+    async def work(store: Store) -> None:
+        Files(store, Keys(b"k"), "http://127.0.0.1")
+        await Catalog(store, cast(Any, None)).load()
+        await store.insert(record("a"))
+        await store.remove_old()
+
+    with_store(theirs, work)
+    with_store(tmp_path / "made" / "here", work)
+    assert stat.S_IMODE(theirs.stat().st_mode) == 0o755
+    assert [path.read_text() for path in sorted(theirs.glob("*/notes.txt"))] == ["keep me", "keep me"]
+    databases = [*theirs.glob("predictions.sqlite*"), *(tmp_path / "made" / "here").glob("predictions.sqlite*")]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in databases} == {0o600}
+    assert stat.S_IMODE((tmp_path / "made" / "here").stat().st_mode) == 0o700
+
+
 def test_half_an_upload_is_not_kept(tmp_path: Path) -> None:
     async def work(store: Store) -> None:
         files = Files(store, Keys(b"k"), "http://127.0.0.1")
@@ -140,9 +163,10 @@ def test_half_an_upload_is_not_kept(tmp_path: Path) -> None:
             await files.add(Broken(), "a", "text/plain", {})  # type: ignore[arg-type]
         assert list(files.folder.iterdir()) == []
         kept = await files.add(io.BytesIO(b"whole"), "a", "text/plain", {})
-        (files.folder / "abc.part").write_bytes(b"half")  # of a run that was killed
+        (files.folder / f"{'a' * 26}.part").write_bytes(b"half")  # of a run that was killed
+        (files.folder / "film.part").write_bytes(b"the user's")
         Files(store, Keys(b"k"), "http://127.0.0.1")
-        assert [path.name for path in files.folder.iterdir()] == [kept.id]
+        assert {path.name for path in files.folder.iterdir()} == {kept.id, "film.part"}
         assert files.path(kept).read_bytes() == b"whole"
 
     with_store(tmp_path, work)
@@ -168,7 +192,7 @@ def test_a_webhooks_receiver_whose_answer_never_ends_costs_nothing() -> None:
     thread.start()
 
     async def send() -> bool:
-        webhooks = Webhooks(b"secret")
+        webhooks = Webhooks(b"secret", private=True)
         try:
             url = f"http://127.0.0.1:{server.getsockname()[1]}/"
             return await webhooks.send(url, {"id": "a"}, tries=1)
