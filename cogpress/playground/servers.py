@@ -11,10 +11,13 @@ from typing import Any
 from cogpress.cog import process, schema
 from cogpress.engines.gpus import ENGINES
 from cogpress.errors import CogpressError
-from cogpress.playground.backend import Cog, Defunct, Rewrite
+from cogpress.playground.backend import Busy, Cog, Defunct, Rewrite
 from cogpress.playground.records import Prediction
 
 READY_SECONDS = 1800.0
+
+TURN_SECONDS = 30.0
+"""How long a server may be busy while others wait for its room; then it finishes what runs, and makes room."""
 
 
 class ServerPool:
@@ -31,6 +34,9 @@ class ServerPool:
         self.at_once, self.known = at_once, 0
         """How many may run, and how many there are to start."""
         self._running: list[OnDemandServer] = []
+        """The one that started first is the first."""
+        self._waiting: dict[OnDemandServer, int] = {}
+        """How many wait for the room of each server, the one that came first first."""
         self._room = asyncio.Condition()
         self._processes = folder / "servers.json"
         process.end_noted(self._processes)
@@ -45,12 +51,21 @@ class ServerPool:
             CogpressError: it does not start.
         """
         async with self._room:
-            while len(self._running) >= self.at_once and one not in self._running:
-                idle = [other for other in self._running if not other.users]
-                if idle:
-                    await self._stop(idle[0])
-                else:
-                    await self._room.wait()
+            self._waiting[one] = self._waiting.get(one, 0) + 1
+            try:
+                while one not in self._running and not (
+                    len(self._running) < self.at_once and next(iter(self._waiting)) is one
+                ):
+                    idle = [other for other in self._running if not other.users]
+                    if idle and len(self._running) >= self.at_once:
+                        await self._stop(idle[0])
+                    else:
+                        await self._room.wait()
+            finally:
+                self._waiting[one] -= 1
+                if not self._waiting[one]:
+                    del self._waiting[one]
+                self._room.notify_all()
             if one in self._running:
                 self._running.remove(one)
             self._running.append(one)
@@ -60,6 +75,12 @@ class ServerPool:
             async with self._room:
                 await self._stop(one)
             raise
+
+    def must_yield(self, one: OnDemandServer) -> bool:
+        """Whether a running server had its turn, and begins nothing until another one has had the room."""
+        others = sum(other is not one for other in self._waiting)
+        had_its_turn = time.monotonic() - one.ready_at > TURN_SECONDS
+        return had_its_turn and one in self._running[:others]
 
     async def notify_idle(self) -> None:
         """Called when a server has become idle."""
@@ -105,6 +126,8 @@ class OnDemandServer:
         self._cog: Cog | None = None
         self._lock = asyncio.Lock()
         self._failed_at, self._failure = 0.0, ""
+        self.ready_at = 0.0
+        """When it was ready last, by `time.monotonic`."""
         settings = process.read_cog_yaml(root)
         self._run, self._train = settings.get("run"), settings.get("train")
         self.slots: int | None = schema.concurrency(root, self._run) if self._run else 1
@@ -138,6 +161,7 @@ class OnDemandServer:
                 self._failed_at, self._failure = time.monotonic(), str(error)
                 raise
             self._cog = Cog(made.url, self.slots, self._rewrite)
+            self.ready_at = time.monotonic()
 
     async def stop(self) -> None:
         """Stop the server."""
@@ -162,6 +186,8 @@ class OnDemandServer:
 
     async def run(self, prediction: Prediction) -> None:
         """See `Backend.run`."""
+        if self._cog is not None and self._pool.must_yield(self):
+            raise Busy
         self.users += 1
         try:
             cog = await self._ready()

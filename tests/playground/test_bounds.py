@@ -16,17 +16,18 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 
 from cogpress.config import Prompt
-from cogpress.playground import history
+from cogpress.playground import history, servers
 from cogpress.playground.api import routes
 from cogpress.playground.backend import Backend, Busy
 from cogpress.playground.catalog import Catalog
 from cogpress.playground.openai import routes as openai
 from cogpress.playground.predictions import Predictions
 from cogpress.playground.queue import Queue
-from cogpress.playground.records import Options, Prediction, QueueFullError, Version
+from cogpress.playground.records import Options, Prediction, QueueFullError, Version, new_id
 from cogpress.playground.store import Store
 from cogpress.playground.web import PAGE_BYTES, Parts
 from tests.playground.test_store import record, with_store
+from tests.standins.localreplicate import project
 
 LONG = 2_000_000
 
@@ -192,7 +193,7 @@ def test_both_apis_say_when_to_come_back(tmp_path: Path) -> None:
         version = Version("v", "local/m", 0.0, schema, "")
         await predictions.create(version, {"prompt": "first"}, Options(client="127.0.0.1"))
         catalog = SimpleNamespace(resolve=lambda _name: version)
-        parts = cast("Parts", SimpleNamespace(predictions=predictions, catalog=catalog))
+        parts = cast("Parts", SimpleNamespace(predictions=predictions, catalog=catalog, private_webhooks=False))
         app = Starlette(routes=[*routes.routes(parts), *openai.hosted(parts)])
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             told = await client.post("/v1/predictions", json={"version": "m", "input": {"prompt": "x"}})
@@ -205,3 +206,39 @@ def test_both_apis_say_when_to_come_back(tmp_path: Path) -> None:
         await queue.idle()
 
     with_queue(tmp_path, work, most=2)
+
+
+@pytest.mark.slow
+def test_a_model_that_is_always_busy_makes_room_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "TURN_SECONDS", 0.5)
+    root = project(tmp_path / "echo")
+
+    async def same(inputs: Any, _loopback: bool) -> Any:
+        return inputs
+
+    async def work() -> None:
+        pool = servers.ServerPool(tmp_path, at_once=1)
+        busy, other = (servers.OnDemandServer(pool, root, None, name, same) for name in ("busy", "other"))
+        version = Version("v", "local/echo", 0.0, await busy.schema(), "")
+        queues = [Queue(backend, lambda _: None) for backend in (busy, other)]
+
+        def put(queue: Queue) -> Prediction:
+            inputs = {"prompt": "x", "count": 10, "delay": 0.05}
+            made = Prediction(new_id(), version, inputs, inputs)
+            queue.put(made)
+            return made
+
+        begun = [put(queues[0])]
+        while begun[0].status == "starting":
+            await asyncio.sleep(0.05)
+        waits = put(queues[1])
+        deadline = asyncio.get_running_loop().time() + 60
+        while not waits.ended and asyncio.get_running_loop().time() < deadline:
+            begun.append(put(queues[0]))
+            await asyncio.sleep(0.2)
+        assert waits.status == "succeeded"
+        assert all([await one.wait(60) for one in begun])
+        assert {one.status for one in begun} == {"succeeded"}, "what ran ended, and what waited ran after it"
+        await asyncio.gather(*(queue.close() for queue in queues))
+
+    asyncio.run(work())
