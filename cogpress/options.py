@@ -376,6 +376,8 @@ class Playground(Section):
     """Predictions that wait or run at once, those of one address at most half of them; more are answered 429."""
     max_waiting_mb: Annotated[int, Field(ge=2, le=1_048_576)] = 512
     """Their inputs and outputs in MB, likewise."""
+    private_webhooks: bool = False
+    """Send webhooks over plain http, to this machine and to its network too, rather than over https to the internet."""
 
 
 class Plan(Section):

@@ -79,6 +79,24 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one on the internet, rather than this machine's or its network's.
+
+    Args:
+        address: as `socket.getaddrinfo` gives it.
+    """
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped is not None:
+            found = found.ipv4_mapped
+        elif found.sixtofour is not None or found.teredo is not None or found in _NAT64:
+            return False  # a tunnel to an IPv4 address, which may be a private one
+    return found.is_global and not found.is_multicast
+
+
 def shown(text: str) -> str:
     """A source for messages: a URL without user, password, query and fragment, which can hold secrets."""
     scheme, mark, rest = text.partition("://")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -181,6 +182,7 @@ def build(settings: Settings) -> Parts:
         files=files,
         title=settings.title,
         token_required=settings.token is not None,
+        private_webhooks=options.private_webhooks,
         adapters=list(settings.adapters),
         prompt=settings.prompt,
     )
@@ -222,7 +224,7 @@ def application(
     loopback = access.check_address(settings.host, settings.token)
     made = parts or build(settings)
     stopped = stopped or asyncio.Event()
-    webhooks = Webhooks(made.store.secret("webhooks"))
+    webhooks = Webhooks(made.store.secret("webhooks"), private=made.private_webhooks)
     streams = Streams(made.predictions, made.keys)
     _send_webhooks(made, webhooks)
 
@@ -302,6 +304,7 @@ def serve(settings: Settings, on_ready: Callable[[Parts], None] = lambda _parts:
         CogpressError: it cannot start; nothing is left running.
     """
     check_free(settings.host, settings.port)
+    os.umask(0o077)  # logs hold prompts too
     stopped = asyncio.Event()
     listen.listen(application(settings, on_ready=on_ready, stopped=stopped), settings.host, settings.port, stopped)
 

@@ -50,6 +50,7 @@ class Parts:
     files: Files
     title: str = "cogpress"
     token_required: bool = False
+    private_webhooks: bool = False
     adapters: list[str] = field(default_factory=list)
     prompt: Prompt = field(default_factory=Prompt)
 

@@ -35,7 +35,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     root = project(tmp_path_factory.mktemp("echo"))
     with (
         Server(root, log=root / "server.log") as cog,
-        Local(root, [("echo", cog.url)], token=TOKEN) as local,
+        Local(root, [("echo", cog.url)], token=TOKEN, options={"private_webhooks": True}) as local,
     ):
         cog.wait_ready(60)
         yield local

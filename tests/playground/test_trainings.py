@@ -37,7 +37,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     weights = root / "base"
     weights.mkdir()
     (weights / "config.json").write_text("untrained")
-    with Local(root, [("echo", f"folder:{weights}")]) as local:
+    with Local(root, [("echo", f"folder:{weights}")], options={"private_webhooks": True}) as local:
         yield local
 
 

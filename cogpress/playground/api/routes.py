@@ -112,7 +112,13 @@ async def _create(parts: Parts, request: Request, body: dict[str, Any], version:
         hook, events = body["webhook_completed"], ["completed"]
     # History tells what people tried on the page from what programs requested.
     source = "web" if request.headers.get("sec-fetch-site") == "same-origin" else "api"
-    options = Options(hook, webhooks.check(hook, events), base_url(request), source, client_of(request))
+    options = Options(
+        hook,
+        await webhooks.check(hook, events, private=parts.private_webhooks),
+        base_url(request),
+        source,
+        client_of(request),
+    )
     created = await parts.predictions.create(version, inputs, options)
     seconds = _wait(request.headers.get("prefer", ""))
     record = created.record()
@@ -170,7 +176,7 @@ async def train(parts: Parts, request: Request) -> Response:
     version = version_of(parts, request)
     body = await read_json(request)
     hook = string(body, "webhook")
-    events = webhooks.check(hook, body.get("webhook_events_filter"))
+    events = await webhooks.check(hook, body.get("webhook_events_filter"), private=parts.private_webhooks)
     destination = str(string(body, "destination", required=True))
     options = Options(hook, events, base_url(request))
     made = await parts.trainings.create(version, destination, _inputs(body), options)

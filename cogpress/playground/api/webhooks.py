@@ -10,13 +10,16 @@ import base64
 import hashlib
 import hmac
 import json
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpcore
 import httpx
 
+from cogpress import source
 from cogpress.errors import CogpressError
 from cogpress.playground.records import Prediction
 
@@ -32,21 +35,81 @@ FIRST_WAIT = 0.5
 """Seconds before the second attempt; doubles for each later one."""
 
 
-def check(url: Any, events: Any) -> tuple[str, ...] | None:
-    """Validate a request's webhook; returns the events that it asks for.
+class _PrivateError(httpcore.ConnectError):
+    """A webhook would reach this machine or its network."""
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """A host's IP addresses.
 
     Raises:
-        CogpressError: it is not an http(s) URL, or an event does not exist.
+        OSError: it has none.
+    """
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+async def _public(host: str, port: int) -> list[str]:
+    """As `resolve`.
+
+    Raises:
+        OSError: it has none.
+        _PrivateError: one of them is not on the internet.
+    """
+    found = await resolve(host, port)
+    if not all(map(source.is_public, found)):
+        raise _PrivateError(host)
+    return found
+
+
+class _PublicOnly(httpcore.AnyIOBackend):
+    """Connects to the addresses that were checked: a name may have another one a moment later."""
+
+    async def connect_tcp(self, host: str, port: int, *args: Any, **more: Any) -> httpcore.AsyncNetworkStream:
+        try:
+            addresses = await _public(host, port)
+        except OSError as error:
+            raise httpcore.ConnectError(str(error)) from None
+        for address in addresses[:-1]:
+            try:
+                return await super().connect_tcp(address, port, *args, **more)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                continue
+        return await super().connect_tcp(addresses[-1], port, *args, **more)
+
+
+async def check(url: Any, events: Any, *, private: bool) -> tuple[str, ...] | None:
+    """Validate a request's webhook; returns the events that it asks for.
+
+    Args:
+        url: of the receiver; None for none.
+        events: which it gets; None for all.
+        private: whether it may be plain http, and on this machine or its network.
+
+    Raises:
+        CogpressError: it is not such a URL, or an event does not exist.
     """
     if url is not None:
         try:
             parts = urlsplit(url) if isinstance(url, str) else None
             good = parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname)
-            httpx.URL(url if good else "")
+            host, port = httpx.URL(url if good else "").host, parts.port if parts else None
         except (ValueError, httpx.InvalidURL):
             good = False
         if not good:
             raise CogpressError("webhook must be an http or https URL.")
+        try:
+            if not private and parts is not None:
+                if parts.scheme != "https":
+                    raise _PrivateError(host)
+                await _public(host, port or 443)
+        except OSError:
+            raise CogpressError(f"webhook names the host {host[:200]}, which cannot be found. Check the URL.") from None
+        except _PrivateError:
+            raise CogpressError(
+                "webhook must be an https URL on the internet. Set playground.private_webhooks in model.yaml to allow "
+                "http, this machine and its network."
+            ) from None
     if events is None:
         return None
     if not isinstance(events, list) or not all(event in EVENTS for event in events):
@@ -57,10 +120,20 @@ def check(url: Any, events: Any) -> tuple[str, ...] | None:
 class Webhooks:
     """Sends webhooks."""
 
-    def __init__(self, secret: bytes) -> None:
-        """Signs with `secret`."""
+    def __init__(self, secret: bytes, *, private: bool) -> None:
+        """Sends nothing yet.
+
+        Args:
+            secret: signs them.
+            private: whether receivers may be on this machine or its network.
+        """
         self._secret = secret
-        self._http = httpx.AsyncClient(timeout=10, follow_redirects=False, trust_env=False)
+        transport = httpx.AsyncHTTPTransport(trust_env=False)
+        if not private:
+            tls = httpx.create_ssl_context(trust_env=False)
+            transport._pool = httpcore.AsyncConnectionPool(tls, network_backend=_PublicOnly())
+        # A redirect could lead anywhere.
+        self._http = httpx.AsyncClient(transport=transport, timeout=10, follow_redirects=False, trust_env=False)
 
     @property
     def key(self) -> str:
