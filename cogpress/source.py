@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -59,6 +60,11 @@ def parse(text: str) -> Source:
             f"{shown(text)} cannot be a source: it must be https (plain http only from this machine). Name {FORMS}."
         )
     return Source("files" if urlsplit(text).path.endswith("/manifest.json") else "tar", text)
+
+
+def under(text: str, root: Path) -> str:
+    """A source whose path, if it is one, is relative to a folder."""
+    return str(root / text) if parse(text).kind == "path" else text
 
 
 def allowed(url: str) -> bool:

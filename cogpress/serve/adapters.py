@@ -66,9 +66,7 @@ class Adapters:
             settings: the project's configuration.
             root: the project's folder.
         """
-        self._sources = {
-            name: str(root / place) if source.parse(place).kind == "path" else place for name, place in sources.items()
-        }
+        self._sources = {name: source.under(place, root) for name, place in sources.items()}
         self._settings = settings
         self._root = root
         self._cache = root / ".cache"

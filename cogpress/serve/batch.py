@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,9 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from cogpress import source
+from cogpress.config import Config
 from cogpress.engines.base import DEAD
 from cogpress.errors import CogpressError
 from cogpress.prompts import whole_characters
+from cogpress.weights import fetch, manifest
+from cogpress.weights.fetch import FetchedModel
 
 CARRIED = ("id", "custom_id", "completion")
 """Fields that a line may have beside inputs; they are copied to its result."""
@@ -37,6 +42,10 @@ step, instead of leaving its slot empty until this process responds."""
 
 FLUSH_SECONDS = 1.0
 """How long a finished line may stay in memory only."""
+
+
+INDIFFERENT = {"weights", "form", "metrics_port", "log", "cpu_threads", "gpu_memory_share", "cpu_kv_cache_gb"}
+"""Options of serving that decide no answer; `weights` is looked at itself."""
 
 
 class Answering(Protocol):
@@ -127,6 +136,36 @@ def run(
         seconds = time.perf_counter() - started
         journal.finish([at for at, _ in _lines(source)])
         return Totals(total, reused, journal.failed, tokens, seconds)
+
+
+def made_by(wanted: str | None, settings: Config, root: Path) -> dict[str, Any]:
+    """All that decides the answers beside the lines: the weights and adapters themselves, the prompt, and options.
+
+    Fetches them; loading them afterwards finds them in the cache.
+
+    Args:
+        wanted: the source of the weights; None for the base that the adapters share.
+        settings: the project's configuration.
+        root: the project's folder.
+
+    Raises:
+        CogpressError: as `fetch.model` and `fetch.adapter`.
+    """
+    cache = root / ".cache"
+    adapters = {name: fetch.adapter(source.under(place, root), cache) for name, place in settings.adapters.items()}
+    return {
+        "weights": None if wanted is None else _identity(fetch.model(wanted, cache)),
+        "adapters": {name: _identity(found) for name, found in adapters.items()},
+        "base": settings.base.model_dump() if settings.adapters else None,
+        "prompt": settings.prompt.model_dump(),
+        "serve": settings.serve.model_dump(exclude=INDIFFERENT),
+    }
+
+
+def _identity(found: FetchedModel) -> dict[str, Any]:
+    """A checked folder's files by their hashes, and the prompt that it brings."""
+    facts = found.manifest or {"files": manifest.hashes(found.folder)}
+    return {"files": facts["files"], "prompt": facts.get("prompt")}
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -252,7 +291,7 @@ class BatchJournal:
         Args:
             target: the result.
             key: identifies what made the lines; a journal with another key is replaced.
-            hashes: of each line of the input; a journal's line goes on only if it answers the same line.
+            hashes: of each line of the input, by its number; a finished line counts for one of the same hash.
             fresh: replace it in any case.
 
         Raises:
@@ -264,6 +303,11 @@ class BatchJournal:
         """The byte offset in the journal of each finished line's result."""
         self.failed = 0
         self._key, self._hashes = key, hashes
+        self._open: dict[str, list[int]] = {}
+        """The lines of each hash that have no result yet."""
+        for line, found in hashes.items():
+            self._open.setdefault(found, []).append(line)
+        self._strange = 0
         self._file: IO[bytes]
         self._fresh = fresh
         self._flushed = time.monotonic()
@@ -271,16 +315,22 @@ class BatchJournal:
     def __enter__(self) -> BatchJournal:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._locked()
-        end = 0 if self._fresh else self._read()
-        if not end and self.path.stat().st_size and not self._fresh:
-            old = self.path.with_name(f"{self.path.name}.old")
-            shutil.copyfile(self.path, old)
-            print(f"The journal was made with other weights or options; it is set aside as {old}.", file=sys.stderr)
+        end, size = (0, 0) if self._fresh else (self._read(), self.path.stat().st_size)
+        if size and not end:
+            self._set_aside("The journal was made with other weights or options")
+        elif self._strange:
+            self._set_aside(f"{self._strange} finished lines of the journal are not in the input any more")
         self._file.truncate(end)
         self._file.seek(end)
         if not end:
             self._file.write(json.dumps({"key": self._key}).encode() + b"\n")
         return self
+
+    def _set_aside(self, why: str) -> None:
+        names = (self.path.with_name(f"{self.path.name}.old{number or ''}") for number in itertools.count())
+        old = next(path for path in names if not path.exists())
+        shutil.copyfile(self.path, old)
+        print(f"{why}; it is set aside as {old}.", file=sys.stderr)
 
     def _locked(self) -> IO[bytes]:
         while True:
@@ -306,8 +356,8 @@ class BatchJournal:
                     content = json.loads(line)
                     if end == 0 and content.get("key") != self._key:
                         return 0
-                    if end and self._hashes.get(content["line"]) == content.get("of"):
-                        self._count(content, end)
+                    if end:
+                        self._take(content, end)
                     end += len(line)
         except FileNotFoundError:
             return 0
@@ -315,13 +365,24 @@ class BatchJournal:
             pass  # the machine stopped while it wrote this line; those before it are whole
         return end
 
-    def _count(self, result: dict[str, Any], at: int) -> None:
-        self.done[int(result["line"])] = at
+    def _take(self, result: dict[str, Any], at: int) -> None:
+        """Take a journal's result for the line that it answers, wherever that stands in the input now."""
+        where = self._open.get(result["of"], [])
+        if not where:
+            self._strange += 1
+            return
+        line = int(result["line"])
+        line = line if line in where else where[0]
+        where.remove(line)
+        self._count(line, result, at)
+
+    def _count(self, line: int, result: dict[str, Any], at: int) -> None:
+        self.done[line] = at
         self.failed += "error" in result
 
     def add(self, line: int, result: dict[str, Any]) -> None:
         """Add a finished line."""
-        self._count(result, self._file.tell())
+        self._count(line, result, self._file.tell())
         result = {**result, "of": self._hashes[line]}
         self._file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
@@ -341,6 +402,7 @@ class BatchJournal:
                 self._file.seek(self.done[line])
                 result = json.loads(self._file.readline())
                 del result["of"]
+                result["line"] = line
                 out.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
             out.flush()
             os.fsync(out.fileno())

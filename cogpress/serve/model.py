@@ -218,7 +218,7 @@ def find_weights(weights: str | os.PathLike[str] | None, root: Path, serve: conf
     if (folder / "config.json").is_file():
         return str(folder)
     if serve.weights is not None:
-        return str(root / serve.weights) if source.parse(serve.weights).kind == "path" else serve.weights
+        return source.under(serve.weights, root)
     raise CogpressError(
         f"{folder} holds no model. Train one with scripts/train, or name weights with COG_WEIGHTS or serve.weights."
     )
@@ -235,9 +235,7 @@ def with_draft(serve: config.Serve, root: Path) -> config.Serve:
     """The options, with a draft model fetched and replaced by its local folder."""
     if not isinstance(serve.speculative, dict) or "model" not in serve.speculative:
         return serve
-    named = serve.speculative["model"]
-    wanted = str(root / named) if source.parse(named).kind == "path" else named
-    folder = fetch.model(wanted, root / ".cache").folder
+    folder = fetch.model(source.under(serve.speculative["model"], root), root / ".cache").folder
     return serve.model_copy(update={"speculative": {**serve.speculative, "model": str(folder)}})
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 
+from cogpress import config
 from cogpress.cog import schema
 from cogpress.engines.base import DEAD
 from cogpress.errors import CogpressError
+from cogpress.files import read_json
 from cogpress.serve import batch
+from cogpress.weights import archive, manifest
+from tests.standins.fileserver import FileServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -208,6 +214,73 @@ def test_lines_may_be_appended_or_changed_between_runs(tmp_path: Path, go: Calla
     assert go(Model()).reused == 2
     said = [row["output"] for row in results(tmp_path / "out.jsonl")]
     assert said == [f"answer to {name}" for name in ("new", "p1", "p2", "p3", "p4", "p5", "more")]
+
+
+def test_finished_lines_count_wherever_they_stand_now(
+    tmp_path: Path, go: Callable[..., batch.Totals], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "in.jsonl", [{"prompt": f"p{n // 2}"} for n in range(6)])
+    with pytest.raises(Cut):
+        go(Model(4), concurrency=1)
+    write(tmp_path / "in.jsonl", [{"prompt": name} for name in ("new", "p1", "p0", "p2", "p1", "p1")])
+    asked = Model()
+    assert go(asked).reused == 3
+    assert sorted(str(one["prompt"]) for one in asked.asked) == ["new", "p1", "p2"]
+    found = [(row["line"], row["output"]) for row in results(tmp_path / "out.jsonl")]
+    names = ("new", "p1", "p0", "p2", "p1", "p1")
+    assert found == [(at, f"answer to {name}") for at, name in enumerate(names, 1)]
+    assert "1 finished lines of the journal are not in the input any more" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl.journal.old").read_text().count("answer to p0") == 2
+
+
+@pytest.fixture
+def served(tiny_base: Path, site: FileServer, tmp_path: Path) -> dict[str, str]:
+    """The same weights from each kind of source."""
+    folder = tmp_path / "served" / "model"
+    shutil.copytree(tiny_base, folder)
+    tar = archive.pack(folder, tmp_path / "served" / "model.tar")
+    return {"folder": str(folder), "tar": str(tar), "web tar": f"{site.url}/model.tar"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "web tar"])
+def test_the_weights_themselves_decide_whether_a_run_goes_on(tmp_path: Path, served: dict[str, str], kind: str) -> None:
+    def key(**options: Any) -> str:
+        settings = config.Config().model_copy(update=options)
+        return batch._key(batch.made_by(served[kind], settings, tmp_path))
+
+    before = key()
+    assert key(playground=config.Playground(retention_days=3)) == before
+    assert key(serve=config.Serve(log="requests", cpu_kv_cache_gb=3)) == before
+    assert key(prompt=config.Prompt(system="Be short.")) != before
+    assert key(serve=config.Serve(max_context=64)) != before
+    folder = tmp_path / "served" / "model"
+    facts = read_json(folder / manifest.NAME)
+    manifest.write(folder, "base", {"source": {"package": "test"}})
+    assert facts.keys() == read_json(folder / manifest.NAME).keys()
+    archive.pack(folder, tmp_path / "served" / "model.tar")
+    assert key() == before, "made again, and the same"
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    manifest.write(folder, "base", {"source": {"package": "test"}})
+    archive.pack(folder, tmp_path / "served" / "model.tar")
+    assert key() != before
+
+
+def test_a_changed_adapter_begins_anew(tmp_path: Path, operations_adapter: Path) -> None:
+    shutil.copytree(operations_adapter, tmp_path / "adapter")
+    settings = config.Config(adapters={"one": "adapter"})
+
+    def key() -> str:
+        return batch._key(batch.made_by(None, settings, tmp_path))
+
+    before = key()
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors = {name: value + 1 for name, value in tensors.items()}
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    (tmp_path / "adapter" / manifest.NAME).unlink(missing_ok=True)
+    assert key() != before
 
 
 def test_the_input_is_never_the_result(tmp_path: Path, fields: dict[str, dict[str, Any]]) -> None:
