@@ -17,22 +17,23 @@ from rich.console import Console
 from rich.table import Table
 
 from cogpress.cli import progress_bar, step
-from cogpress.config import Config, Merge, Prompt, load
+from cogpress.config import Config, Merge, Prompt, Quantization, load
 from cogpress.data import prepare as data
 from cogpress.data.prepare import Prepared
 from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
 from cogpress.files import link, new_folder, read_json, sha256, write_json
 from cogpress.merge import adapter as adapters
-from cogpress.merge import merge
+from cogpress.merge import adopt, merge
 from cogpress.prompts import Row
 from cogpress.quantize import calibrate
+from cogpress.source import shown
 from cogpress.train import answers
 from cogpress.train import run as training
 from cogpress.verify import distributions
 from cogpress.verify import run as verify
 from cogpress.weights import archive, base, fetch, manifest
-from cogpress.weights.filenames import ADAPTER, DRAFT
+from cogpress.weights.filenames import ADAPTER, ADAPTER_CONFIG, DRAFT
 
 if TYPE_CHECKING:
     from cogpress.verify.distributions import Divergence
@@ -399,6 +400,59 @@ def draft_anew(root: Path, weights: Path, run: Path | None, examples: Path | Non
     return draft.path_in(weights)
 
 
+def adopted(
+    adapter: Path,
+    run: Path,
+    cache: Path,
+    console: Console,
+    *,
+    source: str | None,
+    quantization: Quantization | None,
+    prompt: Prompt,
+) -> Path:
+    """The folder of an adapter with cogpress's manifest: the given one, or a copy in `run` of one made elsewhere.
+
+    Args:
+        adapter: the adapter's folder.
+        run: the run's folder for one that was made elsewhere.
+        cache: where base models are kept.
+        console: where progress is shown.
+        source: of its base.
+        quantization: how its training held the base; `none`, and said, where not given.
+        prompt: what it is to be served with.
+
+    Raises:
+        CogpressError: it cannot be merged exactly, its base is not named, or the run has another adapter.
+    """
+    if adapter.is_dir() and manifest.read(adapter) is not None:
+        if quantization is not None:
+            raise CogpressError(f"{adapter} was trained with cogpress and names its quantization. Leave it out.")
+        return adapter
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise CogpressError(f"{adapter} holds no adapter: {ADAPTER_CONFIG} is missing. Name an adapter's folder.")
+    if source is None:
+        raise CogpressError(
+            f"{adapter} was not trained with cogpress. Name the base that it was trained on with --base."
+        )
+    place = run / ADAPTER
+    if place.exists() and manifest.fingerprint(place) != manifest.fingerprint(adapter):
+        raise CogpressError(f"{place} is another adapter, which would be replaced. Name another folder with --run.")
+    with step("Base model", console):
+        base_folder = fetch.base(source, cache)
+    with step("Adapter", console) as say:
+        adopt.adopt(
+            adapter, base_folder, place, source=shown(source), quantization=quantization or "none", prompt=prompt
+        )
+        say(f"copied to {place}")
+    if quantization is None:
+        console.print(
+            "Merging as trained on the base without quantization. For a QLoRA adapter give --quantization nf4: it was "
+            "trained to correct the quantized base.",
+            soft_wrap=True,
+        )
+    return place
+
+
 def merge_anew(
     adapter: Path,
     target: Path,
@@ -409,10 +463,10 @@ def merge_anew(
     onto: Merge,
     alone: bool = False,
 ) -> Path:
-    """Merge an adapter, trained here or elsewhere with cogpress, into `target`, replacing what is there.
+    """Merge an adapter into `target`, replacing what is there.
 
     Args:
-        adapter: the adapter's folder.
+        adapter: the adapter's folder, with cogpress's manifest.
         target: the folder to write.
         cache: where base models are kept.
         console: where progress is shown.

@@ -27,6 +27,9 @@ in place."""
 
 _PREFIX = "base_model.model."
 
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+"""The rows that replace those of the tokens in `trainable_token_indices`; peft calls them a delta."""
+
 _HARMLESS = {
     "peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core",
@@ -36,7 +39,7 @@ _HARMLESS = {
 
 _HANDLED = {
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "bias",
-    "lora_bias", "init_lora_weights",
+    "lora_bias", "init_lora_weights", "trainable_token_indices",
 }  # fmt: skip
 """Options that the merge honours."""
 
@@ -63,6 +66,10 @@ class LoraAdapter:
     folder: Path
     layers: dict[str, Layer]
     replaced: dict[str, str]
+    tokens: dict[str, tuple[str, tuple[int, ...]]]
+    """Embeddings of which some rows are replaced: by name, the tensor that holds them and their indices."""
+    saved: frozenset[str]
+    """Modules that training held apart from the base, saved whole."""
     quantization: Quantization
     quantized: frozenset[str]
     transposed: frozenset[str]
@@ -86,12 +93,19 @@ class LoraAdapter:
         """The names of the base's tensors that it changes."""
         weights = {f"{module}.weight" for module in self.layers}
         biases = {f"{module}.bias" for module, layer in self.layers.items() if layer.bias}
-        return weights | biases | self.replaced.keys()
+        return weights | biases | self.replaced.keys() | self.tokens.keys()
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The rows of the embedding where it was saved whole; training may have resized it."""
+        return next((self.shape(name)[0] for name in self.replaced if is_embedding(name)), None)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that the adapter expects of the base's tensor."""
+        """The shape that the adapter expects of the base's tensor; of one whose rows it replaces, (rows, width)."""
         if name in self.replaced:
             return self._stored[self.replaced[name]].shape
+        if name in self.tokens and name.removesuffix(".weight") not in self.layers:
+            return self._stored[self.tokens[name][0]].shape
         module, _, part = name.rpartition(".")
         layer = self.layers[module]
         up, down = self._stored[layer.up].shape, self._stored[layer.down].shape
@@ -113,6 +127,8 @@ class LoraAdapter:
             name: the name of a tensor of the base that this adapter changes.
             device: where to compute.
         """
+        if name in self.tokens:
+            return self._token_merger(name, device)
         module, _, part = name.rpartition(".")
         layer = self.layers.get(module)
         if layer is None or (part == "bias" and layer.bias is None):
@@ -131,12 +147,24 @@ class LoraAdapter:
 
         return merge
 
+    def _token_merger(self, name: str, device: torch.device) -> Merger:
+        held, indices = self.tokens[name]
+        trained = self._load(held).to(device).float()
+
+        def merge(rows: torch.Tensor, index: slice) -> torch.Tensor:
+            for at, token in enumerate(indices):
+                if index.start <= token < index.stop:
+                    rows[token - index.start] = trained[at]
+            return rows
+
+        return merge
+
     def _load(self, name: str) -> torch.Tensor:
         return tensors.load(self._stored[name], name)
 
 
 def read(folder: Path) -> LoraAdapter:
-    """Read an adapter that training wrote.
+    """Read an adapter that training wrote, or `adopt` took over.
 
     Raises:
         CogpressError: files are missing or changed, or it uses something that cannot be merged exactly.
@@ -149,13 +177,15 @@ def read(folder: Path) -> LoraAdapter:
     transposed = frozenset(facts.get("transposed_modules", ()))
     if transposed:  # peft notes it for the whole adapter, as the last layer of its list is
         config.pop("fan_in_fan_out", None)
-    _refuse_unknown(config, folder)
+    refuse_unknown(config, folder)
     stored = tensors.stored(folder, list(folder.glob(ADAPTER_WEIGHTS)))
-    layers, replaced = _sorted_out(stored, config, folder)
+    layers, replaced, tokens = _sorted_out(stored, config, folder)
     return LoraAdapter(
         folder=folder,
         layers=layers,
         replaced=replaced,
+        tokens=tokens,
+        saved=frozenset(config.get("modules_to_save") or ()),
         quantization=facts["quantization"],
         quantized=frozenset(facts["quantized_modules"]),
         transposed=transposed,
@@ -164,22 +194,35 @@ def read(folder: Path) -> LoraAdapter:
     )
 
 
-def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is an embedding of tokens or the output layer, with a row for each token."""
+    return name.removesuffix(".weight").rpartition(".")[2] in ("embed_tokens", "wte", "lm_head")
+
+
+def refuse_unknown(config: dict[str, Any], folder: Path) -> None:
+    """Refuse the settings of an adapter that cannot be merged exactly.
+
+    Raises:
+        CogpressError: names them.
+    """
+    if (kind := config.get("peft_type")) != "LORA":
+        raise CogpressError(
+            f"Cannot merge {folder} exactly: its peft_type is {kind}, and only LoRA with its variants merges."
+        )
     unknown = [name for name, value in config.items() if value and name not in _HARMLESS | _HANDLED]
     if config.get("init_lora_weights", True) not in _FRESH_STARTS:
         unknown.append(f"init_lora_weights {config['init_lora_weights']}")
-    if config.get("peft_type") != "LORA":
-        unknown.append(f"peft_type {config.get('peft_type')}")
     if unknown:
         raise CogpressError(f"Cannot merge {folder} exactly: it uses {', '.join(unknown)}. Train the adapter without.")
 
 
 def _sorted_out(
     stored: dict[str, tensors.Stored], config: dict[str, Any], folder: Path
-) -> tuple[dict[str, Layer], dict[str, str]]:
-    """Sort an adapter's tensors into adapted layers and replaced tensors."""
+) -> tuple[dict[str, Layer], dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
+    """Sort an adapter's tensors into adapted layers, replaced tensors and replaced rows."""
     layers: dict[str, Layer] = {}
     replaced: dict[str, str] = {}
+    tokens: dict[str, tuple[str, tuple[int, ...]]] = {}
     used = set()
     for name in stored:
         short = name.removeprefix(_PREFIX)
@@ -188,13 +231,29 @@ def _sorted_out(
                 module = short.removesuffix(f".{kind}")
                 layers[module] = layer = _layer(name, kind, module, stored, config, folder)
                 used |= {part for part in (layer.down, layer.up, layer.magnitude, layer.bias) if part}
+        if short.endswith(_TOKENS):
+            module = short.removesuffix(_TOKENS)
+            tokens[f"{module}.weight"] = (name, _indices(module, config))
+            used.add(name)
         if "lora_" not in short and short.endswith((".weight", ".bias")):
-            replaced[short.replace(".base_layer.", ".")] = name
+            # With a resized embedding peft saves its wrapper, too: the base's own module and the trained one once more.
+            if ".original_module." not in short:
+                replaced[short.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = name
             used.add(name)
     left = sorted(stored.keys() - used)
     if left:
         raise CogpressError(f"{folder} holds {left[0]}, which the merge does not support. Train without it.")
-    return layers, replaced
+    if both := sorted(tokens.keys() & (replaced.keys() | {f"{module}.weight" for module in layers})):
+        raise CogpressError(f"Cannot merge {folder} exactly: it changes {both[0]} and single rows of it.")
+    return layers, replaced, tokens
+
+
+def _indices(module: str, config: dict[str, Any]) -> tuple[int, ...]:
+    """The tokens whose rows an adapter trained: one list for the embedding, or one for each module."""
+    given = config["trainable_token_indices"]
+    if isinstance(given, dict):
+        given = next(found for name, found in given.items() if f".{module}".endswith(f".{name}"))
+    return tuple(given)
 
 
 def _layer(

@@ -24,7 +24,7 @@ from cogpress.merge import adapter
 from cogpress.merge.adapter import LoraAdapter
 from cogpress.merge.dequantize import TrainedWeight
 from cogpress.weights import base, manifest, tensors
-from cogpress.weights.filenames import INDEX, copy_serving_files
+from cogpress.weights.filenames import INDEX, copy_serving_files, tokenizer_files, tokenizer_folder
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,8 @@ class MergePlan:
     compute: torch.dtype
     dtype: torch.dtype
     untied: bool
+    vocabulary: int | None
+    """The rows of a resized embedding."""
 
     def value(self, output: Output) -> torch.Tensor:
         """One merged tensor, on the CPU.
@@ -118,7 +120,7 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
     """
     found = adapter.read(adapter_folder)
     if alone:
-        found = replace(found, layers={}, replaced={})
+        found = replace(found, layers={}, replaced={}, tokens={})
     if manifest.fingerprint(base_folder) != found.fingerprint:
         raise CogpressError(
             f"{adapter_folder} was trained on another base than {base_folder}: the weights' hashes differ. "
@@ -129,14 +131,21 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
         raise CogpressError(f"{base_folder} is quantized already; no merge into it is exact. Name its original.")
     stored = tensors.stored(base_folder)
     sources = {name: name for name in stored}
-    untied = bool(config.get("tie_word_embeddings")) and _untie(found, sources, base_folder)
-    _check_fit(found, {name: stored[source] for name, source in sources.items()})
+    tied = bool((config.get("text_config") or config).get("tie_word_embeddings", config.get("tie_word_embeddings")))
+    if tied:
+        found = _still_tied(found, sources)
+    untied = tied and _untie(found, sources, base_folder)
+    vocabulary = _check_fit(found, {name: stored[source] for name, source in sources.items()})
     compute = base.trained_dtype(found.facts)
     dtype = base.stored_dtype(compute)
     place = {name: at for at, name in enumerate(stored)}
     order = sorted(sources, key=lambda name: place[sources[name]])  # read and write the files front to back
-    outputs = [_output(name, stored[sources[name]], sources[name], dtype) for name in order]
-    return MergePlan(found, stored, outputs, onto, compute, dtype, untied)
+    outputs = []
+    for name in order:
+        held = stored[sources[name]]
+        held = replace(held, shape=found.shape(name)) if name in found.replaced else held
+        outputs.append(_output(name, held, sources[name], dtype))
+    return MergePlan(found, stored, outputs, onto, compute, dtype, untied, vocabulary)
 
 
 def check_layers(base_folder: Path, layers: Mapping[str, tuple[int, ...]], transposed: Collection[str] = ()) -> None:
@@ -179,13 +188,32 @@ def _output(name: str, place: tensors.Stored, source: str, dtype: torch.dtype) -
     return Output(name, source, place.shape, tensors.dtype_name(dtype), size)
 
 
+def _still_tied(found: LoraAdapter, sources: dict[str, str]) -> LoraAdapter:
+    """The adapter without an output layer that it holds only because it saved a resized embedding.
+
+    peft saves both then, and they are one tensor; modules that it trains whole are copies of their own.
+    """
+    head = "lm_head.weight"
+    if head in sources or head not in found.replaced or found.saved & {"lm_head", "embed_tokens"}:
+        return found
+    import torch
+
+    own, embedding = found.replacement(head), found.replacement(_EMBEDDING)
+    if own is None or embedding is None or not torch.equal(own, embedding):
+        return found
+    return replace(found, replaced={name: held for name, held in found.replaced.items() if name != head})
+
+
 def _untie(found: LoraAdapter, sources: dict[str, str], base_folder: Path) -> bool:
     """Give the output layer its own tensor if it shares the embedding's and training changed one of the two.
 
     A checkpoint with tied embeddings holds one tensor; peft trains each layer separately.
     """
     head, embedding = "lm_head.weight", _EMBEDDING
-    if not found.touched & {head, embedding} or head in sources:
+    # Rows of single tokens change in both, and so does an embedding that was only resized.
+    resized = embedding in found.replaced and not found.saved and head not in found.touched
+    only = {embedding} if resized and embedding.removesuffix(".weight") not in found.layers else set()
+    if not (found.touched - found.tokens.keys() - only) & {head, embedding} or head in sources:
         return False
     if embedding not in sources:
         raise CogpressError(
@@ -283,8 +311,13 @@ def write_base(
     return merge(base_folder, adapter_folder, target, alone=True, progress=progress, facts={"shared_base": key})
 
 
-def _check_fit(found: LoraAdapter, places: dict[str, tensors.Stored]) -> None:
-    """Refuse adapted or quantized layers that are no tensors of the checkpoint, or of another shape."""
+def _check_fit(found: LoraAdapter, places: dict[str, tensors.Stored]) -> int | None:
+    """Refuse adapted or quantized layers that are no tensors of the checkpoint, or of another shape.
+
+    Returns:
+        the rows of the embedding and the output layer where training resized them.
+    """
+    resized = set()
     for name in sorted(found.touched | {f"{module}.weight" for module in found.quantized}):
         if name not in places:
             raise CogpressError(
@@ -293,11 +326,29 @@ def _check_fit(found: LoraAdapter, places: dict[str, tensors.Stored]) -> None:
             )
         if name in found.replaced and name.removesuffix(".weight") in found.quantized:
             raise CogpressError(f"Cannot merge {found.folder} exactly: it saved all of {name}, quantized.")
-        if name in found.touched and places[name].shape != found.shape(name):
+        if name not in found.touched:
+            continue
+        shape, wanted = places[name].shape, found.shape(name)
+        rows = name in found.replaced and adapter.is_embedding(name) and shape[1:] == wanted[1:]
+        some = name in found.tokens and shape[1:] == wanted[1:] and max(found.tokens[name][1], default=0) < shape[0]
+        if rows and shape != wanted:
+            resized.add(wanted[0])
+        elif shape != wanted and not some:
             raise CogpressError(
-                f"{name} is {list(places[name].shape)} in the base and {list(found.shape(name))} in the adapter. "
+                f"{name} is {list(shape)} in the base and {list(wanted)} in the adapter. "
                 "Name the base that it was trained on."
             )
+    if not resized:
+        return None
+    rows_of = {
+        name: found.shape(name)[0] if name in found.replaced else place.shape[0] for name, place in places.items()
+    }
+    if len({rows for name, rows in rows_of.items() if adapter.is_embedding(name)}) > 1:
+        raise CogpressError(
+            f"Cannot merge {found.folder} exactly: it resized the embedding or the output layer and holds only one of "
+            "them. Save both with the adapter: modules_to_save=['embed_tokens', 'lm_head']."
+        )
+    return int(resized.pop())
 
 
 def _write(planned: MergePlan, part: Path, progress: Progress) -> dict[str, dict[str, Any]]:
@@ -352,9 +403,17 @@ def _ahead(function: Callable[[Output], torch.Tensor], items: Sequence[Output]) 
 
 def _copy_settings(base_folder: Path, part: Path, planned: MergePlan) -> None:
     copy_serving_files(base_folder, part)
+    if tokenizer_folder(base_folder, planned.adapter.folder) != base_folder:
+        for name in tokenizer_files(part):
+            (part / name).unlink()
+        copy_serving_files(planned.adapter.folder, part)
     config = read_json(part / "config.json")
     config.pop("torch_dtype", None)
     config["dtype"] = str(planned.dtype).removeprefix("torch.")
     if planned.untied:
         config["tie_word_embeddings"] = False
+    if planned.vocabulary is not None:
+        for section in (config, config.get("text_config") or {}):
+            if "vocab_size" in section:
+                section["vocab_size"] = planned.vocabulary
     write_json(part / "config.json", config)

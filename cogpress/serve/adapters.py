@@ -39,7 +39,7 @@ def read(name: str, folder: Path) -> LoraAdapter:
         CogpressError: cogpress did not make it, or engines cannot apply all that it changes.
     """
     found = adapter.read(folder)
-    wrong = sorted(found.replaced)
+    wrong = sorted(found.replaced.keys() | found.tokens.keys())
     wrong += [module for module, layer in found.layers.items() if layer.embedding or layer.magnitude or layer.bias]
     if wrong:
         raise CogpressError(

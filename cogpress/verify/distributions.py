@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogpress.merge import adapter as adapters
 from cogpress.prompts import NO_LOSS
 from cogpress.weights import base, manifest
 
@@ -79,6 +80,7 @@ def reference_model(base_folder: Path, adapter: Path, *, generates: bool = False
     model = base.load(base_folder, facts["quantization"], dtype=base.trained_dtype(facts))
     if generates and facts["quantization"] != "none":
         model = model.dequantize()
+    _resize(model, adapter)
     return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
@@ -92,8 +94,16 @@ def naive_model(base_folder: Path, adapter: Path) -> torch.nn.Module:
     from peft import PeftModel
 
     model = base.load(base_folder, "none")
+    _resize(model, adapter)
     merged: torch.nn.Module = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return merged.eval()
+
+
+def _resize(model: Any, adapter: Path) -> None:
+    """Give the model the rows of the adapter's embedding, which an adapter made elsewhere may have resized."""
+    rows = adapters.read(adapter).vocabulary
+    if rows is not None and rows != model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def compare(

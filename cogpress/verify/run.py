@@ -31,6 +31,7 @@ from cogpress.verify import distributions, parity
 from cogpress.verify.distributions import Divergence
 from cogpress.verify.report import Check, Verdict, write
 from cogpress.weights import base, fetch, manifest, tensors
+from cogpress.weights.filenames import tokenizer_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -212,7 +213,7 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
     scheme = (facts.get("compression") or {}).get("scheme", "none")
     merged = (facts.get("merge") or {}).get("onto")
     onto: Merge = "original" if config.merge == merged == "original" else "dequantized"
-    tokenizer = base.tokenizer(base_folder)
+    tokenizer = base.tokenizer(tokenizer_folder(base_folder, adapter_folder))
     examples = held_out(
         config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]), config.data.ignore
     )

@@ -80,6 +80,16 @@ def serving_files(folder: Path) -> list[str]:
     return [name for name in SERVING_FILES if (folder / name).is_file()] + [f"{TEMPLATES}/{name}" for name in named]
 
 
+def tokenizer_files(folder: Path) -> list[str]:
+    """What a folder holds of a tokenizer and its templates: its `serving_files` without the model's own."""
+    return [name for name in serving_files(folder) if name not in ("config.json", "generation_config.json")]
+
+
+def tokenizer_folder(base: Path, adapter: Path) -> Path:
+    """Where the tokenizer of a training is: with the adapter, where that has its own, else with the base."""
+    return adapter if tokenizer_files(adapter) else base
+
+
 def copy_serving_files(source: Path, target: Path) -> None:
     """Copy a folder's `serving_files` into another."""
     for name in serving_files(source):

@@ -337,7 +337,7 @@ def edit_settings(adapter: Path, change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"peft_type": "LOHA"}, "peft_type LOHA"),
+        ({"peft_type": "LOHA"}, "peft_type is LOHA"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
@@ -370,13 +370,6 @@ def test_a_merge_that_is_not_finite_is_refused(tiny_base: Path, tmp_path: Path, 
     with pytest.raises(CogpressError, match="is not finite after the merge"):
         merge.merge(tiny_base, adapter, tmp_path / "weights")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_trained_tokens_are_refused_by_name(tmp_path: Path) -> None:
-    folder = a_model(tmp_path / "base", "llama", tied=False)
-    adapter = a_variant(folder, tmp_path / "adapter", "none", trainable_token_indices=[1, 2])
-    with pytest.raises(CogpressError, match="trainable_token_indices"):
-        merge.merge(folder, adapter, tmp_path / "weights")
 
 
 def test_a_quantized_base_is_refused(tiny_base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""An adapter that peft made elsewhere becomes one that the merge, `verify` and serving take."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cogpress.config import Prompt, Quantization
+from cogpress.errors import CogpressError
+from cogpress.files import new_folder, read_json, write_json
+from cogpress.merge import adapter
+from cogpress.weights import base, manifest
+from cogpress.weights.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLES, refuse_pickle, tokenizer_files
+
+
+def adopt(
+    folder: Path, base_folder: Path, target: Path, *, source: str, quantization: Quantization, prompt: Prompt
+) -> None:
+    """Copy an adapter with its tokenizer, and record what training here would have recorded.
+
+    Args:
+        folder: the adapter, in peft's layout.
+        base_folder: the base that it was trained on.
+        target: the folder to write.
+        source: of the base, for people and later steps.
+        quantization: how its training held the base; nothing in its files says that.
+        prompt: the template and system text that it is to be served with.
+
+    Raises:
+        CogpressError: it is no adapter in safetensors, or cannot be merged exactly; nothing is written.
+    """
+    try:
+        config = read_json(folder / ADAPTER_CONFIG)
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise CogpressError(
+            f"{folder} holds no adapter: {ADAPTER_CONFIG} is missing or no JSON. Name a folder of peft's."
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        for path in sorted(folder.glob("adapter_model*")):
+            if path.suffix in PICKLES:
+                refuse_pickle(PurePosixPath(path.name), folder)
+        raise CogpressError(f"{folder} lacks {ADAPTER_WEIGHTS}. Save the adapter again, with save_pretrained.")
+    quantized, transposed = _layers(base_folder, quantization)
+    # As `adapter.read` does: peft notes it where it found transposed layers.
+    adapter.refuse_unknown({**config, "fan_in_fan_out": config.get("fan_in_fan_out") and not transposed}, folder)
+    facts: dict[str, Any] = {
+        "base": {"source": source, "fingerprint": manifest.fingerprint(base_folder)},
+        "quantization": quantization,
+        "compute_dtype": _dtype(base_folder),
+        "quantized_modules": quantized,
+        **({"transposed_modules": transposed} if transposed else {}),
+        "prompt": prompt.model_dump(mode="json"),
+    }
+    with new_folder(target) as part:
+        for name in (ADAPTER_WEIGHTS, *tokenizer_files(folder)):
+            (part / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, part / name)
+        # What peft notes there is a path of the machine that trained it.
+        write_json(part / ADAPTER_CONFIG, {**config, "base_model_name_or_path": source})
+        manifest.write(part, "adapter", facts)
+        adapter.read(part)
+
+
+def _layers(base_folder: Path, quantization: Quantization) -> tuple[list[str], list[str]]:
+    """The layers that training quantized, and those stored as (inputs, outputs), of a model without data."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers import AutoHfQuantizer
+
+    base.quiet_libraries()
+    settings = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+        transposed = base.transposed_modules(model)
+        wanted = base.quantization_config(quantization, torch.bfloat16)
+        if wanted is not None:
+            AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
+    return base.quantized_modules(model), transposed
+
+
+def _dtype(base_folder: Path) -> str:
+    """The dtype of the base's checkpoint, in which it is usually trained."""
+    config = read_json(base_folder / "config.json")
+    found = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    return str(found or "bfloat16").removeprefix("torch.")
