@@ -17,6 +17,7 @@ from typing import Any
 
 import cogpress
 from cogpress.cog.process import end_family
+from cogpress.cog.reasons import plain_errors
 from cogpress.errors import CogpressError
 
 GRACE_SECONDS = 5.0
@@ -68,7 +69,8 @@ async def run(root: Path, inputs: dict[str, Any]) -> Path:
                 await asyncio.shield(asyncio.to_thread(end_family, process, GRACE_SECONDS))
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
-        return _tar(result, status)
+        with plain_errors():
+            return _tar(result, status)
 
 
 def _tar(result: Path, status: int) -> Path:
@@ -96,9 +98,9 @@ def main() -> None:
         told = {"tar": str(built.tar)}
     except CogpressError as error:
         told = {"error": str(error)}
-    except Exception as error:  # noqa: BLE001 - whatever it is, the runtime reports it
+    except Exception:  # noqa: BLE001 - whatever it is, the runtime reports it
         traceback.print_exc()
-        told = {"error": f"{type(error).__name__}: {error}"}
+        told = {"error": "The training failed in a way that nobody foresaw. The end of its log says where."}
     Path(job["result"]).write_text(json.dumps(told), encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from cogpress import http
+from cogpress.cog.reasons import WORD
 from cogpress.errors import CogpressError
 
 _TIMEOUT = httpx.Timeout(10.0, read=None)
@@ -24,7 +25,8 @@ _NOT_SENT = "Failed to send request"
 """How the runtime's own error begins where its worker has ended: the prediction never began."""
 
 _AROUND_ERRORS = re.compile(
-    r"(?:(?:(?:Async )?(?:prediction|training) failed|Generator iteration error|CogpressError): )+", re.IGNORECASE
+    rf"(?:(?:(?:Async )?(?:prediction|training) failed|Generator iteration error|CogpressError|{WORD}): )+",
+    re.IGNORECASE,
 )
 """Prefixes that the runtime adds to a runner's error."""
 

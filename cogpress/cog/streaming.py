@@ -24,6 +24,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
 
+from cogpress.cog.reasons import plain_errors
 from cogpress.errors import CogpressError
 
 COGLET = "0.23.1"
@@ -66,7 +67,8 @@ def install() -> None:
 
         async def tracked() -> Any:
             _pumps.set(pumps)
-            return await coroutine
+            with plain_errors():
+                return await coroutine
 
         future = original(tracked(), loop)
         cancel_coroutine = future.cancel
@@ -118,6 +120,7 @@ def stream(chunks: AsyncIterator[str]) -> Iterator[str]:
             yield item
         del held
         if item.error is not None:
-            raise item.error
+            with plain_errors():
+                raise item.error
 
     return drain()

@@ -23,6 +23,9 @@ DEAD = "The engine has stopped and this server cannot answer any more. Restart i
 INCOMPLETE = "The engine gave up this answer before its end. Run it again, and see the server's log for the cause."
 """The error of a prediction that ended for another reason than its stop or its length."""
 
+CRASHED = "The server failed on this input, which is the server's fault. See its log, or try another input."
+"""The error of a prediction on which an exception came that nobody foresaw; its trace is in the log."""
+
 CONTEXT_EXCEEDED = re.compile(r"The prompt is \d+ tokens long and the context \d+, ")
 """How the error of a prompt begins that leaves no room for an answer."""
 

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import sys
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -155,8 +156,9 @@ class Queue:
             stopped = "The playground was stopped while this prediction ran. Run it again."
             prediction.end("failed", error=stopped, fault="server")
             raise
-        except Exception as error:  # noqa: BLE001 - a prediction must never stay open
-            told = f"The playground failed ({type(error).__name__}: {error})."
+        except Exception:  # noqa: BLE001 - a prediction must never stay open
+            traceback.print_exc()
+            told = "The playground failed on this prediction; its log says why. Run it again."
             prediction.end("failed", error=told, fault="server")
         finally:
             self.running.discard(prediction)

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -172,8 +173,10 @@ class Trainings:
             except asyncio.CancelledError:
                 await self._end(record, "failed", error=_STOPPED)
                 raise
-            except Exception as error:  # noqa: BLE001 - a training must never stay open
-                await self._end(record, "failed", error=f"The playground failed ({type(error).__name__}: {error}).")
+            except Exception:  # noqa: BLE001 - a training must never stay open
+                traceback.print_exc()
+                told = "The playground failed on this training; its log says why. Start it again."
+                await self._end(record, "failed", error=told)
 
     async def _end(self, record: dict[str, Any], status: str, *, error: str | None = None, output: Any = None) -> None:
         if record["status"] in ENDED:

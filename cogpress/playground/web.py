@@ -154,8 +154,8 @@ def _too_large(_request: Request, error: Exception) -> Response:
     return problem_response(error.body)
 
 
-def _internal_error(_request: Request, error: Exception) -> Response:
-    detail = f"The server failed ({type(error).__name__})."
+def _internal_error(_request: Request, _error: Exception) -> Response:
+    detail = "The server failed on this request; its log says why."
     return problem_response(access.error(500, "Internal error", detail))
 
 

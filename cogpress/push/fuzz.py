@@ -13,6 +13,7 @@ from typing import Any
 
 from cogpress.cog import client, schema
 from cogpress.config import Fuzz
+from cogpress.engines.base import CRASHED
 from cogpress.push import testcases
 from cogpress.push.testcases import Outcome
 from cogpress.replicate.api import RefusedError, Replicate
@@ -139,6 +140,8 @@ def _fault(made: dict[str, Any]) -> str | None:
         return error or f"it was {made.get('status')}"
     said = client.said(error).strip()  # not the sentence that stands in for a dead worker's
     crash = _CRASH.match(said)
+    if said == CRASHED:
+        return f"it crashed: {said}"
     if not said or (crash and crash["kind"] not in _REFUSALS):
         return f"it failed without a message for the user: {(said or error or 'nothing at all')[:200]}"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import traceback
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 
 from cogpress import config, prompts, source
 from cogpress.engines import base as engine
-from cogpress.engines.base import DEAD, INCOMPLETE, Adapter, Delta, Sampling
+from cogpress.engines.base import CRASHED, DEAD, INCOMPLETE, Adapter, Delta, Sampling
 from cogpress.errors import CogpressError
 from cogpress.files import recover
 from cogpress.serve import requests as inputs
@@ -107,6 +108,9 @@ class ServedModel:
         except CogpressError as error:
             self.observer.refused(given, str(error))
             raise
+        except Exception as error:
+            self.observer.refused(given, CRASHED)
+            raise _crashed() from error
         return self._stream(
             prompt, replace(sampling, stream=stream), adapter, RunningPrediction(given, record, started)
         )
@@ -174,6 +178,10 @@ class ServedModel:
                         yield delta.text
                 if not complete:
                     raise CogpressError(INCOMPLETE)
+            except CogpressError:
+                raise
+            except Exception as error:
+                raise _crashed() from error
             finally:
                 prediction.generated = tokens
                 await outputs.aclose()  # type: ignore[attr-defined]
@@ -202,6 +210,12 @@ class ServedModel:
             }
             for token, value, others in steps
         ]
+
+
+def _crashed() -> CogpressError:
+    """For users, of the exception that is handled now; what it says is for the log."""
+    traceback.print_exc()
+    return CogpressError(CRASHED)
 
 
 def find_weights(weights: str | os.PathLike[str] | None, root: Path, serve: config.Serve) -> str:

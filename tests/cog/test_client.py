@@ -226,7 +226,13 @@ def test_other_answers_are_told(answer: Callable[..., str], status: int, body: s
 
 @pytest.mark.parametrize(
     "around",
-    ["", "CogpressError: ", "Prediction failed: CogpressError: ", "Async prediction failed: CogpressError: "],
+    [
+        "",
+        "CogpressError: ",
+        "Prediction failed: CogpressError: ",
+        "Async prediction failed: CogpressError: ",
+        "Prediction failed: Generator iteration error: reason: ",
+    ],
 )
 def test_errors_are_told_without_the_runtimes_words(around: str) -> None:
     assert client.plain_error(f"{around}The prompt is empty.") == "The prompt is empty."

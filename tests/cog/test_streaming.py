@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from cogpress.cog import client, streaming
@@ -27,6 +28,7 @@ sys.path.insert(0, {root!r})
 import cog
 from cog import BaseRunner, ConcatenateIterator, Input
 from cogpress.cog import streaming
+from cogpress.errors import CogpressError
 
 class Runner(BaseRunner):
     def setup(self) -> None:
@@ -34,6 +36,8 @@ class Runner(BaseRunner):
             streaming.install()
 
     async def chunks(self, count):
+        if count == 999:
+            raise CogpressError("Said while it runs.")
         try:
             for number in range(count):
                 await asyncio.sleep(0.1)
@@ -44,6 +48,8 @@ class Runner(BaseRunner):
     @cog.streaming
     @cog.concurrent(max=8)
     async def run(self, count: int = Input(default=5, ge=1, le=1000)) -> ConcatenateIterator[str]:
+        if count == 1000:
+            raise CogpressError("Said before it runs.")
         {body}
 """
 
@@ -151,6 +157,21 @@ def test_a_dropped_connection_reaches_the_source(ours: Server) -> None:
             break
     events.close()  # type: ignore[attr-defined]
     assert ended(ours)
+
+
+@pytest.mark.parametrize(
+    ("count", "around", "sentence"),
+    [
+        (1000, "Prediction failed: Async prediction failed: reason: ", "Said before it runs."),
+        (999, "Prediction failed: Generator iteration error: reason: ", "Said while it runs."),
+    ],
+)
+def test_an_error_has_no_class_name(ours: Server, count: int, around: str, sentence: str) -> None:
+    """In the container's own answer; clients of this project leave out the runtime's words too."""
+    answer = httpx.post(f"{ours.url}/predictions", json={"input": {"count": count}}, trust_env=False, timeout=60)
+    assert answer.json()["error"] == around + sentence
+    with pytest.raises(CogpressError, match=f"^{sentence}$"):
+        list(client.stream(ours.url, {"count": count}))
 
 
 def test_slots_come_back(ours: Server) -> None:

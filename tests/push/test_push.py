@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from cogpress import config
+from cogpress.engines.base import CRASHED
 from cogpress.errors import CogpressError
 from cogpress.preflight import place
 from cogpress.push import dry_run, journal, run, testcases
@@ -234,6 +235,8 @@ def test_fuzz_finds_a_fault_of_the_program_and_takes_a_refusal(pushed: Any) -> N
         ("", "nothing at all"),
         ("Async prediction failed: CogpressError: stop may have at most 16 texts.", None),
         ("Prediction failed: ValueError: too long", None),
+        ("Prediction failed: Async prediction failed: reason: stop may have at most 16 texts.", None),
+        (f"Prediction failed: Async prediction failed: reason: {CRASHED}", "it crashed"),
     ],
 )
 def test_fuzz_tells_a_crash_from_a_refusal(error: str, fault: str | None) -> None:

@@ -212,6 +212,34 @@ def ended(tokenizer: Any, *steps: engine.Delta) -> tuple[list[str], dict[str, An
     return asyncio.run(collect()), metrics
 
 
+class Broken:
+    """An engine that fails in a way that nobody foresaw."""
+
+    dead = False
+
+    async def generate(self, *_request: Any) -> AsyncIterator[engine.Delta]:
+        yield engine.Delta("a", 1)
+        raise IndexError("list index out of range")
+
+
+def test_a_crash_is_told_in_a_sentence_and_its_trace_is_in_the_log(
+    tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: Any = server(tokenizer)
+    made.engine, made.observer, made.cold_start = Broken(), Observer(config.Serve(log="none")), {"first_token": 0}
+
+    async def stream() -> None:
+        async for _ in made._stream([1], engine.Sampling(), None, RunningPrediction({}, lambda *_: None, 0.0)):
+            pass
+
+    made.adapters = None  # so that the request's adapter cannot be looked up
+    for work in (stream, lambda: made.answer({"prompt": "x", "adapter": "blue"}, lambda *_: None)):
+        with pytest.raises(CogpressError) as told:
+            asyncio.run(work())
+        assert str(told.value) == engine.CRASHED
+        assert "Error: " in capsys.readouterr().err
+
+
 def test_an_answer_ends_by_stop_or_length_or_fails(tokenizer: Any) -> None:
     begun = engine.Delta("a", 1)
     for reason in ("stop", "length"):

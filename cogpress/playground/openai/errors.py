@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cogpress.engines.base import CONTEXT_EXCEEDED, DEAD, INCOMPLETE
+from cogpress.engines.base import CONTEXT_EXCEEDED, CRASHED, DEAD, INCOMPLETE
 from cogpress.playground.records import Prediction
 
 _TEXT_ONLY = "This server's models answer with text. Use /v1/chat/completions."
@@ -40,6 +40,10 @@ _KINDS = {
 
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b")
 """The start of the error of a model that crashed instead of rejecting an input."""
+
+
+_FAULTS = (CRASHED, DEAD, INCOMPLETE)
+"""Errors of a model that are the server's fault."""
 
 
 class OpenAIError(Exception):
@@ -89,7 +93,7 @@ def from_prediction(prediction: Prediction) -> OpenAIError | None:
         return refused(message, prediction.refused)
     if prediction.started_at is None and prediction.fault != "input":
         return OpenAIError(message, status=503, code="model_unavailable")
-    broken = prediction.fault == "server" or message in (DEAD, INCOMPLETE) or _EXCEPTION.match(message) is not None
+    broken = prediction.fault == "server" or message in _FAULTS or _EXCEPTION.match(message) is not None
     if prediction.output is None and not broken:
         # Clients shorten the conversation, or choose another model, by this code.
         if CONTEXT_EXCEEDED.match(message):
