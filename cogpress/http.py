@@ -7,7 +7,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
@@ -91,7 +91,9 @@ def _with_retries(client: _Client, retry: Retry | None) -> _Client:
     return client
 
 
-def retries(tries: int, longest: float, *, idempotent: bool = True, read: Any = None) -> Retry:
+def retries(
+    tries: int, longest: float, *, idempotent: bool = True, read: Any = None, statuses: Collection[int] | None = None
+) -> Retry:
     """How a request is repeated: with exponential backoff and jitter, or after what `Retry-After` says.
 
     Args:
@@ -100,11 +102,12 @@ def retries(tries: int, longest: float, *, idempotent: bool = True, read: Any = 
         idempotent: whether the request may reach the server twice. Otherwise it is repeated only where the server has
             not begun with it: after a 429 or without a connection.
         read: reads the response's body, so that a body that breaks off is a failed try.
+        statuses: after which it is repeated, if others than those.
     """
     return Retry(
         total=tries - 1,
         allowed_methods=_METHODS,
-        status_forcelist=BUSY if idempotent else {429},
+        status_forcelist=statuses if statuses is not None else BUSY if idempotent else {429},
         retry_on_exceptions=None if idempotent else (httpx.ConnectError, httpx.ConnectTimeout),
         backoff_factor=BACKOFF / 2,  # the library doubles it before the first wait
         max_backoff_wait=longest,
@@ -125,6 +128,8 @@ class Reply:
     status: int
     content: Any
     detail: str = ""
+    wait: float | None = None
+    """Seconds after which a 429 asks to be repeated."""
 
 
 class UnavailableError(CogpressError):
@@ -148,10 +153,15 @@ class _Requests:
         self.base, self.name = base.rstrip("/"), name
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._retries = {safe: retries(tries, longest, idempotent=safe, read=read) for safe in (True, False)}
+        # For callers that keep to a rate limit by themselves.
+        self._paced = {
+            safe: retries(tries, longest, idempotent=safe, read=read, statuses=BUSY - {429} if safe else {425})
+            for safe in (True, False)
+        }
 
-    def _extensions(self, method: str, idempotent: bool | None) -> dict[str, Any]:
+    def _extensions(self, method: str, idempotent: bool | None, *, paced: bool = False) -> dict[str, Any]:
         safe = method not in ("POST", "PATCH") if idempotent is None else idempotent
-        return {"retry": self._retries[safe]}
+        return {"retry": (self._paced if paced else self._retries)[safe]}
 
     def _answer(self, response: httpx.Response, retry: Retry) -> Reply:
         status = response.status_code
@@ -163,11 +173,16 @@ class _Requests:
         except ValueError:
             content = None
         if response.is_success:
-            if content is None and status != 204:
+            if content is None and not (status in (202, 204) and not response.content):
                 raise CogpressError(f"{self.name} did not answer with JSON. Check its address.")
             return Reply(status, content)
         detail = content.get("detail") or content.get("error") if isinstance(content, dict) else None
-        return Reply(status, None, detail if isinstance(detail, str) else "")
+        said = content.get("retry_after") if isinstance(content, dict) else None  # the header may be missing
+        try:
+            wait: float | None = float(response.headers.get("Retry-After") or said or "")
+        except ValueError:
+            wait = None
+        return Reply(status, None, detail if isinstance(detail, str) else "", wait)
 
     def _unreachable(self, error: httpx.HTTPError, retry: Retry) -> UnavailableError:
         begun = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
@@ -201,7 +216,16 @@ class Api(_Requests):
         """Close its connections."""
         self._http.close()
 
-    def send(self, method: str, route: str, body: Any = None, *, idempotent: bool | None = None, **more: Any) -> Reply:
+    def send(
+        self,
+        method: str,
+        route: str,
+        body: Any = None,
+        *,
+        idempotent: bool | None = None,
+        paced: bool = False,
+        **more: Any,
+    ) -> Reply:
         """The answer to one request, good or refused.
 
         Args:
@@ -209,13 +233,14 @@ class Api(_Requests):
             route: after the base.
             body: sent as JSON; None sends none.
             idempotent: see `retries`; by default whether the method is.
+            paced: return a 429 instead of repeating the request.
             more: for httpx, such as `files`.
 
         Raises:
             UnavailableError: no answer came, or only that the server is busy.
             CogpressError: the answer is not JSON.
         """
-        extensions = self._extensions(method, idempotent)
+        extensions = self._extensions(method, idempotent, paced=paced)
         try:
             response = self._http.request(method, self.base + route, json=body, extensions=extensions, **more)
         except httpx.HTTPError as error:

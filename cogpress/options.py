@@ -471,11 +471,11 @@ class Deployment(Section):
     name: Annotated[str, Field(pattern=_NAME + "$")]
     """Its name."""
     hardware: str | None = None
-    """SKU. Default: the model's."""
-    min_instances: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Instances that always run, and always cost."""
-    max_instances: Annotated[int, Field(ge=1, le=1000)] = 1
-    """Most instances under load."""
+    """SKU. Default: the model's for a new deployment; that of an existing one stays."""
+    min_instances: Annotated[int, Field(ge=0, le=5)] = 0
+    """Instances that always run, and always cost. An existing deployment keeps its own where this is not set."""
+    max_instances: Annotated[int, Field(ge=0, le=20)] = 1
+    """Most instances under load; 0 switches the deployment off. An existing deployment keeps its own likewise."""
 
 
 class TestTraining(Section):

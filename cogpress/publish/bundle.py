@@ -152,7 +152,7 @@ def prepare(request: Publication, facts: dict[str, Any], unverified: str | None,
     """
     notes = [f"Not verified: {unverified}. The card says so."] if unverified else []
     # The quick checks first, then the sha256 of gigabytes.
-    text = _card(request, facts, unverified, card_data, notes)
+    text = card.write(card_facts(request, facts, unverified, card_data, notes))
     manifest.check(request.folder, facts)
     files = [
         BundleFile(name, recorded["bytes"], recorded["sha256"], request.folder / name)
@@ -207,9 +207,14 @@ def _refuse_secrets(file: BundleFile) -> None:
         )
 
 
-def _card(
+def card_facts(
     request: Publication, facts: dict[str, Any], unverified: str | None, card_data: CardData, notes: list[str]
-) -> str:
+) -> card.CardFacts:
+    """The facts of the weights' card; see `prepare`. Adds to `notes` what is missing.
+
+    Raises:
+        CogpressError: the licence is unknown, or the run that the user named made other weights.
+    """
     run = find_run(request, facts)
     if run is None:
         notes.append("The run that made these weights was not found: the card lacks its figures. Name it with --run.")
@@ -234,20 +239,18 @@ def _card(
             f"--examples {request.examples}: the run kept {len(answers)} answers. Ask for at most as many."
         )
     prompt = facts.get("prompt")
-    return card.write(
-        card.CardFacts(
-            repo=request.repo,
-            branch=request.branch,
-            origin=found,
-            licence=licence,
-            prompt=config.Prompt.model_validate(prompt) if prompt else config.Prompt(),
-            has_chat_template=_has_chat_template(request.folder),
-            manifest=facts,
-            verification=manifest.read_verification(request.folder) if unverified is None else None,
-            unverified=unverified,
-            answers=answers[: request.examples],
-            **saved,
-        )
+    return card.CardFacts(
+        repo=request.repo,
+        branch=request.branch,
+        origin=found,
+        licence=licence,
+        prompt=config.Prompt.model_validate(prompt) if prompt else config.Prompt(),
+        has_chat_template=_has_chat_template(request.folder),
+        manifest=facts,
+        verification=manifest.read_verification(request.folder) if unverified is None else None,
+        unverified=unverified,
+        answers=answers[: request.examples],
+        **saved,
     )
 
 

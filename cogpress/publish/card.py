@@ -75,6 +75,12 @@ def write(facts: CardFacts) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def page(facts: CardFacts) -> str:
+    """The card for a page where the model itself runs: what it is, how good, how made, under what terms."""
+    sections = [_summary(facts), _quality(facts), _training(facts), _data(facts), _licence(facts)]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
 def escaped(text: Any) -> str:
     """Text as one line of literal Markdown: no markup, HTML, cell or line break."""
     line = " ".join(str(text).split())

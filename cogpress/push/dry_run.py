@@ -14,7 +14,7 @@ from cogpress.cog import program as cog
 from cogpress.config import Config
 from cogpress.errors import CogpressError
 from cogpress.preflight import machine
-from cogpress.push import fuzz, journal, run, testcases
+from cogpress.push import deployment, fuzz, journal, run, testcases
 from cogpress.push.run import PushRun
 from cogpress.push.target import PushTarget, example, fingerprint, hardware
 from cogpress.replicate import routes
@@ -78,8 +78,13 @@ def _steps(push: PushRun) -> Iterator[tuple[str, bool, list[str]]]:
     if wanted := settings.push.deployment:
         shipped = str(done.get("version") or NEW)
         create = routes.create_deployment(wanted, target.destination, shipped, sku)
-        update = routes.update_deployment(f"(your account)/{wanted.name}", wanted, shipped, sku)
+        name = f"(your account)/{wanted.name}"
+        update = routes.update_deployment(name, version=shipped, **deployment.named(wanted))
         yield run.DEPLOYMENT, False, [f"{_shown(create)}, or", f"{_shown(update)}, where it exists"]
+    told = "" if target.page else ", where this push creates it"
+    yield run.PAGE, False, [f"PATCH /v1/models/{target.destination} with the weights' card{told}"]
+    if target.clean:
+        yield run.CLEAN, False, [f"DELETE /v1/models/{target.test_model}/versions/... but the tested one"]
 
 
 def _asked(push: PushRun, version: str | None) -> Iterator[tuple[str, bool, list[str]]]:

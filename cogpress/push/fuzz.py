@@ -16,6 +16,7 @@ from cogpress.config import Fuzz
 from cogpress.engines.base import CRASHED
 from cogpress.push import testcases
 from cogpress.push.testcases import Outcome
+from cogpress.replicate import api
 from cogpress.replicate.api import RefusedError, Replicate
 
 TEXTS = (
@@ -136,6 +137,8 @@ def _fault(made: dict[str, Any]) -> str | None:
     if made.get("status") == "succeeded":
         return None
     error = str(made.get("error") or "")
+    if code := api.code_of(made):
+        return code
     if made.get("timed_out") or made.get("status") != "failed":
         return error or f"it was {made.get('status')}"
     said = client.said(error).strip()  # not the sentence that stands in for a dead worker's

@@ -18,7 +18,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import read_json
 from cogpress.prompts import Conversation, encode_prompt
 from cogpress.push import testcases
-from cogpress.replicate.api import Replicate, text_of
+from cogpress.replicate.api import Replicate, code_of, text_of
 from cogpress.serve import model as serving
 from cogpress.verify import distributions, parity
 from cogpress.verify import run as verify
@@ -122,7 +122,8 @@ def compare(
     def ask(given: dict[str, Any]) -> dict[str, Any]:
         made = testcases.predict(replicate, version, given, settings.push.timeout)
         if made.get("status") != "succeeded":
-            raise CogpressError(f"Replicate's answer to a held-out example {made.get('status')}: {made.get('error')}")
+            told = code_of(made) or made.get("error")
+            raise CogpressError(f"Replicate's answer to a held-out example {made.get('status')}: {told}")
         return made
 
     asked = [form.completed(given, fields) for given in inputs(found)]

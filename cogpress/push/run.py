@@ -16,7 +16,7 @@ from cogpress.config import Config
 from cogpress.errors import CogpressError
 from cogpress.files import sha256, write_json
 from cogpress.preflight import machine
-from cogpress.push import compatibility, fuzz, journal, parity, summary, testcases
+from cogpress.push import compatibility, deployment, fuzz, journal, page, parity, summary, testcases
 from cogpress.push.context import build_context, code_beside_weights
 from cogpress.push.journal import RejectedError, Say, StepRunner
 from cogpress.push.summary import Shipped
@@ -35,6 +35,7 @@ TEST_PUSH, REAL_PUSH = "Push to the test model", "Push to the model"
 TESTS, SAME = "Test predictions", "Answers compared with the live version"
 FUZZ, PARITY = "Fuzz", "Answers compared with the local weights"
 TRAINING, DEPLOYMENT = "Training with the pushed version", "Deployment"
+PAGE, CLEAN = "Text of the model's page", "Old test versions"
 """The steps' names in the terminal and the journal."""
 
 
@@ -65,7 +66,7 @@ class PushRun:
         target, settings = self.target, self.settings
         self._steps.once(PREFLIGHT, self._preflight)
         image = fingerprint(target.root, settings)
-        self._steps.once(MODELS, self._models)
+        created = self._steps.once(MODELS, self._models)["made"]
         live = (self.replicate.find(routes.model(target.destination)) or {}).get("latest_version") or {}
         self._compatible(BESIDE, live, self.local_schema(), "the project")
         tested = self._pushed(TEST_PUSH, target.test_model, image)
@@ -86,6 +87,8 @@ class PushRun:
                 "Check whether something else was pushed there meanwhile."
             )
         self._deployment(shipped)
+        self._page(any(name.startswith(f"{target.destination} ") for name in created))
+        self._clean(tested)
         model = self.replicate.find(routes.model(target.destination)) or {}
         made = Shipped(model, shipped, final, self._steps.done, tuple(self.notes))
         content = {"format": 1, "model": target.destination, "version": shipped, "steps": self._steps.done}
@@ -137,20 +140,12 @@ class PushRun:
         for name, visibility in wanted.items():
             found = self.replicate.find(routes.model(name))
             if found is None:
-                self._make_model(name, visibility)
+                self.replicate.make_model(name, visibility, self.hardware)
                 made.append(f"{name} created, {visibility}, on {self.hardware}")
             elif name == self.target.destination and found.get("visibility") not in (None, visibility):
                 self.notes.append(f"{name} stays {found['visibility']}: change that in its settings on Replicate.")
         say("; ".join(made) or "both exist")
         return {"made": made}
-
-    def _make_model(self, name: str, visibility: str) -> None:
-        try:
-            self.replicate.ask(routes.create_model(name, visibility, self.hardware))
-        except RefusedError as error:
-            # The first try may have made it though its answer was lost.
-            if error.status != 409:
-                raise
 
     @property
     def hardware(self) -> str:
@@ -383,8 +378,10 @@ class PushRun:
                 )
                 say(f"{name} created with version {version[:12]}")
             else:
-                self.replicate.ask(routes.update_deployment(name, wanted, version, wanted.hardware or self.hardware))
+                made = self.replicate.ask(routes.update_deployment(name, version=version, **deployment.named(wanted)))
                 say(f"{name} updated to version {version[:12]}")
+                if deployment.is_off(made):
+                    self.notes.append(f"{name} is switched off (no instances): set max_instances to switch it on.")
             return {"deployment": name}
 
         def still(result: dict[str, Any]) -> bool:
@@ -392,6 +389,43 @@ class PushRun:
             return found is not None and found.get("current_release", {}).get("version") == version
 
         self._steps.kept(DEPLOYMENT, [version, wanted.model_dump(), self.target.hardware], act, still)
+
+    def _page(self, created: bool) -> None:
+        """The model's page, where this push made the model or was asked to."""
+        if not (created or self.target.page):
+            return
+
+        def act(say: Say) -> dict[str, Any]:
+            try:
+                texts = page.texts(self.target, self.settings)
+            except CogpressError as error:
+                self.notes.append(f"The text of the model's page was not written: {error}")
+                return {"written": False}
+            self.replicate.ask(routes.update_model(self.target.destination, **texts))
+            say(f"{len(texts['readme']):,} characters")
+            return {"written": True}
+
+        self._steps.once(PAGE, act)
+
+    def _clean(self, tested: str) -> None:
+        """Delete the test model's versions but the one that was tested."""
+        if not self.target.clean:
+            return
+
+        def act(say: Say) -> dict[str, Any]:
+            old = [one["id"] for one in self._versions(self.target.test_model) if one["id"] != tested]
+            kept = []
+            for identifier in old:
+                try:
+                    self.replicate.ask(routes.delete_version(self.target.test_model, identifier))
+                except RefusedError as error:
+                    kept.append(f"{identifier[:12]} ({error})")
+            if kept:
+                self.notes.append(f"Versions of {self.target.test_model} that Replicate keeps: {'; '.join(kept)}")
+            say(f"{len(old) - len(kept)} deleted, {len(kept)} kept")
+            return {"deleted": len(old) - len(kept), "kept": kept}
+
+        self._steps.once(CLEAN, act)
 
 
 def push(target: PushTarget, settings: Config, console: Console) -> Shipped:

@@ -29,6 +29,8 @@ class PushTarget:
         visibility: of the destination, where it is created.
         allow_breaking: push in spite of breaking changes.
         fresh: repeat the steps of earlier pushes.
+        page: write the text of the destination's page, in place of what is there.
+        clean: delete the test model's other versions at the end.
     """
 
     root: Path
@@ -38,6 +40,8 @@ class PushTarget:
     visibility: Literal["private", "public"] = "private"
     allow_breaking: bool = False
     fresh: bool = False
+    page: bool = False
+    clean: bool = False
 
     @classmethod
     def of(

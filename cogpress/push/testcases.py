@@ -17,7 +17,7 @@ from cogpress.cog import client
 from cogpress.config import Case, Push
 from cogpress.errors import CogpressError
 from cogpress.push.journal import RejectedError
-from cogpress.replicate import routes
+from cogpress.replicate import api, routes
 from cogpress.replicate.api import RefusedError, Replicate, text_of
 
 CANCEL_SECONDS = 15.0
@@ -142,7 +142,7 @@ def run(
 
 
 def _judged(replicate: Replicate, version: str, case: Case, name: str, score: Score, timeout: float) -> Outcome:
-    made = create(replicate, version, case.input)
+    made = create(replicate, version, case.input, timeout)
     identifier = str(made["id"])
     try:
         if case.cancels:
@@ -178,14 +178,18 @@ def answers(replicate: Replicate, version: str, asked: Iterable[dict[str, Any]],
         return list(pool.map(one, asked))
 
 
-def create(replicate: Replicate, version: str, given: dict[str, Any]) -> dict[str, Any]:
-    """A new prediction. A second one, after an answer that was lost, does no harm here."""
-    return dict(replicate.ask(routes.predict(version, given, idempotent=True)))
+def create(replicate: Replicate, version: str, given: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """A new prediction. A second one, after an answer that was lost, does no harm here.
+
+    Replicate ends it by itself a little after the timeout, if this program cannot any more.
+    """
+    call = routes.predict(version, given, idempotent=True, cancel_after=timeout + CANCEL_SECONDS)
+    return dict(replicate.ask(call))
 
 
 def predict(replicate: Replicate, version: str, given: dict[str, Any], timeout: float) -> dict[str, Any]:
     """A prediction to its end; see `finished`."""
-    return finished(replicate, create(replicate, version, given), timeout)
+    return finished(replicate, create(replicate, version, given, timeout), timeout)
 
 
 def finished(replicate: Replicate, made: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -203,11 +207,11 @@ def _check(case: Case, made: dict[str, Any], score: Score) -> None:
     error = client.plain_error(str(made.get("error") or ""))
     if case.error is not None:
         if status != "failed" or made.get("timed_out"):
-            raise _Wrong(f"it {status}, but should have failed: {_short(text)}")
+            raise _Wrong(f"it {_ended(status)}, but should have failed: {_short(text)}")
         if case.error not in error:
             raise _Wrong(f"it failed with another error: {_short(error)}")
     elif status != "succeeded":
-        raise _Wrong(f"it {status}: {_short(error)}")
+        raise _Wrong(f"it {_ended(status)}: {_short(api.code_of(made) or error)}")
     if case.exact is not None and text != case.exact:
         raise _Wrong(f"the text is {_quoted(text)}, not {_quoted(case.exact)}")
     for part in [case.contains] if isinstance(case.contains, str) else case.contains:
@@ -219,6 +223,10 @@ def _check(case: Case, made: dict[str, Any], score: Score) -> None:
         raise _Wrong(f"the task's score does not accept {_quoted(text)} for {_quoted(case.expected)}")
     if case.seconds is not None and seconds_of(made) > case.seconds:
         raise _Wrong(f"it took {seconds_of(made):.2f} s, more than {case.seconds:g} s")
+
+
+def _ended(status: Any) -> str:
+    return f"was {status}" if status in ("canceled", "aborted") else str(status)
 
 
 def _check_json(schema: dict[str, Any], text: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
@@ -32,11 +34,30 @@ TRIES = 7
 LONGEST_WAIT = 120.0
 """Seconds between two tries, whatever Replicate asks for."""
 
+UPLOAD_BYTES = 100_000_000
+"""Of the largest file that Replicate takes."""
+
+RATE_SECONDS = 10.0
+"""Between two predictions where a 429 does not say: an account without credit may make 6 a minute."""
+
+RATE_TRIES = 30
+"""Of a prediction that the rate limit refuses; others take its turn meanwhile."""
+
+CODES = {
+    "E1001": "out of memory: choose hardware with more, or lower serve.max_model_len and serve.memory_share",
+    "E6716": "the model did not start in time: make its start shorter with smaller weights, or weights in the image",
+}
+"""Replicate's own error codes, which stand in a prediction's error or log."""
+
 _REFUSALS = {
     401: ("rejects the token", "Set REPLICATE_API_TOKEN to a valid one."),
-    402: ("requires a payment method", "Add one at replicate.com/account/billing."),
+    402: (
+        "has no credit or payment method for it",
+        "Add one at replicate.com/account/billing, wait some minutes, and run this again.",
+    ),
     403: ("does not allow it with this token", "Use a token of the owner or of a member of the organization."),
     404: ("cannot find it", "Check the name and REPLICATE_BASE_URL."),
+    413: ("takes no file of this size", "Give an address that Replicate can read instead of the file."),
     409: ("reports a conflict", "Look at what exists on replicate.com, then run this again."),
     422: ("rejects the request", "Correct what it names."),
 }
@@ -79,6 +100,28 @@ def _stream_url(made: Mapping[str, Any], base: str) -> str:
     return url
 
 
+class _Rate:
+    """The pace of creations: free until Replicate refuses one, then an interval between two, for all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._interval = self._next = 0.0
+
+    def wait(self) -> None:
+        """Take a turn, and sleep until it has come."""
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + self._interval
+        time.sleep(turn - now)
+
+    def slow(self, seconds: float) -> None:
+        """Replicate refused a turn, and asks for a pause."""
+        with self._lock:
+            self._interval = max(self._interval, seconds)
+            self._next = max(self._next, time.monotonic() + seconds)
+
+
 class Replicate(http.Api):
     """Replicate, asked with a token."""
 
@@ -86,10 +129,27 @@ class Replicate(http.Api):
         """See `http.Api`; `base` is the API's address without `/v1`."""
         super().__init__(base, token, _name(base), tries=tries, longest=longest)
         self.token = token
+        self._rate = _Rate()
 
     def answer(self, call: Call) -> Reply:
-        """The answer to a request, good or refused; raises as `http.Api.send`."""
-        return self.send(call.method, call.route, call.body, idempotent=call.idempotent, **call.more)
+        """The answer to a request, good or refused; raises as `http.Api.send`.
+
+        Creations keep to the rate that the account gets, all threads together: after a 429 they come one by one.
+        """
+        if not call.paced:
+            return self.send(call.method, call.route, call.body, idempotent=call.idempotent, **call.more)
+        for _ in range(RATE_TRIES):
+            self._rate.wait()
+            reply = self.send(call.method, call.route, call.body, idempotent=call.idempotent, paced=True, **call.more)
+            if reply.status != 429:
+                return reply
+            self._rate.slow(RATE_SECONDS if reply.wait is None else min(reply.wait, LONGEST_WAIT))
+        raise http.UnavailableError(
+            f"{self.name} refuses {call.what} because of its rate limit, {RATE_TRIES} times in a row. Without credit "
+            "or a payment method an account may make 6 a minute: see replicate.com/account/billing, or wait.",
+            429,
+            begun=False,
+        )
 
     def ask(self, call: Call) -> Any:
         """The content of a good answer.
@@ -108,6 +168,24 @@ class Replicate(http.Api):
             if error.status == 404:
                 return None
             raise
+
+    def make_model(self, name: str, visibility: str, sku: str) -> None:
+        """Create a model.
+
+        Raises:
+            CogpressError: Replicate refuses, or the name is taken by a model that is not there.
+        """
+        try:
+            self.ask(routes.create_model(name, visibility, sku))
+        except RefusedError as error:
+            # The first try may have made it though its answer was lost.
+            if error.status != 409:
+                raise
+            if self.find(routes.model(name)) is None:
+                raise CogpressError(
+                    f"Replicate has no model {name} that this token can see, but its name is taken: that of a deleted "
+                    "model stays so. Choose another name."
+                ) from None
 
     def wait(self, made: dict[str, Any], seconds: float, until: tuple[str, ...] = ENDED) -> dict[str, Any]:
         """A prediction when its status is one of `until`, or as it is when time is up."""
@@ -151,6 +229,11 @@ class Replicate(http.Api):
             CogpressError: the file cannot be read, or Replicate refuses.
         """
         try:
+            if path.stat().st_size > UPLOAD_BYTES:
+                raise CogpressError(
+                    f"{path} has {path.stat().st_size / 1e6:,.0f} MB, and Replicate takes files of up to "
+                    f"{UPLOAD_BYTES / 1e6:.0f}. Write it as Parquet, which is smaller, or leave examples out."
+                )
             content = path.read_bytes()  # whole, as a second try needs it again
         except OSError as error:
             raise CogpressError(f"Could not read {path}: {error.strerror}. Name a file.") from None
@@ -220,6 +303,12 @@ def address(environ: Mapping[str, str] = os.environ) -> str:
 def connect() -> Replicate:
     """Replicate as the environment names it; raises as `credentials`."""
     return Replicate(*credentials())
+
+
+def code_of(made: Mapping[str, Any]) -> str:
+    """What Replicate's own error code in a prediction's error or log means; empty without one."""
+    told = f"{made.get('error') or ''}\n{made.get('logs') or ''}"
+    return next((f"{code}, {meaning}" for code, meaning in CODES.items() if re.search(rf"\b{code}\b", told)), "")
 
 
 def text_of(output: Any) -> str:

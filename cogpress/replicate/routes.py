@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ class Call:
         body: sent as JSON.
         idempotent: whether the request may reach Replicate twice; None leaves it to the method.
         more: settings for httpx.
+        paced: it counts against the account's rate limit for creations.
     """
 
     method: str
@@ -27,6 +29,7 @@ class Call:
     body: Any = None
     idempotent: bool | None = None
     more: dict[str, Any] = field(default_factory=dict)
+    paced: bool = False
 
 
 def account() -> Call:
@@ -52,6 +55,11 @@ def create_model(name: str, visibility: str, sku: str) -> Call:
     return Call("POST", "/v1/models", f"a new model {name}", body, idempotent=True)
 
 
+def update_model(name: str, **texts: str) -> Call:
+    """A change of a model's page: `readme`, `description`; not its visibility, its cover or its example."""
+    return Call("PATCH", f"/v1/models/{name}", f"a change of {name}'s page", texts, idempotent=True)
+
+
 def versions(name: str) -> Call:
     """A page of a model's versions in `results`, the newest first."""
     return Call("GET", f"/v1/models/{name}/versions", f"the versions of {name}")
@@ -62,10 +70,22 @@ def version(name: str, identifier: str) -> Call:
     return Call("GET", f"/v1/models/{name}/versions/{identifier}", f"version {identifier[:12]} of {name}")
 
 
-def predict(version: str, inputs: dict[str, Any], *, idempotent: bool | None = None) -> Call:
-    """A new prediction of a version; `idempotent` where a second one would do no harm."""
+def delete_version(name: str, identifier: str) -> Call:
+    """Delete a version of a private model; it goes some time after the answer."""
+    return Call("DELETE", f"/v1/models/{name}/versions/{identifier}", f"the end of version {identifier[:12]} of {name}")
+
+
+def predict(
+    version: str, inputs: dict[str, Any], *, idempotent: bool | None = None, cancel_after: float | None = None
+) -> Call:
+    """A new prediction of a version; `idempotent` where a second one would do no harm.
+
+    With `cancel_after`, Replicate ends it after that many seconds, 5 or more, whatever becomes of who asked.
+    """
     body = {"version": version, "input": inputs, "stream": True}
-    return Call("POST", "/v1/predictions", f"a prediction of version {version[:12]}", body, idempotent)
+    headers = {} if cancel_after is None else {"headers": {"Cancel-After": f"{max(5, math.ceil(cancel_after))}s"}}
+    what = f"a prediction of version {version[:12]}"
+    return Call("POST", "/v1/predictions", what, body, idempotent, headers, paced=True)
 
 
 def predict_by_name(kind: Literal["models", "deployments"], name: str, inputs: dict[str, Any]) -> Call:
@@ -104,19 +124,15 @@ def deployment(name: str) -> Call:
 
 def create_deployment(wanted: Deployment, model: str, version: str, sku: str) -> Call:
     """A new deployment of a model's version."""
-    body = {"name": wanted.name, "model": model, **_release(wanted, version, sku)}
+    body: dict[str, Any] = {"name": wanted.name, "model": model, "version": version}
+    body |= {"hardware": wanted.hardware or sku, "min_instances": wanted.min_instances}
+    body["max_instances"] = wanted.max_instances
     return Call("POST", "/v1/deployments", f"a new deployment {wanted.name}", body)
 
 
-def update_deployment(name: str, wanted: Deployment, version: str, sku: str) -> Call:
-    """A change of the deployment owner/name; the same change twice does no harm."""
-    body = _release(wanted, version, sku)
-    return Call("PATCH", f"/v1/deployments/{name}", f"a change of deployment {name}", body, idempotent=True)
-
-
-def _release(wanted: Deployment, version: str, sku: str) -> dict[str, Any]:
-    instances = {"min_instances": wanted.min_instances, "max_instances": wanted.max_instances}
-    return {"version": version, "hardware": wanted.hardware or sku, **instances}
+def update_deployment(name: str, **changes: Any) -> Call:
+    """A change of the deployment owner/name; what is not named stays. The same change twice does no harm."""
+    return Call("PATCH", f"/v1/deployments/{name}", f"a change of deployment {name}", changes, idempotent=True)
 
 
 def upload(name: str, content: bytes) -> Call:

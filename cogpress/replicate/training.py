@@ -84,7 +84,7 @@ def start(
     if replicate.find(routes.model(destination)) is None:
         if not hardware:
             raise CogpressError(f"{destination} does not exist. Give --hardware SKU to create it, private.")
-        replicate.ask(routes.create_model(destination, "private", hardware))
+        replicate.make_model(destination, "private", hardware)
     uploaded = {**given, "train_data": replicate.upload(data)}
     return dict(replicate.ask(routes.train(model, version, destination, uploaded)))
 

@@ -88,7 +88,8 @@ def test_a_push_from_nothing_and_once_more(here: Machine, remote: PushReplicate)
     for arguments in calls:
         assert " ".join(["cog", *arguments]) in flat
     asked = {" /v1/".join((change.split()[0], change.split("/")[2])) for change in changes}
-    assert asked == changing(planned) == {"POST /v1/models", "POST /v1/predictions"}
+    assert asked == changing(planned) == {"POST /v1/models", "PATCH /v1/models", "POST /v1/predictions"}
+    assert "fine-tuned with cogpress" in remote.ask("GET", "/v1/models/local/model").json()["readme"]
     assert len([one for one in changes if one == "POST /v1/predictions"]) == flat.count("POST /v1/predictions")
     models = {name: remote.ask("GET", f"/v1/models/local/{name}").json() for name in ("model", "model-test")}
     assert {name: found["visibility"] for name, found in models.items()} == {"model": "public", "model-test": "private"}
@@ -333,10 +334,15 @@ def test_a_deployment_is_made_and_then_changed(here: Machine, remote: PushReplic
     assert found["configuration"]["hardware"] == "gpu-l40s"
     again, _ = push(here)
     assert run.DEPLOYMENT in before(again)
+    # What somebody changed there stays, but for what model.yaml names; an old test version goes where that is asked.
+    remote.ask("PATCH", "/v1/deployments/local/live", {"hardware": "gpu-t4", "min_instances": 1})
     here.swap("default=3", "default=4")
-    newer, _ = push(here, allow_breaking=True)
+    newer, _ = push(here, allow_breaking=True, clean=True)
     found = remote.ask("GET", "/v1/deployments/local/live").json()["current_release"]
-    assert (found["version"], found["number"]) == (newer.version, 2)
+    assert (found["version"], found["number"]) == (newer.version, 3)
+    assert found["configuration"] == {"hardware": "gpu-t4", "min_instances": 1, "max_instances": 2}
+    assert newer.steps[run.CLEAN]["deleted"] == 1
+    assert len(remote.ask("GET", "/v1/models/local/model-test/versions").json()["results"]) == 1
 
 
 def test_weights_in_a_layer_are_pushed_under_both_names(here: Machine) -> None:

@@ -119,7 +119,7 @@ def test_faults_are_made_when_told(remote: PushReplicate) -> None:
 
 def test_models_are_created(remote: PushReplicate) -> None:
     body = {"owner": "local", "name": "mine", "visibility": "private", "hardware": "cpu", "description": "d"}
-    assert remote.ask("POST", "/v1/models", {**body, "hardware": "guess"}).status_code == 422
+    assert remote.ask("POST", "/v1/models", {**body, "hardware": "guess"}).status_code == 400
     assert remote.ask("POST", "/v1/models", {**body, "visibility": "x"}).status_code == 422
     assert remote.ask("POST", "/v1/models", {**body, "name": "../x"}).status_code == 422
     assert remote.ask("POST", "/v1/models", body).status_code == 201
@@ -146,6 +146,9 @@ def test_replicates_own_client_manages_it(here: Machine, remote: PushReplicate) 
     assert (refused.status_code, "local/py uses this version" in refused.json()["detail"]) == (400, True)
     changed = client.deployments.update("local", "py", max_instances=3).current_release
     assert (changed.number, changed.configuration.max_instances) == (2, 3)
-    assert remote.ask("PATCH", "/v1/deployments/local/py", {"max_instances": 0}).status_code == 422
+    for wrong in ({"max_instances": 21}, {"min_instances": 6}, {"max_instances": -1}):
+        assert remote.ask("PATCH", "/v1/deployments/local/py", wrong).status_code == 422
+    assert remote.ask("DELETE", "/v1/deployments/local/py").status_code == 400  # it may be running
+    client.deployments.update("local", "py", max_instances=0)
     assert client.deployments.delete("local", "py")
     assert remote.ask("GET", "/v1/deployments/local/py").status_code == 404

@@ -16,6 +16,7 @@ from cogpress.playground.catalog import NAME, OWNER
 from cogpress.playground.web import HTTPProblem, Parts, invalid_field, json_response, read_json, string, timestamp
 
 HARDWARE = ({"name": "CPU", "sku": "cpu"}, {"name": "T4", "sku": "gpu-t4"}, {"name": "L40S", "sku": "gpu-l40s"})
+CHANGEABLE = {"description", "readme", "github_url", "paper_url", "license_url", "weights_url"}
 FACTS = ("description", "github_url", "paper_url", "license_url", "cover_image_url", "visibility", "hardware")
 
 
@@ -59,6 +60,7 @@ class Management:
             {
                 ("POST", "/v1/models"): self.create_model,
                 ("GET", "/v1/models/{owner}/{name}"): self.model,
+                ("PATCH", "/v1/models/{owner}/{name}"): self.change_model,
                 ("DELETE", "/v1/models/{owner}/{name}/versions/{id}"): self.delete_version,
                 ("POST", "/v1/deployments"): self.create_deployment,
                 ("GET", "/v1/deployments/local/{name}"): self.deployment,
@@ -74,7 +76,7 @@ class Management:
     async def create_model(self, parts: Parts, request: Request) -> Response:
         body = await read_json(request)
         name = f"{string(body, 'owner', required=True)}/{string(body, 'name', required=True)}"
-        if name in parts.catalog.models:
+        if name in parts.catalog.models or "deleted" in name:  # the name of a deleted model stays taken
             raise HTTPProblem(409, "Conflict", f"A model named {name} exists already.")
         if body.get("visibility") not in ("public", "private"):
             raise invalid_field("visibility", "visibility must be public or private")
@@ -88,8 +90,18 @@ class Management:
         known = resources.model_json(web.base_url(request), found)
         return json_response(known | self.facts.get(found.full_name, {}))
 
+    async def change_model(self, parts: Parts, request: Request) -> Response:
+        found = resources.model_of(parts, request)
+        body = await read_json(request)
+        if other := sorted(body.keys() - CHANGEABLE):
+            raise invalid_field(other[0], f"{other[0]} is changed on the model's page alone")
+        self.facts.setdefault(found.full_name, {}).update(body)
+        return await self.model(parts, request)
+
     async def delete_version(self, parts: Parts, request: Request) -> Response:
         found = resources.version_of(parts, request)
+        if self.facts.get(found.model, {}).get("visibility") == "public":
+            raise HTTPProblem(403, "Forbidden", "Only versions of private models can be deleted.")
         used = [one.name for one in self.deployments.values() if (one.model, one.version) == (found.model, found.id)]
         if used:
             raise HTTPProblem(400, "Bad request", f"The deployment {OWNER}/{used[0]} uses this version.")
@@ -112,7 +124,7 @@ class Management:
         chosen = parts.catalog.version(model, version)
         made = Deployment(name, chosen.model, chosen.id, time.time(), **_configuration(body, {}))
         self.deployments[name] = made
-        return json_response(made.json(), 201)
+        return json_response(made.json())
 
     async def deployment(self, _parts: Parts, request: Request) -> Response:
         return json_response(self._deployment(request).json())
@@ -127,23 +139,27 @@ class Management:
         return json_response(changed.json())
 
     async def delete_deployment(self, _parts: Parts, request: Request) -> Response:
-        del self.deployments[self._deployment(request).name]
+        found = self._deployment(request)
+        if found.max_instances:
+            raise HTTPProblem(400, "Bad request", "A deployment has to be offline before it is deleted.")
+        del self.deployments[found.name]
         return Response(status_code=204)
 
 
 def _check_hardware(given: Any) -> str:
     known = [one["sku"] for one in HARDWARE]
     if given not in known:
-        raise invalid_field("hardware", f"hardware must be one of {', '.join(known)}, as GET /v1/hardware lists them")
+        errors = [{"pointer": "/hardware", "detail": f"{given!r} is not a known SKU, as GET /v1/hardware lists them"}]
+        raise HTTPProblem(400, "Validation failed", errors[0]["detail"], errors=errors)
     return str(given)
 
 
 def _configuration(body: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"hardware": _check_hardware(body.get("hardware", before.get("hardware")))}
-    for name, least in (("min_instances", 0), ("max_instances", 1)):
-        value = body.get(name, before.get(name, least))
-        if not isinstance(value, int) or not least <= value <= 10:
-            raise invalid_field(name, f"{name} must be a whole number from {least} to 10")
+    for name, most in (("min_instances", 5), ("max_instances", 20)):
+        value = body.get(name, before.get(name))
+        if not isinstance(value, int) or not 0 <= value <= most:
+            raise invalid_field(name, f"{name} must be a whole number from 0 to {most}")
         found[name] = value
     if found["min_instances"] > found["max_instances"]:
         raise invalid_field("min_instances", "min_instances must not be more than max_instances")

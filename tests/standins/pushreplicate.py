@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,19 @@ class PushReplicate(Local):
     def __init__(self, folder: Path, **more: Any) -> None:
         super().__init__(folder, [], data=folder / "data", token=TOKEN, **more)
 
-    def fault(self, method: str, route: str, status: int, times: int = 1, **headers: str) -> None:
-        """Answer the next requests for a route with an error; in `headers`, _ stands for -."""
-        body = {"method": method, "route": route, "status": status, "times": times}
+    def rate(self, seconds: float) -> None:
+        """Allow one prediction in so many seconds, as to an account without credit; 0 allows all."""
+        assert self.ask("POST", "/standin/rate", seconds).status_code == 200
+
+    def script(self, *states: dict[str, Any]) -> None:
+        """Make the next prediction go through these states, one a request, without a model; its stream is cut."""
+        assert self.ask("POST", "/standin/script", states).status_code == 200
+
+    def fault(
+        self, method: str, route: str, status: int, times: int = 1, told: dict[str, Any] | None = None, **headers: str
+    ) -> None:
+        """Answer the next requests for a route with an error that says `told`; in `headers`, _ stands for -."""
+        body = {"method": method, "route": route, "status": status, "times": times, "body": told or {}}
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         assert self.ask("POST", "/standin/fault", {**body, "headers": named}).status_code == 200
 
@@ -47,6 +58,10 @@ class Standin:
     def __init__(self, app: Any, parts: Any, folder: Path, facts: dict[str, dict[str, Any]]) -> None:
         self.app, self.parts, self.folder, self.facts = app, parts, folder, facts
         self.faults: list[dict[str, Any]] = []
+        self.scripts: list[list[dict[str, Any]]] = []
+        self.scripted: dict[str, list[dict[str, Any]]] = {}
+        self.rate = 0.0
+        self.next = 0.0
         self.asked: list[dict[str, Any]] = []
         self.servers: dict[str, Any] = {}
         self.versions: dict[tuple[str, str], str] = {}
@@ -71,19 +86,52 @@ class Standin:
             return
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         noted = {"method": scope["method"], "path": scope["path"], "token": headers.get("authorization")}
+        noted["cancel_after"] = headers.get("cancel-after")
         if scope["path"].startswith("/v1/"):
             self.asked.append(noted)
         for fault in self.faults:
             if fault["times"] and fault["method"] == scope["method"] and scope["path"].startswith(fault["route"]):
                 fault["times"] -= 1
                 error = {"title": "fault", "detail": "the stand-in was told to", "status": fault["status"]}
-                await reply(send, fault["status"], error, fault["headers"])
+                await reply(send, fault["status"], {**error, **fault.get("body", {})}, fault["headers"])
                 return
+        if scope["method"] == "POST" and scope["path"] == "/v1/predictions":
+            if self.rate and time.monotonic() < self.next:
+                # As Replicate: the pause in the body alone.
+                left = self.next - time.monotonic()
+                await reply(send, 429, {"detail": "Request was throttled.", "status": 429, "retry_after": left})
+                return
+            self.next = time.monotonic() + self.rate
+            if self.scripts:
+                await reply(send, 202, self.begin(self.scripts.pop(0), f"{scope['scheme']}://{headers['host']}"))
+                return
+        name = scope["path"].removeprefix("/v1/predictions/").removesuffix("/cancel")
+        if name in self.scripted:
+            left = self.scripted[name]
+            await reply(send, 200, left.pop(0) if len(left) > 1 else left[0])
+            return
+        if scope["path"].startswith("/cut/"):
+            await cut(send)
+            return
         await self.app(scope, receive, send)
+
+    def begin(self, states: list[dict[str, Any]], base: str) -> dict[str, Any]:
+        """A prediction that is only told: one state after the other, whoever asks."""
+        name = f"told{len(self.scripted)}"
+        common = {"id": name, "status": "starting", "logs": "", "error": None, "output": None, "input": {}}
+        common["urls"] = {"get": f"{base}/v1/predictions/{name}", "stream": f"{base}/cut/{name}"}
+        self.scripted[name] = [{**common, **state} for state in states]
+        return {**common, **states[0]}
 
     async def answer(self, what: str, body: Any) -> tuple[int, Any]:
         if what == "fault":
             self.faults.append(body)
+            return 200, None
+        if what == "rate":
+            self.rate, self.next = body, 0.0
+            return 200, None
+        if what == "script":
+            self.scripts.append(body)
             return 200, None
         if what == "asked":
             found, self.asked = self.asked, []
@@ -139,6 +187,12 @@ class Standin:
             (place / entry.name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / entry.name, place / entry.name)
         return digest.hexdigest(), place
+
+
+async def cut(send: Any) -> None:
+    """A stream that breaks off after its first piece."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+    await send({"type": "http.response.body", "body": b"event: output\nid: 1\ndata: piece\n\n"})
 
 
 async def reply(send: Any, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
