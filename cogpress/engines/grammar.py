@@ -11,16 +11,23 @@ from __future__ import annotations
 import json
 import sys
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Callable
 
     from cogpress.engines.base import Structure
 
+_T = TypeVar("_T")
+
 SECONDS = 5.0
 """Time limit for compiling one structure. Schemas that applications use take milliseconds."""
+
+WAIT_SECONDS = 30.0
+"""How long a structure may wait for those before it. Only slow ones make others wait."""
 
 MAX_CHARACTERS = 1 << 16
 
@@ -50,13 +57,49 @@ class Guard:
             folder: the model whose tokenizer is used.
             vocabulary: width of the model's output layer.
         """
+        import asyncio
         import threading
+        from concurrent.futures import ThreadPoolExecutor
 
         self._folder = folder
         self._vocabulary = vocabulary
+        self._info: str | None = None
+        self._turn = asyncio.Lock()
+        # Its own, so that slow structures take no thread from long prompts and adapters.
+        self._thread = ThreadPoolExecutor(1, "structures")
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._known: OrderedDict[Structure, str] = OrderedDict()
+
+    async def checked(self, structure: Structure, then: Callable[[], _T]) -> _T:
+        """`check` a structure and go on with `then`, both in a thread: one structure at a time, known ones at once.
+
+        Raises:
+            CogpressError: as `check` and `then`; or those before it took too long.
+        """
+        import asyncio
+
+        from cogpress.engines.base import INPUT_NAMES
+        from cogpress.errors import CogpressError
+
+        def work() -> _T:
+            self.check(structure)
+            return then()
+
+        if structure in self._known:
+            return await asyncio.to_thread(work)
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise CogpressError(
+                f"{INPUT_NAMES[structure.kind]} could not be checked within {WAIT_SECONDS:.0f} s, because others' are "
+                "slow to compile. Try again in a moment."
+            ) from None
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        finally:
+            self._turn.release()
 
     def check(self, structure: Structure) -> None:
         """Compile a structure, or recall the result of an earlier check.
@@ -77,13 +120,15 @@ class Guard:
             raise CogpressError(f"{name} cannot be enforced: {reason}. Write it without that.")
         if structure.kind == "json" and (reason := unenforced(json.loads(value))):
             raise CogpressError(f"{name} cannot be enforced: {reason}. Leave it out, or write the schema without it.")
-        with self._lock:
-            if structure not in self._known:
-                self._known[structure] = self._ask(structure)
+        fault = self._known.get(structure)
+        if fault is None:
+            with self._lock:
+                if (fault := self._known.get(structure)) is None:
+                    fault = self._known[structure] = self._ask(structure)
                 while len(self._known) > _CACHE_SIZE:
                     self._known.popitem(last=False)
+        with suppress(KeyError):  # another thread may have dropped it meanwhile
             self._known.move_to_end(structure)
-            fault = self._known[structure]
         if fault:
             raise CogpressError(f"{name} {fault}. Simplify it: fewer nested repetitions, smaller counts.")
 
@@ -122,9 +167,11 @@ class Guard:
 
         if self._process is not None and self._process.poll() is None:
             return
-        import xgrammar
+        if self._info is None:
+            import xgrammar
 
-        info = xgrammar.TokenizerInfo.from_huggingface(base.tokenizer(self._folder), vocab_size=self._vocabulary)
+            info = xgrammar.TokenizerInfo.from_huggingface(base.tokenizer(self._folder), vocab_size=self._vocabulary)
+            self._info = json.dumps(info.serialize_json())
         self._process = subprocess.Popen(
             [sys.executable, "-I", __file__],
             stdin=subprocess.PIPE,
@@ -134,7 +181,7 @@ class Guard:
             encoding="utf-8",
         )
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(info.serialize_json()) + "\n")
+        self._process.stdin.write(self._info + "\n")
         self._process.stdin.flush()
         if not self._read(_START_SECONDS):
             self.close()

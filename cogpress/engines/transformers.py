@@ -95,9 +95,9 @@ class Engine:
 
     async def check(self, sampling: Sampling) -> None:
         """See `cogpress.engines.base.Engine`."""
-        if sampling.structure is not None:
-            await asyncio.to_thread(self._guard.check, sampling.structure)
-            await asyncio.to_thread(self._grammar, sampling.structure)
+        structure = sampling.structure
+        if structure is not None:
+            await self._guard.checked(structure, lambda: self._grammar(structure))
 
     def _grammar(self, structure: Structure) -> Any:
         """A compiled grammar; cached, because many requests ask for the same."""

@@ -94,19 +94,23 @@ class Engine:
         from vllm.exceptions import VLLMClientError
 
         config = self._llm.vllm_config
-        if sampling.structure is not None:
-            await asyncio.to_thread(self._guard.check, sampling.structure)
-        elif config.speculative_config is None:
+        if sampling.structure is None and config.speculative_config is None:
             return  # the bounds of single inputs are checked already
-        try:
-            # In a thread, because it parses user input while the event loop streams everyone's tokens.
-            await asyncio.to_thread(
-                _params(sampling).verify,
+
+        def verify() -> None:
+            _params(sampling).verify(
                 config.model_config,
                 config.speculative_config,
                 config.structured_outputs_config,
                 self._llm.get_tokenizer(),
             )
+
+        try:
+            # In a thread, because it parses user input while the event loop streams everyone's tokens.
+            if sampling.structure is None:
+                await asyncio.to_thread(verify)
+            else:
+                await self._guard.checked(sampling.structure, verify)
         except (VLLMClientError, ValueError) as error:
             name = "This" if sampling.structure is None else INPUT_NAMES[sampling.structure.kind]
             way_out = " Leave it out, or set serve.speculative: none." if "speculative" in str(error) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -54,6 +55,40 @@ def test_endless_compilation_is_refused_and_the_next_structure_is_not(
     assert time.monotonic() - started < 0.9, "it is remembered"
     monkeypatch.setattr(grammar, "SECONDS", 10.0)
     guard.check(Structure("regex", "a+b"))
+
+
+def test_slow_structures_make_nobody_else_wait(guard: grammar.Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "SECONDS", 1.5)
+    monkeypatch.setattr(grammar, "WAIT_SECONDS", 2.0)
+    known, new = Structure("regex", "a+c"), Structure("regex", "a+d")
+    guard.check(known)
+
+    def slow(number: int) -> Structure:
+        properties = {f"p{n}": {"type": "string"} for n in range(2200)}
+        return Structure("json", json.dumps({"title": str(number), "type": "object", "properties": properties}))
+
+    async def said(structure: Structure) -> str:
+        try:
+            return await guard.checked(structure, lambda: "done")
+        except CogpressError as error:
+            return str(error)
+
+    async def run() -> tuple[list[str], list[str], float]:
+        waiting = [asyncio.create_task(said(slow(number))) for number in range(40)]
+        await asyncio.sleep(0.3)
+        started = time.monotonic()
+        others = [await said(known), await asyncio.to_thread(str, "a long prompt")]
+        seconds = time.monotonic() - started
+        await asyncio.gather(*waiting)
+        others.append(await said(new))
+        return [one.result() for one in waiting], others, seconds
+
+    answers, others, seconds = asyncio.run(run())
+    assert others == ["done", "a long prompt", "done"]
+    assert seconds < 1.2, "before the first of them was done"
+    late = [one for one in answers if "could not be checked within 2 s" in one]
+    assert "takes longer than" in answers[0]
+    assert len(late) > 30
 
 
 def test_size_is_bounded(guard: grammar.Guard) -> None:
