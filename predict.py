@@ -15,7 +15,7 @@ class Runner(BaseRunner):
     def setup(self, weights: Optional[cog.Path] = None) -> None:
         """Load `weights` (any source that README lists), by default the folder weights/."""
         from cogpress import config
-        from cogpress.cog import streaming
+        from cogpress.cog import ending, streaming
         from cogpress.serve import model as serving
 
         streaming.install()
@@ -23,6 +23,7 @@ class Runner(BaseRunner):
             weights, config.load(ROOT / "model.yaml"), ROOT, concurrency=type(self).run.__cog_concurrent_max__
         )
         self.server.engine.yield_cores()
+        ending.watch()
 
     def healthcheck(self) -> bool:
         """Whether the engine can answer."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import psutil
 import yaml
 
-from cogpress.cog import client, schema
+from cogpress.cog import client, ending, schema
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
 
@@ -158,6 +158,7 @@ class Server:
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")])),
             "PYTHONUNBUFFERED": "1",
+            ending.WATCHED: "1",
             "LOG_FORMAT": "console",
         }
         if self.log is not None:

@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from cogpress.cog import client
+from cogpress.cog import client, ending
 from cogpress.cog import process as server
 from cogpress.cog.process import Server
 from cogpress.errors import CogpressError
@@ -53,6 +53,10 @@ class Runner(BaseRunner):
             time.sleep(600)
         if behaviour == "die":
             os.kill(os.getpid(), 9)
+        if behaviour == "container":
+            from cogpress.cog import ending
+
+            ending.watch(0.2, 3)
 
     def healthcheck(self) -> bool:
         return os.environ.get("BEHAVIOUR") != "sick"
@@ -251,6 +255,21 @@ def test_a_killed_worker_ends_the_wait(root: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(CogpressError, match="has stopped working") as refused:
             client.predict(served.url, {})
         assert not isinstance(refused.value, client.BusyError)
+
+
+@pytest.mark.parametrize("watched", ["", "1"])
+def test_a_container_ends_with_its_worker_unless_something_else_watches_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, watched: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with Server(root, env={"BEHAVIOUR": "container", ending.WATCHED: watched}, log=root / "server.log") as served:
+        served.wait_ready(30)
+        time.sleep(1.5)
+        assert served.alive
+        kill_worker(served)
+        assert wait_until(lambda: (client.health(served.url) or {}).get("status") != "READY")
+        assert wait_until(lambda: not served.alive, 2 if watched else 30) == (not watched)
+        assert process_of(served).poll() == (None if watched else -signal.SIGKILL)
 
 
 @pytest.mark.parametrize("soon", [False, True])
