@@ -148,6 +148,9 @@ class Prompt(Section):
     template: str = "{prompt}"
     """The user's message, with `{fields}` to fill; `{{` writes a brace. A template of one field also takes a plain text
     prompt; with several, a plain text is taken as already filled. A list is written one item a line."""
+    thinking: bool | None = None
+    """Whether the model reasons before its answers, in training and in predictions that leave `thinking` empty: the
+    chat template's switch. `null`: as the template has it."""
     fields: dict[str, FormField] = {}
     """The template's fields as the form shows them, by name, [below](#promptfieldsname)."""
 

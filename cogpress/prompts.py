@@ -8,8 +8,8 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from cogpress.config import Prompt
 
 Message = Mapping[str, Any]
-"""`{"role": ..., "content": ...}`; with tools also `tool_calls`, `tool_call_id` and `name`."""
+"""`{"role": ..., "content": ...}`; with tools also `tool_calls`, `tool_call_id` and `name`; an assistant's also
+`reasoning_content`."""
 
 NO_LOSS = -100
 """Label of a token without loss; PyTorch's cross entropy ignores it."""
@@ -31,11 +32,17 @@ NO_LOSS = -100
 _SWITCHES = ("enable_thinking", "thinking")
 """Names of the switch for reasoning in chat templates: Qwen's and SmolLM3's, DeepSeek's and Granite's."""
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of an answer's reasoning in messages: Qwen's and DeepSeek's first, gpt-oss's last. Rows may use any of them."""
+
 _TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What rendering raises: a template is a program, so not only what it raises on purpose."""
 
 _CUT = secrets.token_hex(16)
 """Marks where a rendering must be tokenized in two pieces; random, so that no input can contain it."""
+
+_PROBE = secrets.token_hex(16)
+"""Stands for an answer, to see what a template writes around it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,7 @@ class Question:
         messages: a conversation to continue; no template applies to it.
         system: replaces the settings' system text; messages that begin with a system message keep theirs.
         tools: functions that the model may call, as its chat template takes them.
-        thinking: whether to reason first; None leaves it to the chat template.
+        thinking: whether to reason first; None leaves it to the settings, and these to the chat template.
     """
 
     text: str = ""
@@ -69,6 +76,12 @@ class Conversation:
     text: str = ""
     unlearnt: frozenset[int] = frozenset()
     """Indices of later messages of an assistant that are not trained on either."""
+    tools: tuple[Any, ...] = ()
+    """As in `Question`."""
+    thinking: bool | None = None
+    """As in `Question`."""
+    weight: float = 1.0
+    """Factor on the loss."""
 
     def learns(self, index: int) -> bool:
         """Whether the message at that index is trained on."""
@@ -86,7 +99,7 @@ class Conversation:
 
     @property
     def answer(self) -> str:
-        """The last answer; all of a plain text."""
+        """The text of the last answer, without its tool calls and reasoning; all of a plain text."""
         return str(self.messages[-1]["content"]) if self.messages else self.text
 
 
@@ -96,6 +109,8 @@ class Row:
 
     input_ids: list[int]
     labels: list[int]
+    weight: float = 1.0
+    """Factor on the loss in training."""
 
     @property
     def learnt(self) -> int:
@@ -217,7 +232,17 @@ def with_answer(
 ) -> Conversation:
     """A question with its answer as it is trained on, but for the messages of `unlearnt`; raises as `conversation`."""
     asked = conversation(question, settings)
-    return Conversation((*asked, *answer), len(asked), unlearnt=frozenset(len(asked) + index for index in unlearnt))
+    return Conversation(
+        (*asked, *answer),
+        len(asked),
+        unlearnt=frozenset(len(asked) + index for index in unlearnt),
+        tools=tuple(question.tools),
+        thinking=_thinking(question, settings),
+    )
+
+
+def _thinking(question: Question, settings: Prompt) -> bool | None:
+    return settings.thinking if question.thinking is None else question.thinking
 
 
 # --- to token ids -----------------------------------------------------------------------------------------------------
@@ -225,7 +250,13 @@ def with_answer(
 
 def encode(tokenizer: PreTrainedTokenizerBase, question: Question, settings: Prompt) -> list[int]:
     """Token ids of a question up to where the answer begins; raises as `conversation` and `encode_prompt` do."""
-    return encode_prompt(tokenizer, conversation(question, settings), tools=question.tools, thinking=question.thinking)
+    thinking = _thinking(question, settings)
+    return encode_prompt(tokenizer, conversation(question, settings), tools=question.tools, thinking=thinking)
+
+
+def encode_example(tokenizer: PreTrainedTokenizerBase, example: Conversation) -> list[int]:
+    """Token ids of an example up to where its last answer begins; raises as `encode_prompt`."""
+    return encode_prompt(tokenizer, example.asked, tools=example.tools, thinking=example.thinking)
 
 
 def encode_prompt(
@@ -245,17 +276,9 @@ def encode_prompt(
         CogpressError: the template refuses the messages, knows no tools or has no switch for reasoning; or there is no
             template and the messages are a conversation.
     """
-    knows = variables(tokenizer)
-    if tools and "tools" not in knows:
-        raise CogpressError("This model's chat template knows no tools. Leave tools empty, or describe them in text.")
-    switch = next((name for name in _SWITCHES if name in knows), None)
-    if thinking is not None and switch is None:
-        raise CogpressError("This model's chat template has no switch for reasoning. Leave thinking empty.")
+    more = _options(tokenizer, tools, thinking)
     if not tokenizer.chat_template:
         return encode_plain(tokenizer, plain_prompt(messages))
-    more: dict[str, Any] = {"tools": list(tools)} if tools else {}
-    if thinking is not None and switch is not None:
-        more[switch] = thinking
     merged = _system_first(messages)
     try:
         rendered = _render(tokenizer, messages, ask=True, **more)
@@ -270,6 +293,20 @@ def encode_prompt(
     return _encode_rendered(tokenizer, rendered)
 
 
+def _options(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any], thinking: bool | None) -> dict[str, Any]:
+    """Tools and the switch for reasoning as variables of the chat template."""
+    knows = variables(tokenizer)
+    if tools and "tools" not in knows:
+        raise CogpressError("This model's chat template knows no tools. Leave tools empty, or describe them in text.")
+    switch = next((name for name in _SWITCHES if name in knows), None)
+    if thinking is not None and switch is None:
+        raise CogpressError("This model's chat template has no switch for reasoning. Leave thinking empty.")
+    more: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    if thinking is not None and switch is not None:
+        more[switch] = thinking
+    return more
+
+
 def _system_first(messages: Sequence[Message]) -> list[Message]:
     """A conversation with all its system messages as one before the others."""
     texts = [message["content"] for message in messages if message["role"] == "system"]
@@ -279,7 +316,9 @@ def _system_first(messages: Sequence[Message]) -> list[Message]:
 
 def variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """What the chat template reads besides messages, such as `tools` or a switch for reasoning."""
-    return _variables(str(tokenizer.chat_template or ""))
+    template: Any = tokenizer.chat_template or ""
+    named = template.values() if isinstance(template, Mapping) else [template]
+    return frozenset[str]().union(*map(_variables, named))
 
 
 @functools.lru_cache(maxsize=8)
@@ -332,18 +371,34 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
             message, where that is the last.
         more: other variables of the template.
     """
-    safe = _all_harmless(tokenizer, list(messages))
+    named = [
+        {**message, **dict.fromkeys(REASONING, message[REASONING[0]])} if message.get(REASONING[0]) else message
+        for message in messages
+    ]
+    safe = _all_harmless(tokenizer, named)
     more = _all_harmless(tokenizer, more)
     if ask and messages[-1]["role"] == "assistant":
         ask, more = False, {**more, "continue_final_message": True}
     try:
-        text: Any = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=ask, **more)
+        try:
+            text: Any = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=ask, **more)
+        except TypeError:  # some templates, such as DeepSeek's, take arguments as JSON text
+            as_text = [_with_text_arguments(message) for message in safe]
+            text = tokenizer.apply_chat_template(as_text, tokenize=False, add_generation_prompt=ask, **more)
     except _TEMPLATE_FAULTS as error:
         reason = " ".join(str(error).split()).replace(_CUT, "")
         raise CogpressError(
             f"The base model's chat template refuses turns {', '.join(m['role'] for m in messages)}: {reason}"
         ) from None
     return str(text)
+
+
+def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message.get("tool_calls") or ()
+    ]
+    return {**message, "tool_calls": calls} if calls else dict(message)
 
 
 def _encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
@@ -497,8 +552,7 @@ def row(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ends: fr
             its beginning differently once it continues, so that training and serving would differ.
     """
     controls = sorted(control_texts(tokenizer))
-    texts = [str(value) for message in conversation.messages for name, value in message.items() if name != "role"]
-    for content in texts or [conversation.text]:
+    for content in _texts([conversation.text, conversation.tools, *conversation.messages]):
         for control in controls:
             if control in content:
                 raise CogpressError(
@@ -506,8 +560,30 @@ def row(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ends: fr
                 )
     if not conversation.messages:
         ids = [*encode_plain(tokenizer, conversation.text), _end(tokenizer)]
-        return Row(ids, ids.copy())
-    return (_chat_row if tokenizer.chat_template else _plain_row)(tokenizer, conversation, ends)
+        return Row(ids, ids.copy(), conversation.weight)
+    made = (_chat_row if tokenizer.chat_template else _plain_row)(tokenizer, conversation, ends)
+    return replace(made, weight=conversation.weight)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in JSON, names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, one in value.items():
+            yield str(name)
+            yield from _texts(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts(one)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
+    """The last answer of a row as a server would give it, with its reasoning and tool calls, without control tokens."""
+    end = next((at for at in range(len(row.labels), 0, -1) if row.labels[at - 1] != NO_LOSS), 0)
+    begin = next((at for at in range(end, 0, -1) if row.labels[at - 1] == NO_LOSS), 0)
+    answer: Any = tokenizer.decode(row.labels[begin:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(answer)
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -518,7 +594,10 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _plain_row(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, _ends: frozenset[int]) -> Row:
-    asked = encode_prompt(tokenizer, conversation.asked)
+    for name in ("tool_calls", REASONING[0]):
+        if any(message.get(name) for message in conversation.messages):
+            raise CogpressError(f"The base model's tokenizer has no chat template, so {name} cannot be written.")
+    asked = encode_example(tokenizer, conversation)
     whole = encode_plain(tokenizer, plain_prompt(conversation.asked) + conversation.answer)
     answer = whole[len(asked) :]
     if whole[: len(asked)] != asked:  # a token would span both, but a server is given the prompt alone
@@ -529,25 +608,97 @@ def _plain_row(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, _
 
 def _chat_row(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, ends: frozenset[int]) -> Row:
     messages = conversation.messages
+    options = _options(tokenizer, conversation.tools, conversation.thinking)
     ids: list[int] = []
     labels: list[int] = []
     done = ""
     for index in range(len(messages)):
         if not conversation.learns(index):
             continue
-        asked = _render(tokenizer, messages[:index], ask=True)
-        answered = _render(tokenizer, messages[: index + 1], ask=False)
+        asked = _render(tokenizer, messages[:index], ask=True, **options)
+        answered = _render(tokenizer, messages[: index + 1], ask=False, **options)
+        _check_written(tokenizer, messages[index], answered)
+        if not _reasons(messages[index]) and (opened := re.search(r"(<think>|\[THINK\])\s*$", asked)):
+            raise CogpressError(
+                f"The base model's chat template opens reasoning ({opened[1]}) before each answer, and this answer has "
+                "none. Set prompt.thinking to false if the template has a switch, give reasoning_content, or choose "
+                "another base."
+            )
         if not asked.startswith(done) or not answered.startswith(asked):
             raise _unfit_template(conversation)
         ids = _longer(tokenizer, ids, asked, asked[len(done) :], conversation)
         labels += [NO_LOSS] * (len(ids) - len(labels))
-        whole = _longer(tokenizer, ids, answered, answered[len(asked) :], conversation)
+        body = _without_opening(tokenizer, messages[: index + 1], asked, answered[len(asked) :], options)
+        answered = asked + body
+        whole = _longer(tokenizer, ids, answered, body, conversation)
         last = index == len(messages) - 1
         answer, rest = _answer_and_rest(tokenizer, whole[len(ids) :], ends, last)
         ids = [*ids, *answer, *rest]
         labels += [*answer, *[NO_LOSS] * len(rest)]
         done = answered
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant" and not conversation.learns(index):  # its reasoning may go later
+            _check_written(tokenizer, message, _render(tokenizer, messages[: index + 1], ask=False, **options))
+        elif message["role"] in ("system", "tool"):
+            _check_written(tokenizer, message, done)
+    for tool in conversation.tools:
+        if not _is_written(tokenizer, str(_named(tool)), done):
+            raise CogpressError(
+                f"The base model's chat template leaves out the tool {_named(tool)}. Choose another base."
+            )
     return Row(ids, labels)
+
+
+def _reasons(message: Message) -> bool:
+    return bool(message.get(REASONING[0])) or "</think>" in message["content"]
+
+
+def _named(tool: Any) -> Any:
+    return tool["function"]["name"]
+
+
+def _is_written(tokenizer: PreTrainedTokenizerBase, text: str, rendered: str) -> bool:
+    """Whether a template wrote a text, as it is or as JSON."""
+    text = _harmless(tokenizer, text.strip())
+    return text in rendered or json.dumps(text, ensure_ascii=False)[1:-1] in rendered
+
+
+def _check_written(tokenizer: PreTrainedTokenizerBase, message: Message, rendered: str) -> None:
+    """Refuse what the template leaves out of a message that ends a rendering."""
+    given = [("text", text) for text in re.split(r"</?think>", message["content"])]
+    if message["role"] == "assistant" and len(given) > 1:
+        given = [*[("reasoning", text) for _, text in given[:-1]], given[-1]]
+    given += [("reasoning_content", message.get(REASONING[0]) or "")]
+    given += [("tool_calls", _named(call)) for call in message.get("tool_calls") or ()]
+    for what, text in given:
+        if not _is_written(tokenizer, text, rendered):
+            raise CogpressError(
+                f"The base model's chat template leaves out the {what} of this message by {message['role']}, so it "
+                "would not be learnt. Leave it out of the row, or choose another base."
+            )
+
+
+def _without_opening(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    asked: str,
+    body: str,
+    options: Mapping[str, Any],
+) -> str:
+    """A last answer without what the template writes before its text, such as an empty reasoning block.
+
+    A server would show it as part of the answer. White space and control tokens, which it does not show, stay.
+    """
+    text = _harmless(tokenizer, messages[-1]["content"]).strip()
+    if (text and body.startswith(text)) or messages[-1].get(REASONING[0]):
+        return body
+    probe = {**messages[-1], "content": _PROBE}
+    rendered = _render(tokenizer, [*messages[:-1], probe], ask=False, **options)
+    opening, found, _ = rendered[len(asked) :].partition(_PROBE)
+    shown = str(tokenizer.decode(_encode_rendered(tokenizer, opening), skip_special_tokens=True)).strip()
+    without = body.removeprefix(opening)
+    known = rendered.startswith(asked) and found and shown and body.startswith(opening)
+    return without if known and without.lstrip().startswith(text) else body
 
 
 def _longer(
@@ -617,3 +768,56 @@ def whole_characters(value: Any) -> Any:
     if isinstance(value, dict):
         return {whole_characters(name): whole_characters(one) for name, one in value.items()}
     return value
+
+
+# --- what callers give ------------------------------------------------------------------------------------------------
+
+
+def read_json(text: str, name: str) -> Any:
+    """Parse JSON that a user typed.
+
+    Raises:
+        CogpressError: it is not JSON; says where.
+    """
+
+    def constant(word: str) -> Any:
+        raise ValueError(f"{word} is not allowed in JSON")
+
+    try:
+        return whole_characters(json.loads(text, parse_constant=constant))
+    except (ValueError, RecursionError) as error:
+        raise CogpressError(f"{name} is not JSON: {error}. Give valid JSON, or leave it empty.") from None
+
+
+def tool(value: Any, place: str) -> dict[str, Any]:
+    """A function that the model may call, as OpenAI's API describes it.
+
+    Raises:
+        CogpressError: it is not; names the place.
+    """
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise CogpressError(f'{place} must be {{"type": "function", "function": {{"name": ..., ...}}}}.')
+    return dict(value)
+
+
+def tool_call(value: Any, place: str) -> dict[str, Any]:
+    """A call of a function as chat templates take it: OpenAI's clients send arguments as JSON text, templates write an
+    object.
+
+    Raises:
+        CogpressError: it is malformed; names the place.
+    """
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise CogpressError(f'{place}: each of tool_calls must be {{"function": {{"name": ..., "arguments": ...}}}}.')
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = {}
+    if isinstance(arguments, str):
+        name = f"arguments in {place[0].lower()}{place[1:]}"
+        arguments = read_json(arguments, name) if arguments.strip() else {}
+    if not isinstance(arguments, dict):
+        raise CogpressError(f"{place}: the arguments of {function['name']} must be a JSON object, such as {{}}.")
+    kept: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {"id": value["id"], **kept} if isinstance(value.get("id"), str) else kept

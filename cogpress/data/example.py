@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cogpress.config import Task
 from cogpress.data.read import BadRow, found_keys, short
-from cogpress.prompts import Message, Question
+from cogpress.errors import CogpressError
+from cogpress.prompts import REASONING, Message, Question, read_json, tool, tool_call
 
 Format = Literal["messages", "conversations", "prompt/completion", "alpaca", "text"]
 
 _FORMS: dict[Format, tuple[str, ...]] = {
-    "messages": ("messages", "system"),
-    "conversations": ("conversations", "system"),
-    "prompt/completion": ("prompt", "completion", "system"),
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "text": ("text",),
+    "messages": ("messages", "system", "tools", "weight"),
+    "conversations": ("conversations", "system", "tools", "weight"),
+    "prompt/completion": ("prompt", "completion", "system", "tools", "weight"),
+    "alpaca": ("instruction", "input", "output", "system", "history", "tools", "weight"),
+    "text": ("text", "weight"),
 }
 KEYS = tuple(dict.fromkeys(name for names in _FORMS.values() for name in names))
 
 _TURN_KEYS = ("role", "content", "weight", "train")
-_TOOL_KEYS = ("tool_call_id", "name")
-"""Further keys of a tool's turn, which its chat template may write."""
+_ROLE_KEYS: dict[Any, tuple[str, ...]] = {"tool": ("tool_call_id", "name"), "assistant": ("tool_calls", *REASONING)}
+"""Further keys of a turn by its role, which the chat template writes."""
 _SHAREGPT_KEYS = ("from", "value", "weight", "train")
 _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Roles by ShareGPT's names."""
@@ -47,6 +49,7 @@ class Example:
         answer: the messages after it, whose assistant's turns are trained on; none for a plain text.
         unlearnt: indices in `answer` of an assistant's turns that are not trained on.
         text: the plain text.
+        weight: factor on the loss, above 0.
     """
 
     line: int
@@ -55,10 +58,15 @@ class Example:
     answer: tuple[Message, ...]
     text: str = ""
     unlearnt: frozenset[int] = frozenset()
+    weight: float = 1.0
 
 
 class EmptyAnswer(Exception):
     """The row holds an example with nothing to learn."""
+
+
+class NoWeight(Exception):
+    """The row has weight 0: it is not to be learnt."""
 
 
 class UnreadKeysError(BadRow):
@@ -71,16 +79,23 @@ class UnreadKeysError(BadRow):
 
 
 def without(item: Any, ignore: Collection[str]) -> tuple[Any, set[str]]:
-    """A row without nulls and without the keys to ignore, at any depth, and which of these it had."""
+    """A row without nulls and without the keys to ignore, at any depth, and which of these it had.
+
+    Inside of `tools` and `tool_calls`, where keys are parameters of functions, none is ignored.
+    """
     left: set[str] = set()
 
-    def stripped(value: Any) -> Any:
+    def stripped(value: Any, ignore: Collection[str]) -> Any:
         if isinstance(value, dict):
             left.update(name for name, one in value.items() if name in ignore and one is not None)
-            return {name: stripped(one) for name, one in value.items() if one is not None and name not in ignore}
-        return [stripped(one) for one in value] if isinstance(value, list) else value
+            return {
+                name: stripped(one, () if name in ("tools", "tool_calls") else ignore)
+                for name, one in value.items()
+                if one is not None and name not in ignore
+            }
+        return [stripped(one, ignore) for one in value] if isinstance(value, list) else value
 
-    return stripped(item), left
+    return stripped(item, ignore), left
 
 
 def _refuse_unread(row: Mapping[str, Any], format: Format) -> None:
@@ -93,7 +108,7 @@ def _refuse_unread(row: Mapping[str, Any], format: Format) -> None:
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
                 known: tuple[str, ...] = _SHAREGPT_KEYS if name == "conversations" else _TURN_KEYS
-                known = (*known, *_TOOL_KEYS) if turn.get("role") == "tool" else known
+                known = (*known, *_ROLE_KEYS.get(short(turn.get("role"))[1:-1], ()))
                 unread += [key for key, value in turn.items() if key not in known and value not in ("", [], {})]
     if unread:
         raise UnreadKeysError(list(dict.fromkeys(unread)))
@@ -104,8 +119,9 @@ def example_of(item: Any, line: int, task: Task = "answer") -> Example:
 
     The format is told by the row's keys, null counting as no key; the first that fits is taken: `messages`;
     ShareGPT's `conversations`; `prompt` and `completion`, each text or messages, `prompt` also an object of fields;
-    Alpaca's `instruction`, `input`, `output` and `history`; `text`. All but the last take a `system` text beside them.
-    An assistant's turn with `weight` 0 or `train` false is not learnt.
+    Alpaca's `instruction`, `input`, `output` and `history`; `text`. All but the last take a `system` text and `tools`
+    beside them, all of them the row's `weight`, a factor on its loss. An assistant's turn may have `tool_calls` and
+    `reasoning_content`; with `weight` 0 or `train` false it is not learnt.
 
     Args:
         item: the row, as JSON types.
@@ -115,10 +131,24 @@ def example_of(item: Any, line: int, task: Task = "answer") -> Example:
     Raises:
         BadRow: it cannot be used.
         EmptyAnswer: it holds nothing to learn.
+        NoWeight: its weight is 0.
     """
     if not isinstance(item, dict):
         raise BadRow(f"{_kind(item)} and not a JSON object")
     has = {name: value for name, value in item.items() if value is not None}
+    example = _example_of(has, line, task)
+    weight = has.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise BadRow(f"weight is {short(weight)}, not a number from 0: the factor on the row's loss")
+    if not weight:
+        raise NoWeight
+    tools = _tools(has.get("tools", []))
+    if tools and task == "reversed":
+        raise BadRow("tools cannot be learned reversed")
+    return replace(example, weight=float(weight), question=replace(example.question, tools=tools))
+
+
+def _example_of(has: Mapping[str, Any], line: int, task: Task) -> Example:
     system = _text(has.get("system", ""), "system") or None
     if "messages" in has or "conversations" in has:
         format: Format = "messages" if "messages" in has else "conversations"
@@ -165,7 +195,7 @@ def _example(line: int, format: Format, question: Question, answer: tuple[Messag
     if not all(turn["content"].strip() for turn in turns if turn["role"] == "user"):
         raise BadRow("the prompt is empty")
     learnt = [index for index, turn in enumerate(answer) if turn["role"] == "assistant" and _is_learnt(turn)]
-    if not learnt or not all(answer[index]["content"].strip() for index in learnt):
+    if not learnt or not all(answer[at]["content"].strip() or answer[at].get("tool_calls") for at in learnt):
         raise EmptyAnswer
     answer = answer[: learnt[-1] + 1]  # nothing is learnt from what comes after
     unlearnt = frozenset(i for i, turn in enumerate(answer) if turn["role"] == "assistant" and i not in learnt)
@@ -173,6 +203,8 @@ def _example(line: int, format: Format, question: Question, answer: tuple[Messag
     answer = tuple(map(_given, answer))
     question = replace(question, messages=tuple(map(_given, question.messages)))
     if task == "reversed":
+        if unfit := next((name for turn in turns for name in ("tool_calls", REASONING[0]) if turn.get(name)), None):
+            raise BadRow(f"{unfit} cannot be learned reversed")
         *system, user, assistant = turns
         if [turn["role"] for turn in system] not in ([], ["system"]):
             raise BadRow("a conversation of several turns cannot be learned reversed")
@@ -241,8 +273,20 @@ def _turn(value: Any, name: str) -> Message:
         role, text = value.get("role"), "content"
         if not isinstance(role, str) or not role or role not in _MAY_FOLLOW:
             raise BadRow(f"{name} has the role {short(role)}, not system, user, assistant or tool")
-    turn = {"role": role, "content": _content(value.get(text), f"{name}.{text}")}
-    turn |= {key: _text(value[key], f"{name}.{key}") for key in _TOOL_KEYS if role == "tool" and key in value}
+    calls = _calls(value["tool_calls"], name) if role == "assistant" and value.get("tool_calls") else []
+    content = "" if calls and value.get(text) is None else _content(value.get(text), f"{name}.{text}")
+    turn: dict[str, Any] = {"role": role, "content": content}
+    if role == "tool":
+        turn |= {key: _text(value[key], f"{name}.{key}") for key in _ROLE_KEYS[role] if key in value}
+    if calls:
+        turn["tool_calls"] = calls
+    reasoning = [key for key in REASONING if role == "assistant" and value.get(key)]
+    if len(reasoning) > 1:
+        raise BadRow(f"{name} has {' and '.join(reasoning)}: give one of them")
+    if reasoning:
+        turn[REASONING[0]] = _text(value[reasoning[0]], f"{name}.{reasoning[0]}")
+        if "</think>" in content:
+            raise BadRow(f"{name} has {reasoning[0]} beside a content with </think>: give one of them")
     for key in ("weight", "train"):
         if key in value:
             if value[key] not in (0, 1) or not isinstance(value[key], bool | int | float):
@@ -251,6 +295,27 @@ def _turn(value: Any, name: str) -> Message:
                 raise BadRow(f"{name}.{key} asks to learn a turn that is not the assistant's")
             turn[key] = value[key]
     return turn
+
+
+def _calls(value: Any, name: str) -> list[dict[str, Any]]:
+    try:
+        value = read_json(value, f"{name}.tool_calls") if isinstance(value, str) else value
+        if not isinstance(value, list):
+            raise BadRow(f"{name}.tool_calls is {_kind(value)} and not a list")
+        return [tool_call(_checked(call, f"{name}.tool_calls"), name) for call in value]
+    except CogpressError as error:
+        raise BadRow(str(error).rstrip(".")) from None
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """The row's functions, as a list or its JSON text, as Parquet files often hold it."""
+    try:
+        value = read_json(value, "tools") if isinstance(value, str) and value.strip() else value or []
+        if not isinstance(value, list):
+            raise BadRow(f"tools is {_kind(value)} and not a list")
+        return tuple(tool(_checked(one, f"tools[{at}]"), f"tools[{at}]") for at, one in enumerate(value))
+    except CogpressError as error:
+        raise BadRow(str(error).rstrip(".")) from None
 
 
 def _content(value: Any, name: str) -> str:
@@ -278,8 +343,13 @@ def _asked(value: Any, task: Task) -> Question:
     return Question(text=_text(value, "prompt"))
 
 
+def _checked(value: Any, name: str) -> Any:
+    _check_texts(value, name)
+    return value
+
+
 def _check_texts(value: Any, name: str) -> None:
-    """Check every text in an object of fields; what else it may hold, the template checks."""
+    """Check every text in JSON; what else an object of fields may hold, the template checks."""
     if isinstance(value, str):
         _text(value, name)
     elif isinstance(value, list):

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cogpress import config, prompts
-from cogpress.data.example import KEYS, EmptyAnswer, Example, UnreadKeysError, example_of, without
+from cogpress.data.example import KEYS, EmptyAnswer, Example, NoWeight, UnreadKeysError, example_of, without
 from cogpress.data.read import BadRow, rows, short
 from cogpress.errors import CogpressError
 from cogpress.prompts import NO_LOSS, Conversation, Row
@@ -49,6 +49,8 @@ class Reading:
     problems: list[Problem]
     lines: int
     empty_answers: int
+    weightless: int = 0
+    """Rows of weight 0."""
     unread_keys: Counter[str] = field(default_factory=Counter)
     """Rows by key that has no meaning here; they are among the problems."""
     ignored_keys: Counter[str] = field(default_factory=Counter)
@@ -67,6 +69,8 @@ class Report:
     ignored_keys: dict[str, int] = field(default_factory=dict)
     """Rows by key that `data.ignore` names."""
     empty_answers: int = 0
+    weightless: int = 0
+    """Rows of weight 0, which are not learnt."""
     duplicates: int = 0
     cut: int = 0
     too_long: int = 0
@@ -110,6 +114,7 @@ class Report:
             ("lines", self.lines, formats),
             ("bad lines", len(self.problems), "left out" if self.problems else ""),
             ("empty answers", self.empty_answers, "left out" if self.empty_answers else ""),
+            ("weight 0", self.weightless, "left out" if self.weightless else ""),
             ("duplicates", self.duplicates, "kept once" if self.duplicates else ""),
             ("too long", self.too_long, f"left out: over {self.max_length:,} tokens{keeps}" if self.too_long else ""),
             ("cut", self.cut, f"text, cut at {self.max_length:,} tokens{keeps}" if self.cut else ""),
@@ -120,6 +125,8 @@ class Report:
             ("median length", self.length_p50, f"tokens; 95 % up to {self.length_p95:,}, all to {self.length_max:,}"),
         ]
         for what, count, done in rows:
+            if what == "weight 0" and not count:
+                continue
             table.add_row(what, f"{count:,}", Text(done))
         for names, done in ((self.unread_keys, "would not be read"), (self.ignored_keys, "left out by data.ignore")):
             for name, count in names.items():
@@ -148,7 +155,11 @@ class Prepared:
 
 def held_out(prepared: Prepared) -> str:
     """The validation conversations as JSONL, without plain texts."""
-    held = [{"messages": _weighted(example)} for example in prepared.validation_examples if example.messages]
+    held = [
+        {"messages": _weighted(example), **({"tools": list(example.tools)} if example.tools else {})}
+        for example in prepared.validation_examples
+        if example.messages
+    ]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held)
 
 
@@ -195,7 +206,7 @@ def read_examples(
             "Give it a template with one field."
         )
     reading = Reading([], [], [], lines=0, empty_answers=0)
-    lines = empty = 0
+    lines = empty = weightless = 0
     for line, item in rows(path, KEYS, ignore):
         lines += 1
         try:
@@ -207,6 +218,8 @@ def read_examples(
             conversation = _conversation(example, prompt)
         except EmptyAnswer:
             empty += 1
+        except NoWeight:
+            weightless += 1
         except RecursionError:
             reading.problems.append(Problem(line, "nested too deeply", path.name))
         except BadRow as bad:
@@ -220,13 +233,14 @@ def read_examples(
             reading.conversations.append(conversation)
     if not lines:
         raise CogpressError(f"{path} holds no examples. Give one JSON object per line, or one Parquet row each.")
-    return replace(reading, lines=lines, empty_answers=empty)
+    return replace(reading, lines=lines, empty_answers=empty, weightless=weightless)
 
 
 def _conversation(example: Example, prompt: config.Prompt) -> Conversation:
     if example.text:
-        return Conversation(text=example.text)
-    return prompts.with_answer(example.question, prompt, example.answer, example.unlearnt)
+        return Conversation(text=example.text, weight=example.weight)
+    made = prompts.with_answer(example.question, prompt, example.answer, example.unlearnt)
+    return replace(made, weight=example.weight)
 
 
 # --- preparing --------------------------------------------------------------------------------------------------------
@@ -293,7 +307,7 @@ def prepare(
         raise BadDataError(f"{validation_path} leaves nothing to validate with: {_losses(report)}.", report)
     return Prepared(
         train=[row for _, row in train],
-        validation=[row for _, row in validation],
+        validation=[replace(row, weight=1.0) for _, row in validation],  # weights are for training
         train_examples=[example for example, _ in train],
         validation_examples=[example for example, _ in validation],
         report=report,
@@ -328,6 +342,7 @@ def _load(
             problems.append(Problem(example.line, str(error).rstrip("."), path.name))
     report.lines += reading.lines
     report.empty_answers += reading.empty_answers
+    report.weightless += reading.weightless
     report.unread_keys = dict((Counter(report.unread_keys) + reading.unread_keys).most_common())
     report.ignored_keys = dict((Counter(report.ignored_keys) + reading.ignored_keys).most_common())
     report.problems += sorted(problems, key=lambda problem: problem.line)
@@ -352,6 +367,7 @@ def _losses(report: Report) -> str:
     counts = [
         (report.problems, len(report.problems), "bad lines"),
         (report.empty_answers, report.empty_answers, "empty answers"),
+        (report.weightless, report.weightless, "of weight 0"),
         (report.too_long, report.too_long, f"longer than {report.max_length:,} tokens"),
         (report.leaked, report.leaked, "with a prompt that is also trained on"),
     ]
@@ -363,7 +379,9 @@ def _distinct(pairs: Sequence[_Pair], report: Report) -> list[_Pair]:
     seen: set[str] = set()
     kept: list[_Pair] = []
     for example, row in pairs:
-        content = json.dumps([example.messages, example.text, sorted(example.unlearnt), example.given])
+        content = json.dumps(
+            [example.messages, example.text, sorted(example.unlearnt), example.given, example.tools, example.weight]
+        )
         if content in seen:
             report.duplicates += 1
         else:
@@ -379,7 +397,7 @@ def _fitting(pairs: Sequence[_Pair], max_length: int, report: Report) -> list[_P
             kept.append((example, row))
         elif not example.messages:
             report.cut += 1
-            kept.append((example, Row(row.input_ids[:max_length], row.labels[:max_length])))
+            kept.append((example, Row(row.input_ids[:max_length], row.labels[:max_length], row.weight)))
         else:
             report.too_long += 1
             report.no_room += all(label == NO_LOSS for label in row.labels[:max_length])

@@ -109,7 +109,7 @@ def _prompt(facts: Facts) -> Iterator[Finding]:
 def _rendered(prompt: dict[str, Any], *, typed: bool = True) -> tuple[Any, ...]:
     """What of a prompt's settings decides the text that a model gets: descriptions in the form do not."""
     types = {name: field.get("type") for name, field in (prompt.get("fields") or {}).items()}
-    return prompt.get("system"), prompt.get("template"), types if typed else {}
+    return prompt.get("system"), prompt.get("template"), prompt.get("thinking"), types if typed else {}
 
 
 def _interrupted(facts: Facts) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from cogpress.cog import form
 from cogpress.config import Config, Prompt
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
-from cogpress.prompts import Conversation, encode_prompt
+from cogpress.prompts import Conversation, answer_text, encode_example, rows
 from cogpress.push import testcases
 from cogpress.replicate.api import Replicate, code_of, text_of
 from cogpress.serve import model as serving
@@ -50,9 +50,15 @@ class Reference:
     scheme: str
     answers: list[str] | None
 
+    @property
+    def expected(self) -> list[str]:
+        """The answers as a server would give them."""
+        tokenizer = base.tokenizer(self.folder)
+        return [answer_text(tokenizer, row) for row in rows(tokenizer, self.examples, base.stop_ids(self.folder))]
+
     def depends(self) -> Any:
         """What the comparison depends on, as JSON."""
-        asked = [[example.asked, example.answer] for example in self.examples]
+        asked = [[example.asked, example.tools, example.messages[-1]] for example in self.examples]
         return [asked, self.scheme, manifest.fingerprint(self.folder), self.answers]
 
 
@@ -91,9 +97,16 @@ def reference(settings: Config, root: Path) -> Reference:
 def inputs(reference: Reference) -> list[dict[str, Any]]:
     """Inputs for Replicate: greedy, with each token's log-probability."""
     tokenizer = base.tokenizer(reference.folder)
-    longest = max(len(tokenizer.encode(example.answer)) for example in reference.examples)
+    longest = max(len(tokenizer.encode(answer)) for answer in reference.expected)
     common = {"system_prompt": "", "temperature": 0, "max_tokens": 2 * longest + 16, "logprobs": 0}
-    return [{"messages": json.dumps(example.asked, ensure_ascii=False), **common} for example in reference.examples]
+    return [
+        {
+            "messages": json.dumps(example.asked, ensure_ascii=False),
+            **({"tools": json.dumps(example.tools, ensure_ascii=False)} if example.tools else {}),
+            **common,
+        }
+        for example in reference.examples
+    ]
 
 
 def compare(
@@ -134,7 +147,7 @@ def compare(
     served = parity.Served([_answer(made) for made in answers], [], 0.0, 0.0, 0.0)
     base.quiet_libraries()
     tokenizer = base.tokenizer(found.folder)
-    prompts = [encode_prompt(tokenizer, example.asked) for example in found.examples]
+    prompts = [encode_example(tokenizer, example) for example in found.examples]
     same = parity.compare(
         lambda: distributions.merged_model(found.folder), prompts, [], served, tokenizer.pad_token_id or 0
     )
@@ -161,10 +174,10 @@ def _answer(made: dict[str, Any]) -> parity.Answer:
 
 def _scores(settings: Config, found: Reference, answers: Sequence[str]) -> dict[str, float]:
     score = verify.scorer(settings.verify.score)
+    expected = found.expected
 
     def share(given: Sequence[str]) -> float:
-        pairs = zip(found.examples, given, strict=True)
-        return sum(score(example.answer, answer) for example, answer in pairs) / len(given)
+        return sum(score(one, answer) for one, answer in zip(expected, given, strict=True)) / len(given)
 
     scores = {"score": share(answers)}
     return scores if found.answers is None else {**scores, "reference_score": share(found.answers)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from cogpress.engines.base import Sampling, Structure
 from cogpress.errors import CogpressError
 from cogpress.options import InputName
-from cogpress.prompts import Question, whole_characters
+from cogpress.prompts import REASONING, Question, read_json, tool, tool_call, whole_characters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,22 +166,6 @@ def _blank(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
-def read_json(text: str, name: str) -> Any:
-    """Parse JSON that a user typed.
-
-    Raises:
-        CogpressError: it is not JSON; says where.
-    """
-
-    def constant(word: str) -> Any:
-        raise ValueError(f"{word} is not allowed in JSON")
-
-    try:
-        return whole_characters(json.loads(text, parse_constant=constant))
-    except (ValueError, RecursionError) as error:
-        raise CogpressError(f"{name} is not JSON: {error}. Give valid JSON, or leave it empty.") from None
-
-
 def messages(text: str) -> list[dict[str, Any]]:
     """A conversation to continue, reduced to the keys that chat templates know.
 
@@ -215,28 +199,14 @@ def _message(at: int, message: Any) -> dict[str, Any]:
         raise CogpressError(f"Message {at} has role {role!r}; use system, user, assistant or tool.")
     kept: dict[str, Any] = {"role": role, "content": message["content"]}
     if calls:
-        kept["tool_calls"] = [_call(at, call) for call in (calls if isinstance(calls, list) else [calls])]
+        kept["tool_calls"] = [
+            tool_call(call, f"Message {at}") for call in (calls if isinstance(calls, list) else [calls])
+        ]
+    if role == "assistant" and isinstance(message.get(REASONING[0]), str) and message[REASONING[0]]:
+        kept[REASONING[0]] = message[REASONING[0]]
     if role == "tool":
         kept |= {key: message[key] for key in ("tool_call_id", "name") if isinstance(message.get(key), str)}
     return kept
-
-
-def _call(at: int, call: Any) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise CogpressError(
-            f'Message {at}: each of tool_calls must be {{"function": {{"name": ..., "arguments": ...}}}}.'
-        )
-    # OpenAI's clients send arguments as JSON text, and none as an empty one; templates write an object.
-    arguments = function.get("arguments")
-    if arguments is None:
-        arguments = {}
-    if isinstance(arguments, str):
-        arguments = read_json(arguments, f"arguments in message {at}") if arguments.strip() else {}
-    if not isinstance(arguments, dict):
-        raise CogpressError(f"Message {at}: the arguments of {function['name']} must be a JSON object, such as {{}}.")
-    kept: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return {"id": call["id"], **kept} if isinstance(call.get("id"), str) else kept
 
 
 def tools(text: str | None) -> list[dict[str, Any]]:
@@ -252,11 +222,7 @@ def tools(text: str | None) -> list[dict[str, Any]]:
         raise CogpressError('tools must be a JSON list of {"type": "function", "function": {"name": ...}}.')
     if len(found) > MAX_TOOLS:
         raise CogpressError(f"tools has {len(found)} functions; the limit is {MAX_TOOLS}. Leave out some.")
-    for at, tool in enumerate(found, 1):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise CogpressError(f'Tool {at} must be {{"type": "function", "function": {{"name": ..., ...}}}}.')
-    return found
+    return [tool(one, f"Tool {at}") for at, one in enumerate(found, 1)]
 
 
 def stops(text: str) -> list[str]:

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cogpress import prompts
 from cogpress.files import write_json
-from cogpress.prompts import Conversation, encode_prompt
+from cogpress.prompts import Conversation
 from cogpress.weights import base
 
 if TYPE_CHECKING:
@@ -29,17 +30,15 @@ SHOWN_CHARACTERS = 400
 """Of each text in a table."""
 
 
-def generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_tokens: int
-) -> list[str]:
+def generate(model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[list[int]], max_tokens: int) -> list[str]:
     """Greedy answers to prompts of token ids, computed as training computes, in one batch."""
     import torch
 
-    longest = max(map(len, prompts))
+    longest = max(map(len, asked))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     # Padded on the left, so that every answer starts at the same place.
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in asked], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in asked], device=model.device)
     training = model.training
     model.eval()
     with torch.no_grad(), base.autocast(model.dtype):
@@ -98,15 +97,16 @@ def fails(rows: Sequence[dict[str, str]], score: Callable[[str, str], bool]) -> 
 def _ask(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Conversation]) -> list[dict[str, str]]:
     if not examples:
         return []
-    prompts = [encode_prompt(tokenizer, example.asked) for example in examples]
+    asked = [prompts.encode_example(tokenizer, example) for example in examples]
+    expected = [prompts.answer_text(tokenizer, row).strip() for row in prompts.rows(tokenizer, examples)]
     # A base that does not know the task rarely ends by itself.
-    max_tokens = max(len(tokenizer.encode(example.answer)) for example in examples) + 8
+    max_tokens = max(len(tokenizer.encode(answer)) for answer in expected) + 8
     with model.disable_adapter():
-        before = generate(model, tokenizer, prompts, max_tokens)
-    after = generate(model, tokenizer, prompts, max_tokens)
+        before = generate(model, tokenizer, asked, max_tokens)
+    after = generate(model, tokenizer, asked, max_tokens)
     return [
-        {"prompt": example.prompt, "expected": example.answer, "base": old, "tuned": new}
-        for example, old, new in zip(examples, before, after, strict=True)
+        {"prompt": example.prompt, "expected": answer, "base": old, "tuned": new}
+        for example, answer, old, new in zip(examples, expected, before, after, strict=True)
     ]
 
 

@@ -12,7 +12,10 @@ from cogpress.prompts import NO_LOSS, Row
 
 
 class Collator:
-    """Pads a batch on the right to its longest row: tensors of shape (batch, longest), int64."""
+    """Pads a batch on the right to its longest row: tensors of shape (batch, longest), int64.
+
+    Where a row has a weight, `weights` holds those of all, shape (batch,), float32.
+    """
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
@@ -23,7 +26,9 @@ class Collator:
         def padded(values: Iterable[list[int]], fill: int) -> torch.Tensor:
             return torch.tensor([list(value) + [fill] * (longest - len(value)) for value in values])
 
+        weighted = any(row.weight != 1 for row in rows)
         return {
+            **({"weights": torch.tensor([row.weight for row in rows])} if weighted else {}),
             "input_ids": padded((row.input_ids for row in rows), self.pad_token_id),
             "attention_mask": padded(([1] * len(row.input_ids) for row in rows), 0),
             "labels": padded((row.labels for row in rows), NO_LOSS),
@@ -80,6 +85,12 @@ class AnswerLoss:
         self.release = self._logits.release
 
     def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """Summed negative log-likelihood (nats) of a batch's labelled tokens, and how many there are."""
+        """Summed negative log-likelihood (nats) of a batch's labelled tokens, each times its row's weight, and how many
+        there are: a weight is a factor on the row's loss, and leaves that of other rows as it is.
+        """
         logits, targets = self._logits(model, batch)
-        return F.cross_entropy(logits, targets, reduction="sum"), targets.numel()
+        if "weights" not in batch:
+            return F.cross_entropy(logits, targets, reduction="sum"), targets.numel()
+        mask, _ = labelled(batch["labels"])
+        weights = batch["weights"][:, None].expand(mask.shape)[mask]
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum(), targets.numel()

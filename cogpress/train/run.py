@@ -68,7 +68,8 @@ def run_key(config: Config, prepared: Prepared, base_fingerprint: str) -> dict[s
     """Everything that decides what a run learns, but the machine and its compute dtype."""
     rows = hashlib.sha256()
     for row in prepared.train:
-        rows.update(json.dumps([row.input_ids, row.labels]).encode())
+        weight = [] if row.weight == 1 else [row.weight]
+        rows.update(json.dumps([row.input_ids, row.labels, *weight]).encode())
     return {
         "base": base_fingerprint,
         "quantization": config.base.quantization,

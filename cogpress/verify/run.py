@@ -22,7 +22,7 @@ from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
 from cogpress.merge import merge
-from cogpress.prompts import Conversation, Row, encode_prompt, rows, stops
+from cogpress.prompts import Conversation, Row, answer_text, encode_example, rows, stops
 from cogpress.serve import model as serving
 from cogpress.train import run as training
 from cogpress.train.answers import generate
@@ -99,11 +99,11 @@ class _Case:
 
     @property
     def prompts(self) -> list[list[int]]:
-        return [encode_prompt(self.tokenizer, example.asked) for example in self.examples]
+        return [encode_example(self.tokenizer, example) for example in self.examples]
 
     @property
     def expected(self) -> list[str]:
-        return [example.answer for example in self.examples]
+        return [answer_text(self.tokenizer, row) for row in self.rows]
 
     @property
     def pad(self) -> int:
@@ -292,7 +292,7 @@ def held_out(settings: Verify, root: Path, run: Path, prompt: Prompt, ignore: Se
         if held.problems:
             raise CogpressError(f"verify.examples: {held.problems[0]}. Correct it.")
     elif (run / HELD_OUT).is_file():
-        held = read_examples(run / HELD_OUT, prompt=Prompt())
+        held = read_examples(run / HELD_OUT, prompt=Prompt(thinking=prompt.thinking))
     else:
         raise CogpressError(f"{run} has no {HELD_OUT}. Name held-out examples with verify.examples in model.yaml.")
     found = [example for example in held.conversations if example.messages][: settings.rows]
@@ -339,7 +339,7 @@ def _outside(case: _Case) -> list[Check]:
     candidate = base.tokenizer(case.weights)
     checks.append(_tokenizer(case, candidate))
     different = sum(
-        _or_none(candidate, example) != encode_prompt(case.tokenizer, example.asked) for example in case.examples
+        _or_none(candidate, example) != encode_example(case.tokenizer, example) for example in case.examples
     )
     cause = "The chat template differs from the base's, so prompts would not be those of the training."
     if checks[-1].passed:
@@ -354,7 +354,7 @@ def _outside(case: _Case) -> list[Check]:
 
 def _or_none(tokenizer: PreTrainedTokenizerBase, example: Conversation) -> list[int] | None:
     try:
-        return encode_prompt(tokenizer, example.asked)
+        return encode_example(tokenizer, example)
     except CogpressError:
         return None
 

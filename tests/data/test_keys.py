@@ -14,6 +14,7 @@ from cogpress.data import prepare as data
 from cogpress.data.prepare import read_examples
 from cogpress.errors import CogpressError
 from tests.standins.chatexamples import Write, learnt, messages, pair
+from tests.standins.shapes import SHAPES, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,25 +30,96 @@ def turns_of(path: Path, **options: Any) -> list[tuple[str, str]]:
     return [(turn["role"], turn["content"]) for turn in reading.conversations[0].messages]
 
 
-@pytest.mark.parametrize("name", ["tool-call-beside-text", "tool-call-null-content", "tool-call-empty-content"])
-def test_tool_calls_are_refused_by_name(name: str, prepare: Callable[..., data.Prepared]) -> None:
+TOOLS = ["tool-call-beside-text", "tool-call-null-content", "tool-call-empty-content"]
+
+
+@pytest.mark.parametrize("name", [*TOOLS, "reasoning-content"])
+def test_tools_and_reasoning_are_refused_where_the_template_has_none(
+    name: str, prepare: Callable[..., data.Prepared]
+) -> None:
     path = CASES / f"{name}.jsonl"
     count = len(path.read_text().splitlines())
-    with pytest.raises(data.BadDataError) as raised:
+    reason = "knows no tools" if name in TOOLS else "leaves out the reasoning_content"
+    with pytest.raises(data.BadDataError, match=reason) as raised:
         prepare(path)
-    assert raised.value.report.unread_keys == {"tools": count, "tool_calls": count}
     assert f"{count} of {count} lines cannot be used" in str(raised.value)
-    assert f"'tools' ({count}), 'tool_calls' ({count}). Name in data.ignore" in str(raised.value)
-    assert "the keys 'tools', 'tool_calls' would not be read" in str(raised.value)
 
 
-def test_reasoning_content_is_refused_by_name_or_left_out() -> None:
+@pytest.mark.parametrize("name", [*TOOLS, "reasoning-content"])
+def test_tools_and_reasoning_are_learnt(name: str, prepare: Callable[..., data.Prepared], write: Write) -> None:
+    tokenizer = tokenizer_of(SHAPES["qwen3"])
+    prepared = prepare(CASES / f"{name}.jsonl", tokenizer=tokenizer, max_length=1024)
+    for row in prepared.train:
+        if name == "reasoning-content":
+            assert learnt(tokenizer, row) == "<think>\ndivide by two and look\n</think>\n\nyes<|im_end|>"
+        else:
+            assert '<tool_call>\n{"name": "stock_level", "arguments": {"sku": "A7"}}\n</tool_call><|im_end|>' in learnt(
+                tokenizer, row
+            )
+            assert "Units on the shelf" in tokenizer.decode(row.input_ids)
+
+
+def test_an_ignored_reasoning_is_left_out() -> None:
     path = CASES / "reasoning-content.jsonl"
-    reading = read_examples(path)
-    assert reading.lines == len(reading.problems) == reading.unread_keys["reasoning_content"]
     left_out = read_examples(path, ignore=("reasoning_content",))
     assert left_out.ignored_keys == {"reasoning_content": left_out.lines}
     assert [one.answer for one in left_out.conversations] == ["yes"] * left_out.lines
+
+
+def test_nothing_of_a_functions_parameters_is_ignored(write: Write) -> None:
+    call = {"function": {"name": "find", "arguments": {"id": 7}}}
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {"properties": {"id": {}}}}}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    as_text = [
+        turns[0],
+        {**turns[1], "tool_calls": json.dumps([{"function": {"name": "find", "arguments": '{"id": 7}'}}])},
+    ]
+    path = write(
+        {"id": 1, "tools": tools, "messages": turns}, {"id": 2, "tools": json.dumps(tools), "messages": as_text}
+    )
+    reading = read_examples(path, ignore=("id",))
+    assert reading.ignored_keys == {"id": 2}
+    assert not reading.problems
+    for found in reading.conversations:
+        assert found.tools == tuple(tools)
+        assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"id": 7}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"tools": {}}, None),
+        ({"tools": {"name": "find"}}, "tools is an object and not a list"),
+        ({"tools": [{"name": "find"}]}, "tools[0] must be"),
+        ({"tools": "["}, "tools is not JSON"),
+        ({"tools": [{"function": {"name": "a\0"}}]}, "contains a NUL character"),
+        ({"weight": -1}, "weight is -1, not a number from 0"),
+        ({"weight": True}, "weight is True, not a number from 0"),
+        ({"weight": "2"}, "weight is '2', not a number from 0"),
+        ({"text": "a"}, "the key 'text' would not be read"),
+    ],
+)
+def test_rows_that_cannot_be_learnt(write: Write, row: dict[str, Any], reason: str | None) -> None:
+    found = read_examples(write(pair("a", "b", **row))).problems
+    assert [reason in one.reason for one in found if reason] == [True] * (reason is not None)
+
+
+def test_what_cannot_be_reversed(write: Write) -> None:
+    call = {"function": {"name": "find", "arguments": {}}}
+    for more in ({"tool_calls": [call]}, {"reasoning_content": "c"}):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **more}]
+        (found,) = read_examples(write({"messages": turns}), task="reversed").problems
+        assert found.reason == f"{next(iter(more))} cannot be learned reversed"
+
+
+def test_a_rows_weight(write: Write, prepare: Callable[..., data.Prepared]) -> None:
+    path = write(pair("a", "b", weight=2), pair("c", "d", weight=0), pair("e", "f", weight=None), pair("a", "b"))
+    prepared = prepare(path)
+    assert [row.weight for row in prepared.train] == [2, 1, 1]
+    assert (prepared.report.weightless, prepared.report.duplicates) == (1, 0)
+    assert prepared.report.to_dict()["weightless"] == 1
+    held = prepare(path, data=config.Data(validation_share=0.5))
+    assert {row.weight for row in held.validation} == {1}, "validation measures every row alike"
 
 
 def test_a_turn_of_weight_zero_has_no_loss(
@@ -89,6 +161,15 @@ def test_earlier_answers_that_were_given_stay_without_loss_when_held_out(
         ({"role": "assistant", "content": "b", "name": "Ann"}, "the key 'name' would not be read"),
         ({"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}, "only text can be learnt"),
         ({"role": "assistant", "content": []}, "messages[1].content is an empty list"),
+        ({"role": "assistant", "content": "", "tool_calls": {"name": "f"}}, "tool_calls is an object and not a list"),
+        ({"role": "assistant", "tool_calls": [{"name": "f"}]}, "messages[1]: each of tool_calls must be"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+            "arguments in messages[1] is not JSON",
+        ),
+        ({"role": "assistant", "content": "b", "thinking": "c", "reasoning": "d"}, "reasoning and thinking: give one"),
+        ({"role": "assistant", "content": "<think>c</think>b", "thinking": "d"}, "beside a content with </think>"),
+        ({"role": "assistant", "content": None}, "messages[1].content is null"),
     ],
 )
 def test_turns_that_cannot_be_learnt(write: Write, turn: dict[str, Any], reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,21 @@ def test_padding_changes_nothing(tiny_base: Path, short: Prepared) -> None:
         alone = model(**Collator(0)([row])).logits[0]
         padded = model(**Collator(0)([row, long])).logits[0, : len(row.input_ids)]
     assert torch.allclose(alone.float(), padded.float(), atol=0.05)
+
+
+def test_a_weight_is_a_factor_on_its_rows_loss(tiny_base: Path, short: Prepared) -> None:
+    torch.manual_seed(0)
+    model = training.adapted(config.Config(), tiny_base).eval()
+    first, second = short.train[:2]
+    objective = AnswerLoss(model)
+    with torch.no_grad():
+        (one, count), (other, more) = (objective(model, Collator(0)([row])) for row in (first, second))
+        weighted, both = objective(model, Collator(0)([replace(first, weight=2.5), second]))
+    assert both == count + more
+    assert weighted.item() == pytest.approx((2.5 * one + other).item(), rel=1e-2)
+
+
+def test_a_weight_is_part_of_what_a_run_learns(short: Prepared) -> None:
+    heavier = replace(short, train=[replace(short.train[0], weight=2.0), *short.train[1:]])
+    keys = [training.run_key(config.Config(), prepared, "")["rows"] for prepared in (short, heavier)]
+    assert keys[0] != keys[1]

@@ -326,6 +326,8 @@ def _message(at: int, given: Any) -> dict[str, Any]:
     kept: dict[str, Any] = {"role": role, "content": _content(content, place)}
     if calls:
         kept["tool_calls"] = calls
+    if role == "assistant" and isinstance(given.get("reasoning_content"), str) and given["reasoning_content"]:
+        kept["reasoning_content"] = given["reasoning_content"]
     for name in ("tool_call_id", "name") if role == "tool" else ():
         if isinstance(given.get(name), str):
             kept[name] = given[name]
