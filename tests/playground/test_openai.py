@@ -527,6 +527,36 @@ def test_one_of_several_functions_must_be_called(client: Any) -> None:
     assert made.choices[0].finish_reason == "tool_calls"
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+@pytest.mark.parametrize("left_out", [0, 9])
+def test_a_required_call_streams_in_pieces(size: int, left_out: int) -> None:
+    """Also one that its length cuts off, of which the client must learn."""
+    arguments = '{"city": "a } \\" {\\\\", "more": {"deep": [{}, 1]}}'
+    text = f' {{ "name" : "weather", "arguments": {arguments} }}\n'
+    text = text[: len(text) - left_out]
+    prediction = Prediction("x", Version("1" * 64, "local/x", 0.0, {}, "http://nowhere"), {}, {})
+    now = {"type": "function", "function": {"name": "now"}}
+    request = parameters.CompletionRequest(stream=True, tools=openai_tools.read([now, TOOL], "required", None))
+    form = Completion(prediction, request, "x", chat=True)
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
+
+    async def main() -> bytes:
+        sent = b"".join(form.chunks([piece]) for piece in pieces)
+        prediction.metrics["finish_reason"] = "length" if left_out else "stop"
+        prediction.end("succeeded")
+        return sent + form.last()
+
+    *events, done = asyncio.run(main()).decode().strip().split("\n\n")
+    assert done == "data: [DONE]"
+    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    calls = [call["function"] for one in choices for call in one["delta"].get("tool_calls", ())]
+    assert [call.get("name") for call in calls] == ["weather"] + [None] * (len(calls) - 1)
+    said = "".join(call["arguments"] for call in calls)
+    assert said == arguments[: len(arguments) + 3 - left_out] if left_out else json.loads(said) == json.loads(arguments)
+    assert len(calls) > 1 + len(arguments) // (2 * size)
+    assert choices[-1]["finish_reason"] == ("length" if left_out else "tool_calls")
+
+
 KNOWS = {
     "components": {
         "schemas": {

@@ -27,6 +27,7 @@ NAMES = ("cpu.lock", "gpu.lock", "gpu-dev.lock", "quantize.lock", "quantize-gpu.
 NAMED = ("base.in", "quantize.in")
 LOCKS = [ROOT / "requirements" / name for name in NAMES]
 INSTALLER = ROOT / "requirements" / environment.INSTALLER
+CLIENTS = ROOT / "requirements" / "clients.lock"
 
 
 @pytest.fixture
@@ -275,7 +276,7 @@ def test_settings_that_install_elsewhere_are_dropped() -> None:
     assert cleaned["A"] == "b"
 
 
-@pytest.mark.parametrize("path", [*LOCKS, INSTALLER], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*LOCKS, INSTALLER, CLIENTS], ids=lambda path: path.name)
 def test_locks_are_exact_hashed_and_of_no_one_machine(path: Path) -> None:
     text = path.read_text()
     entries = re.split(r"^(?=[a-z0-9])", re.sub(r"^#.*\n", "", text, flags=re.M), flags=re.M)[1:]
@@ -306,6 +307,7 @@ def test_every_direct_dependency_is_locked_at_the_version_asked_for() -> None:
         ("quantize.in", LOCKS[3:4]),
         ("quantize.in", LOCKS[4:]),
         ("installer.in", [INSTALLER]),
+        ("clients.in", [CLIENTS]),
     ):
         locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", "".join(path.read_text() for path in locks), re.M))
         for name in inputs.split():

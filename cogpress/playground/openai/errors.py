@@ -95,9 +95,10 @@ def from_prediction(prediction: Prediction) -> OpenAIError | None:
         return OpenAIError(message, status=503, code="model_unavailable")
     broken = prediction.fault == "server" or message in _FAULTS or _EXCEPTION.match(message) is not None
     if prediction.output is None and not broken:
-        # Clients shorten the conversation, or choose another model, by this code.
-        if CONTEXT_EXCEEDED.match(message):
-            return OpenAIError(message, "messages", code="context_length_exceeded")
+        if (exceeded := CONTEXT_EXCEEDED.match(message)) is not None:
+            # Clients shorten the conversation, or choose another model, by this code; LiteLLM by OpenAI's words.
+            words = f"This model's maximum context length is {exceeded[1]} tokens. {message}"
+            return OpenAIError(words, "messages", code="context_length_exceeded")
         return OpenAIError(message, code="refused_by_model")
     return OpenAIError(message, status=500, code="prediction_failed")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from typing import Any
 
 from cogpress.playground.export import output_text
 from cogpress.playground.openai import errors
 from cogpress.playground.openai.parameters import CompletionRequest
+from cogpress.playground.openai.tools import ObjectReader, new_call
 from cogpress.playground.records import Prediction
 
 _DONE = b"data: [DONE]\n\n"
@@ -31,6 +33,8 @@ class Completion:
         self._prediction, self._request, self._chat, self._tools = prediction, request, chat, request.tools
         self._forced = request.tools.forced if request.tools is not None else None
         self._seen, self._sent = "", 0
+        self._arguments: ObjectReader | None = None
+        """Reads those of the required call that has begun."""
         self._common = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{prediction.id}",
             "object": "chat.completion" if chat else "text_completion",
@@ -88,36 +92,55 @@ class Completion:
             return b""
         delta: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
         if self._tools is not None and self._forced is not None:
-            _, [call] = self._tools.calls("")
-            delta |= {"content": None, "tool_calls": [{"index": 0, **call}]}
+            delta |= {"content": None, "tool_calls": [{"index": 0, **new_call(self._forced["name"], "")}]}
         return self._event([self._choice(delta)])
 
-    def around(self) -> tuple[bytes, bytes]:
+    @cached_property
+    def _around(self) -> tuple[bytes, bytes]:
         """The bytes before and after the text in each chunk; the text is JSON."""
         mark = "\0"
         delta: Any = mark
-        if self._forced is not None:
+        if self._forced is not None or (self._tools is not None and self._tools.required):
             delta = {"tool_calls": [{"index": 0, "function": {"arguments": mark}}]}
         elif self._chat:
             delta = {"content": mark}
         before, _, after = self._event([self._choice(delta)]).partition(encoded(mark))
         return before, after
 
-    def safe_text(self, texts: list[str]) -> str:
-        """The new text that can be sent; what may begin a tool call waits for the end."""
-        text = "".join(texts)
-        if self._tools is None or self._forced is not None:
-            return text
-        self._seen += text
-        begin, self._sent = self._sent, max(self._sent, self._tools.safe_length(self._seen))
-        return self._seen[begin : self._sent]
+    def chunks(self, texts: list[str]) -> bytes:
+        """The chunks of new text; none while it may begin a tool call, which waits for its name or for the end."""
+        begin, text = b"", "".join(texts)
+        if self._tools is not None and self._forced is None:
+            self._seen += text
+            if self._tools.required:
+                begin, text = self._required(text)
+            else:
+                at, self._sent = self._sent, max(self._sent, self._tools.safe_length(self._seen))
+                text = self._seen[at : self._sent]
+        if not text:
+            return begin
+        # Only the text differs between chunks, so only the text is encoded.
+        before, after = self._around
+        return begin + before + encoded(text) + after
+
+    def _required(self, text: str) -> tuple[bytes, str]:
+        """The chunk that begins a required call, once its name is known, and what is new of its arguments."""
+        begin = b""
+        if self._arguments is None:
+            found = self._tools.begun(self._seen) if self._tools is not None else None
+            if found is None:
+                return b"", ""
+            self._arguments = ObjectReader()
+            begin = self._event([self._choice({"tool_calls": [{"index": 0, **new_call(found[0], "")}]})])
+            text = self._seen[found[1] :]
+        return begin, self._arguments.feed(text)
 
     def last(self) -> bytes:
         """The chunks after the text, once the prediction has ended."""
         wrong = errors.from_prediction(self._prediction)
         if wrong is not None:
             return b"data: " + json.dumps(wrong.body).encode() + b"\n\n" + _DONE
-        events, called = [], self._forced is not None
+        events, called = [], self._forced is not None or self._arguments is not None
         if self._tools is not None and not called:
             _, calls = self._tools.calls(self._seen)
             called, rest = bool(calls), self._seen[self._sent :]

@@ -24,7 +24,7 @@ from cogpress.playground.catalog import NotFound
 from cogpress.playground.openai import errors, parameters
 from cogpress.playground.openai.errors import OpenAIError
 from cogpress.playground.openai.parameters import CompletionRequest
-from cogpress.playground.openai.responses import Completion, encoded
+from cogpress.playground.openai.responses import Completion
 from cogpress.playground.records import HostedModel, InvalidInput, Options, Prediction, QueueFullError, Version
 from cogpress.playground.store import UnwritableError
 from cogpress.playground.web import RETRY, HTTPProblem, Parts, base_url, client_of, json_response, read_json
@@ -231,14 +231,13 @@ class _CompletionResponse(Response):
                 await problem(error, self._extra)(scope, receive, send)
                 return
             await self._begin(send)
-        waiting, (before, after) = completion.first(), completion.around()
+        waiting = completion.first()
         pulse = asyncio.get_running_loop().create_task(self._pulse(send))
         try:
             async for texts in prediction.texts():
-                text = completion.safe_text(texts)
-                if text:
-                    # Only the text differs between chunks, so only the text is encoded.
-                    body, waiting = waiting + before + encoded(text) + after, b""
+                chunks = completion.chunks(texts)
+                if chunks:
+                    body, waiting = waiting + chunks, b""
                     self._sent_at = time.monotonic()
                     await send({"type": "http.response.body", "body": body, "more_body": True})
         finally:

@@ -8,6 +8,7 @@ as the whole answer (Mistral). A call must name an offered function and hold an 
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,36 @@ NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": Fals
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _WHOLE = ("{", "[", "<|python_tag|>")
 """How an answer begins that may be nothing but calls."""
+
+
+_BEGUN = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
+"""A call in the form of `Tools.schema`, up to its arguments."""
+
+
+class ObjectReader:
+    """Tells how far a JSON object goes in a text that arrives in pieces."""
+
+    def __init__(self) -> None:
+        """The first piece begins with the object."""
+        self._depth, self._string, self._escaped, self._ended = 0, False, False, False
+
+    def feed(self, text: str) -> str:
+        """The part of a piece that belongs to the object."""
+        if self._ended:
+            return ""
+        for at, one in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._string:
+                self._escaped, self._string = one == "\\", one != '"'
+            elif one == '"':
+                self._string = True
+            elif one in "{}":
+                self._depth += 1 if one == "{" else -1
+                if self._depth == 0:
+                    self._ended = True
+                    return text[: at + 1]
+        return text
 
 
 @dataclass(frozen=True)
@@ -62,11 +93,11 @@ class Tools:
     def calls(self, text: str) -> tuple[str, list[dict[str, Any]]]:
         """The text before the calls, and the calls in OpenAI's form; without calls, everything is text."""
         if self.forced is not None:
-            return "", [_call(self.forced["name"], text)]
+            return "", [new_call(self.forced["name"], text)]
         before, found = self._found(text)
         if not found:
             return text, []
-        return before, [_call(*one) for one in (found[:1] if self.single else found)]
+        return before, [new_call(*one) for one in (found[:1] if self.single else found)]
 
     def _found(self, text: str) -> tuple[str, list[tuple[str, str]]]:
         if OPEN in text:
@@ -95,6 +126,11 @@ class Tools:
             calls.append((name, json.dumps(arguments, ensure_ascii=False)))
         return calls or None
 
+    def begun(self, text: str) -> tuple[str, int] | None:
+        """The name of a required call, and where its arguments begin in the unfinished answer; None before that."""
+        found = _BEGUN.match(text)
+        return (json.loads(found[1]), found.end()) if found is not None and json.loads(found[1]) in self.names else None
+
     def safe_length(self, text: str) -> int:
         """How many characters of an unfinished answer are certainly text, so that they can be sent."""
         if self.forced is not None or text.lstrip().startswith(_WHOLE) or not text.strip():
@@ -119,7 +155,8 @@ def _moved(schema: Any, place: str) -> Any:
     return moved
 
 
-def _call(name: str, arguments: str) -> dict[str, Any]:
+def new_call(name: str, arguments: str) -> dict[str, Any]:
+    """A call in OpenAI's form."""
     identifier = f"call_{secrets.token_hex(12)}"
     return {"id": identifier, "type": "function", "function": {"name": name, "arguments": arguments}}
 
