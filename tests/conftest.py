@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +118,25 @@ def write(tmp_path: Path) -> Write:
         return path
 
     return rows
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run a script in this process, with the environment that it would enter; returns its exit status."""
+    from cogpress.setup import environment
+
+    monkeypatch.setattr(environment, "enter", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(name: str, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [f"scripts/{name}", *arguments])
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as stopped:
+            return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+        return 0
+
+    return run
 
 
 @pytest.fixture

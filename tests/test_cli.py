@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from cogpress import cli
 from cogpress.cog import client
 from cogpress.cog.process import free_port
 from cogpress.errors import CogpressError
-from cogpress.setup import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,23 +50,6 @@ def test_steps_say_what_and_how_long() -> None:
     assert lines[0] == "▸ Merge"
     assert lines[1].startswith("✓ Merge: 14 layers  0.0 s")
     assert lines[3].startswith("✓ Pack  0.0 s")
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run a script in this process, with the environment that it would enter; returns its exit status."""
-    monkeypatch.setattr(environment, "enter", lambda: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-
-    def run(name: str, *arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", [f"scripts/{name}", *arguments])
-        try:
-            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
-        except SystemExit as stopped:
-            return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
-        return 0
-
-    return run
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").iterdir() if path.is_file()))

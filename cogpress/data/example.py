@@ -38,6 +38,61 @@ _MAY_FOLLOW = {
 }
 
 
+_TURN = {
+    "role": "who speaks",
+    "from": "who speaks",
+    "content": "the text; learnt in the assistant's turns",
+    "value": "the text; learnt in gpt's turns",
+    "weight": "0: a turn without loss",
+    "train": "false: a turn without loss",
+    "tool_calls": "calls of functions, learnt",
+    "tool_call_id": "which call a tool answers",
+    "name": "the tool that answers",
+    **dict.fromkeys(REASONING, "reasoning before the answer, learnt"),
+}
+_MEANINGS = {
+    "messages": "a conversation; the assistant's turns are learnt",
+    "conversations": "a conversation of ShareGPT's form; gpt's turns are learnt",
+    "prompt": "the question: a text, turns, or the template's fields",
+    "completion": "the answer, learnt",
+    "instruction": "the question",
+    "input": "more of the question",
+    "output": "the answer, learnt",
+    "history": "earlier questions and answers, not learnt",
+    "system": "the system text",
+    "tools": "functions that the model may call",
+    "weight": "factor on the row's loss",
+    "text": "plain text, all of it learnt",
+}
+
+
+def key_paths(item: Any) -> set[str]:
+    """The keys of a row that have a value: its own, `messages[].role` of its turns, `prompt.name` of its fields."""
+    found: set[str] = set()
+    for name, value in item.items() if isinstance(item, dict) else ():
+        if value is None:
+            continue
+        found.add(name)
+        turns = value if isinstance(value, list) and name != "tools" else []
+        found |= {f"{name}[].{key}" for turn in turns if isinstance(turn, dict) for key, one in turn.items() if one}
+        if name == "prompt" and isinstance(value, dict):
+            found |= {f"{name}.{key}" for key, one in value.items() if one is not None}
+    return found
+
+
+def meaning(path: str) -> str:
+    """How a key, as `key_paths` names it, is understood."""
+    name, turns, key = path.partition("[].")
+    if turns and name in ("messages", "conversations", "prompt", "completion"):
+        return _TURN.get(key, _UNREAD)
+    if not turns and path.startswith("prompt."):
+        return "a field of prompt.template"
+    return _MEANINGS.get(path, _UNREAD)
+
+
+_UNREAD = "not read: its rows are bad lines; name it in data.ignore"
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """A question and its answer, or a plain text.

@@ -106,6 +106,14 @@ class Report:
         table.add_column("what", no_wrap=True)
         table.add_column("count", justify="right", no_wrap=True)
         table.add_column("", overflow="fold")
+        for what, count, done in self.told():
+            if what in ("note", "bad line") and table.rows and not any(row.end_section for row in table.rows):
+                table.add_section()
+            table.add_row(what, count, Text(done))
+        return table
+
+    def told(self) -> list[tuple[str, str, str]]:
+        """The report in words: what was found, how many, and what was done about it."""
         formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items())
         keeps = f"; max_length {self.length_max:,} would keep all" if self.too_long or self.cut else ""
         near = f"{self.near_leaked:,} of them with other case or white space; " if self.near_leaked else ""
@@ -124,22 +132,15 @@ class Report:
             ("tokens", self.tokens, f"{self.learnt_tokens:,} of them learnt ({share:.0%})"),
             ("median length", self.length_p50, f"tokens; 95 % up to {self.length_p95:,}, all to {self.length_max:,}"),
         ]
-        for what, count, done in rows:
-            if what == "weight 0" and not count:
-                continue
-            table.add_row(what, f"{count:,}", Text(done))
+        told = [(what, f"{count:,}", done) for what, count, done in rows if count or what != "weight 0"]
         for names, done in ((self.unread_keys, "would not be read"), (self.ignored_keys, "left out by data.ignore")):
-            for name, count in names.items():
-                table.add_row("lines with a key", f"{count:,}", Text(f"{short(name)}: {done}"))
-        if self.notes or self.problems:
-            table.add_section()
-        for note in self.notes:
-            table.add_row("note", "", Text(note))
-        for problem in self.problems[:PROBLEMS_SHOWN]:
-            table.add_row("bad line", f"{problem.line:,}", Text(f"{problem.file}: {problem.reason}"))
-        if len(self.problems) > PROBLEMS_SHOWN:
-            table.add_row("bad lines", f"{len(self.problems) - PROBLEMS_SHOWN:,}", "more")
-        return table
+            told += [("lines with a key", f"{count:,}", f"{short(name)}: {done}") for name, count in names.items()]
+        told += [("note", "", note) for note in self.notes]
+        shown = self.problems[:PROBLEMS_SHOWN]
+        told += [("bad line", f"{problem.line:,}", f"{problem.file}: {problem.reason}") for problem in shown]
+        if more := len(self.problems) - len(shown):
+            told.append(("bad lines", f"{more:,}", "more"))
+        return told
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +285,7 @@ def prepare(
     train = _load(path, tokenizer, prompt, data, ends, report)
     validation = _load(validation_path, tokenizer, prompt, data, ends, report) if validation_path else []
     if report.problems and not skip_bad:
-        raise BadDataError(_refusal(report), report)
+        raise BadDataError(refusal(report), report)
     if not tokenizer.chat_template:
         report.notes.append("the tokenizer has no chat template: prompt, completion and end token are joined")
 
@@ -352,7 +353,8 @@ def _load(
     return pairs
 
 
-def _refusal(report: Report) -> str:
+def refusal(report: Report) -> str:
+    """Why a file with bad lines is refused, and what to do."""
     shown = "; ".join(str(problem) for problem in report.problems[:5])
     more = f"; and {len(report.problems) - 5:,} more" if len(report.problems) > 5 else ""
     count = f"{len(report.problems):,} of {report.lines:,} lines cannot be used"

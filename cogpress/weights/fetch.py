@@ -68,6 +68,24 @@ def base(text: str, cache: Path) -> Path:
     return embedded.fetch(cache) if text == "embedded" else model(text, cache).folder
 
 
+def tokenizer_folder(text: str, cache: Path) -> Path:
+    """A folder with a base's configuration and tokenizer; from the Hub only these are downloaded.
+
+    Args:
+        text: as `base` takes it.
+        cache: where fetched and converted models are kept.
+
+    Raises:
+        CogpressError: as `base`.
+    """
+    wanted = None if text == "embedded" else source.parse(text)
+    if wanted and wanted.kind == "hub":
+        return hub.snapshot(wanted, weights=False)
+    if wanted and wanted.kind == "path" and (folder := Path(wanted.text).expanduser()).is_dir():
+        return folder
+    return base(text, cache)
+
+
 def model(text: str | os.PathLike[str], cache: Path) -> FetchedModel:
     """Fetch a model from its source and check it; one that is in the cache already is only checked.
 

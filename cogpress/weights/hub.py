@@ -22,10 +22,14 @@ def prepare() -> None:
     from huggingface_hub import errors, hf_hub_download, snapshot_download  # noqa: F401
 
 
-def snapshot(wanted: Source) -> Path:
+def snapshot(wanted: Source, *, weights: bool = True) -> Path:
     """The folder of a repository's revision with the files that are needed, resumed after a cut, not yet checked.
 
     A snapshot that is in the client's cache is used when the Hub cannot be reached.
+
+    Args:
+        wanted: the repository.
+        weights: fetch these too, and not only configuration and tokenizer.
 
     Raises:
         CogpressError: there is no such model, the Hub refuses or cannot be reached, or the disk has no room.
@@ -45,7 +49,7 @@ def snapshot(wanted: Source) -> Path:
             raise refused from None
         print(f"{refused} Using the copy fetched before.", file=sys.stderr, flush=True)
         return folder
-    names = _needed(wanted, listed.keys())
+    names = _needed(wanted, listed.keys()) if weights else sorted(_settings(listed.keys()))
     missing = sum(listed[name].file_size for name in names if listed[name].will_download)
     download.check_room(Path(constants.HF_HUB_CACHE), missing)
     try:
@@ -82,9 +86,7 @@ def _needed(wanted: Source, listed: Iterable[str]) -> list[str]:
     if manifest.NAME in names and (ours := _manifest_files(wanted)):
         needed = {manifest.NAME, *ours, *names.intersection(VERIFICATION_FILES)}
     else:
-        named = {name for name in names if name.rpartition("/")[0] == TEMPLATES and name.endswith(".jinja")}
-        settings = {name for name in (top - weights) | named if any(fnmatch(name, form) for form in HUB_FILES)}
-        settings = {name for name in settings if PurePosixPath(name).suffix not in PICKLES}
+        settings = _settings(names)
         # Some repositories hold the same weights again under other names.
         if INDEX in names:
             weights = set(tensors.shards(file(wanted, INDEX).parent))
@@ -94,6 +96,13 @@ def _needed(wanted: Source, listed: Iterable[str]) -> list[str]:
     if missing := sorted(needed - names):
         raise CogpressError(f"{wanted.text} lacks {missing[0]}, which its own list of files names. Name another model.")
     return sorted(needed)
+
+
+def _settings(names: Iterable[str]) -> set[str]:
+    """Which of a repository's files are its configuration, its tokenizer and their licence."""
+    usual = {name for name in names if "/" not in name and PurePosixPath(name).suffix not in {*PICKLES, ".safetensors"}}
+    named = {name for name in names if name.rpartition("/")[0] == TEMPLATES and name.endswith(".jinja")}
+    return {name for name in usual | named if any(fnmatch(name, form) for form in HUB_FILES)}
 
 
 def _manifest_files(wanted: Source) -> dict[str, int]:

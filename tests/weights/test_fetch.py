@@ -324,7 +324,7 @@ def test_invalid_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 FETCH = """
-import resource, sys
+import os, resource, sys
 from pathlib import Path
 from cogpress import cli
 from cogpress.weights import download
@@ -334,7 +334,8 @@ pget.program = lambda: None
 download.SPARE = 0
 if len(sys.argv) > 3:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
-cli.run(lambda: print(fetch.model(sys.argv[1], Path(sys.argv[2])).folder))
+wanted = sys.argv[1], Path(sys.argv[2])
+cli.run(lambda: print(fetch.tokenizer_folder(*wanted) if "ALONE" in os.environ else fetch.model(*wanted).folder))
 """
 
 
@@ -499,6 +500,10 @@ def test_from_the_hub_only_needed_files_are_fetched(tmp_path: Path, small: Path,
         (templates / name).write_text("a template")
     (repository / "vocab.txt").write_text("a")
     hub.publish(repository)
+    alone, err = hub.fetch("hf://org/name@main", ALONE="the tokenizer")
+    assert not list(Path(alone).glob("*.safetensors")), err
+    assert (Path(alone) / "tokenizer.json").is_file()
+    assert (Path(alone) / templates.name / "tool_use.jinja").is_file()
     out, err = hub.fetch("hf://org/name@main")
     named = (Path(out) / templates.name).rglob("*")
     assert [path.name for path in named] == ["tool_use.jinja"], err
