@@ -789,6 +789,11 @@ def read_json(text: str, name: str) -> Any:
         raise CogpressError(f"{name} is not JSON: {error}. Give valid JSON, or leave it empty.") from None
 
 
+def reasoning_of(message: Mapping[str, Any]) -> str:
+    """The reasoning that a client's message has, under any of its names; empty for none."""
+    return next((text for name in REASONING if isinstance(text := message.get(name), str) and text), "")
+
+
 def tool(value: Any, place: str) -> dict[str, Any]:
     """A function that the model may call, as OpenAI's API describes it.
 

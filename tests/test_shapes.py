@@ -14,7 +14,7 @@ from cogpress.config import Prompt
 from cogpress.data.prepare import Prepared, Report, held_out, read_examples
 from cogpress.errors import CogpressError
 from cogpress.prompts import NO_LOSS, Conversation, Row
-from cogpress.serve import requests
+from cogpress.serve import batch, requests
 from tests.standins.chatexamples import messages, variant
 from tests.standins.shapes import CHATML, SHAPES, Shape, tokenizer_of
 
@@ -138,6 +138,12 @@ def test_reasoning_of_earlier_turns_is_asked_with(shapes: dict[str, PreTrainedTo
     [begins] = learnt_spans(made)
     assert made.input_ids[:begins] == served(shapes["qwen3"], row, 3, Prompt())
     assert "I need the stock." in shapes["qwen3"].decode(made.input_ids)
+    for key in prompts.REASONING:  # the same from a line of a batch
+        told = {name: value for name, value in called.items() if name not in ("weight", "reasoning_content")}
+        line = {"tools": [TOOL], "messages": [ASKED, {**told, key: "I need the stock."}, RESULT]}
+        request, _ = requests.read(batch.inputs(line, {"messages": {}, "tools": {}}), shapes["qwen3"])
+        asked = prompts.encode(shapes["qwen3"], requests.question(request, Prompt()), Prompt())
+        assert asked == made.input_ids[:begins]
     with pytest.raises(CogpressError, match="leaves out the reasoning_content"):
         row_of(shapes["qwen2.5"], example(row, tmp_path, Prompt()), SHAPES["qwen2.5"])
 

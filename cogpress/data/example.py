@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cogpress.config import Task
-from cogpress.data.read import BadRow, found_keys, short
+from cogpress.data.read import BadRow, found_keys, parse_text, short
 from cogpress.errors import CogpressError
-from cogpress.prompts import REASONING, Message, Question, read_json, tool, tool_call
+from cogpress.prompts import REASONING, Message, Question, tool, tool_call
 
 Format = Literal["messages", "conversations", "prompt/completion", "alpaca", "text"]
 
@@ -353,21 +353,27 @@ def _turn(value: Any, name: str) -> Message:
 
 
 def _calls(value: Any, name: str) -> list[dict[str, Any]]:
-    try:
-        value = read_json(value, f"{name}.tool_calls") if isinstance(value, str) else value
-        if not isinstance(value, list):
-            raise BadRow(f"{name}.tool_calls is {_kind(value)} and not a list")
-        return [tool_call(_checked(call, f"{name}.tool_calls"), name) for call in value]
-    except CogpressError as error:
-        raise BadRow(str(error).rstrip(".")) from None
+    value = parse_text(value, f"{name}.tool_calls") if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise BadRow(f"{name}.tool_calls is {_kind(value)} and not a list")
+    calls = []
+    for call in value:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(text := function.get("arguments"), str) and text.strip():
+            call = {**call, "function": {**function, "arguments": parse_text(text, f"arguments in {name}")}}
+        try:
+            calls.append(tool_call(_checked(call, f"{name}.tool_calls"), name))
+        except CogpressError as error:
+            raise BadRow(str(error).rstrip(".")) from None
+    return calls
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     """The row's functions, as a list or its JSON text, as Parquet files often hold it."""
+    value = parse_text(value, "tools") if isinstance(value, str) and value.strip() else value or []
+    if not isinstance(value, list):
+        raise BadRow(f"tools is {_kind(value)} and not a list")
     try:
-        value = read_json(value, "tools") if isinstance(value, str) and value.strip() else value or []
-        if not isinstance(value, list):
-            raise BadRow(f"tools is {_kind(value)} and not a list")
         return tuple(tool(_checked(one, f"tools[{at}]"), f"tools[{at}]") for at, one in enumerate(value))
     except CogpressError as error:
         raise BadRow(str(error).rstrip(".")) from None

@@ -339,6 +339,8 @@ def _load(
     for example, conversation in zip(reading.examples, reading.conversations, strict=True):
         try:
             pairs.append((conversation, prompts.row(tokenizer, conversation, ends)))
+        except RecursionError:
+            problems.append(Problem(example.line, "nested too deeply", path.name))
         except CogpressError as error:
             problems.append(Problem(example.line, str(error).rstrip("."), path.name))
     report.lines += reading.lines

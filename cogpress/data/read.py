@@ -248,6 +248,20 @@ def _parse(content: bytes) -> Any:
         raise BadRow(f"not JSON: {_one_line(error)}") from None
 
 
+def parse_text(text: str, name: str) -> Any:
+    """JSON that a row holds as text.
+
+    Raises:
+        BadRow: it is not JSON, or a key stands twice in it; names it.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unrepeated)
+    except _TwiceError as twice:
+        raise BadRow(f"{name}: {twice}") from None
+    except ValueError as error:
+        raise BadRow(f"{name} is not JSON: {_one_line(error)}") from None
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")[:200]
 

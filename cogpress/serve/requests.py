@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from cogpress.engines.base import Sampling, Structure
 from cogpress.errors import CogpressError
 from cogpress.options import InputName
-from cogpress.prompts import REASONING, Question, read_json, tool, tool_call, whole_characters
+from cogpress.prompts import REASONING, Question, read_json, reasoning_of, tool, tool_call, whole_characters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -202,8 +202,8 @@ def _message(at: int, message: Any) -> dict[str, Any]:
         kept["tool_calls"] = [
             tool_call(call, f"Message {at}") for call in (calls if isinstance(calls, list) else [calls])
         ]
-    if role == "assistant" and isinstance(message.get(REASONING[0]), str) and message[REASONING[0]]:
-        kept[REASONING[0]] = message[REASONING[0]]
+    if role == "assistant" and (reasoning := reasoning_of(message)):
+        kept[REASONING[0]] = reasoning
     if role == "tool":
         kept |= {key: message[key] for key in ("tool_call_id", "name") if isinstance(message.get(key), str)}
     return kept

@@ -13,6 +13,7 @@ from cogpress import config
 from cogpress.data import prepare as data
 from cogpress.data.prepare import read_examples
 from cogpress.errors import CogpressError
+from cogpress.quantize import calibrate
 from tests.standins.chatexamples import Write, learnt, messages, pair
 from tests.standins.shapes import SHAPES, tokenizer_of
 
@@ -49,6 +50,7 @@ def test_tools_and_reasoning_are_refused_where_the_template_has_none(
 def test_tools_and_reasoning_are_learnt(name: str, prepare: Callable[..., data.Prepared], write: Write) -> None:
     tokenizer = tokenizer_of(SHAPES["qwen3"])
     prepared = prepare(CASES / f"{name}.jsonl", tokenizer=tokenizer, max_length=1024)
+    assert sorted(calibrate.choose_rows(prepared, 8, 0)) == sorted(row.input_ids for row in prepared.train)
     for row in prepared.train:
         if name == "reasoning-content":
             assert learnt(tokenizer, row) == "<think>\ndivide by two and look\n</think>\n\nyes<|im_end|>"
@@ -93,6 +95,7 @@ def test_nothing_of_a_functions_parameters_is_ignored(write: Write) -> None:
         ({"tools": [{"name": "find"}]}, "tools[0] must be"),
         ({"tools": "["}, "tools is not JSON"),
         ({"tools": [{"function": {"name": "a\0"}}]}, "contains a NUL character"),
+        ({"tools": '[{"function": {"name": "a", "name": "b"}}]'}, "tools: the key 'name' stands twice"),
         ({"weight": -1}, "weight is -1, not a number from 0"),
         ({"weight": True}, "weight is True, not a number from 0"),
         ({"weight": "2"}, "weight is '2', not a number from 0"),
@@ -166,6 +169,10 @@ def test_earlier_answers_that_were_given_stay_without_loss_when_held_out(
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
             "arguments in messages[1] is not JSON",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}}]},
+            "arguments in messages[1]: the key 'a' stands twice",
         ),
         ({"role": "assistant", "content": "b", "thinking": "c", "reasoning": "d"}, "reasoning and thinking: give one"),
         ({"role": "assistant", "content": "<think>c</think>b", "thinking": "d"}, "beside a content with </think>"),
@@ -289,3 +296,17 @@ def test_every_kind_of_bad_line_can_be_skipped(write: Write, prepare: Callable[.
     prepared = prepare(path, skip_bad=True)
     assert [example.answer for example in prepared.train_examples][-1] == "Yes."
     assert {found.line for found in prepared.report.problems} >= {1, 2, 3, 4, 6, 7, 8, 9}
+
+
+@pytest.mark.parametrize("depth", [100, 300, 450, 900])
+def test_deeply_nested_tools_are_a_bad_line_at_most(
+    depth: int, write: Write, prepare: Callable[..., data.Prepared]
+) -> None:
+    deep: Any = {}
+    for _ in range(depth):
+        deep = {"properties": deep}
+    row = {"tools": [{"type": "function", "function": {"name": "f", "parameters": deep}}], **pair()}
+    prepared = prepare(
+        write(row, pair("Good?", "Yes.")), tokenizer=tokenizer_of(SHAPES["qwen3"]), max_length=10**6, skip_bad=True
+    )
+    assert prepared.train_examples[-1].answer == "Yes."

@@ -16,6 +16,7 @@ from cogpress.cog.schema import fields
 from cogpress.playground.openai import tools as openai_tools
 from cogpress.playground.openai.errors import OpenAIError
 from cogpress.playground.openai.tools import Tools
+from cogpress.prompts import REASONING, reasoning_of
 
 _HARMLESS = frozenset(
     {
@@ -326,8 +327,8 @@ def _message(at: int, given: Any) -> dict[str, Any]:
     kept: dict[str, Any] = {"role": role, "content": _content(content, place)}
     if calls:
         kept["tool_calls"] = calls
-    if role == "assistant" and isinstance(given.get("reasoning_content"), str) and given["reasoning_content"]:
-        kept["reasoning_content"] = given["reasoning_content"]
+    if role == "assistant" and (reasoning := reasoning_of(given)):
+        kept[REASONING[0]] = reasoning
     for name in ("tool_call_id", "name") if role == "tool" else ():
         if isinstance(given.get(name), str):
             kept[name] = given[name]
