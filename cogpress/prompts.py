@@ -29,7 +29,7 @@ Message = Mapping[str, Any]
 NO_LOSS = -100
 """Label of a token without loss; PyTorch's cross entropy ignores it."""
 
-_SWITCHES = ("enable_thinking", "thinking")
+SWITCHES = ("enable_thinking", "thinking")
 """Names of the switch for reasoning in chat templates: Qwen's and SmolLM3's, DeepSeek's and Granite's."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -298,7 +298,7 @@ def _options(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any], thinking:
     knows = variables(tokenizer)
     if tools and "tools" not in knows:
         raise CogpressError("This model's chat template knows no tools. Leave tools empty, or describe them in text.")
-    switch = next((name for name in _SWITCHES if name in knows), None)
+    switch = next((name for name in SWITCHES if name in knows), None)
     if thinking is not None and switch is None:
         raise CogpressError("This model's chat template has no switch for reasoning. Leave thinking empty.")
     more: dict[str, Any] = {"tools": list(tools)} if tools else {}

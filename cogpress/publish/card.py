@@ -190,6 +190,11 @@ def _asking(facts: CardFacts) -> list[str]:
     return [*lines, f"messages = [{', '.join(messages)}]"]
 
 
+def _switches(facts: CardFacts) -> dict[str, bool]:
+    """The settings' reasoning, by each name that a template may have for it; templates ignore the others."""
+    return {} if facts.prompt.thinking is None else dict.fromkeys(prompts.SWITCHES, facts.prompt.thinking)
+
+
 def transformers_snippet(facts: CardFacts) -> str:
     """A Python program that asks the model once with transformers."""
     where = f"{_literal(facts.repo)}{_revision(facts)}"
@@ -197,7 +202,8 @@ def transformers_snippet(facts: CardFacts) -> str:
     if facts.has_chat_template:
         encode = [
             "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+            + "".join(f", {name}={value}" for name, value in _switches(facts).items()),
             ").to(model.device)",
         ]
     return "\n".join(
@@ -216,7 +222,8 @@ def transformers_snippet(facts: CardFacts) -> str:
 
 def vllm_snippet(facts: CardFacts) -> str:
     """A Python program that asks the model once with vLLM."""
-    ask = "llm.chat(messages, sampling)" if facts.has_chat_template else "llm.generate(prompt, sampling)"
+    switches = f", chat_template_kwargs={_switches(facts)}" if _switches(facts) else ""
+    ask = f"llm.chat(messages, sampling{switches})" if facts.has_chat_template else "llm.generate(prompt, sampling)"
     body = [
         f"llm = LLM({_literal(facts.repo)}{_revision(facts)})",
         "sampling = SamplingParams(temperature=0, max_tokens=256)",

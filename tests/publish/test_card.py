@@ -22,6 +22,7 @@ from cogpress.publish import card
 from cogpress.publish.licence import Licence, Origin
 from cogpress.weights import base
 from tests.standins.chatexamples import variant
+from tests.standins.shapes import SHAPES, tokenizer_of
 
 NASTY = "`a` | **b** <script>x</script> [l](http://x) ---\n---\n# h\n```\nout\n````\n{{$1}} \\ \u2028é 'q' \"q\""
 
@@ -183,6 +184,17 @@ def test_the_transformers_program_asks_as_training_did(system: str, template: st
     asked = prompts.Question(fields=dict.fromkeys(told.prompt.names, "..."))
     expected = prompts.encode(base.tokenizer(tiny_base), asked, told.prompt)
     assert names["inputs"]["input_ids"][0].tolist() == expected
+
+
+def test_programs_switch_reasoning_as_the_settings_do() -> None:
+    told = facts(prompt=Prompt(thinking=False))
+    begin, end = "inputs = tokenizer.apply_chat_template(", ").to(model.device)"
+    call = card.transformers_snippet(told).partition(begin)[2].partition(end)[0]
+    tokenizer = tokenizer_of(SHAPES["qwen3"])
+    asked = [{"role": "user", "content": "..."}]
+    given = eval(f"tokenizer.apply_chat_template({call})", {"tokenizer": tokenizer, "messages": asked})  # noqa: S307
+    assert given["input_ids"][0].tolist() == prompts.encode(tokenizer, prompts.Question("..."), told.prompt)
+    assert "chat_template_kwargs={'enable_thinking': False, 'thinking': False}" in card.vllm_snippet(told)
 
 
 @pytest.mark.slow
