@@ -370,7 +370,7 @@ def _calls(value: Any, name: str) -> list[dict[str, Any]]:
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     """The row's functions, as a list or its JSON text, as Parquet files often hold it."""
-    value = parse_text(value, "tools") if isinstance(value, str) and value.strip() else value or []
+    value = parse_text(value if value.strip() else "[]", "tools") if isinstance(value, str) else value or []
     if not isinstance(value, list):
         raise BadRow(f"tools is {_kind(value)} and not a list")
     try:

@@ -29,21 +29,28 @@ def example(record: dict[str, Any], prompt: Prompt) -> dict[str, Any] | None:
     right = record["correction"] if record["rating"] == "bad" else record["correction"] or output_text(record["output"])
     if not right or not right.strip() or (record["rating"] == "good" and record["status"] != "succeeded"):
         return None
-    system = inputs.get("system_prompt")
     try:
-        if inputs.get("messages"):
-            messages = json.loads(inputs["messages"]) if isinstance(inputs["messages"], str) else inputs["messages"]
-            if system:
-                messages = conversation(Question(messages=messages, system=system), prompt)
-            # As a prompt: the assistant's earlier answers in it were not rated and must not be trained on.
-            return {"prompt": messages, "completion": right}
-        if inputs.get("fields"):
-            fields = json.loads(inputs["fields"]) if isinstance(inputs["fields"], str) else inputs["fields"]
-            if not isinstance(fields, dict):
-                return None
-            return _row(Question(fields=fields, system=system), prompt, right)
+        row, tools = _row_of(inputs, prompt, right), _parsed(inputs.get("tools"))
     except (ValueError, TypeError, KeyError, IndexError, CogpressError):
         return None  # the model rejected it too
+    return {**row, "tools": tools} if row and tools else row
+
+
+def _parsed(value: Any) -> Any:
+    return json.loads(value if value.strip() else "null") if isinstance(value, str) else value
+
+
+def _row_of(inputs: dict[str, Any], prompt: Prompt, right: str) -> dict[str, Any] | None:
+    system = inputs.get("system_prompt")
+    if inputs.get("messages"):
+        messages = _parsed(inputs["messages"])
+        if system:
+            messages = conversation(Question(messages=messages, system=system), prompt)
+        # As a prompt: the assistant's earlier answers in it were not rated and must not be trained on.
+        return {"prompt": messages, "completion": right}
+    if inputs.get("fields"):
+        fields = _parsed(inputs["fields"])
+        return _row(Question(fields=fields, system=system), prompt, right) if isinstance(fields, dict) else None
     text = inputs.get("prompt")
     if not isinstance(text, str) or not text.strip():
         return None

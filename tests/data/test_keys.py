@@ -91,6 +91,7 @@ def test_nothing_of_a_functions_parameters_is_ignored(write: Write) -> None:
     ("row", "reason"),
     [
         ({"tools": {}}, None),
+        ({"tools": " "}, None),
         ({"tools": {"name": "find"}}, "tools is an object and not a list"),
         ({"tools": [{"name": "find"}]}, "tools[0] must be"),
         ({"tools": "["}, "tools is not JSON"),

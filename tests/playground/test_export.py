@@ -69,6 +69,17 @@ def test_a_row_is_learnt_as_it_was_asked(inputs: dict[str, Any], asked: Any, tmp
         assert found.given == len(asked)  # the answers before the one that was rated are not learnt
 
 
+def test_tools_that_the_model_had_are_in_the_row(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+    for given in (json.dumps(tools), tools):
+        row = example(rated({"messages": TALK, "tools": given}), FORM)
+        assert row is not None
+        [found] = read(tmp_path / "rated.jsonl", [row])
+        assert found.tools == tuple(tools)
+    assert "tools" not in (example(rated({"prompt": "how many?", "tools": " "}), FORM) or {})
+    assert example(rated({"prompt": "how many?", "tools": "["}), FORM) is None
+
+
 def test_only_what_is_right_is_learnt(tmp_path: Path) -> None:
     inputs = {"prompt": "how many?"}
     right = [
