@@ -25,6 +25,9 @@ from cogpress.errors import CogpressError
 CONNECTIONS = 8
 """Concurrent requests of a download."""
 
+SILENCE_SECONDS = 30.0
+"""How long a server may send nothing before the download is tried again."""
+
 TRIES = 6
 """Tries of a download that makes no progress before it fails."""
 
@@ -424,7 +427,7 @@ def client() -> Iterator[httpx.Client]:
     _quiet()
     opened = httpx.Client(
         follow_redirects=True,
-        timeout=httpx.Timeout(30, pool=None),
+        timeout=httpx.Timeout(SILENCE_SECONDS, pool=None),
         # What is counted, resumed and hashed are the file's own bytes.
         headers={"Accept-Encoding": "identity"},
         event_hooks={"request": [_check_allowed]},

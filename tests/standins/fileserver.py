@@ -18,6 +18,7 @@ class FileServer:
     Attributes:
         ranges, etags: whether the server has them.
         cuts: connections still to cut, each after `cut_after` bytes of a file's body.
+        stalls: connections still to fall silent there, without an end.
         busy: requests still to answer with 503.
         chunked: whether responses omit the size.
         delay: seconds before each block of 64 kB.
@@ -30,7 +31,7 @@ class FileServer:
         self.url = ""
         self.log: list[tuple[str, str, str | None]] = []
         self.ranges = self.etags = True
-        self.cuts = self.busy = 0
+        self.cuts = self.busy = self.stalls = 0
         self.cut_after = 0
         self.chunked = False
         self.delay = 0.0
@@ -117,9 +118,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         looking = self.headers.get("Range") == "bytes=0-0"
-        self.send(body, cut=not looking and state.take("cuts"))
+        self.send(body, cut=not looking and state.take("cuts"), stall=not looking and state.take("stalls"))
 
-    def send(self, body: bytes, cut: bool) -> None:
+    def send(self, body: bytes, cut: bool, stall: bool) -> None:
         state = self.state
         try:
             for at in range(0, len(body), 65536):
@@ -127,6 +128,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     self.wfile.flush()
                     self.close_connection = True
                     self.connection.shutdown(2)
+                    return
+                if stall and at >= state.cut_after:
+                    self.wfile.flush()
+                    self.connection.recv(1)  # until the client gives up
+                    self.close_connection = True
                     return
                 if state.delay:
                     time.sleep(state.delay)

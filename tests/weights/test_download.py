@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -68,6 +69,36 @@ def test_a_cut_is_resumed_where_it_was(tmp_path: Path, site: FileServer) -> None
     assert len(starts) == 4
     assert starts == sorted(starts)
     assert starts[-1] >= 3 * MB // 2 - 3 * 65536, "what had arrived was not asked for again"
+
+
+def test_a_server_that_falls_silent_is_asked_again(
+    tmp_path: Path, site: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "SILENCE_SECONDS", 0.5)
+    content = served(site)
+    site.stalls, site.cut_after = 2, 3 * MB
+    assert get(site, tmp_path / "out").read_bytes() == content
+    first, second, third = (int(str(wanted)[6:].split("-")[0]) for wanted in site.asked("/a.bin"))
+    assert 0 == first < second <= third, "what had arrived was not asked for again"
+
+
+def test_a_download_without_a_length_ends_where_the_disk_does(
+    tmp_path: Path, site: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = served(site)
+    site.chunked = True
+    site.ranges = False
+    assert get(site, tmp_path / "out").read_bytes() == content
+    real = shutil.disk_usage
+    monkeypatch.setattr(download, "_LOOK", MB)
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda folder: real(folder)._replace(free=1000) if site.asked("/a.bin")[1:] else real(folder),
+    )
+    with pytest.raises(CogpressError, match=r"0\.00 GB free"):
+        get(site, tmp_path / "other")
+    assert left(tmp_path / "other") == []
 
 
 @pytest.mark.slow
