@@ -116,7 +116,7 @@ def _trl(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, flo
     model = AutoModelForCausalLM.from_pretrained(
         base_folder,
         dtype=dtype,
-        quantization_config=base.quantization_config(config.base.quantization, dtype),
+        quantization_config=base.quantization_config(config.base.quantization, dtype, base_folder),
         device_map={"": str(base.device())},
     )
     tokenizer = base.tokenizer(base_folder)

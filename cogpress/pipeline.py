@@ -25,14 +25,15 @@ from cogpress.errors import CogpressError
 from cogpress.files import link, new_folder, read_json, sha256, write_json
 from cogpress.merge import adapter as adapters
 from cogpress.merge import adopt, merge
+from cogpress.plan import architecture
 from cogpress.prompts import Row
 from cogpress.quantize import calibrate
-from cogpress.source import shown
-from cogpress.train import answers
+from cogpress.source import parse, shown
+from cogpress.train import answers, layers
 from cogpress.train import run as training
 from cogpress.verify import distributions
 from cogpress.verify import run as verify
-from cogpress.weights import archive, base, fetch, manifest
+from cogpress.weights import archive, base, fetch, manifest, skeleton
 from cogpress.weights.filenames import ADAPTER, ADAPTER_CONFIG, DRAFT
 
 if TYPE_CHECKING:
@@ -263,7 +264,11 @@ def build(
     score = verify.scorer(config.verify.score)
     base.quiet_libraries()
     with step("Base model", console):
+        if parse(config.base.source).kind == "hub":  # before gigabytes are downloaded
+            skeleton.check(architecture.config(config.base.source, cache), shown(config.base.source))
         base_folder = fetch.base(config.base.source, cache)
+        for note in layers.choose(base_folder, config.train.target_modules, config.base.quantization).notes:
+            console.print(f"  {note}", soft_wrap=True, highlight=False)
     with step("Examples", console):
         prepared = prepare(
             config, data_path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad

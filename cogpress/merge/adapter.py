@@ -174,7 +174,14 @@ def read(folder: Path) -> LoraAdapter:
         raise CogpressError(f"{folder} holds no adapter trained by cogpress. Name a run's adapter.")
     manifest.check(folder, facts)
     config = read_json(folder / ADAPTER_CONFIG)
-    transposed = frozenset(facts.get("transposed_modules", ()))
+    files = facts.get("file_names", {})
+
+    def filed(name: str) -> str:
+        """A module or its tensor by the name that the base's files have for it."""
+        module, _, part = name.rpartition(".")
+        return f"{files[module]}.{part}" if module in files else files.get(name, name)
+
+    transposed = frozenset(map(filed, facts.get("transposed_modules", ())))
     if transposed:  # peft notes it for the whole adapter, as the last layer of its list is
         config.pop("fan_in_fan_out", None)
     refuse_unknown(config, folder)
@@ -182,12 +189,12 @@ def read(folder: Path) -> LoraAdapter:
     layers, replaced, tokens = _sorted_out(stored, config, folder)
     return LoraAdapter(
         folder=folder,
-        layers=layers,
-        replaced=replaced,
-        tokens=tokens,
+        layers={filed(name): layer for name, layer in layers.items()},
+        replaced={filed(name): held for name, held in replaced.items()},
+        tokens={filed(name): held for name, held in tokens.items()},
         saved=frozenset(config.get("modules_to_save") or ()),
         quantization=facts["quantization"],
-        quantized=frozenset(facts["quantized_modules"]),
+        quantized=frozenset(map(filed, facts["quantized_modules"])),
         transposed=transposed,
         facts=facts,
         _stored=stored,

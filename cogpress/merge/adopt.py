@@ -10,7 +10,7 @@ from cogpress.config import Prompt, Quantization
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, read_json, write_json
 from cogpress.merge import adapter
-from cogpress.weights import base, manifest
+from cogpress.weights import base, manifest, skeleton, tensors
 from cogpress.weights.filenames import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLES, refuse_pickle, tokenizer_files
 
 
@@ -43,7 +43,17 @@ def adopt(
             if path.suffix in PICKLES:
                 refuse_pickle(PurePosixPath(path.name), folder)
         raise CogpressError(f"{folder} lacks {ADAPTER_WEIGHTS}. Save the adapter again, with save_pretrained.")
-    quantized, transposed = _layers(base_folder, quantization)
+    base.quiet_libraries()
+    model = skeleton.of(base_folder)
+    stored = tensors.stored(base_folder)
+    quantized = sorted(skeleton.quantizable(model, stored)) if quantization != "none" else []
+    transposed = sorted(name for name, layer in skeleton.linears(model).items() if skeleton.transposed(layer))
+    names = skeleton.file_names(model, stored)
+    renamed = {
+        name.removesuffix(".weight"): file.removesuffix(".weight")
+        for name, file in names.items()
+        if name != file and name.endswith(".weight")
+    }
     # As `adapter.read` does: peft notes it where it found transposed layers.
     adapter.refuse_unknown({**config, "fan_in_fan_out": config.get("fan_in_fan_out") and not transposed}, folder)
     facts: dict[str, Any] = {
@@ -52,6 +62,7 @@ def adopt(
         "compute_dtype": _dtype(base_folder),
         "quantized_modules": quantized,
         **({"transposed_modules": transposed} if transposed else {}),
+        **({"file_names": renamed} if renamed else {}),
         "prompt": prompt.model_dump(mode="json"),
     }
     with new_folder(target) as part:
@@ -62,23 +73,6 @@ def adopt(
         write_json(part / ADAPTER_CONFIG, {**config, "base_model_name_or_path": source})
         manifest.write(part, "adapter", facts)
         adapter.read(part)
-
-
-def _layers(base_folder: Path, quantization: Quantization) -> tuple[list[str], list[str]]:
-    """The layers that training quantized, and those stored as (inputs, outputs), of a model without data."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.quantizers import AutoHfQuantizer
-
-    base.quiet_libraries()
-    settings = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
-        transposed = base.transposed_modules(model)
-        wanted = base.quantization_config(quantization, torch.bfloat16)
-        if wanted is not None:
-            AutoHfQuantizer.from_config(wanted, pre_quantized=False).preprocess_model(model, device_map=None)
-    return base.quantized_modules(model), transposed
 
 
 def _dtype(base_folder: Path) -> str:

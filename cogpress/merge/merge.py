@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -148,39 +148,8 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
     return MergePlan(found, stored, outputs, onto, compute, dtype, untied, vocabulary)
 
 
-def check_layers(base_folder: Path, layers: Mapping[str, tuple[int, ...]], transposed: Collection[str] = ()) -> None:
-    """Check that an adapter on these layers can be merged into a base, before anything is trained.
-
-    Args:
-        base_folder: the base.
-        layers: of the loaded model, by name, with the shapes of their weights: (outputs, inputs).
-        transposed: those that the files hold as (inputs, outputs).
-
-    Raises:
-        CogpressError: names the first layer that is no tensor of the base's files, or one of another shape.
-    """
-    stored = tensors.stored(base_folder)
-    # As `_untie` will give the output layer a tensor of its own.
-    tied = bool(read_json(base_folder / "config.json").get("tie_word_embeddings")) and _EMBEDDING in stored
-    for name, shape in layers.items():
-        place = stored.get(f"{name}.weight")
-        kind = name.rpartition(".")[2]
-        if place is None and not (tied and kind == "lm_head"):
-            raise CogpressError(
-                f"{name} could be trained but not merged: the base's files hold no tensor of that name. Leave {kind} "
-                "out of train.target_modules, or use another base."
-            )
-        order = "inputs, outputs" if name in transposed else "outputs, inputs"
-        shape = shape[::-1] if name in transposed else shape
-        if place is not None and place.shape != shape:
-            raise CogpressError(
-                f"{name} could be trained but not merged: its weight is {list(place.shape)} in the base's files, and "
-                f"not {list(shape)} ({order}). Leave {kind} out of train.target_modules, or use another base."
-            )
-
-
 def _output(name: str, place: tensors.Stored, source: str, dtype: torch.dtype) -> Output:
-    if place.dtype not in ("F64", "F32", "F16", "BF16"):
+    if place.dtype not in tensors.FLOATS:
         if place.dtype.startswith("F"):
             raise CogpressError(f"{place.file} holds {name} in {place.dtype}: it is quantized. Name its original.")
         return Output(name, source, place.shape, place.dtype, place.bytes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from cogpress import http, source
 from cogpress.errors import CogpressError
-from cogpress.weights import base, fetch, hub
+from cogpress.weights import base, fetch, hub, skeleton
 
 ATTENTION = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
 """Kinds of attention layers, by transformers' names, and whether a window bounds their cache."""
@@ -23,12 +22,16 @@ MAX_CONFIG = 4 << 20
 
 @dataclass(frozen=True)
 class Linear:
-    """The linear layers of one name and shape, `count` in the whole model; the output layer is not among them."""
+    """The linear layers of one name and shape, `count` in the whole model; the output layer is not among them.
+
+    `quantizable` is whether bitsandbytes quantizes them, which it does not with layers of a model's own kind.
+    """
 
     name: str
     inputs: int
     outputs: int
     count: int
+    quantizable: bool = True
 
     @property
     def weights(self) -> int:
@@ -189,56 +192,34 @@ def _parsed(content: bytes, shown: str) -> dict[str, Any]:
 
 
 def read(settings: Mapping[str, Any], shown: str = "This config.json") -> Architecture:
-    """Build the model that a config.json describes on the meta device, where tensors have shapes but no data.
+    """The architecture that a config.json describes.
 
     Args:
         settings: the content of config.json; code that it refers to is never run.
         shown: the model's name in messages.
 
     Raises:
-        CogpressError: transformers does not support the architecture, or a layer is not an attention layer.
+        CogpressError: it is no language model that transformers can build, or a layer is not an attention layer.
     """
-    import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     base.quiet_libraries()
-    # Quantization changes how weights are stored, not their number.
-    plain = {name: value for name, value in settings.items() if name not in ("quantization_config", "auto_map")}
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(plain), encoding="utf-8")
-            found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(found, trust_remote_code=False)
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError,
-            StrictDataclassError) as error:  # fmt: skip
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CogpressError(
-            f"{shown} is not a language model that transformers can build: {said} Name a model of a supported "
-            "architecture."
-        ) from None
+    model = skeleton.build(settings, shown)
     return _described(model, settings, shown)
 
 
 def _described(model: Any, settings: Mapping[str, Any], shown: str) -> Architecture:
-    from torch import nn
-
     text = model.config.get_text_config()
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
-    shapes: Counter[tuple[str, int, int]] = Counter()
-    for name, module in model.named_modules():
-        if module is not head and isinstance(module, nn.Linear):
-            shapes[name.rpartition(".")[2], module.in_features, module.out_features] += 1
-    experts = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and ".experts." in f".{name}."
-    )
+    layers = skeleton.linears(model)
+    quantizable = set(skeleton.quantizable(model))
+    shapes: Counter[tuple[str, int, int, bool]] = Counter()
+    for name, layer in layers.items():
+        outputs, inputs = skeleton.shape(layer)
+        shapes[name.rpartition(".")[2], inputs, outputs, name in quantizable] += 1
+    experts = sum(shape.numel() for shape in skeleton.experts(model).values())
     tied = head is None or head.weight is embedding.weight
     heads = int(text.num_attention_heads)
-    names = {name for name, _, _ in shapes}
+    names = {name for name, *_ in shapes}
     dtype = settings.get("dtype") or settings.get("torch_dtype") or getattr(text, "dtype", None) or "bfloat16"
     used, many = _experts(text)
     return Architecture(
@@ -246,7 +227,9 @@ def _described(model: Any, settings: Mapping[str, Any], shown: str) -> Architect
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         embedding=embedding.weight.numel(),
         head=0 if tied else head.weight.numel(),
-        linears=tuple(Linear(*shape, count) for shape, count in shapes.items()),
+        linears=tuple(
+            Linear(name, inputs, outputs, count, held) for (name, inputs, outputs, held), count in shapes.items()
+        ),
         experts=experts,
         expert_share=used / many if many else 1.0,
         caches=_caches(text, heads, shown),

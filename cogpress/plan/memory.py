@@ -163,10 +163,12 @@ def training_weights(model: Architecture, method: Method) -> float:
         return 4.0 * model.parameters
     if method == "lora":
         return 2.0 * model.parameters
-    rest = 2.0 * (model.parameters - model.linear_weights)
+    held = [linear for linear in model.linears if linear.quantizable]
+    small = sum(linear.weights for linear in held)
+    rest = 2.0 * (model.parameters - small)
     if method == "int8":
-        return rest + model.linear_weights + 4 * sum(linear.outputs * linear.count for linear in model.linears)
-    return rest + model.linear_weights * NF4_BITS / 8
+        return rest + small + 4 * sum(linear.outputs * linear.count for linear in held)
+    return rest + small * NF4_BITS / 8
 
 
 def saved_by_layer(model: Architecture, how: Training) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
-from cogpress.weights import base
+from cogpress.weights import base, skeleton
 
 GROUP_SIZES = (128, 64, 32)
 """Weights that share one scale in 4-bit schemes, smallest result first: the sizes that engines have kernels for."""
@@ -54,27 +54,18 @@ def linear_widths(folder: Path) -> dict[str, int]:
     """The input width of every layer that is quantized, by name, without reading a weight.
 
     Raises:
-        CogpressError: transformers does not know the model, or it has no linear layer.
+        CogpressError: it is no language model, or has no linear layer.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     base.quiet_libraries()
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except (OSError, ValueError) as error:
-        raise CogpressError(f"{folder} cannot be quantized: {str(error).splitlines()[0]}") from None
-    head = model.get_output_embeddings()
+    model = skeleton.of(folder)
     widths = {
-        name: module.in_features
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        name: skeleton.shape(layer)[1]
+        for name, layer in skeleton.linears(model).items()
+        if not skeleton.transposed(layer)
     }
-    for name, parameter in model.named_parameters():
-        # Experts come as three dimensions, of which either of the last two may be the input's.
-        if parameter.ndim == 3:
-            widths |= {f"{name} ({width})": width for width in parameter.shape[1:]}
+    for name, shape in skeleton.experts(model).items():
+        # Either of the last two dimensions may be the input's.
+        widths |= {f"{name} ({width})": width for width in shape[1:]}
     if not widths:
         raise CogpressError(f"{folder} has no linear layers besides the output layer, so there is nothing to quantize.")
     return widths

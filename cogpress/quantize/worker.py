@@ -29,7 +29,7 @@ def main(job_path: Path) -> None:
 
 
 def compress(source: Path, rows: list[list[int]], scheme: dict[str, Any]) -> None:
-    """Quantize all linear layers but the output layer, and write the model to `scheme["out"]`."""
+    """Quantize the language model's linear layers but the output layer, and write the model to `scheme["out"]`."""
     import llmcompressor
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,7 +44,7 @@ def compress(source: Path, rows: list[list[int]], scheme: dict[str, Any]) -> Non
     llmcompressor.oneshot(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(source, trust_remote_code=False),
-        recipe=recipe(scheme, output_layers(model)),
+        recipe=recipe(scheme, kept_layers(model)),
         **calibration,
     )
     out = Path(scheme["out"])
@@ -76,10 +76,20 @@ def recipe(scheme: dict[str, Any], ignore: list[str]) -> list[Any]:
     return [*first, rounding(config_groups=groups, ignore=ignore)]
 
 
-def output_layers(model: Any) -> list[str]:
-    """The layer that makes logits, by name. It decides every token and is used once for each, so it stays as it is."""
+def kept_layers(model: Any) -> list[str]:
+    """The layers that stay as they are, by name: what makes logits, and what sees or hears.
+
+    The first decides every token and is used once for each; the others are calibrated by no text.
+    """
+    import torch
+
     head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if module is head] or ["lm_head"]
+    text = {id(module) for module in model.get_decoder().modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if module is head or (isinstance(module, torch.nn.Linear) and id(module) not in text)
+    ] or ["lm_head"]
 
 
 def loader(rows: list[list[int]]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,18 +29,15 @@ CHECKPOINTS = 8
 """Checkpoints in a run, of which the newest two are kept."""
 
 
-def lora(settings: Train) -> LoraConfig:
-    """The adapter: its rank, its scale and the layers that it is for."""
+def lora(settings: Train, layers: Sequence[str]) -> LoraConfig:
+    """The adapter: its rank, its scale and the layers that it is for, by their whole names."""
     from peft import LoraConfig
 
-    targets: str | list[str] = settings.target_modules
-    if targets != "all-linear":
-        targets = [name.strip() for name in settings.target_modules.split(",") if name.strip()]
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=targets,
+        target_modules=list(layers),
         task_type="CAUSAL_LM",
         bias="none",
     )

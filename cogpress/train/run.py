@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,9 @@ from cogpress.data import prepare
 from cogpress.data.prepare import Prepared
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, read_json, write_json
-from cogpress.merge import merge
-from cogpress.train import answers
+from cogpress.train import answers, layers
 from cogpress.train.arguments import arguments, lora, too_few
+from cogpress.train.layers import Layers
 from cogpress.weights import base, manifest
 from cogpress.weights.filenames import ADAPTER
 
@@ -236,11 +236,8 @@ def _train(
     longest = max(len(row.input_ids) for row in prepared.train + prepared.validation)
     tokenizer = base.tokenizer(base_folder)
     compute = base.trained_dtype(read_json(run / "key.json"))
-    model = adapted(config, base_folder, attention=attention(longest), dtype=compute)
-    quantized = base.quantized_modules(model.get_base_model())
-    found = layers(model, quantized)
-    transposed = found.keys() & base.transposed_modules(model.get_base_model())
-    merge.check_layers(base_folder, found, transposed)
+    chosen = layers.choose(base_folder, settings.target_modules, config.base.quantization)
+    model = adapted(config, base_folder, chosen, attention=attention(longest), dtype=compute)
     recorder = Recorder(run / "metrics.jsonl", console)
     objective = AnswerLoss(model)
     trainer = ObjectiveTrainer(
@@ -268,8 +265,7 @@ def _train(
         "base": {"source": source.shown(config.base.source), "fingerprint": fingerprint},
         "quantization": config.base.quantization,
         "compute_dtype": str(compute).removeprefix("torch."),
-        "quantized_modules": [name.replace(".base_layer", "") for name in quantized],
-        **({"transposed_modules": sorted(transposed)} if transposed else {}),
+        **chosen.facts(base.quantized_modules(model.get_base_model())),
         "prompt": config.prompt.model_dump(mode="json"),
         # Whoever has the examples can tell whether they hold the same ones out.
         "held_out": hashlib.sha256(prepare.held_out(prepared).encode()).hexdigest(),
@@ -294,22 +290,6 @@ def _train(
     write_json(run / "result.json", {"key": read_json(run / "key.json"), "result": saved})
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return result
-
-
-def layers(model: PeftModel, quantized: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The layers that a merge has to find in the base's files: adapted or quantized, with their weights' shapes."""
-    from peft.tuners.lora import LoraLayer
-
-    modules = dict(model.get_base_model().named_modules())
-    found: dict[str, tuple[int, ...]] = {
-        name: (module.out_features, module.in_features)
-        for name, module in modules.items()
-        if isinstance(module, LoraLayer)
-    }
-    for name in quantized:
-        plain = name.replace(".base_layer", "")
-        found.setdefault(plain, (modules[name].out_features, modules[name].in_features))  # type: ignore[arg-type, dict-item]
-    return found
 
 
 def check_learnt(model: torch.nn.Module, steps: int) -> None:
@@ -339,29 +319,34 @@ def attention(longest: int) -> str:
 
 
 def adapted(
-    config: Config, base_folder: Path, *, attention: str = "sdpa", dtype: torch.dtype | None = None
+    config: Config,
+    base_folder: Path,
+    chosen: Layers | None = None,
+    *,
+    attention: str = "sdpa",
+    dtype: torch.dtype | None = None,
 ) -> PeftModel:
-    """The quantized base with a fresh LoRA adapter, in float32, on the configured layers.
+    """The quantized base with a fresh LoRA adapter, in float32, on the chosen layers.
 
     Args:
         config: `base.quantization` and `train` are used.
         base_folder: the base model.
+        chosen: its layers that are trained; as the configuration names them where not given.
         attention: transformers' name of an attention implementation.
         dtype: what the base computes in; this machine's fastest where not given.
 
     Raises:
-        CogpressError: a name in `target_modules` is no layer of this model.
+        CogpressError: as `layers.choose`.
     """
     base.quiet_libraries()
     from peft import get_peft_model
 
+    chosen = chosen or layers.choose(base_folder, config.train.target_modules, config.base.quantization)
+
     model = base.load(base_folder, config.base.quantization, attention=attention, dtype=dtype)
     if base.device().type == "cuda":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        return get_peft_model(model, lora(config.train))  # type: ignore[return-value]
-    except ValueError as error:
-        raise CogpressError(f"target_modules {config.train.target_modules!r} do not fit this model: {error}") from None
+    return get_peft_model(model, lora(config.train, chosen.adapted))  # type: ignore[return-value]
 
 
 def quiet(trainer: Any) -> None:

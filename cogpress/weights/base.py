@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cogpress.config import Quantization
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
+from cogpress.weights import skeleton, tensors
 
 if TYPE_CHECKING:
     import torch
@@ -117,20 +118,22 @@ def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device().type, dtype=dtype)
 
 
-def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+def quantization_config(quantization: Quantization, dtype: torch.dtype, folder: Path) -> Any:
     """The bitsandbytes settings of QLoRA (Dettmers et al. 2023): NF4, double quantization; None for `none`."""
     from transformers import BitsAndBytesConfig
 
+    if quantization == "none":
+        return None
+    left = skeleton.unquantized(skeleton.of(folder), tensors.stored(folder))
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=left,
         )
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return None
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left)
 
 
 def load(
@@ -141,8 +144,11 @@ def load(
     Args:
         folder: a model folder in safetensors.
         quantization: how the linear layers are stored.
-        attention: transformers' name of an attention implementation.
+        attention: transformers' name of an attention implementation; eager where the model lacks it, as gpt-oss does.
         dtype: what it computes in; this machine's fastest where not given.
+
+    Raises:
+        CogpressError: it is no language model.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -154,14 +160,14 @@ def load(
 
             without_bars(model_compressor)
     dtype = dtype or compute_dtype()
-    chosen = quantization_config(quantization, dtype)
+    chosen = quantization_config(quantization, dtype, folder)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         # None would hide that a checkpoint is quantized, and its integers would be taken for weights.
         **({} if chosen is None else {"quantization_config": chosen}),
         device_map={"": str(device())},
-        attn_implementation=attention,
+        attn_implementation=attention if skeleton.has_attention(folder, attention) else "eager",
         trust_remote_code=False,
         use_safetensors=True,
     )
@@ -190,21 +196,6 @@ def keep_training_layout(model: torch.nn.Module) -> None:
 
 def _to_float32(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return (inputs[0].float(), *inputs[1:])
-
-
-def transposed_modules(model: torch.nn.Module) -> list[str]:
-    """Names of the linear layers whose weights the checkpoint holds as (inputs, outputs), as GPT-2's does.
-
-    By the kind of layer: the shape of a square weight says nothing.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    return sorted(
-        name.replace(".base_layer", "")
-        for name, module in model.named_modules()
-        # bitsandbytes' layers remember what they replaced.
-        if isinstance(module, Conv1D) or getattr(module, "source_cls", None) is Conv1D
-    )
 
 
 def quantized_modules(model: torch.nn.Module) -> list[str]:

@@ -22,6 +22,9 @@ from cogpress.weights.filenames import INDEX, SINGLE, safe_name
 if TYPE_CHECKING:
     import torch
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of weights that are not quantized, in the format's words."""
+
 _ALIGNMENT = 8
 _LONGEST_HEADER = 100_000_000
 """Bytes; the library's own limit."""

@@ -14,13 +14,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from bench import bases
 from cogpress import config, pipeline
 from cogpress.errors import CogpressError
 from cogpress.serve import adapters as serving
 from cogpress.verify import distributions
 from cogpress.weights import base, manifest
 from tests.merge.test_merge import a_model
-from tests.train.test_mergeable import gpt2
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def made_elsewhere(base_folder: Path, out: Path, *, quantization: str = "none", 
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
-    given = base.quantization_config(quantization, torch.bfloat16)  # type: ignore[arg-type]
+    given = base.quantization_config(quantization, torch.bfloat16, base_folder)  # type: ignore[arg-type]
     if given is None:
         model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     else:
@@ -130,7 +130,7 @@ def test_what_only_a_merge_applies_is_not_served_beside_the_base(tmp_path: Path)
 
 
 def test_an_adapter_on_transposed_layers_merges(tmp_path: Path) -> None:
-    folder = gpt2(tmp_path / "base")
+    folder = bases.make("gpt2", tmp_path / "base")
     reference = made_elsewhere(folder, tmp_path / "theirs", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     assert_answers_alike(reference, folder, merged(folder, tmp_path / "theirs", tmp_path / "run"))
 
@@ -207,7 +207,7 @@ def test_another_base_and_another_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CogpressError, match=r"is another adapter, which would be replaced.*--run"):
         merged(folder, tmp_path / "two", tmp_path / "run")
     with pytest.raises(CogpressError, match="no tensor of that name"):
-        merged(gpt2(tmp_path / "gpt2"), tmp_path / "one", tmp_path / "third")
+        merged(bases.make("gpt2", tmp_path / "gpt2"), tmp_path / "one", tmp_path / "third")
     with pytest.raises(CogpressError, match="Name the base that it was trained on with --base"):
         pipeline.adopted(
             tmp_path / "one", tmp_path / "new", tmp_path, QUIET, source=None, quantization=None, prompt=config.Prompt()

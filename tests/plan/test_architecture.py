@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from bench import bases
 from cogpress.errors import CogpressError
-from cogpress.plan import architecture
+from cogpress.plan import architecture, memory
 from tests.standins.architectures import SMOLLM2
 
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
@@ -95,6 +96,18 @@ def test_quantized_weights_are_counted_as_unquantized_ones() -> None:
                 "quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}  # fmt: skip
     found = architecture.read(settings)
     assert (found.parameters, found.scheme) == (494_032_768, "int4")
+
+
+@pytest.mark.slow
+def test_layers_are_counted_that_are_stored_transposed_or_are_of_their_own_kind() -> None:
+    gpt2 = architecture.read(bases.settings("gpt2").to_dict())
+    assert {one.name for one in gpt2.linears} == {"c_attn", "c_proj", "c_fc"}
+    assert gpt2.adapter(2, "c_attn") == 2 * 2 * (64 + 192)
+    falcon = architecture.read(bases.settings("falcon").to_dict())
+    assert falcon.linears
+    assert not any(one.quantizable for one in falcon.linears)
+    held = memory.training_weights(falcon, "nf4")
+    assert held == memory.training_weights(falcon, "lora") == 2.0 * falcon.parameters
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bench import bases
 from cogpress import config, demo, plots
 from cogpress.cog.process import Server
 from cogpress.data import prepare
@@ -93,6 +94,16 @@ def test_widths_are_those_of_all_linear_layers_but_the_output(tiny_base: Path) -
     assert len(widths) == 14
     assert set(widths.values()) == {128, 256}
     assert not [name for name in widths if "head" in name]
+
+
+def test_convolutions_and_what_sees_are_no_layers_that_are_quantized(tmp_path: Path) -> None:
+    hybrid = schemes.linear_widths(bases.make("qwen3_5", tmp_path / "qwen3_5"))
+    assert not [name for name in hybrid if "conv" in name]
+    assert schemes.group_size(hybrid) == 64
+    sees = schemes.linear_widths(bases.make("gemma3", tmp_path / "gemma3"))
+    assert all("language_model" in name for name in sees)
+    experts = schemes.linear_widths(bases.make("mixtral", tmp_path / "mixtral"))
+    assert experts["model.layers.0.mlp.experts.gate_up_proj (256)"] == 256
 
 
 def test_only_where_smoothing_changes_nothing_else_is_it_used(tiny_base: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ pytestmark = pytest.mark.train
 
 
 def test_a_layer_that_does_not_exist_is_named(tiny_base: Path) -> None:
-    with pytest.raises(CogpressError, match="target_modules 'nonsense'"):
+    with pytest.raises(
+        CogpressError, match=r"target_modules names nonsense, which is no linear layer .* Choose from q_proj"
+    ):
         training.adapted(config.Config().override({"target_modules": "nonsense"}), tiny_base)
 
 

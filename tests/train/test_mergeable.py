@@ -1,4 +1,4 @@
-"""What could be trained but not merged is refused before the first step."""
+"""What could be trained but not merged is refused before the first step; what is trained merges exactly."""
 
 from __future__ import annotations
 
@@ -7,99 +7,130 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
-from cogpress import config
+from bench import bases, models
 from cogpress.errors import CogpressError
-from cogpress.merge import merge
-from cogpress.train import run as training
-from cogpress.weights import base, manifest
+from cogpress.train import layers
+from cogpress.weights import base, skeleton
 
 pytestmark = pytest.mark.train
 
 
-def settings(quantization: str = "none", **train: Any) -> config.Config:
-    given = {"base": {"quantization": quantization}, "train": {"rank": 2, **train}}
-    return config.parse(given, "the test")
-
-
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,lm_head"])
-def test_every_layer_of_a_usual_model_can_be_merged(tiny_base: Path, quantization: str, targets: str) -> None:
-    model = training.adapted(settings(quantization, target_modules=targets), tiny_base)
-    found = training.layers(model, base.quantized_modules(model.get_base_model()))
-    merge.check_layers(tiny_base, found)
-    assert found["model.layers.1.self_attn.q_proj"] == (128, 128)
-    assert ("lm_head" in found) == ("lm_head" in targets)
-    assert ("model.layers.1.mlp.down_proj" in found) == (quantization == "nf4" or targets == "all-linear")
+def test_every_layer_of_a_usual_model_can_be_merged(tiny_base: Path, quantization: Any, targets: str) -> None:
+    found = layers.choose(tiny_base, targets, quantization)
+    assert ("lm_head" in found.adapted) == ("lm_head" in targets)
+    assert ("model.layers.1.mlp.down_proj" in found.adapted) == (targets == "all-linear")
+    assert ("model.layers.1.mlp.down_proj" in found.quantized) == (quantization == "nf4")
+    assert (found.notes, found.files, found.transposed) == ((), {}, ())
 
 
-def gpt2(folder: Path, *, tied: bool = False) -> Path:
-    """GPT-2 stores its weights as (inputs, outputs); two of its layers are square here."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+@pytest.mark.parametrize(
+    ("name", "quantization", "targets"),
+    [
+        ("gpt2", "none", "all-linear"),
+        ("gpt2", "nf4", "c_attn,c_proj"),
+        ("gpt2", "int8", "c_attn,c_proj,c_fc"),
+        ("qwen2", "nf4", "q_proj,lm_head"),
+        ("falcon", "nf4", "all-linear"),
+        ("mixtral", "nf4", "all-linear"),
+        ("olmoe", "nf4", "all-linear"),
+        ("qwen3_moe", "none", "all-linear"),
+        ("deepseek_v3", "nf4", "all-linear"),
+        ("gpt_oss", "nf4", "all-linear"),
+        ("jamba", "none", "all-linear"),
+        ("gemma3", "nf4", "all-linear"),
+        ("gemma3", "int8", "q_proj"),
+        ("qwen3_5", "nf4", "all-linear"),
+        ("llama4", "none", "all-linear"),
+    ],
+)
+def test_what_is_trained_merges_as_training_saw_it(tmp_path: Path, name: str, quantization: Any, targets: str) -> None:
+    """Against the adapter on the base: stored transposed, tied, under other names, beside experts or a vision tower."""
+    folder = bases.make(name, tmp_path / "base")
+    chosen, merged, untrained = models.merge_of_random(folder, tmp_path, quantization=quantization, targets=targets)
+    assert abs(merged) < 1e-5
+    assert untrained > 1e-4
+    assert all("vision" not in layer for layer in (*chosen.adapted, *chosen.quantized))
 
-    torch.manual_seed(0)
-    GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_inner=64, n_layer=2, n_head=2, bos_token_id=0,
-                   eos_token_id=1, tie_word_embeddings=tied)
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
+
+def test_all_linear_names_the_experts_that_it_leaves_out(tmp_path: Path) -> None:
+    found = layers.choose(bases.make("mixtral", tmp_path), "all-linear", "nf4")
+    assert {name.rpartition(".")[2] for name in found.adapted} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "leaves out the experts, 7" in found.notes[0]
+    assert "It trains q_proj, k_proj, v_proj, o_proj." in found.notes[0]
+    assert found.notes[1].startswith("base.quantization nf4 holds 11% of this model's weights")
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
-@pytest.mark.parametrize("targets", ["c_attn,c_proj,c_fc", "c_proj,lm_head", "all-linear"])
-def test_layers_that_are_stored_as_inputs_by_outputs_merge(tmp_path: Path, quantization: str, targets: str) -> None:
-    """Compared with the adapter on the base; a square weight that is not turned would fit, and be wrong."""
-    folder = gpt2(tmp_path / "base")
-    model = training.adapted(settings(quantization, target_modules=targets), folder, dtype=torch.float32)
-    quantized = base.quantized_modules(model.get_base_model())
-    found = training.layers(model, quantized)
-    transposed = found.keys() & base.transposed_modules(model.get_base_model())
-    assert "transformer.h.1.attn.c_proj" in transposed
-    assert "lm_head" not in transposed
-    merge.check_layers(folder, found, transposed)
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            weight.data.normal_(std=0.2)
-    ids = torch.arange(48).reshape(2, 24)
-    with torch.no_grad():
-        expected = model.eval()(input_ids=ids).logits.float()
-    model.save_pretrained(tmp_path / "adapter")
-    facts = {
-        "base": {"source": "the test", "fingerprint": manifest.fingerprint(folder)},
-        "quantization": quantization,
-        "compute_dtype": "float32",
-        "quantized_modules": [name.replace(".base_layer", "") for name in quantized],
-        "transposed_modules": sorted(transposed),
-        "prompt": {},
-    }
-    manifest.write(tmp_path / "adapter", "adapter", facts)
-    merge.merge(folder, tmp_path / "adapter", tmp_path / "weights")
-    with torch.no_grad():
-        got = base.load(tmp_path / "weights", "none", dtype=torch.float32)(input_ids=ids).logits.float()
-        before = base.load(folder, quantization, dtype=torch.float32)(input_ids=ids).logits.float()  # type: ignore[arg-type]
-    error = (got - expected).norm() / expected.norm()
-    assert error < 0.02
-    assert (before - expected).norm() / expected.norm() > 10 * error
+def test_an_expert_that_is_named_is_refused_with_what_can_be_trained(tmp_path: Path) -> None:
+    folder = bases.make("mixtral", tmp_path)
+    with pytest.raises(CogpressError, match=r"names w1, .* Its experts are fused .* Choose from q_proj, k_proj"):
+        layers.choose(folder, "q_proj,w1", "nf4")
+
+
+def test_dense_layers_that_peft_takes_for_experts_are_left_out_or_refused(tmp_path: Path) -> None:
+    folder = bases.make("deepseek_v3", tmp_path)
+    assert not any(name.endswith("gate_proj") for name in layers.choose(folder, "all-linear", "none").adapted)
+    with pytest.raises(CogpressError, match=r"names gate_proj, but an adapter on .* train fused experts"):
+        layers.choose(folder, "gate_proj", "none")
+
+
+def test_a_base_whose_layers_stay_in_16_bits_says_so(tmp_path: Path) -> None:
+    found = layers.choose(bases.make("falcon", tmp_path), "all-linear", "nf4")
+    assert not found.quantized
+    assert "nf4 holds none of this model's weights" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("t5", r"\(t5\) has an encoder and a decoder"),
+        ("whisper", r"\(whisper\) has an encoder and a decoder"),
+        ("bert", r"\(bert\) is an encoder"),
+        ("qwen2_5_vl", r"\(qwen2_5_vl\) answers about images"),
+        ("mistral3", r"\(mistral3\) answers about images"),
+        ("vit", r"\(vit\) is no language model"),
+    ],
+)
+def test_a_base_that_is_no_language_model_is_refused_by_its_config(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
+    with pytest.raises(CogpressError, match=said):
+        layers.choose(tmp_path, "all-linear", "nf4")
+    with pytest.raises(CogpressError, match=said):
+        base.load(tmp_path, "none")
+
+
+def test_a_model_without_fused_attention_loads_with_plain(tmp_path: Path) -> None:
+    loaded = base.load(bases.make("gpt_oss", tmp_path), "none", attention="sdpa")
+    assert loaded.config._attn_implementation == "eager"
+
+
+def test_what_is_quantized_already_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    settings = json.loads((tiny_base / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(CogpressError, match=r"is quantized already.* Name its original as base\.source"):
+        layers.choose(tmp_path, "all-linear", "nf4")
 
 
 def test_an_output_layer_that_is_tied_to_embeddings_of_another_name_is_named(tmp_path: Path) -> None:
-    folder = gpt2(tmp_path, tied=True)
-    model = training.adapted(settings(target_modules="c_attn,lm_head"), folder)
+    folder = bases.make("gpt2", tmp_path)
     with pytest.raises(CogpressError, match=r"^lm_head could be trained but not merged: .* Leave lm_head out"):
-        merge.check_layers(folder, training.layers(model, []), base.transposed_modules(model.get_base_model()))
+        layers.choose(folder, "c_attn,lm_head", "none")
 
 
-def test_layers_of_another_shape_are_named(tmp_path: Path) -> None:
-    folder = gpt2(tmp_path)
-    model = training.adapted(settings(target_modules="c_attn"), folder)
-    with pytest.raises(CogpressError, match=r"c_attn could be trained but not merged: .* not \[192, 64\]"):
-        merge.check_layers(folder, training.layers(model, []))
+@pytest.mark.parametrize("targets", ["q_proj", "all-linear"])
+def test_layers_of_another_shape_are_named(tmp_path: Path, targets: str) -> None:
+    folder = bases.make("llama", tmp_path)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    found = load_file(folder / "model.safetensors")
+    save_file({**found, name: found[name][:32].contiguous()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CogpressError, match=r"q_proj could be trained but not merged: .* \[32, 64\] .* not \[64, 64\]"):
+        layers.choose(folder, targets, "nf4")
 
 
-def test_layers_that_the_files_do_not_have_are_named(tiny_base: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": False}))
-    (tmp_path / "model.safetensors").symlink_to(tiny_base / "model.safetensors")
-    with pytest.raises(CogpressError, match=r"lm_head could be trained but not merged: .* Leave lm_head out"):
-        merge.check_layers(tmp_path, {"lm_head": (49152, 128)})
+def test_learnt_positions_are_known(tmp_path: Path) -> None:
+    settings = {name: bases.settings(name).to_dict() for name in ("opt", "gpt2", "llama")}
+    found = {name: skeleton.positions(skeleton.build(one, name)) for name, one in settings.items()}
+    assert found == {"opt": 256, "gpt2": 256, "llama": None}
