@@ -88,7 +88,7 @@ async def train(
     optimizer: str = Input(
         description="Optimizer: auto takes paged_adamw_8bit on a GPU and adamw on a CPU; or as in model.yaml.",
         default="model.yaml",
-        choices=["model.yaml", "auto", "adamw", "paged_adamw_8bit"],
+        choices=["model.yaml", "auto", "adamw", "paged_adamw_8bit", "paged_adamw_32bit"],
     ),
     skip_bad_lines: bool = Input(
         description="Skip bad lines and count them, instead of refusing the file.", default=False

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,9 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    if not sys.warnoptions:  # who asks Python for warnings gets them
+        for library in ("bitsandbytes", "peft", "torch", "transformers"):
+            warnings.filterwarnings("ignore", module=rf"{library}\b")
 
 
 def without_bars(module: Any) -> None:

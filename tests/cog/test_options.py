@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from cogpress.cog import options, schema
 from cogpress.errors import CogpressError
+from cogpress.options import Base, Train
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS: dict[str, dict[str, Any]] = {
@@ -63,6 +64,12 @@ def test_training_options_are_the_training_inputs(capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "section"), [("optimizer", Train), ("quantization", Base)])
+def test_a_training_input_has_the_choices_of_its_option(name: str, section: type[Train | Base]) -> None:
+    found = schema.inputs(ROOT, "train.py:train")[name]["enum"]
+    assert found == ["model.yaml", *get_args(section.model_fields[name].annotation)]
 
 
 DESCRIBED: dict[str, dict[str, Any]] = {

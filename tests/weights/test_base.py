@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,15 @@ def test_a_cpu_computes_in_what_is_faster_by_far(
     started = time.perf_counter()
     assert base.compute_dtype.__wrapped__() in seconds
     assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_libraries_warn_only_where_python_is_asked_to(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        monkeypatch.setattr(sys, "warnoptions", ["always"] if asked else [])
+        base.quiet_libraries()
+        for module in ("peft.tuners.tuners_utils", "torch.utils", "cogpress.train.run", "torches"):
+            warnings.warn_explicit(module, UserWarning, f"{module}.py", 1, module=module)
+    libraries = ["peft.tuners.tuners_utils", "torch.utils"] if asked else []
+    assert [str(one.message) for one in seen] == [*libraries, "cogpress.train.run", "torches"]
