@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cogpress import prompts
+from cogpress import config, prompts
 from cogpress.config import Prompt
 from cogpress.data.prepare import Prepared, Report, held_out, read_examples
 from cogpress.errors import CogpressError
 from cogpress.prompts import NO_LOSS, Conversation, Row
+from cogpress.push import parity
 from cogpress.serve import batch, requests
+from cogpress.train.run import HELD_OUT
+from cogpress.verify import run as verify
 from tests.standins.chatexamples import messages, variant
 from tests.standins.shapes import CHATML, SHAPES, Shape, tokenizer_of
 
@@ -165,3 +169,27 @@ def test_a_template_that_drops_the_system_text_is_refused(
     )
     with pytest.raises(CogpressError, match="leaves out the text of this message by system"):
         row_of(tokenizer, example(CONVERSATIONS["system"], tmp_path, Prompt()), SHAPES["chatml"])
+
+
+def test_verification_and_push_expect_what_a_server_can_give(
+    shapes: dict[str, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
+    """The prompt, tools among it, and an answer with its calls, of the examples that a run held out."""
+    call, plain = CONVERSATIONS["call"], CONVERSATIONS["plain"]
+    prepared = Prepared([], [], [], [example(row, tmp_path, Prompt(thinking=False)) for row in (call, plain)], Report())
+    (tmp_path / HELD_OUT).write_text(held_out(prepared))
+    examples = verify.held_out(config.Verify(), tmp_path, tmp_path, Prompt(thinking=False))
+    assert examples == prepared.validation_examples
+    tokenizer = shapes["qwen3"]
+    tokenizer.save_pretrained(tmp_path / "weights")
+    asked = [served(tokenizer, row, 1, Prompt(thinking=False)) for row in (call, plain)]
+    expected = ['<tool_call>\n{"name": "stock", "arguments": {"sku": "A7", "at": 3}}\n</tool_call>', "A0"]
+    case = SimpleNamespace(tokenizer=tokenizer, examples=examples, rows=prompts.rows(tokenizer, examples))
+    assert verify._Case.prompts.fget(case) == asked
+    assert verify._Case.expected.fget(case) == expected
+    reference = parity.Reference(tmp_path / "weights", examples, "none", None)
+    assert reference.expected == expected
+    for sent, ids in zip(parity.inputs(reference), asked, strict=True):
+        request, _ = requests.read(sent, tokenizer)
+        settings = Prompt(thinking=False)  # the served weights' own
+        assert prompts.encode(tokenizer, requests.question(request, settings), settings) == ids
