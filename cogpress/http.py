@@ -131,6 +131,7 @@ class Reply:
     status: int
     content: Any
     detail: str = ""
+    title: str = ""
     wait: float | None = None
     """Seconds after which a 429 asks to be repeated."""
 
@@ -185,7 +186,8 @@ class _Requests:
             wait: float | None = float(response.headers.get("Retry-After") or said or "")
         except ValueError:
             wait = None
-        return Reply(status, None, detail if isinstance(detail, str) else "", wait)
+        title = str(content.get("title") or "") if isinstance(content, dict) else ""
+        return Reply(status, None, detail if isinstance(detail, str) else "", title, wait)
 
     def _unreachable(self, error: httpx.HTTPError, retry: Retry) -> UnavailableError:
         begun = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)

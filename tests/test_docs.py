@@ -119,6 +119,16 @@ def test_a_command_shown_has_these_options(line: str) -> None:
         assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", usage(words[0])), f"{line}: no {option}"
 
 
+def test_each_fact_about_cog_is_watched() -> None:
+    rows = [row for row in cells(ROOT / "docs" / "cog.md") if row[0] != "fact"]
+    assert len(rows) > 12
+    for fact, watched, *_ in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", watched)
+        assert tests, fact
+        for file, name in tests:
+            assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
 def test_every_page_is_led_to_from_the_readme() -> None:
     assert [page.name for page in PAGES[2:] if f"docs/{page.name}" not in TEXTS[README]] == []
 

@@ -124,7 +124,7 @@ class Access:
         wait = self._wait(scope)  # before the token is checked, so that guesses count too
         if wait:
             detail = f"Request was throttled: more than {self._limits.per_minute} requests a minute. Retry in {wait} s."
-            return error(429, "Too many requests", detail), {"Retry-After": str(wait)}
+            return error(429, "Too many requests", detail, retry_after=wait), {"Retry-After": str(wait)}
         if not self.authorized(headers) and not _OPEN.match(scope["path"]):
             detail = "You did not pass a valid token. Send it as `Authorization: Bearer TOKEN`."
             return error(401, "Unauthenticated", detail), {"WWW-Authenticate": "Bearer"}

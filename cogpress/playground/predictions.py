@@ -132,6 +132,16 @@ class Predictions:
         _, queue = self._alive[prediction.id]
         await queue.cancel(prediction)
 
+    def cancel_at(self, prediction: Prediction, deadline: float) -> None:
+        """Cancel a prediction at a Unix time, if it has not ended by then."""
+
+        async def work() -> None:
+            if not await prediction.wait(max(0.0, deadline - time.time())):
+                prediction.add_log("Canceled: its deadline has passed.\n")
+                await self.cancel(prediction)
+
+        self.later(work())
+
     async def close(self) -> None:
         """Stop the background work."""
         for task in list(self._tasks):

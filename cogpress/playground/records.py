@@ -169,6 +169,7 @@ class Options:
         base_url: this server's address as the client sees it, for the URLs in webhooks.
         source: "api" or "web".
         client: the address that it came from; clients take turns.
+        deadline: when it is canceled at the latest, as a Unix time.
     """
 
     webhook: str | None = None
@@ -176,6 +177,7 @@ class Options:
     base_url: str = ""
     source: str = "api"
     client: str = ""
+    deadline: float | None = None
 
 
 @dataclass(eq=False)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -83,7 +84,13 @@ def _endpoint(parts: Parts, handler: Handler) -> Callable[[Request], Awaitable[R
             return problem_response(problem.body)
         except InvalidInput as error:
             fields = [
-                {"type": "value_error", "field": "input" if name == "input" else f"input.{name}", "description": what}
+                {"type": "required", "field": "input", "description": what}
+                if what == f"{name} is required"
+                else {
+                    "type": "value_error",
+                    "field": "input" if name == "input" else f"input.{name}",
+                    "description": what,
+                }
                 for name, what in error.fields
             ]
             return problem_response(invalid(fields).body)
@@ -202,14 +209,32 @@ async def paginate(
     """A page of a table, the newest first, with the URLs of the pages before and after."""
     direction, place = _parse_cursor(request.query_params.get("cursor"))
     newer = direction == "newer"
-    query = f"SELECT * FROM {table} WHERE seq {'>' if newer else '<'} ? ORDER BY seq {'' if newer else 'DESC'}"
-    rows, more = await parts.store.read_page(query, place, count=PAGE_SIZE, most_bytes=PAGE_BYTES)
+    wanted, values = _filters(request, table)
+    query = f"SELECT * FROM {table} WHERE seq {'>' if newer else '<'} ? {wanted}ORDER BY seq {'' if newer else 'DESC'}"
+    rows, more = await parts.store.read_page(query, place, *values, count=PAGE_SIZE, most_bytes=PAGE_BYTES)
     if newer:
         rows.reverse()
-    here = f"{base_url(request)}{request.url.path}?cursor="
+    kept = [(name, value) for name, value in request.query_params.items() if name != "cursor"]
+    here = f"{base_url(request)}{request.url.path}?{urlencode([*kept, ('cursor', '')])}"
     after = f"{here}{cursor('older', rows[-1]['seq'])}" if rows and (more or newer) else None
     before = f"{here}{cursor('newer', rows[0]['seq'])}" if rows and (more if newer else place < _END) else None
     return json_response({"previous": before, "next": after, "results": [render(row) for row in rows]})
+
+
+def _filters(request: Request, table: str) -> tuple[str, list[Any]]:
+    """The conditions of `created_after`, `created_before` and, for predictions, `source`, with their values."""
+    wanted, values = "", list[Any]()
+    for name, sign in (("created_after", ">="), ("created_before", "<")):
+        if given := request.query_params.get(name):
+            try:
+                moment = datetime.fromisoformat(given)
+            except ValueError:
+                raise HTTPProblem(400, "Bad request", f"{name} must be a time such as 2026-01-31T00:00:00Z.") from None
+            wanted += f"AND created {sign} ? "
+            values.append((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    if table == "predictions" and (source := request.query_params.get("source")):
+        wanted, values = f"{wanted}AND source = ? ", [*values, source]
+    return wanted, values
 
 
 _END = (1 << 63) - 1

@@ -169,7 +169,7 @@ def answers(replicate: Replicate, version: str, asked: Iterable[dict[str, Any]],
         try:
             made = predict(replicate, version, given, settings.timeout)
         except RefusedError as error:
-            if error.status != 422:
+            if not error.input:
                 raise
             return None
         return _text(made) if made.get("status") == "succeeded" else None

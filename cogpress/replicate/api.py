@@ -64,12 +64,13 @@ _REFUSALS = {
 
 
 class RefusedError(CogpressError):
-    """Replicate answered with an error: `status`."""
+    """Replicate answered with an error: `status`, and whether it is the input that the model refuses."""
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, text: str, title: str = "") -> None:
         """Note what callers decide by."""
         super().__init__(text)
         self.status = status
+        self.input = status == 422 and "input" in title.lower()  # an unknown version is a 422 too
 
 
 def explained(answer: Reply, what: str) -> tuple[str, str]:
@@ -82,7 +83,7 @@ def explained(answer: Reply, what: str) -> tuple[str, str]:
 def _content(call: Call, answer: Reply, token: str) -> Any:
     if 200 <= answer.status < 300:
         return answer.content
-    raise RefusedError(answer.status, redacted(" ".join(explained(answer, call.what)), token))
+    raise RefusedError(answer.status, redacted(" ".join(explained(answer, call.what)), token), answer.title)
 
 
 def _name(base: str) -> str:

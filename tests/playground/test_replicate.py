@@ -124,6 +124,8 @@ def test_bad_input_is_refused_when_asked(local: Local) -> None:
     assert body["title"] == "Input validation failed"
     assert {one["field"] for one in body["invalid_fields"]} == {"input.count", "input.delay"}
     assert "0 is less than the minimum of 1" in body["detail"]
+    unknown = local.ask("POST", "/v1/predictions", {"version": "nothing", "input": {}}).json()
+    assert unknown["title"] == "Invalid version or not permitted"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_bad_input_is_refused_when_asked(local: Local) -> None:
         ("GET", "/v1/predictions/nothing", b"", 404),
         ("POST", "/v1/predictions", b"{", 400),
         ("POST", "/v1/predictions", b"[]", 400),
-        ("POST", "/v1/predictions", b'{"version": "nothing", "input": {}}', 404),
+        ("POST", "/v1/predictions", b'{"version": "nothing", "input": {}}', 422),
         ("POST", "/v1/predictions", b'{"input": {}}', 422),
         ("POST", "/v1/predictions", b'{"version": "echo", "input": {"count": NaN}}', 400),
         ("POST", "/v1/predictions", b'{"version": "echo", "input": []}', 422),
@@ -221,6 +223,48 @@ def test_waiting_ends_when_the_time_is_up(local: Local) -> None:
     assert 0.9 < time.monotonic() - started < 9
     assert answer.json()["status"] == "starting"
     local.ask("POST", f"/v1/predictions/{answer.json()['id']}/cancel")
+
+
+def test_an_answer_says_what_there_is_and_no_more(local: Local) -> None:
+    """201 for a prediction that is complete and 202 before; what there is none of is absent, not null."""
+    route, body = "/v1/models/local/echo/predictions", {"input": {"count": 50, "delay": 0.1}}
+    answer = local.ask("POST", route, body)
+    absent = {"started_at", "completed_at", "deadline", "webhook", "webhook_events_filter"}
+    assert (answer.status_code, answer.json()["status"]) == (202, "starting")
+    assert not absent & {name for name, value in answer.json().items() if value is None}
+    assert not {"completed_at", "webhook"} & answer.json().keys()
+    local.ask("POST", f"/v1/predictions/{answer.json()['id']}/cancel")
+    assert local.get(answer.json()["id"])["completed_at"]
+    answer = local.ask("POST", route, {"input": {"count": 1}}, headers={"Prefer": "wait"})
+    assert (answer.status_code, answer.json()["status"]) == (201, "succeeded")
+
+
+def test_a_prediction_ends_at_its_deadline(local: Local) -> None:
+    body = {"input": {"count": 1000, "delay": 0.1}}
+    answer = local.ask("POST", "/v1/models/local/echo/predictions", body, headers={"Cancel-After": "5s"}).json()
+    assert answer["deadline"] > answer["created_at"]
+    ended = local.wait(answer["id"], 60)
+    assert ended["status"] == "canceled"
+    assert "its deadline has passed" in ended["logs"]
+    assert 0 < ended["metrics"].get("predict_time", 5) < 50
+    for wrong in ("4s", "soon", "5 s", "-5s", ""):
+        refused = local.ask("POST", "/v1/models/local/echo/predictions", body, headers={"Cancel-After": wrong})
+        assert (refused.status_code, "Cancel-After" in refused.json()["detail"]) == (400, True), wrong
+
+
+def test_a_list_is_filtered(local: Local) -> None:
+    early, late = (local.create({"count": 1}, wait=True) for _ in range(2))
+
+    def listed(**filters: str) -> list[str]:
+        found = local.ask("GET", "/v1/predictions", params=filters)
+        assert found.status_code == 200, found.text
+        return [one["id"] for one in found.json()["results"]]
+
+    assert listed(created_after=late["created_at"])[-1] == late["id"]
+    assert late["id"] not in listed(created_before=late["created_at"])
+    assert early["id"] in listed(created_before=late["created_at"], source="api")
+    assert listed(source="web") == []
+    assert local.ask("GET", "/v1/predictions?created_after=yesterday").status_code == 400
 
 
 def test_sixty_four_streams_at_once_lose_nothing(local: Local) -> None:

@@ -83,20 +83,16 @@ def push(arguments):
         violation(f"push is given the image {image!r}")
     if not Path("cog.yaml").is_file():
         fail("cog.yaml not found in the folder or its parents")
-    try:
-        known = json.loads(DOCKER.read_text()).get("auths", {})
-    except (OSError, ValueError):
-        known = {}
-    if "r8.im" not in known:
-        fail("You are not logged in to r8.im. Run 'cog login' first.")
-    if STATE.get("fail"):
-        say("Building Docker image from environment in cog.yaml...")
-        fail(STATE["fail"])
     say(f"Building Docker image from environment in cog.yaml as {image}...")
+    if STATE.get("fail"):
+        fail(STATE["fail"])
     weights = weight_files() if "--separate-weights" in given else {}
     built = read(BUILT) or []
     if weights and read(MANIFEST) == weights and image not in built:
         fail(f"{image}-weights:latest: not found")
+    # It looks at the log-in only when it has built.
+    if "r8.im" not in ((read(DOCKER) or {}).get("auths") or {}):
+        fail("You are not logged in to r8.im. Run 'cog login' first.")
     body = {"model": match.group(1), "root": os.getcwd(), "separate_weights": "--separate-weights" in given}
     body["layers"] = sorted({folder for folder, _ in weights.values()})
     request = urllib.request.Request(STATE["url"] + "/standin/push", json.dumps(body).encode(), method="POST")

@@ -64,7 +64,7 @@ class Standin:
         self.next = 0.0
         self.asked: list[dict[str, Any]] = []
         self.servers: dict[str, Any] = {}
-        self.versions: dict[tuple[str, str], str] = {}
+        self.pushes = 0
         self.images: dict[str, Path] = {}
         self.train, parts.trainings.create = parts.trainings.create, self.create_training
 
@@ -151,18 +151,19 @@ class Standin:
             if not any(entry.name.startswith(f"{layer}/") for entry in entries):
                 return 400, f'failed to compute cache key: "/{layer}": not found'
         print_, copied = await asyncio.to_thread(self.copy, Path(body["root"]))
-        key = (body["model"], print_)
-        if self.versions.get(key) not in [version.id for version in model.versions]:
-            if print_ not in self.servers:
-                log = self.folder / f"{model.name}-{print_[:8]}.log"
-                self.servers[print_] = server = Server(copied, log=log)
-                await asyncio.to_thread(server.start)
-                await asyncio.to_thread(server.wait_ready, 240.0)
-            added = await self.parts.catalog.add(body["model"], self.servers[print_].url)
-            self.versions[key] = added.id
-            self.images[added.id] = copied
+        if print_ not in self.servers:
+            log = self.folder / f"{model.name}-{print_[:8]}.log"
+            self.servers[print_] = server = Server(copied, log=log)
+            await asyncio.to_thread(server.start)
+            await asyncio.to_thread(server.wait_ready, 240.0)
+        # Each push is a version of its own, of an unchanged image too.
+        self.pushes += 1
+        added = await self.parts.catalog.add(body["model"], self.servers[print_].url)
+        digest = hashlib.sha256(f"{self.pushes} {print_}".encode()).hexdigest()
+        added = model.versions[-1] = replace(added, id=digest)
+        self.images[added.id] = copied
         self.facts.setdefault(body["model"], {})["separate_weights"] = str(body["separate_weights"])
-        return 200, {"id": self.versions[key]}
+        return 200, {"id": added.id}
 
     async def create_training(self, version: Any, destination: str, *more: Any) -> Any:
         """Train the pushed image instead of the playground's own project; the destination must exist."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 from starlette.requests import Request
@@ -10,6 +12,7 @@ from starlette.routing import Route
 
 from cogpress.playground.api import streams, webhooks
 from cogpress.playground.api.resources import version_of
+from cogpress.playground.catalog import NotFound
 from cogpress.playground.records import Options, Version
 from cogpress.playground.store import parsed
 from cogpress.playground.web import (
@@ -66,6 +69,7 @@ def prediction_json(parts: Parts, base: str, record: dict[str, Any]) -> dict[str
     }
     if parts.catalog.streams(record["model"], record["version"]):
         urls["stream"] = base + streams.path(parts.keys, identifier)
+    alive = parts.predictions.find(identifier)
     return {
         "id": identifier,
         "model": record["model"],
@@ -77,14 +81,23 @@ def prediction_json(parts: Parts, base: str, record: dict[str, Any]) -> dict[str
         "error": record["error"],
         "metrics": record["metrics"] or {},
         "created_at": timestamp(record["created"]),
-        "started_at": timestamp(record["started"]),
-        "completed_at": timestamp(record["completed"]),
         "source": record["source"],
         "data_removed": bool(record["removed"]),
+        "urls": urls,
+        **_known(record | {"deadline": alive.options.deadline if alive else None}),
+    }
+
+
+def _known(record: dict[str, Any]) -> dict[str, Any]:
+    """What Replicate leaves out of an answer as long as there is none of it."""
+    found = {
+        "started_at": timestamp(record["started"]),
+        "completed_at": timestamp(record["completed"]),
+        "deadline": timestamp(record.get("deadline")),
         "webhook": record["webhook"],
         "webhook_events_filter": record["events"],
-        "urls": urls,
     }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 async def create_by_version(parts: Parts, request: Request) -> Response:
@@ -93,7 +106,11 @@ async def create_by_version(parts: Parts, request: Request) -> Response:
     reference = string(body, "version") or string(body, "model")
     if not reference:
         raise invalid_field("version", "version is required", "required")
-    return await _create(parts, request, body, parts.catalog.resolve(reference))
+    try:
+        version = parts.catalog.resolve(reference)
+    except NotFound as error:
+        raise HTTPProblem(422, "Invalid version or not permitted", str(error)) from None
+    return await _create(parts, request, body, version)
 
 
 async def create_by_model(parts: Parts, request: Request) -> Response:
@@ -118,8 +135,11 @@ async def _create(parts: Parts, request: Request, body: dict[str, Any], version:
         base_url(request),
         source,
         client_of(request),
+        _deadline(request.headers.get("cancel-after")),
     )
     created = await parts.predictions.create(version, inputs, options)
+    if options.deadline is not None:
+        parts.predictions.cancel_at(created, options.deadline)
     seconds = _wait(request.headers.get("prefer", ""))
     record = created.record()
     if seconds:
@@ -128,7 +148,18 @@ async def _create(parts: Parts, request: Request, body: dict[str, Any], version:
         record = created.record() if ended else created.record() | {"status": "starting"}
     elif not created.ended:
         record["status"] = "starting"
-    return json_response(prediction_json(parts, options.base_url, record), 201)
+    return json_response(prediction_json(parts, options.base_url, record), 201 if created.ended else 202)
+
+
+def _deadline(given: str | None) -> float | None:
+    """When a prediction ends at the latest, from a Cancel-After header such as 30s or 5m: 5 seconds or more."""
+    if given is None:
+        return None
+    found = re.fullmatch(r"(\d{1,6})([smh]?)", given.strip())
+    seconds = int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0
+    if seconds < 5:
+        raise HTTPProblem(400, "Bad request", "Cancel-After must be a time such as 30s or 5m, at least 5s.")
+    return time.time() + seconds
 
 
 def _inputs(body: dict[str, Any]) -> dict[str, Any]:
@@ -192,11 +223,8 @@ def training_json(base: str, record: dict[str, Any]) -> dict[str, Any]:
         "logs": record["logs"] or "",
         "metrics": record["metrics"] or {},
         "created_at": timestamp(record["created"]),
-        "started_at": timestamp(record["started"]),
-        "completed_at": timestamp(record["completed"]),
         "source": "api",
-        "webhook": record["webhook"],
-        "webhook_events_filter": record["events"],
+        **_known(record),
         "urls": {"get": address, "cancel": f"{address}/cancel", "web": address},
     }
 
