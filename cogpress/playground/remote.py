@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import httpx
 
+from cogpress.cog import client
 from cogpress.errors import CogpressError
 from cogpress.http import UnavailableError
 from cogpress.playground.backend import Busy, Rejected, Unreachable
@@ -108,6 +109,8 @@ class ReplicateBackend:
                 prediction.start()
             if made.get("status") in ("starting", "processing"):
                 await asyncio.sleep(POLL_SECONDS)
+        if made.get("started_at") and prediction.status == "starting":
+            prediction.start()  # it ended between two polls; without a start, no model saw it
         prediction.metrics.update(made.get("metrics") or {})
         output, error = made.get("output"), made.get("error")
         if isinstance(output, list) and isinstance(prediction.output, list):
@@ -116,7 +119,9 @@ class ReplicateBackend:
             if whole.startswith(had) and len(whole) > len(had):
                 prediction.add_output(whole[len(had) :])
         status = "canceled" if made["status"] == "aborted" else made["status"]
-        prediction.end(status, error=str(error) if status == "failed" else None, output=output)
+        # As from a Cog server: versions that were pushed before say more than the runner did.
+        told = client.plain_error(str(error or "")) if status == "failed" else None
+        prediction.end(status, error=told, output=output)
 
     async def _stream(self, prediction: Prediction, made: dict[str, Any]) -> None:
         async with contextlib.aclosing(self._replicate.stream(made)) as events:

@@ -233,6 +233,8 @@ SCHEMA = {"components": {"schemas": {"Input": INPUT}}}
 VERSION = {"id": "v1", "openapi_schema": SCHEMA}
 MODEL = {"latest_version": VERSION}
 DONE = {"id": "far", "status": "succeeded", "output": ["a", "b"], "urls": {}}
+TOO_LONG = "Async prediction failed: CogpressError: The prompt is 9000 tokens long and the context 8192, too little."
+LONG = {"id": "far", "status": "failed", "error": TOO_LONG, "started_at": "2026-11-30T12:00:00Z", "urls": {}}
 BODY = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 FIND, CREATE = "GET /v1/models/o/m", "POST /v1/models/o/m/predictions"
 
@@ -262,6 +264,12 @@ def replies(monkeypatch: pytest.MonkeyPatch, given: dict[str, list[Reply]], **li
         ({FIND: [(200, MODEL)], CREATE: [(403, {})]}, 403, None, "does not allow it"),
         ({FIND: [(200, MODEL)], CREATE: [(422, {"detail": "no"})]}, 400, "refused_by_model", "): no. Correct"),
         ({FIND: [(200, MODEL)], CREATE: [(500, {})]}, 503, "model_unavailable", "answers 500"),
+        (
+            {FIND: [(200, MODEL)], CREATE: [(201, LONG)]},
+            400,
+            "context_length_exceeded",
+            "is 8192 tokens. The prompt is",
+        ),
     ],
 )
 def test_what_replicate_refuses(
