@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 RUNNER = """
-import asyncio, sys
+import asyncio, json, sys
 sys.path.insert(0, {root!r})
 from typing import Optional
 import cog
@@ -60,6 +60,7 @@ class Runner(BaseRunner):
             description='Values, as a JSON object, such as {{"question": "how many", "columns": ["a", "b"]}}.',
             default=None,
         ),
+        messages: Optional[str] = Input(description="A conversation, as a JSON list.", default=None),
         style: str = Input(description="How to say it.", default="plain", choices=["plain", "loud"]),
         pause: float = Input(description="Seconds after each piece.", default=0.0, ge=0.0, le=2.0),
         times: int = Input(description="How often to say it.", default=1, ge=1, le=50),
@@ -69,6 +70,12 @@ class Runner(BaseRunner):
         picture: Optional[cog.Path] = Input(description="A file to measure.", default=None),
     ) -> ConcatenateIterator[str]:
         text = (system_prompt or "") + (fields or prompt) * times
+        if messages:
+            turns = [(turn["role"][0], turn["content"]) for turn in json.loads(messages)]
+            if len(turns) < 3:  # as system_prompt and prompt
+                text = "".join(said for role, said in turns if role == "s") + turns[-1][1] * times
+            else:
+                text = " ".join(role + ":" + said for role, said in turns) * times + "."
         if picture is not None:
             text += f"{{picture.stat().st_size}} bytes"
         if style == "loud":
@@ -299,7 +306,7 @@ def test_the_form_is_made_from_the_schema(visit: Opener) -> None:
     unfold(page)
     names = page.eval_on_selector_all(".form .field-head code", "codes => codes.map((code) => code.textContent)")
     assert names == [  # the question, then what may stay empty, then settings; each in the model's order
-        *("prompt", "system_prompt", "fields", "key", "picture"),
+        *("prompt", "system_prompt", "fields", "messages", "key", "picture"),
         *("style", "pause", "times", "exact", "stop"),
     ]
     assert page.locator('label[for="input-system_prompt"]').inner_text() == "System prompt"
@@ -483,6 +490,93 @@ def test_the_form_opens_with_the_example_of_the_template(
         expect(output(page)).to_contain_text("'agent.util\\ncart.uid")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         opened.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def say(page: Page, text: str) -> None:
+    page.locator("#composer").fill(text)
+    page.locator("#composer").press("Enter")
+
+
+def replies(page: Page) -> Locator:
+    """The answers that have ended, by their texts."""
+    return page.locator('.reply[aria-busy="false"] .turn-text')
+
+
+def test_a_conversation_has_turns_that_are_stopped_regenerated_and_edited(visit: Opener, base: str) -> None:
+    page = visit()
+    page.get_by_role("link", name="Chat", exact=True).click()
+    page.get_by_label("System text").fill("Be brief.")
+    say(page, "one")
+    expect(replies(page)).to_have_text(["Be brief.one"])
+    say(page, "two")
+    both = "s:Be brief. u:one a:Be brief.one u:two."
+    expect(replies(page)).to_have_text(["Be brief.one", both])
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator(".turn")).to_have_count(4)
+    expect(replies(page)).to_have_text(["Be brief.one", both])
+
+    page.locator(".asked").nth(1).get_by_role("button", name="Edit").click()
+    expect(page.locator("#composer")).to_have_value("two")
+    expect(page.locator(".turn")).to_have_count(2)
+    unfold(page)
+    field(page, "pause").fill("0.2")
+    field(page, "times").fill("51")
+    page.locator("#composer").press("Enter")
+    expect(page.locator("#composer-hint")).to_have_text("Times must be at most 50.")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_disabled()
+    field(page, "times").fill("20")
+    page.locator("#composer").press("Shift+Enter")
+    page.locator("#composer").press("End")
+    page.keyboard.type("and three")
+    page.locator("#composer").press("Enter")
+    expect(page.locator(".reply").nth(1)).to_contain_text("s:Be b")
+    page.get_by_role("button", name=re.compile("^Stop")).click()
+    expect(page.locator(".reply").nth(1)).to_contain_text("Canceled; this is the output so far.")
+    assert page.locator(".asked .turn-text").nth(1).inner_text() == "two\nand three"
+
+    # What was written is part of the conversation; the form and the history are not disturbed.
+    field(page, "times").fill("1")
+    field(page, "pause").fill("0")
+    say(page, "four")
+    expect(replies(page).nth(2)).to_contain_text(re.compile(r"u:two\nand three a:s:Be b.* u:four\.$", re.DOTALL))
+    page.locator(".reply").nth(2).get_by_role("link", name="Details").click()
+    finished(page)
+    expect(output(page)).to_contain_text("u:four.")
+    page.get_by_role("link", name="Chat", exact=True).click()
+    expect(page.locator(".turn")).to_have_count(6)
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator(".turn")).to_have_count(0)
+    assert page.evaluate("document.activeElement.id") == "composer"
+
+
+def test_a_failed_answer_is_tried_again_and_a_permalink_goes_on_as_a_chat(visit: Opener) -> None:
+    page = visit("/?view=chat", viewport={"width": 390, "height": 780}, has_touch=True, is_mobile=True)
+    say(page, "fail")
+    expect(page.get_by_role("alert")).to_have_text("ValueError: This prompt cannot be answered.")
+    page.locator("#composer").fill("more")
+    expect(page.get_by_role("button", name="Send")).to_be_disabled()
+    expect(page.locator("#composer-hint")).to_contain_text("Try again, or edit your text.")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("alert")).to_have_text("ValueError: This prompt cannot be answered.")
+    page.get_by_role("button", name="Edit").click()
+    say(page, HOSTILE)
+    expect(replies(page)).to_contain_text("onerror=alert(1)")
+    page.get_by_role("link", name="Details").click()
+    finished(page)
+    address = page.url
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+    colleague = visit(address.partition("/p/")[1] + address.partition("/p/")[2])
+    finished(colleague)
+    colleague.get_by_role("button", name="Continue as a chat").click()
+    expect(replies(colleague)).to_have_count(1)
+    say(colleague, "and on")
+    expect(replies(colleague).nth(1)).to_contain_text("u:and on.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

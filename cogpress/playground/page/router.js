@@ -28,6 +28,7 @@ export function viewOf(url) {
   const permalink = /^\/p\/([^/]+)\/?$/.exec(url.pathname);
   if (permalink) return { view: "run", id: decoded(permalink[1]) };
   if (url.pathname === "/compare") return { view: "compare", a: params.get("a"), b: params.get("b") };
+  if (params.get("view") === "chat") return { view: "chat" };
   if (params.get("view") === "history") return { view: "history", with: params.get("with") };
   return { view: "run", id: null };
 }

@@ -120,7 +120,8 @@ export async function run() {
   return [];
 }
 
-const bodyOf = (target, input) => ({
+/** A prediction's request. */
+export const bodyOf = (target, input) => ({
   version: target.version,
   input: target.adapter ? { ...input, adapter: target.adapter } : input,
   stream: streaming.value,

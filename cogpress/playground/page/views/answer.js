@@ -2,7 +2,9 @@
 
 import { useEffect, useRef, useState } from "../vendor/hooks.js";
 import { html } from "../html.js";
+import { conversationOf, converses, resume } from "../chat.js";
 import { layout } from "../json.js";
+import { go } from "../router.js";
 import { ended, figures } from "../stream.js";
 import { count, duration, short, speed, when } from "../text.js";
 import { announceEnd } from "../workbench.js";
@@ -65,6 +67,9 @@ export function Answer({ live, letter }) {
           ${json && html`<button type="button" class="button quiet" aria-pressed=${String(raw)}
             onClick=${() => setRaw(!raw)}>Show raw</button>`}`}
         <${Copy} quiet text=${() => `${location.origin}/p/${prediction.id}`} label="Copy link" />
+        ${done && !letter && converses.value && conversationOf(prediction) &&
+        html`<button type="button" class="button quiet"
+          onClick=${() => (resume(prediction, live), go("/?view=chat"))}>Continue as a chat</button>`}
         ${done && !letter && html`<button type="button" class="button quiet" onClick=${tweak}>Tweak and rerun</button>
           <a class="button quiet" href=${`/?view=history&with=${prediction.id}`}>Compare…</a>`}
       </footer>`}
@@ -83,18 +88,19 @@ function tweak() {
 }
 
 /** Keep the end of a growing answer in view, unless the user has scrolled away. */
-function useFollowing(text, done) {
+export function useFollowing(text, done) {
   const end = useRef(null);
-  const follow = useRef(true);
+  const follow = useRef(!done);
   useEffect(() => {
     if (!end.current || done) return undefined;
+    follow.current = true;
     const { scroller, target } = scrollerOf(end.current);
     const note = () => (follow.current = hidden(end.current, scroller) < FOLLOW_PX);
     target.addEventListener("scroll", note, { passive: true });
     return () => target.removeEventListener("scroll", note);
   }, [done]);
   useEffect(() => {
-    if (!end.current || done || !follow.current) return;
+    if (!end.current || !follow.current) return;
     const { scroller } = scrollerOf(end.current);
     const below = hidden(end.current, scroller);
     if (below > 0) scroller.scrollTop += below + FOLLOW_PX / 4;
@@ -106,7 +112,8 @@ const FOLLOW_PX = 80;
 
 /** How many pixels of an element are below the visible area. */
 const hidden = (element, scroller) =>
-  element.getBoundingClientRect().bottom -
+  element.getBoundingClientRect().bottom +
+  (parseFloat(getComputedStyle(scroller).scrollPaddingBottom) || 0) -
   (scroller === document.scrollingElement ? innerHeight : scroller.getBoundingClientRect().bottom);
 
 /** The answers' pane scrolls on a wide screen, the whole page on a phone. */
@@ -117,14 +124,22 @@ const scrollerOf = (element) => {
     : { scroller: document.scrollingElement, target: document };
 };
 
+/** What went wrong with an answer, if anything did. */
+export function Failures({ live }) {
+  const status = live.status.value;
+  const so = live.text.value ? "; this is the output so far." : " before there was any output.";
+  return html`
+    ${live.error.value && html`<${Notice} kind="error"><${Text} text=${live.error.value} /></${Notice}>`}
+    ${!ended(status) && live.lost.value &&
+    html`<${Notice}>Connection lost; reconnecting. The prediction goes on.</${Notice}>`}
+    ${status === "canceled" && html`<${Notice}>Canceled${so}</${Notice}>`}
+  `;
+}
+
 function Output({ live, text, json, looksJson, raw, status, done, narrow }) {
   const end = useFollowing(text, done);
   return html`
-    ${live.error.value && html`<${Notice} kind="error"><${Text} text=${live.error.value} /></${Notice}>`}
-    ${!done && live.lost.value &&
-    html`<${Notice}>Connection lost; reconnecting. The prediction goes on.</${Notice}>`}
-    ${status === "canceled" &&
-    html`<${Notice}>Canceled${text ? "; this is the output so far." : " before there was any output."}</${Notice}>`}
+    <${Failures} live=${live} />
     ${text || !done
       ? html`<div class=${`output${looksJson ? " is-json" : ""}`} dir="auto" data-testid="output"
           ref=${end}>${json && !raw

@@ -6,12 +6,14 @@ import { html } from "../html.js";
 import { get, giveToken, needToken, tokenWanted } from "../api.js";
 import { here, viewOf } from "../router.js";
 import { announcement, choices, choose, config, lives, schema, targets } from "../workbench.js";
+import { converses } from "../chat.js";
+import { Chat } from "./chat.js";
 import { Compare } from "./compare.js";
 import { History } from "./history.js";
 import { Notice } from "./parts.js";
 import { Run } from "./run.js";
 
-const VIEWS = { run: Run, history: History, compare: Compare };
+const VIEWS = { run: Run, chat: Chat, history: History, compare: Compare };
 
 export function App() {
   const [problem, setProblem] = useState(null);
@@ -34,13 +36,14 @@ export function App() {
   useEffect(() => {
     const first = choices.value[0]?.options[0]?.target;
     // A permalink selects its own model.
-    const free = wanted === null && view === "run" && !where.id && !schema.value;
+    const free = wanted === null && (view === "chat" || (view === "run" && !where.id)) && !schema.value;
     if (first && free) choose(targets.value.length ? targets.value : [first]);
   }, [config.value, wanted, view, where.id]);
 
   const title = config.value?.title ?? "Playground";
   useEffect(() => {
-    document.title = { run: title, history: `History – ${title}`, compare: `Compare – ${title}` }[view];
+    const named = { chat: "Chat", history: "History", compare: "Compare" }[view];
+    document.title = named ? `${named} – ${title}` : title;
   }, [title, view]);
 
   const current = lives.value.length === 1 ? lives.value[0].prediction.value?.id : null;
@@ -51,6 +54,8 @@ export function App() {
       <a class="brand" href="/" aria-label=${`${title}, start`}><${Mark} /><span>${title}</span></a>
       <nav aria-label="Main">
         <a href=${current ? `/p/${current}` : "/"} aria-current=${view === "run" ? "page" : undefined}>Run</a>
+        ${(converses.value || view === "chat") &&
+        html`<a href="/?view=chat" aria-current=${view === "chat" ? "page" : undefined}>Chat</a>`}
         <a href="/?view=history" aria-current=${view === "history" ? "page" : undefined}>History</a>
       </nav>
     </header>

@@ -96,7 +96,7 @@ function Hint() {
 }
 
 /** The choice of one or two models. */
-function Targets() {
+export function Targets({ single = false }) {
   const chosen = targets.value;
   const all = choices.value;
   const flat = all.flatMap((model) => model.options);
@@ -118,7 +118,7 @@ function Targets() {
             ${all.map(
               (model) => html`<optgroup label=${model.label} key=${model.label}>
                 ${model.options
-                  .filter((option) => two || !option.adapter || key(option.target) === key(target))
+                  .filter((option) => two || single || !option.adapter || key(option.target) === key(target))
                   .map((option) => html`<option value=${key(option.target)} key=${key(option.target)}>
                     ${`${option.target.name} · ${option.label}`}
                   </option>`)}
@@ -127,7 +127,7 @@ function Targets() {
           </select>
         </div>`;
       })}
-      ${other &&
+      ${other && !single &&
       html`<button type="button" class="link"
         onClick=${() => choose(two ? [{ ...chosen[0], adapter: null }] : [chosen[0], other])}>
         ${two ? "Use one model only" : "Compare with a second model"}
@@ -146,7 +146,7 @@ function Fields() {
 }
 
 /** Folded fields; the heading names those that are set. */
-function Folded({ title, fields: inside, open: unfolded = false, compact = false }) {
+export function Folded({ title, fields: inside, open: unfolded = false, compact = false }) {
   const set = inside.filter((field) => changed(field, values.value[field.name]));
   const [isOpen, setOpen] = useState(unfolded);
   const summary = set.length
