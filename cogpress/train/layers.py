@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cogpress.config import Quantization
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
+from cogpress.prompts import Row
 from cogpress.weights import skeleton, tensors
 
 if TYPE_CHECKING:
@@ -99,6 +100,34 @@ def choose(folder: Path, targets: str, quantization: Quantization) -> Layers:
         files={name: file for name, file in renamed.items() if file != name},
         notes=tuple(_notes(model, adapted, quantized, quantization, targets)),
     )
+
+
+def check_rows(folder: Path, rows: Sequence[Row], pad: int | None) -> None:
+    """Check that a base can read rows, before it is loaded.
+
+    Args:
+        folder: the base.
+        rows: all that is trained or evaluated on.
+        pad: the tokenizer's token for padding.
+
+    Raises:
+        CogpressError: its embedding lacks a token, or a row is longer than the positions that it has learnt.
+    """
+    model = skeleton.of(folder)
+    size = model.get_input_embeddings().num_embeddings
+    highest = max(max(row.input_ids) for row in rows)
+    for token, what in ((highest, "the examples"), (pad or 0, "the padding")):
+        if token >= size:
+            raise CogpressError(
+                f"The tokenizer of {folder} gives {what} token {token}, and the model's embedding has {size}, from 0. "
+                "Name a base whose tokenizer and weights belong together."
+            )
+    longest, positions = max(len(row.input_ids) for row in rows), skeleton.positions(model)
+    if positions is not None and longest > positions:
+        raise CogpressError(
+            f"An example has {longest} tokens, and {folder} has learnt {positions} positions. Set train.max_length to "
+            f"{positions}."
+        )
 
 
 def _named(model: PreTrainedModel, linears: Mapping[str, Any], targets: str) -> list[str]:

@@ -166,6 +166,8 @@ def train(
     finished = _finished(run, key)
     if finished is not None:
         return finished
+    pad = base.tokenizer(base_folder).pad_token_id
+    layers.check_rows(base_folder, prepared.train + prepared.validation, pad)
     checkpoint = _open_run(run, key, config, resume)
     return _train(config, prepared, base_folder, fingerprint, run, checkpoint, console, score)
 

@@ -50,6 +50,11 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    if (folder / "tekken.json").is_file() and not (folder / "tokenizer.json").is_file():
+        raise CogpressError(
+            f"{folder} has its tokenizer as tekken.json alone, which has no chat template and other functions than "
+            "transformers' own. Name a base with a tokenizer.json."
+        )
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:

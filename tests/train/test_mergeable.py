@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bench import bases, models
 from cogpress.errors import CogpressError
+from cogpress.prompts import Row
 from cogpress.train import layers
 from cogpress.weights import base, skeleton
 
@@ -128,6 +130,31 @@ def test_layers_of_another_shape_are_named(tmp_path: Path, targets: str) -> None
     save_file({**found, name: found[name][:32].contiguous()}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CogpressError, match=r"q_proj could be trained but not merged: .* \[32, 64\] .* not \[64, 64\]"):
         layers.choose(folder, targets, "nf4")
+
+
+@pytest.mark.parametrize(
+    ("name", "ids", "pad", "said"),
+    [
+        ("llama", [5, 288], 2, r"gives the examples token 288, and the model's embedding has 288"),
+        ("llama", [5, 6], 300, r"gives the padding token 300, and the model's embedding has 288"),
+        ("opt", [5] * 257, 2, r"has 257 tokens, .* learnt 256 positions\. Set train\.max_length to 256"),
+        ("llama", [5] * 257, 2, None),
+        ("opt", [287] * 256, None, None),
+    ],
+)
+def test_rows_that_the_base_cannot_read_are_refused(
+    tmp_path: Path, name: str, ids: list[int], pad: int | None, said: str | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(bases.settings(name).to_dict()))
+    expected = pytest.raises(CogpressError, match=said) if said else contextlib.nullcontext()
+    with expected:
+        layers.check_rows(tmp_path, [Row([5], [5]), Row(ids, ids)], pad)
+
+
+def test_a_tokenizer_that_is_tekken_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(CogpressError, match=r"tekken\.json alone.* Name a base with a tokenizer\.json"):
+        base.tokenizer(tmp_path)
 
 
 def test_learnt_positions_are_known(tmp_path: Path) -> None:
