@@ -119,6 +119,19 @@ def retries(
     )
 
 
+def reason(error: Exception) -> str:
+    """Why a request failed, in words."""
+    if isinstance(error, httpx.TimeoutException):
+        return "no answer in time"
+    if isinstance(error, httpx.ConnectError):
+        return "no connection"
+    if isinstance(error, httpx.TooManyRedirects):
+        return "too many redirects"
+    if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol | UnicodeError):
+        return "not a valid URL"
+    return "the connection broke off"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # JSON APIs
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,11 +204,9 @@ class _Requests:
 
     def _unreachable(self, error: httpx.HTTPError, retry: Retry) -> UnavailableError:
         begun = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-        problem = f"{self.name} cannot be reached ({type(error).__name__})"
+        problem = f"{self.name} cannot be reached ({reason(error)})"
         if begun and not retry.is_retryable_exception(error):
-            problem = (
-                f"{self.name} broke off its answer ({type(error).__name__}), so it may have begun what it was asked"
-            )
+            problem = f"{self.name} broke off its answer ({reason(error)}), so it may have begun what it was asked"
             return UnavailableError(f"{problem}. Check there before you run this again.", None, begun)
         times = f", {retry.total + 1} times in a row" if retry.total else ""
         return UnavailableError(f"{problem}{times}. Check the network.", None, begun)
@@ -413,7 +424,7 @@ def retried(
             failures = 1 if progress() - before >= PROGRESS else failures + 1
             before = progress()
             if failures >= TRIES:
-                raise _not_downloaded(shown, type(error).__name__) from None
+                raise _not_downloaded(shown, reason(error)) from None
             pause(min(BACKOFF * 2 ** (failures - 1), LONGEST_BACKOFF))
 
 
@@ -457,9 +468,9 @@ def request(opened: httpx.Client, url: str, headers: dict[str, str] | None = Non
     try:
         response = opened.send(opened.build_request("GET", url, headers=headers), stream=True)
     except httpx.TransportError as error:
-        raise _not_downloaded(shown, type(error).__name__) from None
+        raise _not_downloaded(shown, reason(error)) from None
     except (httpx.InvalidURL, httpx.TooManyRedirects, UnicodeError) as error:
-        raise CogpressError(f"Could not download {shown}: {type(error).__name__}. Check the URL.") from None
+        raise CogpressError(f"Could not download {shown}: {reason(error)}. Check the URL.") from None
     with closing(response):
         status = response.status_code
         if status in BUSY:

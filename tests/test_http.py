@@ -89,7 +89,7 @@ def test_it_ends_after_so_many_tries(site: Site) -> None:
     with pytest.raises(http.UnavailableError, match="answered 502, 4 times in a row"):
         api(site).send("GET", "/")
     assert len(site.asked) == 4
-    with pytest.raises(http.UnavailableError, match=r"cannot be reached \(ConnectError\), 2 times in a row"):
+    with pytest.raises(http.UnavailableError, match=r"cannot be reached \(no connection\), 2 times in a row"):
         http.Api("http://127.0.0.1:9", None, "nobody", tries=2, longest=0.1).send("POST", "/")
 
 

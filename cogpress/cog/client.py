@@ -181,7 +181,7 @@ def _request(method: str, url: str, route: str, body: dict[str, Any] | None = No
 
 
 def _unreachable(url: str, error: Exception) -> CogpressError:
-    return CogpressError(f"{url} does not answer ({error or type(error).__name__}). Start a server with scripts/serve.")
+    return CogpressError(f"{url} does not answer ({http.reason(error)}). Start a server with scripts/serve.")
 
 
 def _refused(response: httpx.Response) -> CogpressError:

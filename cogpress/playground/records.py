@@ -36,6 +36,11 @@ class QueueFullError(CogpressError):
     """So much waits or runs that no more is accepted."""
 
 
+def now() -> float:
+    """Seconds since the epoch, as exactly as the APIs write them: a client that sends back a time means this one."""
+    return round(time.time(), 6)
+
+
 def new_id() -> str:
     """A random id in Replicate's form: 26 letters and digits."""
     number = secrets.randbits(130)
@@ -192,7 +197,7 @@ class Prediction:
     """As the model gets it; emptied at the end."""
     options: Options = field(default_factory=Options)
     status: str = "starting"
-    created_at: float = field(default_factory=time.time)
+    created_at: float = field(default_factory=now)
     started_at: float | None = None
     completed_at: float | None = None
     output: Any = None

@@ -17,10 +17,11 @@ import httpx
 
 from cogpress.cog import client, process
 from cogpress.errors import CogpressError
+from cogpress.http import reason
 from cogpress.playground.catalog import Catalog, full_name
 from cogpress.playground.files import Files
 from cogpress.playground.keys import Keys
-from cogpress.playground.records import ENDED, Options, QueueFullError, Version, new_id
+from cogpress.playground.records import ENDED, Options, QueueFullError, Version, new_id, now
 from cogpress.playground.store import Store, UnwritableError
 from cogpress.weights import archive
 
@@ -90,7 +91,7 @@ class Trainings:
             "error": None,
             "logs": "",
             "metrics": {},
-            "created": time.time(),
+            "created": now(),
             "started": None,
             "completed": None,
             "webhook": options.webhook,
@@ -246,7 +247,7 @@ class Trainings:
                         await asyncio.to_thread(file.write, block)
         except httpx.HTTPError as error:
             raise CogpressError(
-                f"The training's server stopped during the training ({error or type(error).__name__}). "
+                f"The training's server stopped during the training ({reason(error)}). "
                 f"See the end of {self._store.folder / 'training.log'}."
             ) from None
         return await asyncio.to_thread(_split, whole, part)

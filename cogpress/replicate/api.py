@@ -220,7 +220,7 @@ class Replicate(http.Api):
                     if event.event == "done":
                         return
         except httpx.HTTPError as error:
-            raise CogpressError(f"The stream broke off ({type(error).__name__}).") from None
+            raise CogpressError(f"The stream broke off ({http.reason(error)}).") from None
         raise CogpressError("The stream ended without its last event.")
 
     def upload(self, path: Path) -> str:

@@ -311,6 +311,11 @@ def test_files_as_inputs_and_safe_downloads(local: Local, cog: Server) -> None:
     assert httpx.get(f"{file['urls']['get']}/download").status_code == 404
     assert local.ask("GET", f"/v1/files/{file['id']}").json() == file
     assert local.ask("GET", "/v1/files").json()["results"] == [file]
+    long = json.dumps({"a": "x" * 70_000})
+    for parts in ({"data": {"metadata": long}}, {"files": {"metadata": ("m.json", long)}}):
+        files = {"content": ("a", b"x"), **parts.get("files", {})}
+        refused = httpx.post(f"{local.url}/v1/files", files=files, data=parts.get("data"))
+        assert (refused.status_code, "at most 64 KB" in refused.text) == (422, True)
     assert local.ask("DELETE", f"/v1/files/{file['id']}").status_code == 204
     assert local.ask("GET", f"/v1/files/{file['id']}").status_code == 404
 

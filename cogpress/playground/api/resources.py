@@ -15,8 +15,8 @@ from cogpress.playground.files import StoredFile
 from cogpress.playground.records import HostedModel, Version
 from cogpress.playground.web import HTTPProblem, Parts, base_url, bind, invalid_field, json_response, timestamp
 
-_METADATA = 1 << 20
-"""Most bytes of a file's metadata."""
+_METADATA = 64 << 10
+"""Most characters of a file's metadata, which lists of files have in memory."""
 
 ACCOUNT = {"type": "user", "username": OWNER, "name": "This machine", "github_url": None}
 
@@ -144,13 +144,13 @@ async def upload(parts: Parts, request: Request) -> Response:
         if not isinstance(content, UploadFile):
             raise invalid_field("content", "content must be a file in a multipart form")
         given = form.get("metadata")
-        text = (await given.read(_METADATA)).decode(errors="replace") if isinstance(given, UploadFile) else given
+        text = (await given.read(_METADATA + 1)).decode(errors="replace") if isinstance(given, UploadFile) else given
         try:
-            metadata = json.loads(text) if text else {}
+            metadata = json.loads(text or "{}") if len(text or "") <= _METADATA else None
         except ValueError:
             metadata = None
         if not isinstance(metadata, dict):
-            raise invalid_field("metadata", "metadata must be a JSON object of at most 1 MB")
+            raise invalid_field("metadata", "metadata must be a JSON object of at most 64 KB")
         kind = content.content_type or "application/octet-stream"
         made = await parts.files.add(content.file, content.filename or "", kind, metadata)
     return json_response(file_json(base_url(request), made), 201)
