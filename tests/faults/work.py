@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from cogpress import config, http, pipeline
+from cogpress import config, http
 from cogpress.engines import transformers as reference
-from cogpress.errors import CogpressError
 from cogpress.preflight import place
 from cogpress.push import run as pushing
 from cogpress.push.target import PushTarget
@@ -49,27 +47,6 @@ def answering(folder: Path, weights: Path) -> None:
         made_by=batch.made_by(str(weights), settings, folder),
         progress=progress,
     )
-
-
-def building(given: dict[str, Any], examples: Path, run: Path, cache: Path) -> None:
-    """Train, merge and draft, going on with what an earlier run left."""
-    torch.set_num_threads(1)
-    settings = config.parse(given, "the test")
-    try:
-        pipeline.build(settings, examples, run, cache, QUIET, tar=True)
-    except CogpressError as error:
-        if "--resume" not in str(error):
-            raise
-        pipeline.build(settings, examples, run, cache, QUIET, tar=True, resume=True)
-
-
-def merging(adapter: Path, target: Path, cache: Path) -> None:
-    torch.set_num_threads(1)
-    pipeline.merge_anew(adapter, target, cache, QUIET, onto="dequantized")
-
-
-def drafting(root: Path, weights: Path, run: Path, examples: Path) -> None:
-    pipeline.draft_anew(root, weights, run, examples, QUIET)
 
 
 def shipping(root: Path, variables: dict[str, str]) -> None:
