@@ -55,7 +55,8 @@ class Config(Section):
     data: Data = Data()
     train: Train = Train()
     merge: Merge = "dequantized"
-    """What the adapter is merged into: the `dequantized` base, as training saw it, or the `original` weights."""
+    """What the adapter is [merged into](merge.md): the `dequantized` base, as training saw it; the `original` weights;
+    or `balanced`, the original weights with as much of the quantization's error as the task needs."""
     verify: Verify = Verify()
     serve: Serve = Serve()
     playground: Playground = Playground()

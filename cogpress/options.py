@@ -17,7 +17,7 @@ from cogpress import source
 from cogpress.errors import CogpressError
 
 Quantization = Literal["nf4", "int8", "none"]
-Merge = Literal["dequantized", "original"]
+Merge = Literal["dequantized", "balanced", "original"]
 Task = Literal["answer", "reversed"]
 EngineName = Literal["transformers", "vllm"]
 """The files in `engines/`; a test holds them equal."""
@@ -199,6 +199,9 @@ class Data(Section):
     """Share of the examples held out for validation; never a prompt that is also trained on. 0 trains on all."""
     task: Task = "answer"
     """What is learned: the `answer`, or `reversed`, the instruction from its response."""
+    general: str | None = None
+    """Text that the model should still know after it was trained, for a [balanced merge](merge.md): JSON lines with a
+    `text` each. Default: the kit's own, of several kinds."""
     ignore: tuple[str, ...] = ()
     """Keys of the examples to leave out: of rows, of messages and of a prompt's fields. Others that have no meaning in
     their [form](own-model.md#examples) are refused."""
@@ -269,6 +272,8 @@ class Verify(Section):
     """Most perplexity of the expected answers, relative to what training scored."""
     score_loss: Annotated[float, Field(ge=0, le=1)] | None = None
     """Most drop of the score against the adapter on the quantized base."""
+    general_ratio: Annotated[float, Field(ge=1)] | None = None
+    """Most perplexity of [general text](verification.md#what-was-forgotten), relative to the base before training."""
     served_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
     """Least share of the engine's greedy tokens that transformers chooses too."""
     served_difference: Annotated[float, Field(gt=0)] | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +23,13 @@ from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
 from cogpress.files import link, new_folder, read_json, sha256, write_json
 from cogpress.merge import adapter as adapters
-from cogpress.merge import adopt, merge
+from cogpress.merge import adopt, general, merge
 from cogpress.plan import architecture
-from cogpress.prompts import Row
 from cogpress.quantize import calibrate
 from cogpress.source import parse, shown
 from cogpress.train import answers, layers
 from cogpress.train import run as training
-from cogpress.verify import distributions
+from cogpress.verify import distributions, strength
 from cogpress.verify import run as verify
 from cogpress.weights import archive, base, fetch, manifest, skeleton
 from cogpress.weights.filenames import ADAPTER, ADAPTER_CONFIG, DRAFT
@@ -41,6 +39,9 @@ if TYPE_CHECKING:
 
 TAR = "weights.tar"
 """The file of a run that holds its weights and adapter, where it was asked for."""
+
+BALANCE = "balance"
+"""The folder of a run for what a balanced merge computes, until it is written."""
 
 COMPARED_ROWS = 64
 """Rows on which merges are compared: enough for a mean KL, seconds on a laptop."""
@@ -106,6 +107,7 @@ def from_inputs(
         root / ".cache",
         console,
         validation_path=training.validation_file(config, root),
+        general_text=general.file(config.data, root),
         resume=resume,
         skip_bad=skip_bad,
         tar=tar,
@@ -236,6 +238,7 @@ def build(
     console: Console,
     *,
     validation_path: Path | None = None,
+    general_text: Path | None = None,
     resume: bool = False,
     skip_bad: bool = False,
     tar: bool = False,
@@ -252,6 +255,7 @@ def build(
         cache: where base models are kept.
         console: where progress is shown.
         validation_path: the examples to hold out, where a file of their own has them.
+        general_text: what a balanced merge keeps the base's knowledge of; the kit's own where not given.
         resume: go on with an interrupted training.
         skip_bad: leave bad lines out instead of refusing the file.
         tar: pack weights and adapter into a tar.
@@ -273,14 +277,19 @@ def build(
         prepared = prepare(
             config, data_path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad
         )
+    if config.merge == "balanced":  # refused before anything is trained
+        for use in ("fit", "measure"):
+            general.pieces(base.tokenizer(base_folder), use, general_text)
     with step("Training", console) as say:
         result = training.train(config, prepared, base_folder, run, console=console, resume=resume, score=score)
         say(_trained(result))
     with step("Merge", console) as say:
-        content, reused = merge_once(config, base_folder, result.adapter, run / "weights", console, prepared.train)
+        content, reused = merge_once(
+            config, base_folder, result.adapter, run / "weights", console, prepared, general_text=general_text
+        )
         if not reused:
             (run / TAR).unlink(missing_ok=True)  # it holds earlier weights
-        say("reused" if reused else f"{content['merge']['layers']} layers, onto the {config.merge} base")
+        say("reused" if reused else f"{content['merge']['layers']} layers, onto the {content['merge']['onto']} base")
     packed = pack(run / "weights", result.adapter, console) if tar else None
     merged = naive = None
     try:
@@ -353,27 +362,81 @@ def _trained(result: training.Result) -> str:
 
 
 def merge_once(
-    config: Config, base_folder: Path, adapter: Path, target: Path, console: Console, rows: Sequence[Row] = ()
+    config: Config,
+    base_folder: Path,
+    adapter: Path,
+    target: Path,
+    console: Console,
+    prepared: Prepared | None = None,
+    *,
+    general_text: Path | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Merge, unless `target` already holds this very merge undamaged. Returns the manifest and whether it did.
 
     A draft of the training rows' answers comes with the weights.
     """
+    made_by = manifest.fingerprint(adapter)
     facts = manifest.read(target) if target.is_dir() else None
-    wanted = {"onto": config.merge, "adapter": manifest.fingerprint(adapter)}
-    if facts is not None and {name: facts["merge"].get(name) for name in wanted} == wanted:
+    if facts is not None and (merge.asked(facts), facts["merge"].get("adapter")) == (config.merge, made_by):
         try:
             manifest.check(target, facts)
             return facts, True
         except CogpressError:
             console.print(f"  {target} was changed since it was written; merging again")
-    made_by = manifest.fingerprint(adapter)
 
     def add(part: Path) -> None:
-        draft.make(part, rows, made_by)
+        if prepared is not None:
+            draft.make(part, prepared.train, made_by)
 
-    bar = progress_bar(console)
-    return merge.merge(base_folder, adapter, target, onto=config.merge, progress=bar, add=add if rows else None), False
+    onto, correction, noted = config.merge, None, {}
+    if config.merge == "balanced" and prepared is not None:
+        choice = balanced(base_folder, adapter, prepared, console, general_text)
+        onto, correction, noted = choice.onto, choice.correction, {"balance": choice.to_dict(), "asked": "balanced"}
+    made = merge.merge(
+        base_folder, adapter, target, onto=onto, correction=correction, noted=noted, progress=progress_bar(console),
+        add=add,
+    )  # fmt: skip
+    shutil.rmtree(adapter.parent / BALANCE, ignore_errors=True)
+    return made, False
+
+
+def balanced(
+    base_folder: Path, adapter: Path, prepared: Prepared, console: Console, general_text: Path | None = None
+) -> strength.Choice:
+    """Choose how strongly a balanced merge keeps what the base knew; print and draw what was measured.
+
+    What it computes is kept beside the adapter, in `balance/`, until the measurement is done.
+    """
+    held_out = (prepared.validation or prepared.train)[:COMPARED_ROWS]
+    choice = strength.choose(
+        base_folder,
+        adapter,
+        prepared.train,
+        held_out,
+        adapter.parent / BALANCE,
+        text=general_text,
+        progress=progress_bar(console),
+    )
+    write_json(adapter.parent / "balance.json", choice.to_dict())
+    from cogpress import plots
+
+    plots.merges(choice.to_dict()["tried"], choice.strength, adapter.parent / "balance.png")
+    console.print(balance_table(choice))
+    return choice
+
+
+def balance_table(choice: strength.Choice) -> Table:
+    """The merges that were tried, on the task and on general text."""
+    table = Table("merged into", "task: mean KL", "right", "general perplexity", title_justify="left")
+    names = {"original": "the original weights (the usual merge)", "dequantized": "the base as training saw it"}
+    for one in choice.tried:
+        name = names.get(one.onto) or f"balanced, strength {one.strength:g}"
+        chosen = one.onto == "balanced" and one.strength == choice.strength
+        chosen = chosen or (choice.strength is None and one.onto == "dequantized")
+        table.add_row(
+            f"{name} ← taken" if chosen else name, f"{one.mean_kl:.5f}", str(one.right), f"{one.general_perplexity:.1f}"
+        )
+    return table
 
 
 def draft_anew(root: Path, weights: Path, run: Path | None, examples: Path | None, console: Console) -> Path:
@@ -549,7 +612,11 @@ def compare_once(
 def divergence_table(merged: Divergence, naive: Divergence | None, config: Config) -> Table:
     """Divergence of the merge, and of the usual merge, from what training scored."""
     table = Table("merged into", "mean KL per token", "99th percentile", "same top token", title_justify="left")
-    names = {"dequantized": "the base as training saw it", "original": "the original weights, as configured"}
+    names = {
+        "dequantized": "the base as training saw it",
+        "balanced": "the balanced base",
+        "original": "the original weights, as configured",
+    }
     for name, value in ((names[config.merge], merged), ("the original weights (the usual merge)", naive)):
         if value is not None:
             table.add_row(name, f"{value.mean_kl:.5f}", f"{value.p99_kl:.5f}", f"{value.top1_agreement:.1%}")

@@ -110,6 +110,46 @@ def losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def merges(tried: Sequence[Mapping[str, Any]], chosen: float | None, path: Path) -> None:
+    """Plot what merges do to the task against what they do to everything else, a point for each.
+
+    Args:
+        tried: `onto`, `strength`, `mean_kl` and `general_perplexity` of each merge.
+        chosen: the strength that was taken; None for the dequantized base.
+        path: the PNG, replaced if it exists; its folder must exist.
+    """
+    figure, axes = _figure()
+    least = 1e-5  # a merge that is what training scored has none, and the axis is logarithmic
+    ordered = sorted(tried, key=lambda one: one["mean_kl"])
+    axes.plot(
+        [max(one["mean_kl"], least) for one in ordered],
+        [one["general_perplexity"] for one in ordered],
+        color=_GRID,
+        linewidth=1.5,
+        zorder=1,
+    )
+    for one in tried:
+        taken = one["strength"] == chosen and one["onto"] != "original"
+        taken = taken and (one["onto"] == "balanced") == (chosen is not None)
+        names = {"original": "usual", "dequantized": "dequantized"}
+        name = names.get(one["onto"]) or f"balanced, {one['strength']:g}"
+        point = (max(one["mean_kl"], least), one["general_perplexity"])
+        axes.scatter(*point, color=_ORANGE if taken else _BLUE, s=60 if taken else 36, zorder=2)
+        axes.annotate(
+            f"{name} (taken)" if taken else name,
+            point,
+            xytext=(8, 6),
+            textcoords="offset points",
+            color=_ORANGE if taken else _INK,
+        )
+    axes.set_xscale("log")
+    axes.margins(x=0.18, y=0.15)
+    axes.set_title("Each merge: the task, and everything else (lower is better for both)", loc="left", color=_INK)
+    axes.set_xlabel("task: mean KL to what training scored, nats per answer token")
+    axes.set_ylabel("perplexity of general text")
+    figure.savefig(path, dpi=120)
+
+
 def verification(
     kl: Sequence[float] | None,
     parity: Sequence[tuple[float, float]] | None,

@@ -11,23 +11,26 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cogpress.config import Merge
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, read_json, write_json
 from cogpress.merge import adapter
 from cogpress.merge.adapter import LoraAdapter
-from cogpress.merge.dequantize import TrainedWeight
+from cogpress.merge.dequantize import TrainedWeight, as_trained
 from cogpress.weights import base, manifest, tensors
 from cogpress.weights.filenames import INDEX, copy_serving_files, tokenizer_files, tokenizer_folder
 
 if TYPE_CHECKING:
     import torch
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 """Wraps the items of a loop, given how many there are."""
@@ -63,6 +66,19 @@ class MergePlan:
     untied: bool
     vocabulary: int | None
     """The rows of a resized embedding."""
+    correction: Callable[[str], torch.Tensor] | None = None
+    """Of a layer, by its name: what the balanced merge adds to its original weights beside the adapter."""
+
+    def shape(self, module: str) -> tuple[int, ...]:
+        """A layer's (outputs, inputs)."""
+        shape = self.stored[f"{module}.weight"].shape
+        return shape[::-1] if module in self.adapter.transposed else shape
+
+    def error(self, module: str) -> torch.Tensor:
+        """What quantization changed in a layer, float32, shape (outputs, inputs), where the model computes."""
+        weight = tensors.load(self.stored[f"{module}.weight"], f"{module}.weight").to(self.compute)
+        weight = (weight.T.contiguous() if module in self.adapter.transposed else weight).to(base.device())
+        return as_trained(weight, self.adapter.quantization, self.compute).float() - weight.float()
 
     def value(self, output: Output) -> torch.Tensor:
         """One merged tensor, on the CPU.
@@ -70,6 +86,8 @@ class MergePlan:
         Raises:
             CogpressError: it is not finite.
         """
+        import torch
+
         tensor = tensors.load(self.stored[output.source], output.source)
         if not tensor.is_floating_point():
             return tensor
@@ -77,14 +95,18 @@ class MergePlan:
         tensor = tensor.to(self.compute)
         module = output.name.removesuffix(".weight")
         quantized = module in self.adapter.quantized and self.onto == "dequantized"
+        corrected = module in self.adapter.quantized and self.onto == "balanced"
         touched = output.name in self.adapter.touched
-        if not quantized and not touched:
+        if not quantized and not corrected and not touched:
             return tensor.to(self.dtype)
         replacement = self.adapter.replacement(output.name)
         turned = module in self.adapter.transposed and tensor.ndim == 2 and replacement is None
         tensor = (tensor if replacement is None else replacement).to(base.device())
         tensor = tensor.T.contiguous() if turned else tensor
-        trained = TrainedWeight(tensor, self.adapter.quantization if quantized else "none", self.compute)
+        compute = self.compute
+        if corrected and self.correction is not None:
+            tensor, compute = tensor.float() + self.correction(module).to(tensor.device), torch.float32
+        trained = TrainedWeight(tensor, self.adapter.quantization if quantized else "none", compute)
         merged = self._merged(output.name, trained) if touched else trained.whole().to(self.dtype)
         return (merged.T.contiguous() if turned else merged).cpu()
 
@@ -203,6 +225,8 @@ def merge(
     progress: Progress = lambda items, _total: items,
     facts: dict[str, Any] | None = None,
     add: Callable[[Path], object] | None = None,
+    correction: Callable[[str], torch.Tensor] | None = None,
+    noted: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Merge an adapter into its base and write a folder of weights with a manifest, all or nothing.
 
@@ -212,11 +236,14 @@ def merge(
         base_folder: the base that the adapter was trained on, as safetensors.
         adapter_folder: a run's adapter.
         target: the folder to write; replaced when the merge is complete.
-        onto: `dequantized` for the base as training saw it, `original` for the weights before quantization.
+        onto: `dequantized` for the base as training saw it, `original` for the weights before quantization, `balanced`
+            for these with `correction`.
         alone: write the base alone, to serve adapters on.
         progress: wraps the tensors, given how many there are.
         facts: more for the manifest.
         add: called with the folder before it is complete, to write more files into it.
+        correction: as in `MergePlan`.
+        noted: more for the manifest's `merge`.
 
     Returns:
         the manifest.
@@ -225,7 +252,12 @@ def merge(
         CogpressError: the adapter was trained on another base, does not fit it, or cannot be merged exactly, or the
             disk has no room; nothing is written.
     """
-    planned = plan(base_folder, adapter_folder, onto, alone=alone)
+    if onto == "balanced" and correction is None:
+        raise CogpressError(
+            "A balanced merge needs the examples of the training, so scripts/train makes it. Give --onto dequantized "
+            "or --onto original."
+        )
+    planned = replace(plan(base_folder, adapter_folder, onto, alone=alone), correction=correction)
     size = sum(output.bytes for output in planned.outputs)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
@@ -247,6 +279,7 @@ def merge(
                     "onto": onto,
                     "layers": len(planned.adapter.layers),
                     "adapter": None if alone else manifest.fingerprint(adapter_folder),
+                    **(noted or {}),
                 },
                 # Adapters that share a base have prompts of their own.
                 **({} if alone else {"prompt": planned.adapter.facts["prompt"]}),
@@ -254,6 +287,11 @@ def merge(
             },
             known=written,
         )
+
+
+def asked(facts: Mapping[str, Any]) -> str:
+    """What weights were to be merged into, by their manifest: a balanced merge may find the dequantized base better."""
+    return str(facts["merge"].get("asked") or facts["merge"].get("onto"))
 
 
 def write_base(
@@ -326,7 +364,7 @@ def _write(planned: MergePlan, part: Path, progress: Progress) -> dict[str, dict
     shards: dict[str, list[Output]] = {}
     for output in planned.outputs:
         shards.setdefault(planned.stored[output.source].file.name, []).append(output)
-    computed = iter(progress(_ahead(planned.value, planned.outputs), len(planned.outputs)))
+    computed = iter(progress(ahead(planned.value, planned.outputs), len(planned.outputs)))
     for shard, outputs in shards.items():
         layout = {output.name: (output.dtype, output.shape, output.bytes) for output in outputs}
         with tensors.Writer(part / shard, layout) as writer:
@@ -343,7 +381,7 @@ def _write(planned: MergePlan, part: Path, progress: Progress) -> dict[str, dict
     return written
 
 
-def _ahead(function: Callable[[Output], torch.Tensor], items: Sequence[Output]) -> Iterator[torch.Tensor]:
+def ahead(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
     """`map`, some items ahead, so that tensors are computed while others are hashed and written.
 
     On a CPU one thread computes each tensor, several at a time: its steps are too short to parallelize.
@@ -355,7 +393,7 @@ def _ahead(function: Callable[[Output], torch.Tensor], items: Sequence[Output]) 
     threads = torch.get_num_threads()
     if cpu:
         torch.set_num_threads(1)
-    pending: deque[Future[torch.Tensor]] = deque()
+    pending: deque[Future[_Result]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:

@@ -136,6 +136,8 @@ def _summary(facts: CardFacts) -> str:
     merge = facts.manifest.get("merge") or {}
     onto = {
         "dequantized": "the base as training saw it (quantized, then dequantized), so that it answers as trained",
+        "balanced": "the original weights with as much of the quantization's error as the task needs, so that it "
+        "answers as trained and forgets less",
         "original": "the original weights",
     }.get(str(merge.get("onto")), "the base")
     return (

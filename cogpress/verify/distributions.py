@@ -27,6 +27,9 @@ STORED_BYTES = 4 << 30
 """Size on the disk from which no more of the reference's distributions are stored: 8,000 tokens of a vocabulary of
 128,000."""
 
+_LARGEST_NLL = 700.0
+"""Nats from which a perplexity is no number any more."""
+
 Load = Callable[[], "torch.nn.Module"]
 """Loads a model."""
 
@@ -236,6 +239,11 @@ def mean_nll(scored: Iterable[Scored]) -> float:
     """Mean negative log-likelihood (nats) of labelled tokens."""
     values = [value for one in scored for value in one.logprobs]
     return -sum(values) / max(len(values), 1)
+
+
+def perplexity(model: Any, rows: Sequence[Row], pad_token_id: int) -> float:
+    """A model's perplexity of the rows' labelled tokens."""
+    return math.exp(min(mean_nll(score(model, rows, pad_token_id)), _LARGEST_NLL))
 
 
 def answer_loss(model: Any, rows: Sequence[Row], pad_token_id: int) -> float:

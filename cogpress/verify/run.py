@@ -6,6 +6,7 @@ it was made, served by the configured engine.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from cogpress.data.prepare import read_examples
 from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
-from cogpress.merge import merge
+from cogpress.merge import general, merge
 from cogpress.prompts import Conversation, Row, answer_text, encode_example, rows, stops
 from cogpress.serve import model as serving
 from cogpress.train import run as training
@@ -34,6 +35,7 @@ from cogpress.weights import base, fetch, manifest, tensors
 from cogpress.weights.filenames import tokenizer_folder
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from cogpress.merge.adapter import LoraAdapter
@@ -51,6 +53,7 @@ class Limits:
     top1_agreement: float
     perplexity_ratio: float
     score_loss: float
+    general_ratio: float = 5.0
     served_agreement: float = 0.99
     served_difference: float = 0.03
 
@@ -79,6 +82,10 @@ _ROUNDING = 2.0**-8
 8 bits for each value, doubled because both may be rounded."""
 
 
+_PART = 2.0
+"""Size of what a balanced merge keeps of a layer's quantization error, or leaves out, against the whole error."""
+
+
 @dataclass(frozen=True)
 class _Case:
     """What is verified against what."""
@@ -94,6 +101,9 @@ class _Case:
     limits: Limits
     examples: list[Conversation]
     rows: list[Row]
+    general: list[Row]
+    cache: Path
+    """Takes what bases make of general text."""
     tokenizer: PreTrainedTokenizerBase
     console: Console
 
@@ -154,10 +164,12 @@ def verify(
                 checks.append(_merged(case))
         merged = all(check.passed for check in checks)
         with step("Answers of the reference and of the weights, by transformers", console):
-            found = _divergence(case)
+            found, perplexity = _divergence(case)
             metrics.update(found.to_dict())
             pictures["kl"] = found.values
             checks += _judged(found, case.limits, _cause(checks) or _distribution_cause(case))
+        with step("General text, by the base", console):
+            checks.append(_forgotten(case, perplexity, metrics))
         if merged:
             reference = _reference_answers(case, run or case.adapter.parent, found.reference_scored)
             with step("Answers of the engine", console):
@@ -212,7 +224,10 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
     base_folder = fetch.base(adapter_facts["base"]["source"], root / ".cache")
     scheme = (facts.get("compression") or {}).get("scheme", "none")
     merged = (facts.get("merge") or {}).get("onto")
-    onto: Merge = "original" if config.merge == merged == "original" else "dequantized"
+    # Whether a balanced merge keeps the task was measured; the usual one has to be asked for.
+    onto: Merge = "balanced" if merged == "balanced" else "dequantized"
+    if config.merge == merged == "original":
+        onto = "original"
     tokenizer = base.tokenizer(tokenizer_folder(base_folder, adapter_folder))
     examples = held_out(
         config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]), config.data.ignore
@@ -229,6 +244,8 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
         limits=limits(config.verify, scheme, left_out(adapter_facts["quantization"], onto)),
         examples=examples,
         rows=rows(tokenizer, examples, base.stop_ids(base_folder)),
+        general=general.rows(general.pieces(tokenizer, "measure", general.file(config.data, root))),
+        cache=root / ".cache" / "general",
         tokenizer=tokenizer,
         console=console,
     )
@@ -403,8 +420,17 @@ def _distance(place: tensors.Stored | None, output: merge.Output, planned: merge
     if place is None or place.shape != output.shape:
         return float("inf")
     expected = planned.value(output).float()
-    difference = float(torch.linalg.vector_norm(tensors.load(place, output.name).float() - expected))
-    return difference / max(float(torch.linalg.vector_norm(expected)), 1e-30)
+    difference = tensors.load(place, output.name).float() - expected
+    size = max(float(torch.linalg.vector_norm(expected)), 1e-30)
+    layer = output.name.removesuffix(".weight")
+    if planned.onto == "balanced" and layer in planned.adapter.quantized:
+        # Which part of the quantization's error was kept is not known any more, only that it is a part of it.
+        error = planned.error(layer).cpu()
+        error = error.T if layer in planned.adapter.transposed else error
+        most = _PART * float(torch.linalg.vector_norm(error)) + _ROUNDING * size
+        parts = (difference, difference - error)
+        return 0.0 if all(float(torch.linalg.vector_norm(part)) <= most for part in parts) else float("inf")
+    return float(torch.linalg.vector_norm(difference)) / size
 
 
 def _merge_cause(case: _Case, far: dict[str, float], found: LoraAdapter) -> str:
@@ -428,14 +454,45 @@ def _cause(checks: Sequence[Check]) -> str | None:
     return next((check.cause for check in checks if not check.passed), None)
 
 
-def _divergence(case: _Case) -> Divergence:
-    return distributions.compare(
+def _divergence(case: _Case) -> tuple[Divergence, float]:
+    """The weights against what training scored; and their perplexity of general text."""
+    perplexity: list[float] = []
+
+    def candidate() -> torch.nn.Module:
+        model = distributions.merged_model(case.weights)
+        if not perplexity:
+            perplexity.append(distributions.perplexity(model, case.general, case.pad))
+        return model
+
+    found = distributions.compare(
         lambda: distributions.reference_model(case.base, case.adapter),
-        {"": lambda: distributions.merged_model(case.weights)},
+        {"": candidate},
         case.rows,
         case.pad,
         progress=progress_bar(case.console),
     )[""]
+    return found, perplexity[0]
+
+
+def _forgotten(case: _Case, perplexity: float, metrics: dict[str, Any]) -> Check:
+    """How much worse than the base, before any training, the weights find text that is not of the task."""
+    known = case.cache / f"{manifest.fingerprint(case.base)}.json"
+    text = hashlib.sha256(json.dumps([row.input_ids for row in case.general]).encode()).hexdigest()
+    try:
+        base_general = float(read_json(known)[text])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        with distributions.alone(lambda: distributions.merged_model(case.base)) as model:
+            base_general = distributions.perplexity(model, case.general, case.pad)
+            del model
+        write_json(known, {text: base_general})
+    metrics.update(general_perplexity=perplexity, base_general_perplexity=base_general)
+    ratio = perplexity / base_general
+    cause = (
+        "The weights forgot much of what the base knows: train with a lower train.learning_rate, fewer steps or a "
+        "lower train.rank, or set merge: balanced."
+    )
+    passed = ratio <= case.limits.general_ratio
+    return Check("perplexity of general text, times the base's", ratio, case.limits.general_ratio, passed, cause)
 
 
 def _distribution_cause(case: _Case) -> str:

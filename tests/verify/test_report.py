@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from cogpress import config
+from cogpress.files import write_json
+from cogpress.merge import general
 from cogpress.verify import report
 from cogpress.verify.report import Check, Verdict
-from cogpress.verify.run import _score_check
+from cogpress.verify.run import _forgotten, _score_check, limits
+from cogpress.weights import manifest
 from cogpress.weights.filenames import VERIFICATION, VERIFICATION_PAGE
 
 
@@ -56,3 +62,19 @@ def test_a_failure_is_one_whatever_can_be_concluded(tmp_path: Path) -> None:
     found = verdict(tmp_path, Check("merge", 1.0, 0.003, passed=False, cause="Merge again."))
     assert not found.passed
     assert (found.checks[0].mark, found.causes, found.doubts) == ("✗", ["Merge again."], [])
+
+
+@pytest.mark.parametrize(("perplexity", "passes"), [(60.0, True), (300.0, False), (float("nan"), False)])
+def test_weights_that_forgot_what_the_base_knows_fail(
+    perplexity: float, passes: bool, tmp_path: Path, tiny_base: Path
+) -> None:
+    rows = general.rows([[5, 6, 7]])
+    text = hashlib.sha256(b"[[5, 6, 7]]").hexdigest()
+    write_json(tmp_path / f"{manifest.fingerprint(tiny_base)}.json", {text: 30.0})
+    limit = limits(config.Config().verify, "none")
+    case = SimpleNamespace(base=tiny_base, general=rows, cache=tmp_path, limits=limit, pad=0)
+    metrics: dict[str, float] = {}
+    check = _forgotten(case, perplexity, metrics)  # type: ignore[arg-type]
+    assert check.passed is passes
+    assert metrics["base_general_perplexity"] == 30.0
+    assert "forgot" in check.cause

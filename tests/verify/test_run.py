@@ -92,6 +92,7 @@ def test_the_merge_of_a_run_passes(verified: tuple[Path, verdict.Verdict]) -> No
     assert found.metrics["served_perplexity"] == pytest.approx(found.metrics["perplexity"], rel=0.02)
     assert found.metrics["concurrent_tokens_per_second"] > found.metrics["stream_tokens_per_second"] > 0
     assert manifest.state(folder) == "verified"
+    assert 1 < found.metrics["general_perplexity"] / found.metrics["base_general_perplexity"] < 3
 
 
 @pytest.mark.slow

@@ -1,0 +1,239 @@
+"""The balanced merge: what quantization changed in the base is kept where the task needs it, and left out elsewhere.
+
+W are a layer's original weights, Q = W + E the quantized ones that training saw, and BA is the adapter. Training
+scored Q + BA; E makes the model worse at everything that was not trained. Over a layer's inputs x, the weights W' that
+minimize
+
+    mean over the task's x of |W'x - (Q + BA)x|²  +  g * mean over general text's x of |W'x - (W + BA)x|²
+
+are W + BA + E C (C + gG)⁻¹, with C and G the means of x xᵀ over the two: with D = W' - W - BA the sum is
+tr((D - E) C (D - E)ᵀ) + g tr(D G Dᵀ), and its derivative is zero where D (C + gG) = E C. A larger strength g keeps more
+of what the base knew, and is further from what training scored. A little is added to the diagonal of C + gG, for the
+directions that neither text has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogpress.files import new_file, read_json, write_json
+from cogpress.merge.merge import MergePlan, Progress, ahead
+from cogpress.weights import base, tensors
+
+if TYPE_CHECKING:
+    import torch
+
+MOMENT_BYTES = 512 << 20
+"""Second moments in memory at once, those of one block at least: a part of what training needs."""
+
+DAMPING = 0.01
+"""Share of the mean second moment that every direction is given beside its own, so that nothing is added to the weights
+where neither text says anything: with 1e-6, corrections of some layers were thirteen times the whole error."""
+
+_KEY = "key.json"
+
+
+def corrections(
+    planned: MergePlan,
+    load: Callable[[], torch.nn.Module],
+    task: Sequence[list[int]],
+    general: Sequence[list[int]],
+    strengths: Sequence[float],
+    folder: Path,
+    progress: Progress = lambda items, _total: items,
+) -> Callable[[float, str], torch.Tensor]:
+    """Compute E C (C + gG)⁻¹ for every quantized layer and strength; an interrupted computation is gone on with.
+
+    Some blocks at a time: the model runs up to them once for each group, so that the second moments of few layers are
+    in memory at once.
+
+    Args:
+        planned: the merge.
+        load: loads the model that training scored.
+        task: token ids of training rows.
+        general: token ids of general text.
+        strengths: the values of g.
+        folder: takes a file for each group of blocks.
+        progress: wraps the rows of all groups, given how many there are.
+
+    Returns:
+        a function from a strength and the name of a layer to its correction, shape (outputs, inputs), on the CPU.
+    """
+    wanted = {
+        "adapter": planned.adapter.facts["base"]["fingerprint"],
+        "layers": _digest([[name, str(layer)] for name, layer in planned.adapter.layers.items()]),
+        "rows": _digest([task, general]),
+        "strengths": list(strengths),
+    }
+    if not _begun(folder, wanted):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(folder / _KEY, wanted)
+    groups = _groups(planned)
+    paths = [folder / f"{number:04}.safetensors" for number in range(len(groups))]
+    missing = [(group, path) for group, path in zip(groups, paths, strict=True) if not path.is_file()]
+    if missing:
+        _compute(planned, load(), missing, (task, general), strengths, progress)
+    stored = tensors.stored(folder, paths)
+    return lambda strength, layer: tensors.load(stored[f"{layer}@{strength}"], f"{layer}@{strength}")
+
+
+def kept(task: torch.Tensor, general: torch.Tensor | None, strength: float) -> torch.Tensor:
+    """C (C + gG)⁻¹, in float64: second moments span more magnitudes than float32 can be solved in.
+
+    Args:
+        task: C, shape (inputs, inputs).
+        general: G, of the same shape; None where no general text got there.
+        strength: g.
+    """
+    import torch
+
+    task = task.double()
+    both = task.clone() if general is None else task + strength * general.double()
+    both.diagonal().add_(DAMPING * both.diagonal().mean() + 1e-30)
+    return torch.cholesky_solve(task, torch.linalg.cholesky(both)).T
+
+
+def _begun(folder: Path, wanted: dict[str, Any]) -> bool:
+    try:
+        return bool(read_json(folder / _KEY) == wanted)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _block(layer: str) -> str:
+    """The decoder block of a layer, such as `model.layers.3`; the layer itself where it is in none."""
+    found = re.match(r"(.*?\.\d+)\.", layer)
+    return found.group(1) if found else layer
+
+
+def _groups(planned: MergePlan) -> list[list[str]]:
+    """The quantized layers, in groups of whole blocks whose second moments fit `MOMENT_BYTES`."""
+    blocks: dict[str, list[str]] = {}
+    for layer in sorted(planned.adapter.quantized, key=_natural):
+        blocks.setdefault(_block(layer), []).append(layer)
+    groups: list[list[str]] = []
+    room = 0
+    for layers in blocks.values():
+        size = sum(2 * 4 * planned.shape(layer)[1] ** 2 for layer in layers)
+        if not groups or size > room:
+            groups.append([])
+            room = MOMENT_BYTES
+        groups[-1] += layers
+        room -= size
+    return groups
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _compute(
+    planned: MergePlan,
+    model: torch.nn.Module,
+    missing: Sequence[tuple[list[str], Path]],
+    rows: tuple[Sequence[list[int]], Sequence[list[int]]],
+    strengths: Sequence[float],
+    progress: Progress,
+) -> None:
+    from safetensors.torch import save_file
+
+    total = len(missing) * sum(map(len, rows))
+    ticks = iter(progress(range(total), total))
+    for group, path in missing:
+        task, general = (_moments(model, group, some, ticks) for some in rows)
+        made: dict[str, torch.Tensor] = {}
+        for found in ahead(partial(_corrected, planned, task, general, strengths), group):
+            made |= found
+        with new_file(path) as part:
+            save_file(made, part)
+    next(ticks, None)  # lets a progress bar finish
+
+
+def _corrected(
+    planned: MergePlan,
+    task: dict[str, torch.Tensor],
+    general: dict[str, torch.Tensor],
+    strengths: Sequence[float],
+    layer: str,
+) -> dict[str, torch.Tensor]:
+    """A layer's correction for each strength; takes its second moments out, whose memory is needed."""
+    import torch
+
+    error = planned.error(layer)
+    c, g = task.pop(layer, None), general.pop(layer, None)
+    found = {}
+    for strength in strengths:
+        # An expert that no row of the task asked for needs nothing kept.
+        value = torch.zeros_like(error) if c is None else error @ kept(c, g, strength).to(error.dtype)
+        found[f"{layer}@{strength}"] = value.to(planned.dtype).cpu().contiguous()
+    return found
+
+
+class _PastGroup(Exception):
+    """Ends a pass after the last block whose inputs are wanted."""
+
+
+def _moments(
+    model: torch.nn.Module, group: Sequence[str], rows: Sequence[list[int]], ticks: Iterator[Any]
+) -> dict[str, torch.Tensor]:
+    """The mean of x xᵀ over the inputs of each layer that gets some, float32, shape (inputs, inputs).
+
+    Rows run one at a time: padding would count as input.
+    """
+    import torch
+
+    sums: dict[str, torch.Tensor] = {}
+    counts = dict.fromkeys(group, 0)
+
+    def add(layer: str, inputs: torch.Tensor) -> None:
+        flat = inputs.reshape(-1, inputs.shape[-1]).float()
+        if layer not in sums:
+            sums[layer] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
+        sums[layer].addmm_(flat.T, flat)
+        counts[layer] += len(flat)
+
+    with _hooked(model, group, add), torch.no_grad(), base.autocast(model.dtype):  # type: ignore[arg-type]
+        for row in rows:
+            with suppress(_PastGroup):
+                model(input_ids=torch.tensor([row], device=base.device()), use_cache=False)
+            next(ticks, None)
+    return {layer: total.div_(counts[layer]) for layer, total in sums.items()}
+
+
+@contextmanager
+def _hooked(model: torch.nn.Module, group: Sequence[str], add: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Call `add` with the inputs of each layer, and end a pass behind the last block of the group."""
+
+    def past(*_: Any) -> None:
+        raise _PastGroup
+
+    def adding(layer: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _module, inputs: add(layer, inputs[0])
+
+    modules = dict(model.named_modules())
+    hooks = [modules[_name(layer, modules)].register_forward_pre_hook(adding(layer)) for layer in group]
+    hooks.append(modules[_name(_block(group[-1]), modules)].register_forward_hook(past))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _name(layer: str, modules: Iterable[str]) -> str:
+    """What peft calls a layer of the base."""
+    name = f"base_model.model.{layer}"
+    return f"{name}.base_layer" if f"{name}.base_layer" in modules else name

@@ -1,0 +1,79 @@
+"""General text: what a base should still know after it was trained for a task.
+
+The kit's own is prose, dialogue, code, lists, data, chat and other languages, written for it. One part is for computing
+a merge, the other for measuring one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cogpress.config import Data
+from cogpress.errors import CogpressError
+from cogpress.prompts import NO_LOSS, Row, encode_plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OWN = Path(__file__).with_name("general.jsonl")
+"""Lines of `use`, `kind` and `text`."""
+
+PIECE = 512
+"""Tokens of a piece at most."""
+
+Use = Literal["fit", "measure"]
+
+
+def file(data: Data, root: Path) -> Path | None:
+    """The user's own general text, where `data.general` names one."""
+    return root / data.general if data.general else None
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, use: Use, path: Path | None = None) -> list[list[int]]:
+    """Token ids of general text, in pieces of at most 512.
+
+    Args:
+        tokenizer: the base's.
+        use: for computing a merge, or for measuring one.
+        path: a file of one's own, JSON lines with a `text` each; every third line is for measuring.
+
+    Raises:
+        CogpressError: the file has no such lines, or too few for both uses.
+    """
+    found = []
+    for text in _own(use) if path is None else _given(path, use):
+        ids = encode_plain(tokenizer, text)
+        found += [ids[at : at + PIECE] for at in range(0, len(ids), PIECE)]
+    return [ids for ids in found if len(ids) > 1]
+
+
+def rows(pieces: list[list[int]]) -> list[Row]:
+    """Rows in which every token but the first has loss."""
+    return [Row(ids, [NO_LOSS, *ids[1:]]) for ids in pieces]
+
+
+def _own(use: Use) -> list[str]:
+    lines = map(json.loads, OWN.read_text(encoding="utf-8").splitlines())
+    return [line["text"] for line in lines if line["use"] == use]
+
+
+def _given(path: Path, use: Use) -> list[str]:
+    texts = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError
+            if (number % 3 == 0) == (use == "measure"):
+                texts.append(text)
+    except OSError:
+        raise CogpressError(f"There is no general text at {path}. Correct data.general.") from None
+    except (ValueError, KeyError, TypeError):
+        raise CogpressError(
+            f'{path}:{number} is no JSON object with a text. Write lines such as {{"text": "..."}}.'
+        ) from None
+    if not texts:
+        raise CogpressError(f"{path} has fewer than three lines: two of three are for the merge, one for measuring it.")
+    return texts

@@ -1,0 +1,150 @@
+"""How strongly a balanced merge keeps what the base knew: the strengths are tried, and the measurement decides."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogpress.config import Merge
+from cogpress.merge import balance, general, merge
+from cogpress.merge.merge import Progress
+from cogpress.verify import distributions
+from cogpress.weights import base
+
+if TYPE_CHECKING:
+    import torch
+
+    from cogpress.prompts import Row
+
+STRENGTHS = (1.0, 0.3, 0.1, 0.01)
+"""From the one that keeps most of what the base knew to the one that is nearest to what training scored."""
+
+TASK_ROWS = 96
+"""Training rows from which a layer's inputs in the task are learnt."""
+
+MOST_KL = 0.001
+"""The most that a balanced merge may differ from what training scored, nats per answer token: a sixth of what the usual
+merge of the worked example does."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One merge, measured on held-out rows of the task and on general text."""
+
+    onto: str
+    strength: float | None
+    mean_kl: float
+    right: int
+    """Rows whose every expected token is the most likely one, so that greedy decoding answers as expected."""
+    general_perplexity: float
+
+    def within(self, reference_right: int) -> bool:
+        """Whether the task is kept."""
+        return self.mean_kl <= MOST_KL and self.right >= reference_right
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The merges that were tried, and which strength was taken: None where the dequantized base is better."""
+
+    strength: float | None
+    tried: list[Tried]
+    correction: Callable[[str], torch.Tensor] | None
+
+    @property
+    def onto(self) -> Merge:
+        """What to merge into."""
+        return "dequantized" if self.strength is None else "balanced"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"strength": self.strength, "tried": [vars(one) for one in self.tried]}
+
+
+def choose(
+    base_folder: Path,
+    adapter: Path,
+    train: Sequence[Row],
+    held_out: Sequence[Row],
+    work: Path,
+    *,
+    text: Path | None = None,
+    progress: Progress = lambda items, _total: items,
+) -> Choice:
+    """Try the strengths of a balanced merge, and choose the largest that keeps the task.
+
+    It keeps the task where the mean KL to what training scored is at most `MOST_KL` on held-out rows and as many of
+    them are answered as expected. The usual merge and the dequantized one are measured beside them. Nothing else is
+    taken from general text for measuring, and nothing of it is used to compute a merge.
+
+    Args:
+        base_folder: the base.
+        adapter: trained on it.
+        train: its training rows, of which `TASK_ROWS` are used.
+        held_out: rows to measure the task on.
+        work: a folder for what is computed, kept so that an interrupted run goes on.
+        text: general text of the user's, as `general.pieces` reads it.
+        progress: wraps the rows of each part, given how many there are.
+    """
+    planned = merge.plan(base_folder, adapter, "balanced")
+    if not planned.adapter.quantized:  # there is no error to keep or to leave out
+        return Choice(None, [], None)
+    tokenizer = base.tokenizer(base_folder)
+    pad = tokenizer.pad_token_id or 0
+    some = random.Random(0).sample(range(len(train)), min(TASK_ROWS, len(train)))
+    correction = balance.corrections(
+        planned,
+        lambda: distributions.reference_model(base_folder, adapter, generates=base.device().type == "cpu"),
+        [train[at].input_ids for at in sorted(some)],
+        general.pieces(tokenizer, "fit", text),
+        STRENGTHS,
+        work,
+        progress,
+    )
+    measured = general.rows(general.pieces(tokenizer, "measure", text))
+    perplexity: dict[str, float] = {}
+
+    def trial(name: str, onto: Any, strength: float | None) -> Callable[[], torch.nn.Module]:
+        def load() -> torch.nn.Module:
+            with tempfile.TemporaryDirectory(dir=work, prefix="trial-") as folder:
+                part = Path(folder) / "weights"
+                merge.merge(base_folder, adapter, part, onto=onto, correction=_of(correction, strength))
+                model = distributions.merged_model(part)
+            perplexity[name] = distributions.perplexity(model, measured, pad)
+            return model
+
+        return load
+
+    kinds: dict[str, tuple[str, float | None]] = {"original": ("original", None), "dequantized": ("dequantized", None)}
+    kinds |= {f"balanced {strength}": ("balanced", strength) for strength in STRENGTHS}
+    found = distributions.compare(
+        lambda: distributions.reference_model(base_folder, adapter),
+        {name: trial(name, *kind) for name, kind in kinds.items()},
+        held_out,
+        pad,
+        progress=progress,
+    )
+    tried = [Tried(*kinds[name], one.mean_kl, _right(one.scored), perplexity[name]) for name, one in found.items()]
+    strength = largest(tried, _right(found["dequantized"].reference_scored))
+    return Choice(strength, tried, _of(correction, strength))
+
+
+def largest(tried: Sequence[Tried], reference_right: int) -> float | None:
+    """The largest strength that keeps the task and is better in general than the dequantized merge; None for that."""
+    whole = next(one for one in tried if one.onto == "dequantized").general_perplexity
+    better = [one for one in tried if one.within(reference_right) and one.general_perplexity < whole]
+    return max((one.strength for one in better if one.strength is not None), default=None)
+
+
+def _of(
+    correction: Callable[[float, str], torch.Tensor], strength: float | None
+) -> Callable[[str], torch.Tensor] | None:
+    return None if strength is None else lambda layer: correction(strength, layer)
+
+
+def _right(scored: Sequence[distributions.Scored]) -> int:
+    return sum(all(row.most_likely) for row in scored)

@@ -1,0 +1,208 @@
+"""The balanced merge: its formula, its files, and that measurement chooses how strong it is."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from cogpress import config, pipeline
+from cogpress.errors import CogpressError
+from cogpress.merge import balance, general, merge
+from cogpress.verify import distributions, strength
+from cogpress.weights import tensors
+from tests.merge.test_merge import an_adapter
+
+pytestmark = pytest.mark.train
+
+GENERAL = [[index % 97 + 3 for index in range(start, start + 60)] for start in range(0, 200, 40)]
+TASK = [[(7 * index) % 89 + 5 for index in range(start, start + 40)] for start in range(6)]
+
+
+def test_what_is_kept_minimizes_both_errors_and_needs_float64() -> None:
+    """Against the derivative, on moments whose eigenvalues span eight magnitudes."""
+    torch.manual_seed(0)
+    scales = torch.logspace(0, -4, 12, dtype=torch.float64)
+    task, text = (torch.randn(400, 12, dtype=torch.float64) * scales.roll(shift) for shift in (0, 5))
+    c, g = (rows.T @ rows / len(rows) for rows in (task, text))
+    error = torch.randn(3, 12, dtype=torch.float64)
+    added = balance.DAMPING * float((c + 0.1 * g).diagonal().mean())
+    correction = (error @ balance.kept(c, g, 0.1)).requires_grad_()
+    lost = correction - error
+    total = (lost @ c @ lost.T).trace() + 0.1 * (correction @ g @ correction.T).trace() + added * correction.norm() ** 2
+    total.backward()
+    assert correction.grad is not None
+    assert float(correction.grad.norm() / (error @ c).norm()) < 1e-9
+    # Moments that were summed up in float32 are accurate enough.
+    rough = balance.kept((task.float().T @ task.float() / 400), (text.float().T @ text.float() / 400), 0.1)
+    exact = balance.kept(c, g, 0.1)
+    assert float((rough - exact).norm() / exact.norm()) < 1e-5
+
+
+def test_nothing_is_added_where_neither_text_says_anything() -> None:
+    task, text = torch.zeros(2, 8, 8)
+    task[0, 0], text[1, 1] = 1.0, 1.0
+    kept = balance.kept(task, text, 0.1)
+    assert float(kept[0, 0]) > 0.9
+    assert float(kept.abs().sum()) == pytest.approx(float(kept[0, 0]))
+    torch.manual_seed(1)
+    few = torch.randn(2, 5, 64, dtype=torch.float64)  # fewer inputs than directions
+    c, g = (rows.T @ rows / 5 for rows in few)
+    assert all(float(torch.linalg.matrix_norm(balance.kept(c, g, s), 2)) < 4 for s in (1.0, 0.1, 0.01))
+
+
+@pytest.fixture(scope="module")
+def made(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, merge.MergePlan, Path]:
+    """An adapter, the plan of its balanced merge, and the folder of its corrections."""
+    folder = tmp_path_factory.mktemp("balanced")
+    adapter = an_adapter(tiny_base, folder / "adapter", "nf4")
+    return adapter, merge.plan(tiny_base, adapter, "balanced"), folder / "work"
+
+
+def test_a_strength_goes_from_the_dequantized_merge_to_the_usual_one(
+    tiny_base: Path, made: tuple[Path, merge.MergePlan, Path], tmp_path: Path
+) -> None:
+    adapter, planned, work = made
+    correction = balance.corrections(
+        planned,
+        lambda: distributions.reference_model(tiny_base, adapter, generates=True),
+        TASK,
+        GENERAL,
+        (0.0001, 1000.0),
+        work,
+    )
+    folders = {}
+    for onto in ("dequantized", "original"):
+        merge.merge(tiny_base, adapter, tmp_path / onto, onto=onto)
+        folders[onto] = tensors.stored(tmp_path / onto)
+    names = [f"{layer}.weight" for layer in planned.adapter.quantized]
+    assert len(names) == 14
+
+    def far(strength: float, onto: str) -> float:
+        plan = replace(planned, correction=lambda layer: correction(strength, layer))
+        difference = whole = 0.0
+        for output in plan.outputs:
+            expected = tensors.load(folders[onto][output.name], output.name).float()
+            value = plan.value(output).float()
+            if output.name not in names:
+                assert torch.equal(value, expected)
+                continue
+            difference += float((value - expected).norm() ** 2)
+            layer = output.name.removesuffix(".weight")
+            whole += float(planned.error(layer).norm() ** 2)
+        return (difference / whole) ** 0.5
+
+    assert far(0.0001, "dequantized") < far(1000.0, "dequantized")
+    assert far(1000.0, "original") < 0.1 < far(0.0001, "original")
+
+
+def test_it_is_not_made_without_the_examples(
+    tiny_base: Path, made: tuple[Path, merge.MergePlan, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CogpressError, match=r"needs the examples of the training, so scripts/train makes it"):
+        merge.merge(tiny_base, made[0], tmp_path / "weights", onto="balanced")
+    assert not (tmp_path / "weights").exists()
+
+
+def test_an_interrupted_computation_goes_on_and_another_one_begins_anew(
+    tiny_base: Path, made: tuple[Path, merge.MergePlan, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, planned, _ = made
+    monkeypatch.setattr(balance, "MOMENT_BYTES", 1)  # a group for each block
+    passes: list[int] = []
+
+    def load() -> torch.nn.Module:
+        passes.append(len(list(work.glob("*.safetensors"))))
+        return distributions.reference_model(tiny_base, adapter, generates=True)
+
+    def compute(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        found = balance.corrections(planned, load, rows, GENERAL, (0.1,), work)
+        return {layer: found(0.1, layer) for layer in planned.adapter.quantized}
+
+    work = tmp_path / "work"
+    first = compute(TASK)
+    assert [path.name for path in sorted(work.glob("*.safetensors"))] == ["0000.safetensors", "0001.safetensors"]
+    compute(TASK)
+    assert passes == [0], "what is there is not computed again"
+    (work / "0001.safetensors").unlink()
+    again = compute(TASK)
+    assert passes == [0, 1]
+    assert all(torch.equal(first[layer], again[layer]) for layer in first)
+    other = compute(TASK[:2])
+    assert passes == [0, 1, 0], "other rows: nothing is taken over"
+    assert any(not torch.equal(first[layer], other[layer]) for layer in first)
+
+
+def test_a_run_measures_strengths_and_takes_the_largest_that_keeps_the_task(
+    tiny_base: Path, examples_file: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", io.StringIO()
+    text = tmp_path / "general.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Line {n} of a short text."}) + "\n" for n in range(6)))
+    settings = config.parse(
+        {
+            "data": {"general": str(text)},
+            "base": {"source": str(tiny_base)},
+            "train": {"max_steps": 2, "rank": 4, "evaluations": 0},
+            "merge": "balanced",
+        },
+        "the test",
+    )
+    console = Console(file=out, width=80)
+    built = pipeline.build(settings, examples_file, run, tmp_path / "cache", console, general_text=text)
+    saved = json.loads((run / "balance.json").read_text())
+    tried = [strength.Tried(**one) for one in saved["tried"]]
+    assert [(one.onto, one.strength) for one in tried] == [
+        ("original", None), ("dequantized", None), *(("balanced", one) for one in strength.STRENGTHS),
+    ]  # fmt: skip
+    assert tried[1].mean_kl < tried[0].mean_kl
+    assert built.manifest["merge"]["asked"] == "balanced"
+    assert built.manifest["merge"]["onto"] == ("dequantized" if saved["strength"] is None else "balanced")
+    assert (run / "balance.png").is_file()
+    assert not (run / "balance").exists(), "what it computed is removed when the weights are written"
+    assert "← taken" in out.getvalue()
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    before = (run / "weights" / "model.safetensors").stat().st_mtime_ns
+    pipeline.build(settings, examples_file, run, tmp_path / "cache", console)
+    assert (run / "weights" / "model.safetensors").stat().st_mtime_ns == before, "not merged again"
+
+
+@pytest.mark.parametrize(
+    ("tried", "wanted"),
+    [
+        ([(0.002, 9, 20.0), (0.0009, 9, 22.0), (0.0004, 9, 24.0), (0.0001, 9, 25.0)], 0.3),
+        ([(0.0005, 8, 20.0), (0.0004, 9, 22.0), (0.0002, 9, 24.0), (0.0001, 9, 25.0)], 0.3),
+        ([(0.0005, 9, 20.0), (0.0004, 9, 22.0), (0.0002, 9, 24.0), (0.0001, 9, 25.0)], 1.0),
+        ([(0.01, 9, 20.0), (0.008, 9, 22.0), (0.006, 9, 24.0), (0.004, 9, 25.0)], None),
+        ([(0.0005, 9, 40.0), (0.0004, 9, 41.0), (0.0002, 9, 41.5), (0.0001, 9, 42.0)], None),
+    ],
+    ids=["within the limit", "as many right", "all within", "none within", "none better in general"],
+)
+def test_the_rule(tried: list[tuple[float, int, float]], wanted: float | None) -> None:
+    merges = [strength.Tried("original", None, 0.006, 9, 18.0), strength.Tried("dequantized", None, 0.0, 9, 30.0)]
+    merges += [strength.Tried("balanced", g, *one) for g, one in zip(strength.STRENGTHS, tried, strict=True)]
+    assert strength.largest(merges, 9) == wanted
+
+
+def test_general_text_of_ones_own(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "general.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Line {number} of the text."}) + "\n" for number in range(1, 7)))
+    for use, numbers in (("fit", "1245"), ("measure", "36")):
+        found = general.pieces(tokenizer, use, path)  # type: ignore[arg-type]
+        assert [tokenizer.decode(ids).split()[1] for ids in found] == list(numbers)
+    own = {use: general.pieces(tokenizer, use) for use in ("fit", "measure")}  # type: ignore[arg-type]
+    assert max(len(ids) for ids in own["fit"]) <= general.PIECE
+    assert not {tuple(ids) for ids in own["fit"]} & {tuple(ids) for ids in own["measure"]}
+    row = general.rows([[5, 6, 7]])[0]
+    assert (row.input_ids, row.labels[1:]) == ([5, 6, 7], [6, 7])
+    path.write_text('{"text": "one"}\n{"content": "two"}\n')
+    with pytest.raises(CogpressError, match=r"general\.jsonl:2 is no JSON object with a text"):
+        general.pieces(tokenizer, "fit", path)
+    with pytest.raises(CogpressError, match=r"no general text at .*missing"):
+        general.pieces(tokenizer, "fit", tmp_path / "missing")
