@@ -167,7 +167,7 @@ class Engine(Protocol):
 def names() -> list[str]:
     """The engines, sorted by name."""
     found = {module.name for module in pkgutil.iter_modules(engines.__path__)}
-    return sorted(found - {"base", "gpus", "grammar", "watch"})
+    return sorted(found - {"base", "gpus", "grammar", "patterns", "schemas", "watch"})
 
 
 def find(name: str) -> ModuleType:

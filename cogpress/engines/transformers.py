@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cogpress.config import Serve
 from cogpress.engines.base import DEAD, INPUT_NAMES, Adapter, Delta, Sampling, Structure
-from cogpress.engines.grammar import MAX_WHITESPACE, Guard
+from cogpress.engines.grammar import Guard, explained
+from cogpress.engines.schemas import ebnf
 from cogpress.errors import CogpressError
 from cogpress.weights import base
 
@@ -115,15 +116,13 @@ class Engine:
                 if isinstance(structure.value, tuple):
                     made = self._compiler.compile_grammar(choice_grammar(structure.value))
                 elif structure.kind == "json":
-                    made = self._compiler.compile_json_schema(
-                        structure.value, any_whitespace=True, max_whitespace_cnt=MAX_WHITESPACE
-                    )
+                    made = self._compiler.compile_grammar(ebnf(structure.value))
                 elif structure.kind == "regex":
                     made = self._compiler.compile_regex(structure.value)
                 else:
                     made = self._compiler.compile_grammar(structure.value)
             except (RuntimeError, ValueError) as error:
-                raise CogpressError(f"{INPUT_NAMES[structure.kind]} cannot be used: {error}") from None
+                raise CogpressError(f"{INPUT_NAMES[structure.kind]} cannot be used: {explained(error)}.") from None
             if len(self._grammars) >= 64:
                 self._grammars.pop(next(iter(self._grammars)))
             self._grammars[structure] = made

@@ -19,7 +19,8 @@ from cogpress.draft import file as draft
 from cogpress.draft import proposer
 from cogpress.engines.base import DEAD, INPUT_NAMES, MAX_LOGPROBS, Adapter, Delta, Sampling
 from cogpress.engines.gpus import free_and_total, memory_share, parallel
-from cogpress.engines.grammar import MAX_WHITESPACE, NICENESS, Guard
+from cogpress.engines.grammar import NICENESS, Guard, explained
+from cogpress.engines.schemas import ebnf
 from cogpress.engines.watch import Watch
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
@@ -111,10 +112,10 @@ class Engine:
                 await asyncio.to_thread(verify)
             else:
                 await self._guard.checked(sampling.structure, verify)
-        except (VLLMClientError, ValueError) as error:
+        except (VLLMClientError, ValueError, RuntimeError) as error:
             name = "This" if sampling.structure is None else INPUT_NAMES[sampling.structure.kind]
             way_out = " Leave it out, or set serve.speculative: none." if "speculative" in str(error) else ""
-            raise CogpressError(f"{name} cannot be used: {error}{way_out}") from None
+            raise CogpressError(f"{name} cannot be used: {explained(error)}.{way_out}") from None
 
     async def generate(
         self, prompt: list[int], sampling: Sampling, adapter: Adapter | None = None
@@ -257,8 +258,8 @@ def _params(sampling: Sampling) -> Any:
     if sampling.structure is not None:
         kind: str = sampling.structure.kind
         value = sampling.structure.value
-        if kind == "json" and (compact := _compact(str(value))) is not None:
-            kind, value = "grammar", compact
+        if kind == "json":
+            kind, value = "grammar", _ebnf(str(value))
         structure = StructuredOutputsParams(**{kind: value if isinstance(value, str) else list(value)})
     return SamplingParams(
         max_tokens=sampling.max_tokens,
@@ -279,19 +280,7 @@ def _params(sampling: Sampling) -> Any:
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _compact(schema: str) -> str | None:
-    """A JSON schema as a grammar that allows one whitespace character between two tokens.
-
-    vLLM allows any number, and a model that is unsure of what comes next writes spaces until its answer is full.
-    None for invalid schemas.
-    """
-    import xgrammar
-
-    try:
-        return str(xgrammar.Grammar.from_json_schema(schema, any_whitespace=True, max_whitespace_cnt=MAX_WHITESPACE))
-    except (RuntimeError, ValueError):
-        return None  # vLLM reports what is wrong with it
+_ebnf = functools.lru_cache(maxsize=256)(ebnf)
 
 
 def options(

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jsonschema
 import pytest
 
 from cogpress import config, prompts
@@ -23,6 +24,7 @@ from cogpress.merge import merge
 from cogpress.serve import adapters
 from cogpress.weights import manifest
 from examples import queries, questions
+from tests.engines.test_schemas import ENFORCED
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
@@ -191,13 +193,18 @@ def test_answers_have_the_form_that_was_asked_for(asked: Asked, text: str) -> No
     if text == "a schema":
         schema = {
             "type": "object",
-            "properties": {"op": {"enum": ["COUNT", "AVG"]}, "limit": {"type": "integer", "maximum": 99, "minimum": 0}},
-            "required": ["op", "limit"],
+            "properties": {
+                "op": {"enum": ["COUNT", "AVG"]},
+                "limit": {"type": "integer", "maximum": 99, "minimum": 0},
+                "name": {"type": ["string", "null"], "maxLength": 5},
+                "code": {"type": "string", "pattern": "^a(?:b+c)?$"},
+                "day": {"type": "string", "format": "date"},
+            },
+            "required": ["op", "limit", "name", "code", "day"],
             "additionalProperties": False,
         }
         got = json.loads(asked.answer("Say hello.", structure=Structure("json", json.dumps(schema)), **hot))
-        assert got["op"] in ("COUNT", "AVG")
-        assert 0 <= got["limit"] <= 99
+        jsonschema.validate(got, schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
     elif text == "an expression":
         assert re.fullmatch(
             "[A-Z]{3}-[0-9]{2,4}", asked.answer("Hello", structure=Structure("regex", "[A-Z]{3}-[0-9]{2,4}"), **hot)
@@ -232,6 +239,16 @@ def test_an_impossible_structure_is_refused_before_anything_is_generated(
     assert time.monotonic() - started < 30
     assert asked.engine.unfinished == 0
     assert asked.answer("Hello", max_tokens=3)
+
+
+def test_what_can_be_enforced_is_taken_by_each_engine(asked: Asked) -> None:
+    async def check(schema: Any) -> None:
+        await asked.engine.check(Sampling(structure=Structure("json", json.dumps(schema))))
+
+    for schema in ENFORCED.values():
+        asked.loop.run(check(schema))
+    with pytest.raises(CogpressError, match=r"json_schema cannot be used: minItems is greater than maxItems: 2 > 1\.$"):
+        asked.loop.run(check({"type": "array", "minItems": 2, "maxItems": 1}))
 
 
 def test_every_answer_of_the_example_parses_with_its_schema(asked: Asked, rows: list[questions.Row]) -> None:
