@@ -10,14 +10,43 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from bench import bases
 from cogpress import config, pipeline
 from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
+from cogpress.plan import architecture
 from cogpress.weights import archive, fetch, manifest
 
 pytestmark = pytest.mark.train
 
 QUIET = Console(quiet=True)
+
+
+def test_a_base_with_experts_is_trained_merged_and_compared_and_says_what_it_leaves_out(
+    examples_file: Path, tmp_path: Path
+) -> None:
+    console = Console(file=io.StringIO(), width=400)
+    folder = bases.make("mixtral", tmp_path / "base")
+    given = {"base": {"source": str(folder)}, "train": {"max_steps": 2, "rank": 2, "evaluations": 0}}
+    built = pipeline.build(
+        config.parse(given, "the test"), examples_file, tmp_path / "run", tmp_path / "cache", console
+    )
+    assert "all-linear leaves out the experts" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert built.manifest["merge"]["layers"] == 8
+    assert built.merged is not None
+    assert built.merged.mean_kl < 0.01
+
+
+def test_a_base_on_the_hub_that_is_no_language_model_is_refused_before_it_is_downloaded(
+    examples_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(architecture, "config", lambda text, _cache: asked.append(text) or {"model_type": "t5"})
+    monkeypatch.setattr(fetch, "base", lambda *_: pytest.fail("was downloaded"))
+    settings = config.parse({"base": {"source": "hf://google/t5"}}, "the test")
+    with pytest.raises(CogpressError, match=r"hf://google/t5 \(t5\) has an encoder and a decoder"):
+        pipeline.build(settings, examples_file, tmp_path / "run", tmp_path / "cache", QUIET)
+    assert asked == ["hf://google/t5"]
 
 
 def test_a_tar_is_packed_on_request_and_never_outlives_its_weights(
