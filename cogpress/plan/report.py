@@ -22,6 +22,8 @@ from cogpress.plan.cost import Running
 from cogpress.plan.estimate import Estimate
 from cogpress.plan.hardware import Machine
 from cogpress.plan.memory import Memory
+from cogpress.train import layers
+from cogpress.weights import tensors
 
 NAME = "plan.json"
 PICTURE = "plan.png"
@@ -62,13 +64,20 @@ def changed(settings: Config, asked: Mapping[str, Any], speeds: Sequence[str], m
 def of_project(settings: Config, root: Path, model: Architecture) -> Estimate:
     """Plan with the hardware of `model.yaml` and the account, and with the run's report of its data.
 
+    Where the base's files are here, what training would refuse or say of its layers is part of the plan.
+
     Raises:
-        CogpressError: as `estimate.make`; or the table cannot be read, or Replicate rejects the token.
+        CogpressError: as `estimate.make`; or the table cannot be read, or Replicate rejects the token; or what is
+            trained on the base could not be merged.
     """
+    said: tuple[str, ...] = ()
+    base = Path(settings.base.source).expanduser()
+    if base.is_dir() and tensors.files(base) and model.scheme is None:
+        said = layers.choose(base, settings.train.target_modules, settings.base.quantization).notes
     path = root / settings.plan.hardware if settings.plan.hardware else None
     table, note = hardware.current(hardware.table(path, settings.plan.prices))
     report = planning.data_report(root / "runs" / settings.name)
-    return planning.make(settings, model, table, report=report, notes=(note,) if note else ())
+    return planning.make(settings, model, table, report=report, notes=(*said, note) if note else said)
 
 
 def gigabytes(number: float) -> str:

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bench import bases
 from cogpress import config
 from cogpress.errors import CogpressError
-from cogpress.plan import estimate, hardware, memory
+from cogpress.plan import architecture, estimate, hardware, memory
 from cogpress.plan import report as plan_report
 from cogpress.plan.estimate import Estimate
 from tests.standins.architectures import LLAMA3, SMOLLM2
@@ -204,3 +205,16 @@ def test_words_for_numbers() -> None:
     assert [plan_report.duration(seconds) for seconds in (5, 600, 7200)] == ["5 s", "10 min", "2.0 h"]
     assert [plan_report.dollars(amount) for amount in (1234.5, 2.5, 0.0125)] == ["$1,234", "$2.50", "$0.0125"]
     assert [plan_report.gigabytes(number) for number in (1.5e9, 25e9, -3e9)] == ["1.50 GB", "25.0 GB", "-3.00 GB"]
+
+
+@pytest.mark.slow
+def test_a_plan_for_files_says_what_training_would_say_of_their_layers(tmp_path: Path) -> None:
+    folder = bases.make("mixtral", tmp_path / "base")
+    model = architecture.of(str(folder), tmp_path)
+    load = {"input_tokens": 100, "output_tokens": 50}
+    settings = config.parse({"base": {"source": str(folder)}, "plan": load}, "the test")
+    made = plan_report.of_project(settings, tmp_path, model)
+    assert "all-linear leaves out the experts" in made.notes[0]
+    asked = {"base": {"source": str(folder)}, "train": {"target_modules": "w1"}}
+    with pytest.raises(CogpressError, match="Its experts are fused into single tensors"):
+        plan_report.of_project(config.parse(asked, "the test"), tmp_path, model)
