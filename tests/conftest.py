@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import runpy
@@ -36,12 +37,32 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).resolve().parents[1]
 
 
+SHARED = ("trained_server", "verified")
+"""Fixtures that take long and that several files use."""
+
+
+def pytest_configure() -> None:
+    """Give each of several processes that share the tests its own cores: two that compute on the same ones wait."""
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    cores = sorted(os.sched_getaffinity(0))
+    if worker and 1 < count <= len(cores):
+        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: count])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests without a marker for long ones as `unit`; run those that share a server one after the other, last."""
+    """Mark tests without a marker for long ones as `unit`; keep those together that share what is expensive.
+
+    That is their file's, or a fixture of several files, whose tests come last.
+    """
+
+    def shared(item: pytest.Item) -> list[str]:
+        return [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+
     for item in items:
         if not any(item.get_closest_marker(name) for name in ("slow", "server", "train")):
             item.add_marker("unit")
-    items.sort(key=lambda item: "trained_server" in getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("".join(shared(item)[:1]) or item.nodeid.split("::")[0]))
+    items.sort(key=lambda item: bool(shared(item)))
 
 
 @pytest.fixture(scope="session")
@@ -178,6 +199,20 @@ def operations_adapter() -> Path:
 @pytest.fixture(scope="session")
 def trained_run(base_folder: Path, cache: Path) -> Path:
     """A run of the worked example as scripts/train leaves it, with the committed adapter merged instead of trained."""
+    from cogpress.weights import manifest
+
+    adapter, base = manifest.fingerprint(QUERIES), manifest.fingerprint(base_folder)
+    run = cache / "tests" / f"queries-{adapter[:8]}-{base[:8]}"
+    run.parent.mkdir(exist_ok=True)
+    with (run.parent / "lock").open("w") as lock:  # two processes of a run of the tests want it at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if run.is_dir():
+            return run
+        _trained(run, base_folder)
+    return run
+
+
+def _trained(run: Path, base_folder: Path) -> None:
     from rich.console import Console
 
     from cogpress import config, demo, pipeline
@@ -187,10 +222,7 @@ def trained_run(base_folder: Path, cache: Path) -> Path:
     from cogpress.weights import manifest
     from examples import questions
 
-    adapter, base = manifest.fingerprint(QUERIES), manifest.fingerprint(base_folder)
-    run = cache / "tests" / f"queries-{adapter[:8]}-{base[:8]}"
-    if run.is_dir():
-        return run
+    base = manifest.fingerprint(base_folder)
     with new_folder(run) as part:
         settings = config.load(ROOT / "model.yaml")
         examples, _ = questions.write(part / "data", demo.TRAIN_ROWS, demo.QUESTIONS, settings.train.seed)
@@ -201,7 +233,6 @@ def trained_run(base_folder: Path, cache: Path) -> Path:
         write_json(part / "config.json", settings.public())
         shutil.copytree(QUERIES, part / "adapter")
         merge.merge(base_folder, part / "adapter", part / "weights")
-    return run
 
 
 @pytest.fixture(scope="session")
