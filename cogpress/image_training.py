@@ -96,6 +96,10 @@ def main() -> None:
     try:
         built = pipeline.from_inputs(root, job["inputs"], run=pipeline.new_run(root), tar=True)
         told = {"tar": str(built.tar)}
+    except pipeline.UnfitError as error:
+        # A failed training returns nothing, and this one was paid for; scripts/verify and preflight refuse the weights.
+        print(f"NOT FIT TO BE SERVED: {error} The adapter is in the tar, beside them.", flush=True)
+        told = {"tar": str(error.built.tar)}
     except CogpressError as error:
         told = {"error": str(error)}
     except Exception:  # noqa: BLE001 - whatever it is, the runtime reports it

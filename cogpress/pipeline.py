@@ -62,6 +62,14 @@ class Built:
     tar: Path | None = None
 
 
+class UnfitError(CogpressError):
+    """Finished weights, `built`, are no success by what was measured of them."""
+
+    def __init__(self, reason: str, built: Built) -> None:
+        super().__init__(reason)
+        self.built = built
+
+
 def from_inputs(
     root: Path,
     inputs: dict[str, Any],
@@ -303,7 +311,10 @@ def build(
             soft_wrap=True,
         )
     built = Built(base_folder, run / "weights", content, result, merged, naive, packed)
-    judge(config, built, score)
+    try:
+        judge(config, built, score)
+    except CogpressError as error:
+        raise UnfitError(str(error), built) from None
     return built
 
 

@@ -41,14 +41,20 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from cogpress.errors import CogpressError
+
+
+class UnfitError(CogpressError):
+    def __init__(self, reason, built):
+        super().__init__(reason)
+        self.built = built
+
 
 def new_run(root):
     return root / "runs" / "training"
 
 
 def from_inputs(root, inputs, run, tar):
-    from cogpress.errors import CogpressError
-
     run.mkdir(parents=True)
     print("training begins", flush=True)
     if inputs["max_steps"] == 13:
@@ -61,6 +67,8 @@ def from_inputs(root, inputs, run, tar):
         time.sleep(600)
     tar = run / "weights.tar"
     tar.write_text(json.dumps(inputs))
+    if inputs["max_steps"] == 15:
+        raise UnfitError("The merge is worse than the usual one.", SimpleNamespace(tar=tar))
     return SimpleNamespace(tar=tar)
 """
 """Stands for cogpress.pipeline, whose own tests train."""
@@ -125,6 +133,12 @@ def test_a_training_in_the_image_gives_its_tar_and_its_log(server: Server) -> No
     given = json.loads(base64.b64decode(done["output"]["weights"].partition(",")[2]))
     assert (given["max_steps"], given["skip_bad_lines"], given["rank"]) == (5, True, None)
     assert Path(given["train_data"]).is_absolute()
+    assert "NOT FIT" not in done["logs"]
+    # What was paid for is not thrown away: the weights are refused later, and the adapter is with them.
+    shutil.rmtree(server.root / "runs")
+    unfit = client.train(server.url, data(max_steps=15))
+    assert unfit["status"] == "succeeded"
+    assert "NOT FIT TO BE SERVED: The merge is worse than the usual one." in unfit["logs"]
 
 
 def test_a_training_that_fails_says_why(server: Server) -> None:
