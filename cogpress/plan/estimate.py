@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -44,6 +44,7 @@ class TrainingEstimate:
         length: the largest length at the wanted batch, at most the model's context.
         tokens_per_second, seconds, dollars: None if unknown.
         measured: whether the speed was measured.
+        host: bytes of host memory that training takes, with all that follows it.
     """
 
     machine: Machine
@@ -56,6 +57,7 @@ class TrainingEstimate:
     measured: bool = False
     seconds: float | None = None
     dollars: float | None = None
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class ServingEstimate:
             holds for one sequence.
         concurrency: the largest concurrency at the wanted context.
         per_million: US dollars per million output tokens at the wanted concurrency.
+        host: bytes of host memory that serving takes.
     """
 
     machine: Machine
@@ -81,6 +84,7 @@ class ServingEstimate:
     per_million: float | None = None
     serverless: Running | None = None
     always_on: Running | None = None
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Estimate:
         training, serving: what the plan is for.
         methods: memory of each training method, otherwise as in `training`, with and without checkpointing.
         schemes: memory of each serving scheme, otherwise as in `serving`, on one GPU.
-        trained, served: by machine; those that fit come first, by cost.
+        trained, served: by machine; those that fit come first, by cost, and of these what every account may use.
         tokens: number of training tokens, and where that number is from; None if unknown.
         notes: caveats about the numbers.
     """
@@ -189,6 +193,15 @@ def make(
         said.append("Speeds that were not measured are estimated from data sheets: expect half to double.")
     # Training uses one GPU; any others would be paid for and idle.
     trainers = [one for one in table.machines if one.gpus <= 1] or table.machines
+    trained = _ranked([_trained(model, train, one, settings, tokens) for one in trainers], _training_rank, table)
+    served = _ranked([_served(model, serve, one, settings, load) for one in table.machines], _serving_rank, table)
+    learning, answering = memory.host_of_training(model, train), memory.host_of_serving(model, serve)
+    said.append(
+        f"Host memory: training takes about {learning / 1e9:.0f} GB and serving on one GPU {answering / 1e9:.0f} GB, "
+        f"{memory.HOST_PROCESS / 1e9:.0f} GB of it assumed for each process."
+    )
+    said += _read_again("Training", trained, model.parameters * memory.TYPES.get(model.dtype, 2))
+    said += _read_again("Serving", served, memory.serving_weights(model, serve.scheme))
     return Estimate(
         model=source.shown(settings.base.source),
         architecture=model,
@@ -204,11 +217,26 @@ def make(
             for name in METHODS
         },
         schemes={name: memory.serving(model, replace(serve, scheme=name)) for name in get_args(Scheme)},
-        trained=_ranked([_trained(model, train, one, settings, tokens) for one in trainers], _training_rank),
-        served=_ranked([_served(model, serve, one, settings, load) for one in table.machines], _serving_rank),
+        trained=trained,
+        served=served,
         tokens=tokens,
         notes=tuple(said),
     )
+
+
+def _read_again(what: str, rows: Sequence[TrainingEstimate | ServingEstimate], size: float) -> list[str]:
+    """A note about machines that fit whose host memory keeps no copy of the weights' files, of `size` bytes."""
+    small = [
+        f"{row.machine.sku} ({row.machine.host_memory_gb:.0f} GB)"
+        for row in rows
+        if row.refused is None and row.machine.host_bytes < size + row.host
+    ]
+    if not small:
+        return []
+    return [
+        f"{what} on {', '.join(small)}: the host memory does not hold the weights' files ({size / 1e9:.0f} GB), so "
+        "that each reading of them waits for the disk."
+    ]
 
 
 def training_of(settings: Config, model: Architecture, report: Mapping[str, Any]) -> Training:
@@ -317,16 +345,17 @@ def _trained(
 
     needed = memory.training(model, how)
     left = machine.gpu_bytes - needed.total
-    refused = _no_gpu(machine)
-    if refused is None and left < 0:
+    host = memory.host_of_training(model, how)
+    if refused := _no_gpu(machine) or _no_host(machine, host):
+        return TrainingEstimate(machine, refused, needed, left, 0, 0, host=host)
+    if left < 0:
         refused = f"lacks {-left / 1e9:.1f} GB"
-    if _no_gpu(machine):
-        return TrainingEstimate(machine, refused, needed, left, 0, 0)
     found = TrainingEstimate(
         machine,
         refused,
         needed,
         left,
+        host=host,
         batch=largest(lambda batch: room(batch=batch) >= 0, MOST),
         length=largest(lambda length: room(length=length) >= 0, model.max_context),
     )
@@ -352,13 +381,15 @@ def _served(model: Architecture, how: Serving, machine: Machine, settings: Confi
 
     needed = memory.serving(model, how)
     left = allowed - needed.total
-    if refused := _no_gpu(machine) or _cannot(model, how, machine):
-        return ServingEstimate(machine, refused, needed, left, 0, 0)
+    host = memory.host_of_serving(model, replace(how, gpus=machine.gpus))
+    if refused := _no_gpu(machine) or _cannot(model, how, machine) or _no_host(machine, host):
+        return ServingEstimate(machine, refused, needed, left, 0, 0, host=host)
     found = ServingEstimate(
         machine,
         f"lacks {-left / 1e9:.1f} GB on each GPU" if left < 0 else None,
         needed,
         left,
+        host=host,
         context=largest(
             lambda context: fits(context=context, concurrency=1), settings.serve.max_context or model.max_context
         ),
@@ -393,6 +424,15 @@ def _no_gpu(machine: Machine) -> str | None:
     return None
 
 
+def _no_host(machine: Machine, needed: float) -> str | None:
+    if needed <= machine.host_bytes:
+        return None
+    return (
+        f"has {machine.host_bytes / 1e9:.0f} GB of host memory, and its processes and the tensors on their way to a "
+        f"GPU take about {needed / 1e9:.0f}"
+    )
+
+
 def _cannot(model: Architecture, how: Serving, machine: Machine) -> str | None:
     if how.scheme in NEEDS and machine.capability < NEEDS[how.scheme][0]:
         return NEEDS[how.scheme][1]
@@ -409,18 +449,22 @@ def sharing(model: Architecture, gpus: int) -> int:
     return max(size for size in range(1, max(1, gpus) + 1) if divided(size))
 
 
-def _ranked(rows: list[Any], key: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:
-    return tuple(sorted(rows, key=key))
+def _ranked(rows: list[Any], key: Callable[[Any], tuple[Any, ...]], table: Table) -> tuple[Any, ...]:
+    def closed(row: Any) -> bool:
+        """Whether a machine fits that not every account may use; what an account lists, it may."""
+        return row.refused is None and row.machine.access == "contract" and not table.listed
+
+    return tuple(sorted(rows, key=lambda row: (row.refused is not None, closed(row), *key(row))))
 
 
 def _training_rank(row: TrainingEstimate) -> tuple[Any, ...]:
     price = row.machine.price_per_second
     paid = row.dollars if row.dollars is not None else (price if price is not None else float("inf"))
-    return (row.refused is not None, paid, row.machine.gpus, -row.room if row.refused else 0)
+    return (paid, row.machine.gpus, -row.room if row.refused else 0)
 
 
 def _serving_rank(row: ServingEstimate) -> tuple[Any, ...]:
     """The load's cost per month, the cheaper way; then the machine's price."""
     ways = [way.per_month for way in (row.serverless, row.always_on) if way is not None]
     price = row.machine.price_per_second
-    return (row.refused is not None, min(ways, default=float("inf")), float("inf") if price is None else price)
+    return (min(ways, default=float("inf")), float("inf") if price is None else price)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -31,6 +31,8 @@ class Machine(pydantic.BaseModel):
         aliases: other names that Replicate has used for it.
         gpus: number of GPUs.
         gpu_memory_gb: memory of each GPU, in 10^9 bytes.
+        host_memory_gb: memory of the machine beside its GPUs, in 10^9 bytes; None if unknown.
+        access: who may use it: every account, or those whose contract has it; None if unknown.
         capability: NVIDIA's compute capability.
         bandwidth_gb_per_second: memory bandwidth of each GPU.
         tflops: 16-bit throughput of each GPU, without sparsity.
@@ -44,6 +46,8 @@ class Machine(pydantic.BaseModel):
     aliases: tuple[str, ...] = ()
     gpus: Annotated[int, Field(ge=0, le=64)] = 0
     gpu_memory_gb: Annotated[float, Field(ge=0)] = 0
+    host_memory_gb: Annotated[float, Field(ge=0)] | None = None
+    access: Literal["general", "contract"] | None = None
     capability: tuple[int, int] = (0, 0)
     bandwidth_gb_per_second: Annotated[float, Field(ge=0)] = 0
     tflops: Annotated[float, Field(ge=0)] = 0
@@ -55,6 +59,11 @@ class Machine(pydantic.BaseModel):
         return self.gpu_memory_gb * 1e9
 
     @property
+    def host_bytes(self) -> float:
+        """Memory of the machine beside its GPUs, in bytes; without bound if unknown."""
+        return float("inf") if self.host_memory_gb is None else self.host_memory_gb * 1e9
+
+    @property
     def price_per_hour(self) -> float | None:
         """In US dollars; None if unknown."""
         return None if self.price_per_second is None else 3600 * self.price_per_second
@@ -62,11 +71,11 @@ class Machine(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class Table:
-    """Machines, and where their prices are from.
+    """Machines, and where what is said of them is from.
 
     Attributes:
         machines: in the table's order.
-        dated: the day on which the prices were read.
+        dated: the day on which prices, host memory and access were read.
         source: where they were read.
         checked: whether someone compared them with Replicate's pricing page.
         unknown: SKUs that the account has and the table lacks.
@@ -99,8 +108,8 @@ class Table:
         if self.checked:
             return None
         return (
-            f"Prices are from {self.dated:%Y-%m-%d} and unconfirmed: compare them with replicate.com/pricing, and "
-            "correct them in model.yaml under plan.prices."
+            f"Prices, host memory and access are from {self.dated:%Y-%m-%d} and unconfirmed: compare them with "
+            "replicate.com/pricing, and correct them in model.yaml under plan.prices or plan.hardware."
         )
 
 
@@ -151,12 +160,13 @@ def _raw(path: Path) -> dict[str, Any]:
 
 
 def _machine(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], path: Path) -> Machine:
-    """A row; fields that it lacks come from the row that its `like` names."""
+    """A row; fields that it lacks come from the row that its `like` names, but those of one machine alone."""
     whole = dict(row)
     if like := whole.pop("like", None):
         if like not in rows or "like" in rows[like]:
             raise CogpressError(f"{path}: {row.get('sku')} is like {like}, which is no complete machine. Correct it.")
-        whole = {**{name: value for name, value in rows[like].items() if name != "aliases"}, **whole}
+        own = ("aliases", "host_memory_gb", "access")
+        whole = {**{name: value for name, value in rows[like].items() if name not in own}, **whole}
     try:
         return Machine.model_validate(whole)
     except pydantic.ValidationError as error:

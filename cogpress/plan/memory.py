@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cogpress.plan.architecture import Architecture
+from cogpress.verify.distributions import BATCH_TOKENS
 
 Method = Literal["full", "lora", "int8", "nf4"]
 """Full fine-tuning, LoRA on 16-bit weights, LoRA on 8-bit weights (LLM.int8()), and QLoRA."""
@@ -39,6 +40,13 @@ CUDA_GRAPHS = 0.8e9
 
 FRAGMENTATION = 0.04
 """Memory that PyTorch's allocator loses to fragmentation, as a share of what training allocates. Assumed."""
+
+HOST_PROCESS = 3e9
+"""Bytes of host memory of a process that uses a GPU: Python, PyTorch and CUDA's libraries. Assumed."""
+
+IN_TRANSIT = 4
+"""Tensors in host memory at once on their way between files and a GPU: transformers 5 loads with four threads, and the
+merge computes one tensor while others wait to be written."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,31 @@ class Memory:
     def total(self) -> float:
         """The sum of all parts."""
         return sum(vars(self).values())
+
+
+def host_of_training(model: Architecture, how: Training) -> float:
+    """Bytes of host memory that training on a GPU takes, with the merge and the comparison after it.
+
+    Weights are read from mapped files, whose pages the system can drop, and pass through the host a few tensors at a
+    time. The comparison keeps a batch of log-probabilities there, in 32 bits. A tar is packed as a stream.
+    """
+    compared = 4.0 * max(BATCH_TOKENS, how.length) * model.vocabulary
+    return HOST_PROCESS + max(IN_TRANSIT * largest_tensor(model), compared)
+
+
+def host_of_serving(model: Architecture, how: Serving) -> float:
+    """Bytes of host memory that serving on GPUs takes: processes for the API, the engine and each GPU of several.
+
+    Each that has a GPU loads a tensor at a time.
+    """
+    workers = how.gpus if how.gpus > 1 else 0
+    return HOST_PROCESS * (2 + workers) + how.gpus * largest_tensor(model)
+
+
+def largest_tensor(model: Architecture) -> float:
+    """Bytes of the largest tensor in a checkpoint, at most: an embedding, a layer, or the experts of a layer."""
+    layers = [one.inputs * one.outputs for one in model.linears]
+    return TYPES.get(model.dtype, 2) * max(model.embedding, model.head, model.experts / max(1, model.layers), *layers)
 
 
 def training(model: Architecture, how: Training) -> Memory:

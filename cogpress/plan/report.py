@@ -201,7 +201,7 @@ def _trained(plan: Estimate) -> Table:
         time = "?" if row.seconds is None else duration(row.seconds)
         paid = "?" if row.dollars is None else dollars(row.dollars)
         fits = (_gb(row.room), *_numbers(row.batch, row.length))
-        table.add_row(row.machine.sku, _price(row.machine), *fits, speed, time, paid)
+        table.add_row(_sku(row.machine, plan), _price(row.machine), *fits, speed, time, paid)
     return table
 
 
@@ -221,9 +221,16 @@ def _served(plan: Estimate) -> Table:
             alone = f"{speed.stream_tokens_per_second:,.0f}*"
         paid = "?" if row.per_million is None else dollars(row.per_million)
         fits = (_gb(row.room), *_numbers(row.context, row.concurrency))
-        table.add_row(row.machine.sku, _price(row.machine), *fits, together, alone, paid)
-    table.caption, table.caption_justify = "* estimated, not measured", "left"
+        table.add_row(_sku(row.machine, plan), _price(row.machine), *fits, together, alone, paid)
+    by_contract = any(_sku(row.machine, plan) != row.machine.sku for row in plan.served if not row.refused)
+    table.caption = "* estimated, not measured" + "; † for accounts whose contract has it" * by_contract
+    table.caption_justify = "left"
     return table
+
+
+def _sku(machine: Machine, plan: Estimate) -> str:
+    """A machine's SKU, marked where not every account may use it."""
+    return f"{machine.sku} †" if machine.access == "contract" and not plan.table.listed else machine.sku
 
 
 def _price(machine: Machine) -> str:

@@ -20,7 +20,7 @@ from cogpress.errors import CogpressError
 from cogpress.plan import architecture, estimate, hardware, memory
 from cogpress.plan import report as plan_report
 from cogpress.plan.estimate import Estimate
-from tests.standins.architectures import LLAMA3, SMOLLM2
+from tests.standins.architectures import LLAMA3, SMOLLM2, llama
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plan"
 
@@ -54,15 +54,61 @@ def test_machines_that_fit_come_first_and_the_cheapest_of_them_leads() -> None:
     found = made({"concurrency": 16})
     refused = [row.refused is not None for row in found.served]
     assert refused == sorted(refused)
-    months = [min(row.serverless.per_month, row.always_on.per_month)  # type: ignore[union-attr]
-              for row in found.served if row.refused is None]  # fmt: skip
-    assert months == sorted(months)
+    for access in ("general", "contract"):
+        months = [min(row.serverless.per_month, row.always_on.per_month)  # type: ignore[union-attr]
+                  for row in found.served if row.refused is None and row.machine.access == access]  # fmt: skip
+        assert months == sorted(months)
     assert found.hardware is not None
     assert found.hardware.sku == "gpu-l40s"
     reasons = {row.machine.sku: str(row.refused) for row in found.served}
     assert "no GPU" in reasons["cpu"]
     assert "lacks" in reasons["gpu-t4"]
     assert {row.machine.gpus for row in found.trained} == {0, 1}
+
+
+def test_hardware_by_contract_comes_after_what_every_account_may_use_unless_the_account_lists_it() -> None:
+    settings = config.parse({"plan": {"concurrency": 4, "scheme": "float16"}}, "test")
+    # A machine by contract that is cheaper than all others.
+    table = hardware.table(prices={"gpu-h100-4x": 0.000001})
+    found = estimate.make(settings, LLAMA3, table)
+    fits = [row.machine.access for row in found.served if row.refused is None]
+    assert fits == sorted(fits, reverse=True)
+    assert found.hardware is not None
+    assert found.hardware.access == "general"
+    console = Console(width=160, file=io.StringIO())
+    console.print(plan_report.tables(found))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "gpu-h100-4x †" in text
+    assert "gpu-h100 †" not in text
+    assert "† for accounts whose contract has it" in text
+    own = estimate.make(settings, LLAMA3, hardware.of_account(table, [one.sku for one in table.machines]))
+    assert own.hardware is not None
+    assert own.hardware.sku == "gpu-h100-4x"
+
+
+def test_a_machine_whose_host_memory_is_too_small_is_refused_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("dated: 2027-01-31\nmachines:\n- {sku: lean, name: L, like: gpu-h100, host_memory_gb: 6.9}\n")
+    table = hardware.table(path)
+    found = estimate.make(config.parse({"plan": {"concurrency": 4}}, "test"), LLAMA3, table)
+    # 3 GB a process, and the embedding's 1.05 GB: four times in training, once in serving.
+    for rows, about in ((found.trained, 7), (found.served, 7)):
+        reasons = {row.machine.sku: row.refused for row in rows}
+        assert reasons["lean"] == (
+            f"has 7 GB of host memory, and its processes and the tensors on their way to a GPU take about {about}"
+        )
+        assert reasons["gpu-h100"] is None
+    assert any("Host memory: training takes about 7 GB and serving on one GPU 7 GB" in note for note in found.notes)
+
+
+def test_a_plan_says_where_files_are_larger_than_the_host_memory() -> None:
+    large = llama(128256, 8192, 28672, 80, 64, 8, tied=False)
+    said = " ".join(made({"concurrency": 4, "scheme": "int4"}, model=large).notes)
+    # 70.6 billion parameters in 16 bits; an A100's machine has 144 GB, of which training takes 11.
+    assert "Training on gpu-a100-large (144 GB), gpu-h100 (72 GB): the host memory does not hold" in said
+    assert "files (141 GB)" in said
+    assert "Serving on" not in said
+    assert "does not hold" not in " ".join(made({"concurrency": 4}).notes)
 
 
 def test_a_gpus_generation_decides() -> None:

@@ -25,6 +25,7 @@ def test_the_table_is_dated_and_says_that_it_is_unchecked() -> None:
     for one in table.machines:
         assert one.price_per_second, one.sku
         assert (one.gpus == 0) == (one.gpu_memory_gb == 0), one.sku
+        assert one.access is not None, one.sku
 
 
 def test_a_machine_of_several_gpus_is_like_one_of_one() -> None:
@@ -34,6 +35,18 @@ def test_a_machine_of_several_gpus_is_like_one_of_one() -> None:
     assert four.price_per_second == pytest.approx(4 * (one.price_per_second or 0))
     assert table.machine("gpu-4x-l40s") == four
     assert one.price_per_hour == pytest.approx(3.51)
+
+
+def test_host_memory_and_access_are_those_of_each_machine() -> None:
+    table = hardware.table()
+    found = {one.sku: (one.host_memory_gb, one.access) for one in table.machines}
+    assert (found["cpu-small"], found["gpu-h100"]) == ((2, "general"), (72, "general"))
+    assert (found["gpu-l40s"], found["gpu-l40s-2x"], found["gpu-l40s-4x"]) == (
+        (65, "general"), (144, "general"), (288, "contract"),
+    )  # fmt: skip
+    assert found["gpu-h100-2x"] == (None, "contract"), "one machine's host memory is not another's"
+    assert table.machine("gpu-h100-2x").host_bytes == float("inf")
+    assert table.machine("gpu-h100").host_bytes == 72e9
 
 
 def test_prices_are_changed_by_sku() -> None:
@@ -74,6 +87,7 @@ def test_a_date_may_be_text(tmp_path: Path) -> None:
         ("dated: soon\nmachines: []", "no date"),
         ("dated: 2027-01-01\nmachines: [{sku: x, name: X, gpus: -1}]", "x: gpus"),
         ("dated: 2027-01-01\nmachines: [{sku: x, name: X, ram: 1}]", "x: ram"),
+        ("dated: 2027-01-01\nmachines: [{sku: x, name: X, access: some}]", "x: access"),
         ("dated: 2027-01-01\nmachines: [{sku: x, name: X, like: y}]", "x is like y"),
     ],
 )

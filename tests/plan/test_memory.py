@@ -143,6 +143,20 @@ def test_gpus_share_weights_and_heads() -> None:
     assert memory.cache(SMOLLM2, Serving(gpus=9)) == pytest.approx(memory.cache(SMOLLM2, Serving()) / 3)
 
 
+def test_host_memory_is_of_processes_and_of_tensors_in_transit() -> None:
+    embedding = 2 * 128_256 * 4096
+    assert memory.largest_tensor(LLAMA3) == embedding
+    assert memory.host_of_training(LLAMA3, Training()) == 3e9 + 4 * embedding
+    # Of a small model the comparison's log-probabilities are the larger part: 2,048 tokens at least.
+    few = replace(LLAMA3, embedding=0, head=0, linears=())
+    assert memory.host_of_training(few, Training()) == 3e9 + 4 * 2048 * 128_256
+    assert memory.host_of_training(few, Training(length=4096)) == 3e9 + 4 * 4096 * 128_256
+    assert memory.host_of_serving(LLAMA3, Serving()) == 6e9 + embedding
+    assert memory.host_of_serving(LLAMA3, Serving(gpus=2)) == 12e9 + 2 * embedding
+    assert memory.largest_tensor(replace(LLAMA3, experts=32 * 10**9)) == 2 * 10**9, "those of one layer"
+    assert memory.largest_tensor(replace(LLAMA3, dtype="float32")) == 2 * embedding
+
+
 def test_the_total_is_the_sum_of_its_parts() -> None:
     found = memory.serving(LLAMA3, Serving(context=4096, concurrency=16))
     assert found.total == found.weights + found.cache + found.activations + found.overhead
