@@ -13,7 +13,8 @@ from cogpress.cli import step
 from cogpress.config import Config
 from cogpress.errors import CogpressError
 from cogpress.files import write_json
-from cogpress.replicate import training
+from cogpress.plan import report as plan
+from cogpress.replicate import routes, training
 from cogpress.replicate.api import connect
 from cogpress.train.run import validation_file
 from cogpress.verify import run as verify
@@ -42,8 +43,9 @@ def run(
         inputs: the training's, by name.
         model: the trainer: owner/name, or owner/name:version.
         console: for progress.
-        destination: the model that gets the new version; by default the trainer.
-        hardware: of a destination that is created.
+        destination: the model that gets the new version; by default NAME-trained of the token's account, as the
+            newest version of the trainer is what its callers get.
+        hardware: of a destination that is created; by default the plan's choice, as for the trainer's.
         no_fetch: leave the weights on Replicate.
         no_verify: do not verify the weights against what the training scored.
         run: folder for the weights; `runs/training-ID` where not given.
@@ -61,11 +63,17 @@ def run(
     data = given.pop("train_data", None) or settings.data.train
     if data is None:
         raise CogpressError("There are no examples. Name them with --train-data, or as data.train in model.yaml.")
-    target = destination or model.partition(":")[0]
+    trainer = model.partition(":")[0]
     replicate = connect()
     try:
+        account = "" if destination else replicate.ask(routes.account())["username"]
+        target = destination or f"{account}/{trainer.rpartition('/')[2]}-trained"
+        if target == trainer:
+            console.print(f"The new version will be the newest of {trainer}, before anyone has tested it.")
         with step(f"Upload {data} and start the training", console) as say:
-            made = training.start(replicate, model, target, root / data, given, hardware or "")
+            made = training.start(
+                replicate, model, target, root / data, given, lambda: hardware or plan.sku(settings, root)
+            )
             say(f"training {made['id']}")
         with step("Training", console) as say:
             trained = training.follow(
@@ -90,7 +98,7 @@ def run(
     if not with_adapter:
         console.print(
             "The tar holds no adapter, so the weights cannot be verified. Push "
-            f"{model.partition(':')[0]} again with this cogpress, whose trainings keep the adapter, and train again.",
+            f"{trainer} again with this cogpress, whose trainings keep the adapter, and train again.",
             soft_wrap=True,
         )
     elif no_verify:

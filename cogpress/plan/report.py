@@ -14,8 +14,8 @@ from rich.text import Text
 from cogpress import config, plots
 from cogpress.config import Config
 from cogpress.errors import CogpressError
-from cogpress.files import write_json
-from cogpress.plan import cost, hardware
+from cogpress.files import read_json, write_json
+from cogpress.plan import architecture, cost, hardware
 from cogpress.plan import estimate as planning
 from cogpress.plan.architecture import Architecture
 from cogpress.plan.cost import Running
@@ -78,6 +78,37 @@ def of_project(settings: Config, root: Path, model: Architecture) -> Estimate:
     table, note = hardware.current(hardware.table(path, settings.plan.prices))
     report = planning.data_report(root / "runs" / settings.name)
     return planning.make(settings, model, table, report=report, notes=(*said, note) if note else said)
+
+
+def sku(settings: Config, root: Path, *, ask: bool = True) -> str:
+    """The cheapest hardware on which the project's model fits.
+
+    Args:
+        settings: of `model.yaml`.
+        root: the project's folder, whose `weights/` is the model, or else `serve.weights` or the base.
+        ask: ask Replicate for the account's hardware; else use the dated table.
+
+    Raises:
+        CogpressError: the plan does not know the model, or nothing fits.
+    """
+    own = root / "weights" / "config.json"
+    try:
+        if own.is_file():
+            model = architecture.read(read_json(own), str(own))
+        else:
+            model = architecture.of(settings.serve.weights or settings.base.source, root / ".cache")
+        if ask:
+            made = of_project(settings, root, model)
+        else:
+            path = root / settings.plan.hardware if settings.plan.hardware else None
+            made = planning.make(settings, model, hardware.table(path, settings.plan.prices))
+    except (CogpressError, ValueError) as error:
+        raise CogpressError(f"The plan cannot choose hardware: {error} Or name it with --hardware SKU.") from None
+    if made.hardware is None:
+        raise CogpressError(
+            "The model fits on no hardware by the plan; scripts/plan shows why. Name one with --hardware SKU."
+        )
+    return made.hardware.sku
 
 
 def gigabytes(number: float) -> str:

@@ -16,7 +16,7 @@ from cogpress.errors import CogpressError
 from cogpress.preflight import machine
 from cogpress.push import deployment, fuzz, journal, run, testcases
 from cogpress.push.run import PushRun
-from cogpress.push.target import PushTarget, example, fingerprint, hardware
+from cogpress.push.target import PushTarget, example, fingerprint
 from cogpress.replicate import routes
 from cogpress.replicate.api import Replicate
 from cogpress.replicate.routes import Call
@@ -63,11 +63,13 @@ def _steps(push: PushRun) -> Iterator[tuple[str, bool, list[str]]]:
     yield from _asked(push, version)
     if trained := settings.push.training:
         given = {**trained.input, "train_data": f"({trained.data})"}
-        train = routes.train(target.test_model, version or NEW, target.test_model, given)
+        train = routes.train(target.test_model, version or NEW, target.trained_model, given)
+        create_trained = routes.create_model(target.trained_model, "private", sku)
         yield (
             run.TRAINING,
             False,
             [
+                f"{_shown(create_trained)}, where it does not exist",
                 f"POST /v1/files with {trained.data}",
                 _shown(train),
                 *(_predict("(the trained version)", case.input) for case in trained.tests),
@@ -84,7 +86,8 @@ def _steps(push: PushRun) -> Iterator[tuple[str, bool, list[str]]]:
     told = "" if target.page else ", where this push creates it"
     yield run.PAGE, False, [f"PATCH /v1/models/{target.destination} with the weights' card{told}"]
     if target.clean:
-        yield run.CLEAN, False, [f"DELETE /v1/models/{target.test_model}/versions/... but the tested one"]
+        cleaned = [target.test_model] + ([target.trained_model] if trained else [])
+        yield run.CLEAN, False, [f"DELETE /v1/models/{name}/versions/... but the tested one" for name in cleaned]
 
 
 def _asked(push: PushRun, version: str | None) -> Iterator[tuple[str, bool, list[str]]]:
@@ -123,7 +126,7 @@ def _shown(call: Call) -> str:
 
 def _sku(push: PushRun) -> str:
     try:
-        return hardware(push.target, push.settings, ask=False)
+        return push.target.sku(push.settings, ask=False)
     except CogpressError:
         return "(none: name it with --hardware)"
 

@@ -20,7 +20,7 @@ from cogpress.push import compatibility, deployment, fuzz, journal, page, parity
 from cogpress.push.context import build_context, code_beside_weights
 from cogpress.push.journal import RejectedError, Say, StepRunner
 from cogpress.push.summary import Shipped
-from cogpress.push.target import PushTarget, example, fingerprint, hardware
+from cogpress.push.target import PushTarget, example, fingerprint
 from cogpress.push.testcases import Outcome
 from cogpress.replicate import api, routes, training
 from cogpress.replicate.api import RefusedError, Replicate
@@ -151,7 +151,7 @@ class PushRun:
     def hardware(self) -> str:
         """The SKU, chosen by the plan where none is named."""
         if self._sku is None:
-            self._sku = hardware(self.target, self.settings)
+            self._sku = self.target.sku(self.settings)
         return self._sku
 
     def local_schema(self) -> dict[str, Any]:
@@ -339,8 +339,8 @@ class PushRun:
             raise CogpressError(f"push.training.data names {data}, which does not exist. Correct model.yaml.")
 
         def act(say: Say) -> dict[str, Any]:
-            model = self.target.test_model
-            made = training.start(self.replicate, f"{model}:{version}", model, data, wanted.input)
+            trainer, model = f"{self.target.test_model}:{version}", self.target.trained_model
+            made = training.start(self.replicate, trainer, model, data, wanted.input, lambda: self.hardware)
             trained = training.follow(
                 self.replicate,
                 made,
@@ -408,22 +408,26 @@ class PushRun:
         self._steps.once(PAGE, act)
 
     def _clean(self, tested: str) -> None:
-        """Delete the test model's versions but the one that was tested."""
+        """Delete the test models' versions but those that were tested."""
         if not self.target.clean:
             return
+        kept_versions = {self.target.test_model: tested}
+        if trained := self._steps.done.get(TRAINING):
+            kept_versions[self.target.trained_model] = trained["version"].rpartition(":")[2]
 
         def act(say: Say) -> dict[str, Any]:
-            old = [one["id"] for one in self._versions(self.target.test_model) if one["id"] != tested]
-            kept = []
-            for identifier in old:
-                try:
-                    self.replicate.ask(routes.delete_version(self.target.test_model, identifier))
-                except RefusedError as error:
-                    kept.append(f"{identifier[:12]} ({error})")
+            deleted, kept = 0, []
+            for model, keep in kept_versions.items():
+                for identifier in (one["id"] for one in self._versions(model) if one["id"] != keep):
+                    try:
+                        self.replicate.ask(routes.delete_version(model, identifier))
+                        deleted += 1
+                    except RefusedError as error:
+                        kept.append(f"{identifier[:12]} of {model} ({error})")
             if kept:
-                self.notes.append(f"Versions of {self.target.test_model} that Replicate keeps: {'; '.join(kept)}")
-            say(f"{len(old) - len(kept)} deleted, {len(kept)} kept")
-            return {"deleted": len(old) - len(kept), "kept": kept}
+                self.notes.append(f"Test versions that Replicate keeps: {'; '.join(kept)}")
+            say(f"{deleted} deleted, {len(kept)} kept")
+            return {"deleted": deleted, "kept": kept}
 
         self._steps.once(CLEAN, act)
 

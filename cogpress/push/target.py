@@ -8,10 +8,8 @@ from typing import Any, Literal
 
 from cogpress.config import Case, Config
 from cogpress.errors import CogpressError
-from cogpress.files import read_json, sha256
-from cogpress.plan import architecture, estimate
-from cogpress.plan import report as plan_report
-from cogpress.plan.hardware import table
+from cogpress.files import sha256
+from cogpress.plan import report as plan
 from cogpress.preflight import ignore, place
 from cogpress.push import journal
 from cogpress.weights import manifest
@@ -56,47 +54,24 @@ class PushTarget:
         for name in (destination, test):
             if not place.NAME.fullmatch(name):
                 raise CogpressError(f"{name!r} is not owner/name. Copy it from the address of its page on Replicate.")
-        if test.lower() == destination.lower():
+        target = cls(root, destination, test, **more)
+        if destination.lower() in (test.lower(), target.trained_model.lower()):
             raise CogpressError(f"{destination} cannot be its own test model. Name another with --test-model.")
-        return cls(root, destination, test, **more)
+        return target
+
+    @property
+    def trained_model(self) -> str:
+        """The model that gets what a test training makes: no untested version becomes another model's newest."""
+        return f"{self.test_model}-trained"
+
+    def sku(self, settings: Config, *, ask: bool = True) -> str:
+        """The hardware to run on: the named one, or the plan's choice; see `plan.report.sku`."""
+        return plan.sku(settings, self.root, ask=ask) if self.hardware == "auto" else self.hardware
 
     @property
     def folder(self) -> Path:
         """Of the journal, the logs and the report."""
         return self.root / "runs" / "push" / self.destination.replace("/", "--")
-
-
-def hardware(target: PushTarget, settings: Config, *, ask: bool = True) -> str:
-    """The SKU to run on: the named one, or the cheapest that fits by the plan.
-
-    Args:
-        target: its hardware and project.
-        settings: of `model.yaml`.
-        ask: ask Replicate for the account's hardware; else use the dated table.
-
-    Raises:
-        CogpressError: the plan does not know the model, or nothing fits.
-    """
-    if target.hardware != "auto":
-        return target.hardware
-    own = target.root / "weights" / "config.json"
-    try:
-        if own.is_file():
-            model = architecture.read(read_json(own), str(own))
-        else:
-            model = architecture.of(settings.serve.weights or settings.base.source, target.root / ".cache")
-        if ask:
-            made = plan_report.of_project(settings, target.root, model)
-        else:
-            path = target.root / settings.plan.hardware if settings.plan.hardware else None
-            made = estimate.make(settings, model, table(path, settings.plan.prices))
-    except (CogpressError, ValueError) as error:
-        raise CogpressError(f"The plan cannot choose hardware: {error} Or name it with --hardware SKU.") from None
-    if made.hardware is None:
-        raise CogpressError(
-            "The model fits on no hardware by the plan; scripts/plan shows why. Name one with --hardware SKU."
-        )
-    return made.hardware.sku
 
 
 def example(settings: Config) -> dict[str, Any] | None:

@@ -56,7 +56,7 @@ def trainer(replicate: Replicate, name: str) -> tuple[str, str, dict[str, Any]]:
 
 
 def start(
-    replicate: Replicate, name: str, destination: str, data: Path, inputs: Mapping[str, Any], hardware: str = ""
+    replicate: Replicate, name: str, destination: str, data: Path, inputs: Mapping[str, Any], sku: Callable[[], str]
 ) -> dict[str, Any]:
     """Upload the examples and start a training.
 
@@ -66,10 +66,10 @@ def start(
         destination: owner/name of the model that gets the new version; created, private, where it does not exist.
         data: the file of examples.
         inputs: the training's other inputs; those that are None are left out.
-        hardware: the SKU of a destination that is created.
+        sku: chooses the hardware of a destination that is created. The training runs on the trainer's.
 
     Raises:
-        CogpressError: the file cannot be read, or Replicate refuses.
+        CogpressError: the file cannot be read, Replicate refuses, or no hardware can be chosen.
     """
     model, version, document = trainer(replicate, name)
     given = {key: value for key, value in inputs.items() if value is not None}
@@ -82,9 +82,7 @@ def start(
             f"{data} does not exist. Name the examples with --train-data, or as data.train in model.yaml."
         )
     if replicate.find(routes.model(destination)) is None:
-        if not hardware:
-            raise CogpressError(f"{destination} does not exist. Give --hardware SKU to create it, private.")
-        replicate.make_model(destination, "private", hardware)
+        replicate.make_model(destination, "private", sku())
     uploaded = {**given, "train_data": replicate.upload(data)}
     return dict(replicate.ask(routes.train(model, version, destination, uploaded)))
 

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -22,7 +21,7 @@ from cogpress.errors import CogpressError
 from cogpress.preflight import place
 from cogpress.push import dry_run, journal, run, testcases
 from cogpress.push.context import build_context, code_beside_weights
-from cogpress.push.target import PushTarget, fingerprint, hardware
+from cogpress.push.target import PushTarget, fingerprint
 from cogpress.replicate import routes
 from cogpress.replicate.api import Replicate
 from tests.standins.localreplicate import ROOT, TOKEN, javascript
@@ -436,10 +435,10 @@ def test_hardware_is_the_plans(here: Machine) -> None:
     settings = config.load(here.root / "model.yaml")
     target = PushTarget.of(here.root, settings, "local/model")
     with pytest.raises(CogpressError, match="The plan cannot choose hardware"):
-        hardware(target, settings)
+        target.sku(settings)
     llama = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     llama |= {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "intermediate_size": 128}
     (here.root / "weights" / "config.json").write_text(json.dumps(llama))
-    assert hardware(target, settings) in ("gpu-t4", "gpu-l40s")  # what the account has
-    assert hardware(target, settings, ask=False).startswith("gpu-")
-    assert textwrap.dedent(hardware(PushTarget.of(here.root, settings, "a/b", hardware="cpu"), settings)) == "cpu"
+    assert target.sku(settings) in ("gpu-t4", "gpu-l40s")  # what the account has
+    assert target.sku(settings, ask=False).startswith("gpu-")
+    assert PushTarget.of(here.root, settings, "a/b", hardware="cpu").sku(settings) == "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ def test_a_training_from_a_local_file_to_checked_weights(here: Machine, remote: 
 
 
 def test_weights_can_stay_there(here: Machine) -> None:
-    trained, said = train(here, no_fetch=True, steps=1)
-    assert trained.version.startswith("local/base:")
+    trained, said = train(here, no_fetch=True, steps=1, hardware="gpu-t4")
+    # A model of its own gets it: the trainer's newest version is what its callers get.
+    assert trained.version.startswith("local/base-trained:")
     assert trained.version in said
     assert not (here.root / "runs").exists()
 
@@ -74,7 +76,7 @@ def test_weights_can_stay_there(here: Machine) -> None:
     [
         ({"model": None}, "--model owner/name"),
         ({"model": "local/nothing"}, "no version local/nothing to train with"),
-        ({"destination": "local/missing"}, "local/missing does not exist. Give --hardware"),
+        ({"destination": "local/missing"}, "plan cannot choose hardware.*--hardware SKU"),
         ({"rank": 3}, "has no input rank"),
         ({"steps": 0}, "rejects the request.*less than the minimum"),
         ({"steps": 13}, "failed: ValueError: thirteen steps"),
@@ -113,12 +115,14 @@ def test_a_training_is_not_started_twice(here: Machine, remote: PushReplicate) -
         train(here)
     assert len([one for one in remote.changes() if one.endswith("/trainings")]) == 1
     remote.fault("POST", "/v1/models/local/base/versions", 429, 1, Retry_After="0")
-    assert train(here, no_fetch=True, steps=1)[0].version
+    trained, said = train(here, no_fetch=True, steps=1, destination="local/base")
+    assert trained.version.startswith("local/base:")
+    assert "will be the newest of local/base" in said
 
 
 def test_a_training_that_takes_too_long_is_canceled(here: Machine, remote: PushReplicate) -> None:
     api = Replicate(TOKEN, remote.url)
-    made = training.start(api, "local/base", "local/base", here.root.parent / "examples.jsonl", {"steps": 1000})
+    made = training.start(api, "local/base", "local/base", here.root.parent / "examples.jsonl", {"steps": 1000}, str)
     with pytest.raises(CogpressError, match="did not end within 2 s and was canceled"):
         training.follow(api, made, lambda _text: None, timeout=2)
     assert remote.ask("GET", f"/v1/trainings/{made['id']}").json()["status"] == "canceled"
@@ -146,6 +150,14 @@ def test_a_push_tries_training_too(here: Machine, remote: PushReplicate) -> None
     assert "/trainings" in file.getvalue()
     shipped = run.push(target, settings, console)
     assert "step 1" in file.getvalue()
-    assert shipped.steps[run.TRAINING]["version"].startswith("local/trained-test:")
+    assert shipped.steps[run.TRAINING]["version"].startswith("local/trained-test-trained:")
+    versions = remote.ask("GET", "/v1/models/local/trained-test/versions").json()["results"]
+    assert len(versions) == 1  # the pushed one alone
     # The version that training made is not the one that is shipped.
     assert shipped.steps[run.TRAINING]["version"].rpartition(":")[2] != shipped.version
+    # Old test versions go, but for those that trainings began from.
+    again = run.push(replace(target, fresh=True, clean=True), settings, console)
+    assert again.steps[run.CLEAN]["deleted"] == 1
+    assert "Trainings began from this version" in again.steps[run.CLEAN]["kept"][0]
+    [left] = remote.ask("GET", "/v1/models/local/trained-test-trained/versions").json()["results"]
+    assert again.steps[run.TRAINING]["version"].endswith(left["id"])

@@ -53,6 +53,8 @@ class Management:
         self.facts: dict[str, dict[str, Any]] = {}
         """What was said of a model when it was created."""
         self.deployments: dict[str, Deployment] = {}
+        self.trainers: set[str] = set()
+        """Versions that trainings began from."""
 
     def routes(self, parts: Parts) -> list[Route]:
         return web.bind(
@@ -105,6 +107,8 @@ class Management:
         used = [one.name for one in self.deployments.values() if (one.model, one.version) == (found.model, found.id)]
         if used:
             raise HTTPProblem(400, "Bad request", f"The deployment {OWNER}/{used[0]} uses this version.")
+        if found.id in self.trainers:
+            raise HTTPProblem(400, "Bad request", "Trainings began from this version.")
         return await resources.delete_version(parts, request)
 
     def _deployment(self, request: Request) -> Deployment:

@@ -55,8 +55,8 @@ class PushReplicate(Local):
 class Standin:
     """Around the application of the playground."""
 
-    def __init__(self, app: Any, parts: Any, folder: Path, facts: dict[str, dict[str, Any]]) -> None:
-        self.app, self.parts, self.folder, self.facts = app, parts, folder, facts
+    def __init__(self, app: Any, parts: Any, folder: Path, management: Any) -> None:
+        self.app, self.parts, self.folder, self.management = app, parts, folder, management
         self.faults: list[dict[str, Any]] = []
         self.scripts: list[list[dict[str, Any]]] = []
         self.scripted: dict[str, list[dict[str, Any]]] = {}
@@ -162,12 +162,13 @@ class Standin:
         digest = hashlib.sha256(f"{self.pushes} {print_}".encode()).hexdigest()
         added = model.versions[-1] = replace(added, id=digest)
         self.images[added.id] = copied
-        self.facts.setdefault(body["model"], {})["separate_weights"] = str(body["separate_weights"])
+        self.management.facts.setdefault(body["model"], {})["separate_weights"] = str(body["separate_weights"])
         return 200, {"id": added.id}
 
     async def create_training(self, version: Any, destination: str, *more: Any) -> Any:
         """Train the pushed image instead of the playground's own project; the destination must exist."""
         self.parts.catalog.model(destination)
+        self.management.trainers.add(version.id)
         if version.id in self.images:
             image = self.images[version.id]
             self.parts.trainings._root = self.parts.sources.root = image
@@ -212,7 +213,7 @@ def main() -> None:
 
     def managed(settings: Any, parts: Any = None, **more: Any) -> Any:
         made = parts or app.build(settings)
-        return Standin(application(settings, made, **more), made, settings.folder, management.facts)
+        return Standin(application(settings, made, **more), made, settings.folder, management)
 
     app.application = managed  # type: ignore[assignment]
     app.routes = lambda parts, secret: [*management.routes(parts), *routes(parts, secret)]
