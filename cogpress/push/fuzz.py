@@ -126,7 +126,8 @@ def run(
                 raise
             return Outcome(f"fuzz {number}", False, f"its own schema rejects it: {error}")
         fault = _fault(made)
-        return Outcome(f"fuzz {number}", fault is None, fault or str(made["status"]), prediction=str(made["id"]))
+        seconds = testcases.seconds_of(made)
+        return Outcome(f"fuzz {number}", fault is None, fault or str(made["status"]), seconds, str(made["id"]))
 
     with ThreadPoolExecutor(parallel) as pool:
         return list(pool.map(one, enumerate(asked, 1)))

@@ -153,6 +153,7 @@ def compare(
     )
     metrics = {
         "examples": len(answers),
+        "predict_seconds": sum(map(testcases.seconds_of, answers)),
         "served_agreement": same.agreement,
         "served_difference": same.mean_difference,
         **_scores(settings, found, [answer.text for answer in served.answers]),

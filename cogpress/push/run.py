@@ -15,6 +15,7 @@ from cogpress.cog.process import read_cog_yaml
 from cogpress.config import Config
 from cogpress.errors import CogpressError
 from cogpress.files import sha256, write_json
+from cogpress.plan import hardware
 from cogpress.preflight import machine
 from cogpress.push import compatibility, deployment, fuzz, journal, page, parity, summary, testcases
 from cogpress.push.context import build_context, code_beside_weights
@@ -90,10 +91,31 @@ class PushRun:
         self._page(any(name.startswith(f"{target.destination} ") for name in created))
         self._clean(tested)
         model = self.replicate.find(routes.model(target.destination)) or {}
-        made = Shipped(model, shipped, final, self._steps.done, tuple(self.notes))
+        made = Shipped(
+            model,
+            shipped,
+            final,
+            self._steps.done,
+            tuple(self.notes),
+            cold_boot=summary.cold_boot(self._steps.done.get(TESTS, {})),
+            cost=self._cost(),
+            deployment=self._steps.done.get(DEPLOYMENT, {}).get("deployment"),
+        )
         content = {"format": 1, "model": target.destination, "version": shipped, "steps": self._steps.done}
+        content |= {"cold_boot": made.cold_boot, "cost": made.cost.to_dict()}
         write_json(target.folder / "report.json", {**content, "notes": self.notes})
         return made
+
+    def _cost(self) -> summary.Cost:
+        """What this push's predictions and trainings cost, at the price of the hardware that a new model gets."""
+        spent = sum(float(one.get(summary.SPENT) or 0.0) for one in self._steps.done.values() if not one["before"])
+        path = self.target.root / self.settings.plan.hardware if self.settings.plan.hardware else None
+        try:
+            sku = self.hardware
+            price = hardware.table(path, self.settings.plan.prices).machine(sku).price_per_second
+        except CogpressError:
+            return summary.Cost(spent)  # its price is unknown
+        return summary.Cost(spent, sku, price)
 
     def push_depends(self, model: str, image: str, after: str | None) -> Any:
         """What a push depends on: the image, the command, and the version tested before."""
@@ -248,7 +270,8 @@ class PushRun:
             self.console.print(testcases.table(outcomes))
             testcases.judge(outcomes, "test predictions", version)
             say(f"{len(outcomes)}/{len(outcomes)} passed")
-            return {"outcomes": [outcome.to_dict() for outcome in outcomes]}
+            spent = sum(outcome.seconds for outcome in outcomes)
+            return {"outcomes": [outcome.to_dict() for outcome in outcomes], summary.SPENT: spent}
 
         self._steps.kept(TESTS, self.tests_depend(version), act)
 
@@ -271,13 +294,15 @@ class PushRun:
             both = [
                 testcases.answers(self.replicate, one, asked.values(), self.settings.push) for one in (old, version)
             ]
-            other = [name for name, before, now in zip(asked, *both, strict=True) if before is None or before != now]
+            pairs = zip(asked, *both, strict=True)
+            other = [name for name, (before, _), (now, _) in pairs if before is None or before != now]
             if other and required:
                 raise RejectedError(
                     f"Version {version[:12]} answers differently from the live version {old[:12]}: {', '.join(other)}."
                 )
             say(f"{len(asked) - len(other)} of {len(asked)} equal")
-            return {"asked": len(asked), "other": other}
+            spent = sum(seconds for one in both for _, seconds in one)
+            return {"asked": len(asked), "other": other, summary.SPENT: spent}
 
         found = self._steps.kept(SAME, [version, old, asked, required, self.settings.push.timeout], act)
         if found["other"]:
@@ -295,7 +320,8 @@ class PushRun:
             if again is not None:  # an input may have broken it
                 made = testcases.predict(self.replicate, version, again, push.timeout)
                 alive = made.get("status") == "succeeded"
-                outcomes.append(Outcome("the first test again", alive, str(made.get("error") or made.get("status"))))
+                told = str(made.get("error") or made.get("status"))
+                outcomes.append(Outcome("the first test again", alive, told, testcases.seconds_of(made)))
             bad = [outcome for outcome in outcomes if not outcome.passed]
             if bad:
                 self.console.print(testcases.table(bad))
@@ -304,7 +330,7 @@ class PushRun:
             )
             testcases.judge(outcomes, "generated inputs", version, f" Inputs: {told}" if told else "")
             say(f"{len(asked)} generated inputs answered, or refused with a reason")
-            return {"inputs": len(asked)}
+            return {"inputs": len(asked), summary.SPENT: sum(outcome.seconds for outcome in outcomes)}
 
         self._steps.kept(FUZZ, self.fuzz_depends(version, asked), act)
 
@@ -326,7 +352,8 @@ class PushRun:
                 f"{metrics['served_agreement']:.1%} of tokens agree, {metrics['tokens_per_second']:.0f} tokens/s, "
                 f"first after {metrics['time_to_first_token']:.2f} s"
             )
-            return {"metrics": metrics, "checks": [check.to_dict() for check in checks]}
+            spent = metrics.pop(summary.SPENT)
+            return {"metrics": metrics, "checks": [check.to_dict() for check in checks], summary.SPENT: spent}
 
         self._steps.kept(PARITY, [version, found.depends(), limits, self.settings.verify.score], act)
 
@@ -361,7 +388,8 @@ class PushRun:
                 self.console.print(testcases.table(outcomes))
                 testcases.judge(outcomes, "predictions of the trained version", trained.version.rpartition(":")[2])
             say(f"{trained.seconds:.0f} s, {len(outcomes)}/{len(outcomes)} predictions passed")
-            return {"training": trained.id, "version": trained.version}
+            spent = float(trained.metrics.get("predict_time") or 0.0) + sum(outcome.seconds for outcome in outcomes)
+            return {"training": trained.id, "version": trained.version, summary.SPENT: spent}
 
         self._steps.kept(TRAINING, [version, wanted.model_dump(mode="json"), sha256(data)], act)
 
@@ -443,7 +471,12 @@ def push(target: PushTarget, settings: Config, console: Console) -> Shipped:
         shipped = PushRun(target, settings, replicate, console).run()
     finally:
         replicate.close()
-    summary.show(shipped, target.destination, example(settings), replicate.base, console)
+    asked = example(settings)
+    programs = None
+    if asked is not None:
+        programs = summary.programs(target.destination, shipped, asked, replicate.base)
+        (target.folder / summary.PROGRAMS).write_text(summary.page(target.destination, programs), encoding="utf-8")
+    summary.show(shipped, target.destination, programs, target.folder.relative_to(target.root), console)
     return shipped
 
 

@@ -1,4 +1,4 @@
-"""Print the end of a push: the model's page, its version, each step's time, and programs that call it."""
+"""The end of a push: the model's page, its version, what the tests took and cost, and programs that call it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pprint
 import shlex
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,39 @@ from rich.text import Text
 
 from cogpress.replicate.api import ADDRESS
 
+PROGRAMS = "programs.md"
+"""Beside the report: every program that calls the model."""
+
+SPENT = "predict_seconds"
+"""In a step's result: the run time of its predictions and trainings, in seconds."""
+
 _WIDTH = 76
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the predictions and trainings of a push took.
+
+    Attributes:
+        seconds: their run time, without starts and idle instances.
+        hardware: the SKU whose price is taken; None where no price is known.
+        price_per_second: its price in US dollars; None likewise.
+    """
+
+    seconds: float
+    hardware: str | None = None
+    price_per_second: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, with the `dollars`, None where the price is unknown."""
+        price = self.price_per_second
+        return {**asdict(self), "dollars": None if price is None else price * self.seconds}
+
+    def __str__(self) -> str:
+        told = f"{self.seconds:.1f} s"
+        if self.price_per_second is None:
+            return told
+        return f"{told}, ${self.price_per_second * self.seconds:.4f} at {self.hardware}'s price, without starts"
 
 
 @dataclass(frozen=True)
@@ -29,6 +62,9 @@ class Shipped:
         document: its OpenAPI document.
         steps: by name, with seconds, result and whether an earlier push did them.
         notes: for the user.
+        cold_boot: seconds that the first test prediction waited for an instance; None where there was none.
+        cost: of the tests that this push ran.
+        deployment: owner/name of the deployment that runs the version.
     """
 
     model: dict[str, Any]
@@ -36,23 +72,32 @@ class Shipped:
     document: dict[str, Any]
     steps: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
+    cold_boot: float | None
+    cost: Cost
+    deployment: str | None = None
 
 
-def calls(model: str, version: str, example: Mapping[str, Any], base: str = ADDRESS) -> dict[str, str]:
+def cold_boot(tests: Mapping[str, Any]) -> float | None:
+    """Seconds that the first of the test predictions waited; None without one that says so."""
+    outcomes = tests.get("outcomes") or [{}]
+    return outcomes[0].get("waited") or None
+
+
+def programs(model: str, shipped: Shipped, example: Mapping[str, Any], base: str = ADDRESS) -> dict[str, str]:
     """Whole programs that run a prediction, by title. They read the token from the environment.
 
     Args:
         model: owner/name.
-        version: its id.
+        shipped: the finished push.
         example: the input.
         base: the API's address.
     """
-    reference = f"{model}:{version}"
+    reference = f"{model}:{shipped.version}"
     given = dict(example)
     python = textwrap.indent(pprint.pformat(given, width=_WIDTH, sort_dicts=False), "    ").strip()
     javascript = textwrap.indent(json.dumps(given, indent=2, ensure_ascii=False), "  ").strip()
-    body = {"version": version, "input": given}
-    return {
+    body = {"version": shipped.version, "input": given}
+    made = {
         "Python": (
             "import replicate\n\n"
             f'for text in replicate.stream(\n    "{reference}",\n    input={python},\n):\n    print(text, end="")'
@@ -63,19 +108,68 @@ def calls(model: str, version: str, example: Mapping[str, Any], base: str = ADDR
             "for await (const { event, data } of events) {\n"
             '  if (event === "output") process.stdout.write(data);\n}'
         ),
-        "curl": _curl(base, body, "-H 'Prefer: wait'"),
+        "curl": _curl(base, "/v1/predictions", body, "-H 'Prefer: wait'"),
         "HTTP stream": (
-            f"url=$({_curl(base, {**body, 'stream': True})} |\n"
+            f"url=$({_curl(base, '/v1/predictions', {**body, 'stream': True})} |\n"
             '  python3 -c \'import json, sys; print(json.load(sys.stdin)["urls"]["stream"])\')\n'
             "curl -sSN -H 'Accept: text/event-stream' \"$url\""
         ),
     }
+    if shipped.deployment:
+        route = f"/v1/deployments/{shipped.deployment}/predictions"
+        made["Deployment"] = _curl(base, route, {"input": given}, "-H 'Prefer: wait'")
+    return {**made, "Webhook receiver": _RECEIVER}
 
 
-def _curl(base: str, body: Mapping[str, Any], more: str = "") -> str:
+_RECEIVER = """\
+import json
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import replicate
+
+# Give its public https address as "webhook" beside "input" when you create a prediction.
+secret = replicate.webhooks.default.secret()
+
+
+class Receiver(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"])).decode()
+        try:
+            replicate.webhooks.validate(
+                headers=dict(self.headers), body=body, secret=secret, tolerance=300
+            )
+        except ValueError:
+            self.send_error(401)
+            return
+        self.send_response(200)
+        self.end_headers()
+        prediction = json.loads(body)
+        print(prediction["id"], prediction["status"], prediction["output"], flush=True)
+
+
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Receiver).serve_forever()"""
+"""Replicate tries a webhook again for about a minute where it is answered with an error."""
+
+_LANGUAGES = {"Python": "python", "JavaScript": "javascript", "Webhook receiver": "python"}
+
+
+def page(model: str, programs: Mapping[str, str]) -> str:
+    """The programs as Markdown, and how agents call the model."""
+    parts = [f"# Programs that call {model}\n\nThey read the token from `REPLICATE_API_TOKEN`.\n"]
+    for title, program in programs.items():
+        parts.append(f"## {title}\n\n```{_LANGUAGES.get(title, 'bash')}\n{program}\n```\n")
+    parts.append(
+        "## MCP\n\nAgents that speak MCP call it through Replicate's server at `https://mcp.replicate.com`, or through "
+        f"the npm package `replicate-mcp` on their own machine. Tell them the name {model}.\n"
+    )
+    return "\n".join(parts)
+
+
+def _curl(base: str, route: str, body: Mapping[str, Any], more: str = "") -> str:
     """For bash and zsh. The token goes through a file descriptor, as other users can read a command line."""
     lines = [
-        f"curl -sS {shlex.quote(base.rstrip('/') + '/v1/predictions')}",
+        f"curl -sS {shlex.quote(base.rstrip('/') + route)}",
         "-H @<(printf 'Authorization: Bearer %s' \"$REPLICATE_API_TOKEN\")",
         f"-H 'Content-Type: application/json' {more}".strip(),
         f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}",
@@ -83,30 +177,45 @@ def _curl(base: str, body: Mapping[str, Any], more: str = "") -> str:
     return " \\\n  ".join(lines)
 
 
-def show(shipped: Shipped, model: str, example: Mapping[str, Any] | None, base: str, console: Console) -> None:
+def show(shipped: Shipped, model: str, programs: Mapping[str, str] | None, folder: Path, console: Console) -> None:
     """Print it.
 
     Args:
         shipped: the finished push.
         model: owner/name.
-        example: the programs' input; None prints no programs.
-        base: the API's address.
+        programs: from `programs`; None where there is no input to show.
+        folder: of the report.
         console: to print to.
     """
     address = str(shipped.model.get("url") or f"https://replicate.com/{model}")
+    rows = {"playground": address, "version": shipped.version}
+    if shipped.deployment:
+        rows["deployment"] = shipped.deployment
+    if shipped.cold_boot is not None:
+        rows["cold boot"] = f"{shipped.cold_boot:.1f} s (wait of the first test prediction)"
+    rows["tests"] = str(shipped.cost)
     console.print(Text.assemble("\n", (f"{model} is pushed.", "bold green")))
-    console.print(Text.assemble(("  playground  ", "dim"), address), soft_wrap=True)
-    console.print(Text.assemble(("  version     ", "dim"), shipped.version), soft_wrap=True)
+    for name, value in rows.items():
+        console.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
     for note in shipped.notes:
         console.print(Text.assemble(("! ", "yellow"), note))
     console.print()
     console.print(times(shipped.steps))
-    if example is None:
+    if programs is None:
         return
-    for title, program in calls(model, shipped.version, example, base).items():
-        console.print(Text(f"\n{title}", "bold"))
-        # No wrapping, so that programs can be copied.
-        console.print(Text(program), soft_wrap=True)
+    title, program = next(iter(programs.items()))
+    console.print(Text(f"\n{title}", "bold"))
+    # No wrapping, so that programs can be copied.
+    console.print(Text(program), soft_wrap=True)
+    others = ", ".join(list(programs)[1:])
+    console.print(Text(f"\n{others} and MCP are in:"))
+    console.print(Text(f"  {folder / PROGRAMS}"), soft_wrap=True)
+    console.print(
+        Text(
+            "\nReplicate's search finds only models with an example: run the first test on the playground's page, and "
+            "keep that prediction as the example there."
+        )
+    )
 
 
 def times(steps: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +44,7 @@ class Outcome:
         prediction: its id.
         output: its text.
         metrics: of the model.
+        waited: seconds before it ran, a cold start included.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Outcome:
     prediction: str = ""
     output: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
+    waited: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -147,32 +150,39 @@ def _judged(replicate: Replicate, version: str, case: Case, name: str, score: Sc
     try:
         if case.cancels:
             made = _canceled(replicate, made, timeout)
-            return Outcome(name, True, "ended as canceled", seconds_of(made), identifier, metrics=_metrics(made))
+            return _outcome(name, True, "ended as canceled", made)
         pieces = _streamed(replicate, made, timeout) if case.streams else 0
         made = finished(replicate, made, timeout)
         _check(case, made, score)
     except _Wrong as wrong:
         made = dict(replicate.ask(routes.prediction(identifier)))
-        return Outcome(name, False, str(wrong), seconds_of(made), identifier, _text(made), _metrics(made))
+        return _outcome(name, False, str(wrong), made)
     message = f"streamed in {pieces} pieces" if pieces else _short(_text(made) or str(made.get("error")))
-    return Outcome(name, True, message, seconds_of(made), identifier, _text(made), _metrics(made))
+    return _outcome(name, True, message, made)
 
 
-def answers(replicate: Replicate, version: str, asked: Iterable[dict[str, Any]], settings: Push) -> list[str | None]:
-    """A version's answer to each input; None where the prediction fails.
+def _outcome(name: str, passed: bool, message: str, made: dict[str, Any]) -> Outcome:
+    seconds, waited = seconds_of(made), waited_of(made)
+    return Outcome(name, passed, message, seconds, str(made["id"]), _text(made), _metrics(made), waited)
+
+
+def answers(
+    replicate: Replicate, version: str, asked: Iterable[dict[str, Any]], settings: Push
+) -> list[tuple[str | None, float]]:
+    """A version's answer to each input, None where the prediction fails, and the run time in seconds.
 
     Raises:
         CogpressError: Replicate cannot be reached, or refuses.
     """
 
-    def one(given: dict[str, Any]) -> str | None:
+    def one(given: dict[str, Any]) -> tuple[str | None, float]:
         try:
             made = predict(replicate, version, given, settings.timeout)
         except RefusedError as error:
             if not error.input:
                 raise
-            return None
-        return _text(made) if made.get("status") == "succeeded" else None
+            return None, 0.0
+        return _text(made) if made.get("status") == "succeeded" else None, seconds_of(made)
 
     with ThreadPoolExecutor(settings.parallel) as pool:
         return list(pool.map(one, asked))
@@ -289,6 +299,15 @@ def _canceled(replicate: Replicate, made: dict[str, Any], timeout: float) -> dic
 def seconds_of(made: dict[str, Any]) -> float:
     """A prediction's run time, without a cold start."""
     return float(_metrics(made).get("predict_time") or 0.0)
+
+
+def waited_of(made: dict[str, Any]) -> float:
+    """Seconds from a prediction's creation until it ran; 0 where it did not run."""
+    try:
+        created, started = (datetime.datetime.fromisoformat(str(made.get(key))) for key in ("created_at", "started_at"))
+    except ValueError:
+        return 0.0
+    return (started - created).total_seconds()
 
 
 def _metrics(made: dict[str, Any]) -> dict[str, Any]:

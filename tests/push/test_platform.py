@@ -14,7 +14,7 @@ import pytest
 from cogpress import config
 from cogpress.errors import CogpressError
 from cogpress.http import UnavailableError
-from cogpress.push import deployment, fuzz, testcases
+from cogpress.push import deployment, fuzz, summary, testcases
 from cogpress.replicate import api, routes
 from cogpress.replicate.api import Replicate
 from tests.standins.localreplicate import TOKEN
@@ -113,6 +113,27 @@ def test_missing_credit_is_explained(replicate: Replicate, remote: PushReplicate
     remote.fault("POST", "/v1/predictions", 402, told=told)
     with pytest.raises(CogpressError, match=r"no credit or payment method .*insufficient credit.*wait some minutes"):
         judged(replicate)
+
+
+@pytest.mark.parametrize(
+    ("made", "seconds"),
+    [
+        ({"created_at": "2026-01-01T00:00:00Z", "started_at": "2026-01-01T00:01:30.5Z"}, 90.5),
+        ({"created_at": "2026-01-01T00:00:00.123456789Z", "started_at": "2026-01-01T00:00:01.123456789Z"}, 1.0),
+        ({"created_at": "2026-01-01T00:00:00Z", "started_at": None}, 0.0),
+        ({"created_at": "soon", "started_at": "later"}, 0.0),
+    ],
+)
+def test_the_wait_of_a_prediction(made: dict[str, Any], seconds: float) -> None:
+    assert testcases.waited_of(made) == pytest.approx(seconds)
+
+
+def test_what_is_said_of_a_push_fits_a_terminal() -> None:
+    costs = [summary.Cost(12.34), summary.Cost(1234.5, "gpu-a100-large-8x", 0.0112)]
+    assert [str(one) for one in costs] == ["12.3 s", "1234.5 s, $13.8264 at gpu-a100-large-8x's price, without starts"]
+    assert costs[0].to_dict()["dollars"] is None
+    assert summary.cold_boot({}) is None
+    assert summary.cold_boot({"outcomes": [{"name": "of an older journal"}]}) is None
 
 
 def test_the_name_of_a_deleted_model_stays_taken(replicate: Replicate, remote: PushReplicate) -> None:

@@ -7,19 +7,22 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from rich.console import Console
 
 from cogpress import config
+from cogpress.cog.process import free_port
 from cogpress.engines.base import CRASHED
 from cogpress.errors import CogpressError
 from cogpress.preflight import place
-from cogpress.push import dry_run, journal, run, testcases
+from cogpress.push import dry_run, journal, run, summary, testcases
 from cogpress.push.context import build_context, code_beside_weights
 from cogpress.push.target import PushTarget, fingerprint
 from cogpress.replicate import routes
@@ -36,7 +39,7 @@ TEST_PUSH = ["push", "r8.im/local/model-test", "--separate-weights", "--progress
 
 @pytest.fixture
 def remote(tmp_path: Path) -> Iterator[PushReplicate]:
-    with PushReplicate(tmp_path / "replicate") as made:
+    with PushReplicate(tmp_path / "replicate", options={"private_webhooks": True}) as made:
         yield made
 
 
@@ -99,10 +102,25 @@ def test_a_push_from_nothing_and_once_more(here: Machine, remote: PushReplicate)
     assert max(len(line) for line in said.splitlines() if "http" not in line and shipped.version not in line) <= 80
     content = json.loads((here.root / "runs" / "push" / "local--model" / "report.json").read_text())
     assert content["version"] == shipped.version
+    tests = shipped.steps[run.TESTS]
+    # What the tests took: the predictions' own run times, at the price of the hardware.
+    first, *_ = tests["outcomes"]
+    assert 0 < first["waited"] == content["cold_boot"]
+    assert tests["predict_seconds"] >= sum(one["metrics"]["predict_time"] for one in tests["outcomes"]) > 0.9
+    spent = tests["predict_seconds"] + shipped.steps[run.FUZZ]["predict_seconds"]
+    assert content["cost"] == {
+        "seconds": pytest.approx(spent),
+        "hardware": "gpu-l40s",
+        "price_per_second": 0.000975,
+        "dollars": pytest.approx(spent * 0.000975),
+    }
+    assert re.search(r"tests +\d+\.\d s, \$0\.\d{4} at gpu-l40s's price", said)
+    assert re.search(r"cold boot +\d+\.\d s", said)
     assert all(found["seconds"] >= 0 for found in content["steps"].values())
     # Nothing has changed: nothing is built, pushed or predicted again.
     again, said = push(here)
     assert again.version == shipped.version
+    assert (again.cost.seconds, again.cold_boot) == (0, shipped.cold_boot)
     assert here.calls() == []
     assert not [one for one in remote.changes() if "predictions" in one]
     assert {run.TEST_PUSH, run.TESTS, run.FUZZ, run.REAL_PUSH} <= before(again)
@@ -111,11 +129,10 @@ def test_a_push_from_nothing_and_once_more(here: Machine, remote: PushReplicate)
 
 
 def test_programs_of_the_summary_run_as_they_are(here: Machine, remote: PushReplicate, tmp_path: Path) -> None:
+    here.settings(deployment={"name": "live", "max_instances": 1})
     shipped, said = push(here)
-    from cogpress.push import summary
-
     example = {"prompt": 'it\'s "so" $HOME `x` ü\n', "count": 2}
-    programs = summary.calls("local/model", shipped.version, example, remote.url)
+    programs = summary.programs("local/model", shipped, example, remote.url)
     expected = "".join(f"{example['prompt']}{number} " for number in range(2))
     environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
@@ -125,15 +142,42 @@ def test_programs_of_the_summary_run_as_they_are(here: Machine, remote: PushRepl
         return done.stdout
 
     assert output([sys.executable, "-c", programs["Python"]]) == expected
-    assert "".join(json.loads(output(["bash", "-c", programs["curl"]]))["output"]) == expected
+    for title in ("curl", "Deployment"):
+        assert "".join(json.loads(output(["bash", "-c", programs[title]]))["output"]) == expected
+    webhooks_are_received(programs["Webhook receiver"], remote, environment)
     stream = output(["bash", "-c", programs["HTTP stream"]])
     assert ("event: output" in stream, "event: done" in stream) == (True, True)
-    # What is printed is those programs, with the example of model.yaml.
-    for program in summary.calls("local/model", shipped.version, {"prompt": "hi", "count": 2}, remote.url).values():
-        assert program in said
+    # What is printed and written is those programs, with the example of model.yaml.
+    programs_there = summary.programs("local/model", shipped, {"prompt": "hi", "count": 2}, remote.url)
+    assert programs_there["Python"] in said
+    written = (here.root / "runs" / "push" / "local--model" / summary.PROGRAMS).read_text()
+    assert [title for title, program in programs_there.items() if f"\n{program}\n```" not in written] == []
+    assert f"runs/push/local--model/{summary.PROGRAMS}" in said
     program = programs["JavaScript"].replace("new Replicate()", f'new Replicate({{ baseUrl: "{remote.url}/v1" }})')
     folder = javascript()
     assert output(["node", "--input-type=module", "-e", program], cwd=folder) == expected
+
+
+def webhooks_are_received(program: str, remote: PushReplicate, environment: dict[str, str]) -> None:
+    """The receiver takes what Replicate signed, and nothing else."""
+    port = free_port("127.0.0.1")
+    command = [sys.executable, "-c", program, str(port)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url, deadline = f"http://127.0.0.1:{port}/", time.monotonic() + 60
+            while True:
+                try:
+                    assert httpx.post(url, json={"id": "forged"}, trust_env=False).status_code == 401
+                    break
+                except httpx.ConnectError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            made = remote.create({"prompt": "w", "count": 1}, "local/model", webhook=url)
+            assert process.stdout is not None
+            told = next(line for line in process.stdout if "succeeded" in line)
+            assert told == f"{made['id']} succeeded ['w0 ']\n"
+        finally:
+            process.terminate()
 
 
 def test_a_failing_test_stops_the_push_and_is_not_asked_again(here: Machine, remote: PushReplicate) -> None:

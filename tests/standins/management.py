@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cogpress.playground import web
-from cogpress.playground.api import resources
+from cogpress.playground.api import resources, routes
 from cogpress.playground.catalog import NAME, OWNER
 from cogpress.playground.web import HTTPProblem, Parts, invalid_field, json_response, read_json, string, timestamp
 
@@ -66,6 +66,7 @@ class Management:
                 ("DELETE", "/v1/models/{owner}/{name}/versions/{id}"): self.delete_version,
                 ("POST", "/v1/deployments"): self.create_deployment,
                 ("GET", "/v1/deployments/local/{name}"): self.deployment,
+                ("POST", "/v1/deployments/local/{name}/predictions"): self.predict,
                 ("PATCH", "/v1/deployments/local/{name}"): self.change_deployment,
                 ("DELETE", "/v1/deployments/local/{name}"): self.delete_deployment,
                 ("GET", "/v1/hardware"): self.hardware,
@@ -132,6 +133,11 @@ class Management:
 
     async def deployment(self, _parts: Parts, request: Request) -> Response:
         return json_response(self._deployment(request).json())
+
+    async def predict(self, parts: Parts, request: Request) -> Response:
+        found = self._deployment(request)
+        request.path_params.update(zip(("owner", "name"), found.model.split("/"), strict=True), id=found.version)
+        return await routes.create_by_model(parts, request)
 
     async def change_deployment(self, parts: Parts, request: Request) -> Response:
         found = self._deployment(request)
