@@ -484,6 +484,7 @@ def _forgotten(case: _Case, perplexity: float, metrics: dict[str, Any]) -> Check
         with distributions.alone(lambda: distributions.merged_model(case.base)) as model:
             base_general = distributions.perplexity(model, case.general, case.pad)
             del model
+        known.parent.mkdir(parents=True, exist_ok=True)
         write_json(known, {text: base_general})
     metrics.update(general_perplexity=perplexity, base_general_perplexity=base_general)
     ratio = perplexity / base_general

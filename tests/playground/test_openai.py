@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from cogpress.cog.process import Server
 from cogpress.engines.base import INCOMPLETE
-from cogpress.engines.grammar import unenforced
+from cogpress.engines.schemas import unenforced
 from cogpress.playground.openai import parameters
 from cogpress.playground.openai import routes as openai_routes
 from cogpress.playground.openai import tools as openai_tools
