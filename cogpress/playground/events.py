@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 _BREAKS = re.compile("\r\n|\r|\n")
-_REASONS = {"failed": '{"reason": "error"}', "canceled": '{"reason": "canceled"}'}
+_REASONS = {"failed": '{"reason": "error"}', **dict.fromkeys(("canceled", "aborted"), '{"reason": "canceled"}')}
 
 
 def text_of(chunk: Any) -> str:

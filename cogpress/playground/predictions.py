@@ -133,10 +133,11 @@ class Predictions:
         await queue.cancel(prediction)
 
     def cancel_at(self, prediction: Prediction, deadline: float) -> None:
-        """Cancel a prediction at a Unix time, if it has not ended by then."""
+        """Cancel a prediction at a Unix time, if it has not ended by then; one that has not begun is aborted."""
 
         async def work() -> None:
             if not await prediction.wait(max(0.0, deadline - time.time())):
+                prediction.expired = True
                 prediction.add_log("Canceled: its deadline has passed.\n")
                 await self.cancel(prediction)
 

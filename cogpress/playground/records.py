@@ -15,7 +15,7 @@ import jsonschema
 from cogpress.errors import CogpressError
 from cogpress.playground import events
 
-ENDED = frozenset({"succeeded", "failed", "canceled"})
+ENDED = frozenset({"succeeded", "failed", "canceled", "aborted"})
 """The final states."""
 
 Fault = Literal["input", "server"]
@@ -215,6 +215,8 @@ class Prediction:
     refused: int | None = None
     """The status with which Replicate refuses it to the caller's own token."""
     cancel_requested: bool = False
+    expired: bool = False
+    """Its deadline has passed: if it has not begun, it is aborted."""
     unreachable_since: float = 0.0
     _outputs: int = 0
     _waiting: list[asyncio.Future[None]] = field(default_factory=list)
@@ -286,7 +288,7 @@ class Prediction:
         """Finish it; only the first call counts.
 
         Args:
-            status: succeeded, failed or canceled.
+            status: succeeded, failed, canceled or aborted.
             error: why it failed.
             output: the whole output, unless it was added in chunks.
             fault: "input" if the model rejected it, "server" if the server failed; None if the model failed.
@@ -300,6 +302,8 @@ class Prediction:
             else:
                 self._add("output", events.text_of(output))
                 self.output = output
+        if status == "canceled" and self.expired and self.started_at is None:
+            status = "aborted"
         self.status, self.error, self.fault, self.completed_at = status, error, fault, time.time()
         self.payload = {}
         self.metrics.setdefault("predict_time", round(self.completed_at - (self.started_at or self.completed_at), 6))

@@ -118,7 +118,7 @@ class ReplicateBackend:
             whole = "".join(map(str, output))
             if whole.startswith(had) and len(whole) > len(had):
                 prediction.add_output(whole[len(had) :])
-        status = "canceled" if made["status"] == "aborted" else made["status"]
+        status = made["status"]
         # As from a Cog server: versions that were pushed before say more than the runner did.
         told = client.plain_error(str(error or "")) if status == "failed" else None
         prediction.end(status, error=told, output=output)

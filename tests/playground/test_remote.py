@@ -102,12 +102,13 @@ def test_refusals_are_told_and_nothing_that_is_not_there_is_waited_for() -> None
             asyncio.run(remote.ReplicateBackend("o/none", TOKEN, stub.url).schema())
 
 
-def test_a_prediction_that_waits_there_is_canceled_there() -> None:
+@pytest.mark.parametrize("status", ["canceled", "aborted"])
+def test_a_prediction_that_waits_there_is_canceled_there(status: str) -> None:
     """A cold model stays at starting for minutes."""
     replies: dict[str, list[Reply]] = {
         "GET /v1/models/o/m": [MODEL],
         BY_NAME: [(201, MADE)],
-        "GET /v1/predictions/far": [(200, MADE)] * 5 + [(200, {**MADE, "status": "canceled"})],
+        "GET /v1/predictions/far": [(200, MADE)] * 5 + [(200, {**MADE, "status": status})],
         "POST /v1/predictions/far/cancel": [(429, {}), (200, MADE)],
     }
 
@@ -117,7 +118,7 @@ def test_a_prediction_that_waits_there_is_canceled_there() -> None:
         await queue.backend.cancel(prediction)
 
     with replicate(replies) as stub:
-        assert run(stub, act=act).status == "canceled"
+        assert run(stub, act=act).status == status
     assert stub.count("POST /v1/predictions/far/cancel") == 2
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from cogpress.cog.process import Server
+from cogpress.playground.api import resources
+from cogpress.playground.web import HTTPProblem
 from tests.standins.localreplicate import SLOTS, Local, echoing
 
 pytestmark = pytest.mark.slow
@@ -243,13 +247,35 @@ def test_a_prediction_ends_at_its_deadline(local: Local) -> None:
     body = {"input": {"count": 1000, "delay": 0.1}}
     answer = local.ask("POST", "/v1/models/local/echo/predictions", body, headers={"Cancel-After": "5s"}).json()
     assert answer["deadline"] > answer["created_at"]
+    # One that has not begun by then is aborted.
+    others = [local.create(body["input"]) for _ in range(SLOTS)]
+    late = local.ask("POST", "/v1/models/local/echo/predictions", body, headers={"Cancel-After": "5s"}).json()
     ended = local.wait(answer["id"], 60)
     assert ended["status"] == "canceled"
     assert "its deadline has passed" in ended["logs"]
     assert 0 < ended["metrics"].get("predict_time", 5) < 50
+    aborted = local.wait(late["id"], 60)
+    assert (aborted["status"], "started_at" in aborted, aborted["output"]) == ("aborted", False, None)
+    assert events(aborted["urls"]["stream"])[-1][0] == "done"
+    for one in others:
+        local.ask("POST", f"/v1/predictions/{one['id']}/cancel")
     for wrong in ("4s", "soon", "5 s", "-5s", ""):
         refused = local.ask("POST", "/v1/models/local/echo/predictions", body, headers={"Cancel-After": wrong})
         assert (refused.status_code, "Cancel-After" in refused.json()["detail"]) == (400, True), wrong
+
+
+def test_a_file_that_replicate_would_refuse_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where `playground.max_input_mb` allows more."""
+    monkeypatch.setattr(resources, "UPLOAD_BYTES", 10)
+    form = httpx.Request("POST", "http://local/v1/files", files={"content": ("large.jsonl", b"x" * 11)})
+    headers = [(name.lower().encode(), value.encode()) for name, value in form.headers.items()]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": form.read()}
+
+    with pytest.raises(HTTPProblem, match=r"large\.jsonl has .* as on Replicate") as refused:
+        asyncio.run(resources.upload(cast(Any, None), Request({"type": "http", "headers": headers}, receive)))
+    assert refused.value.body["status"] == 413
 
 
 def test_a_list_is_filtered(local: Local) -> None:

@@ -14,6 +14,7 @@ from cogpress.playground.catalog import OWNER
 from cogpress.playground.files import StoredFile
 from cogpress.playground.records import HostedModel, Version
 from cogpress.playground.web import HTTPProblem, Parts, base_url, bind, invalid_field, json_response, timestamp
+from cogpress.replicate.api import UPLOAD_BYTES
 
 _METADATA = 64 << 10
 """Most characters of a file's metadata, which lists of files have in memory."""
@@ -143,6 +144,9 @@ async def upload(parts: Parts, request: Request) -> Response:
         content = form.get("content")
         if not isinstance(content, UploadFile):
             raise invalid_field("content", "content must be a file in a multipart form")
+        if (content.size or 0) > UPLOAD_BYTES:
+            told = f"{content.filename} has {(content.size or 0) / 1e6:,.0f} MB; a file may have up to"
+            raise HTTPProblem(413, "Request too large", f"{told} {UPLOAD_BYTES / 1e6:.0f}, as on Replicate.")
         given = form.get("metadata")
         text = (await given.read(_METADATA + 1)).decode(errors="replace") if isinstance(given, UploadFile) else given
         try:

@@ -84,7 +84,7 @@ def from_prediction(prediction: Prediction) -> OpenAIError | None:
     A model rejects an input by failing with a sentence before any output. An exception's name instead of a sentence, or
     a failed server, is not the client's fault.
     """
-    if prediction.status == "canceled":
+    if prediction.status in ("canceled", "aborted"):
         return OpenAIError("The prediction was canceled.", status=500, code="canceled")
     if prediction.status != "failed":
         return None

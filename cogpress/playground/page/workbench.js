@@ -133,7 +133,8 @@ export async function cancel() {
 
 /** Announce to screen readers how an answer ended. */
 export const announceEnd = ({ status, error }) => {
-  announcement.value = { failed: `Failed: ${error.value}`, canceled: "Canceled." }[status.value] ?? "Done.";
+  const said = { failed: `Failed: ${error.value}`, canceled: "Canceled.", aborted: "Aborted." };
+  announcement.value = said[status.value] ?? "Done.";
 };
 
 /** Open a prediction from its permalink: its input in the form, its output beside it. */

@@ -132,7 +132,7 @@ export function Failures({ live }) {
     ${live.error.value && html`<${Notice} kind="error"><${Text} text=${live.error.value} /></${Notice}>`}
     ${!ended(status) && live.lost.value &&
     html`<${Notice}>Connection lost; reconnecting. The prediction goes on.</${Notice}>`}
-    ${status === "canceled" && html`<${Notice}>Canceled${so}</${Notice}>`}
+    ${["canceled", "aborted"].includes(status) && html`<${Notice}>Canceled${so}</${Notice}>`}
   `;
 }
 

@@ -10,7 +10,7 @@ import { announcement, config, labelOf } from "../workbench.js";
 import { Notice, Status, statusWord, Text } from "./parts.js";
 
 const TYPING_MS = 250;
-const STATUSES = ["succeeded", "failed", "canceled", "processing", "starting"].map((status) => [
+const STATUSES = ["succeeded", "failed", "canceled", "aborted", "processing", "starting"].map((status) => [
   status,
   statusWord(status),
 ]);
