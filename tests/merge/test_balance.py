@@ -182,7 +182,7 @@ def test_a_run_measures_strengths_and_takes_the_largest_that_keeps_the_task(
         ([(0.01, 9, 20.0), (0.008, 9, 22.0), (0.006, 9, 24.0), (0.004, 9, 25.0)], None),
         ([(0.0005, 9, 40.0), (0.0004, 9, 41.0), (0.0002, 9, 41.5), (0.0001, 9, 42.0)], None),
     ],
-    ids=["within the limit", "as many right", "all within", "none within", "none better in general"],
+    ids=["within the limit", "enough right", "all within", "none within", "none better in general"],
 )
 def test_the_rule(tried: list[tuple[float, int, float]], wanted: float | None) -> None:
     merges = [strength.Tried("original", None, 0.006, 9, 18.0), strength.Tried("dequantized", None, 0.0, 9, 30.0)]
