@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
@@ -33,6 +34,15 @@ MAX_TOOLS = 128
 """OpenAI's limit."""
 
 MAX_MESSAGES = 10_000
+
+MAX_CALLS = 128
+"""Most tool calls of a message; a template writes each."""
+
+MAX_CHOICES = 1000
+"""OpenAI's limit for the values of an enum."""
+
+MAX_ITEMS = 10_000
+"""Most items of a list that fills a field."""
 
 MAX_TEXT, MAX_JSON = 1 << 24, 1 << 20
 """Most characters of a text that becomes part of the prompt, and of other JSON."""
@@ -104,8 +114,8 @@ def _typed(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise CogpressError(f"{name} must be true or false, not {_shown(value)}.")
         return value
-    if name not in _INPUTS and isinstance(value, bool | int | float | list):
-        return value
+    if name not in _INPUTS and not isinstance(value, str):
+        return _field(name, value)
     if not isinstance(value, str):
         raise CogpressError(f"{name} must be text, not {_shown(value)}.")
     most = _LIMITS.get(name, MAX_JSON if name in _INPUTS else MAX_TEXT)
@@ -114,8 +124,34 @@ def _typed(name: str, value: Any) -> Any:
     return whole_characters(value)
 
 
+def _field(name: str, value: Any) -> Any:
+    """A value of a template's field that is no text.
+
+    Raises:
+        CogpressError: it is no number, switch or list of texts; or too long.
+    """
+    if isinstance(value, list):
+        if len(value) > MAX_ITEMS:
+            raise CogpressError(f"{name[:80]} has {len(value):,} items; the limit is {MAX_ITEMS:,}. Leave out some.")
+        if not all(isinstance(one, str | int | float) for one in value):
+            raise CogpressError(f"{name[:80]} must be a list of texts, not {_shown(value)}.")
+        size = sum(len(one) for one in value if isinstance(one, str))
+        if size > MAX_TEXT:
+            raise CogpressError(f"{name[:80]} has {size:,} characters; the limit is {MAX_TEXT:,}. Shorten it.")
+        return [whole_characters(one) if isinstance(one, str) else _field(name, one) for one in value]
+    if not isinstance(value, bool | int | float):
+        raise CogpressError(f"{name[:80]} must be text, not {_shown(value)}.")
+    if not (math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63):
+        raise CogpressError(f"{name[:80]} must be a number of at most 64 bits.")
+    return value
+
+
 def _shown(value: Any) -> str:
-    return json.dumps(value, default=str)[:80]
+    """The beginning of a value that may be of any type, depth and size."""
+    return (json.dumps(value[:80]) if isinstance(value, str) else _SHORT.repr(value))[:80]
+
+
+_SHORT = reprlib.Repr()
 
 
 def question(request: Request, settings: Prompt) -> Question:
@@ -146,7 +182,7 @@ def _values(given: Mapping[str, Any], settings: Prompt) -> Mapping[str, Any] | N
     names = settings.names
     if unknown := [name for name in given if name not in names]:
         raise CogpressError(
-            f"This model has no input {', '.join(unknown)}; its template's fields are {', '.join(names)}. "
+            f"This model has no input {', '.join(unknown)[:200]}; its template's fields are {', '.join(names)}. "
             "Leave it out, or run scripts/form and push again."
         )
     if not given and not settings.fields:
@@ -196,12 +232,13 @@ def _message(at: int, message: Any) -> dict[str, Any]:
         raise CogpressError(f"Message {at} must be an object with role and content, both strings.")
     role = message["role"]
     if role not in ROLES:
-        raise CogpressError(f"Message {at} has role {role!r}; use system, user, assistant or tool.")
+        raise CogpressError(f"Message {at} has role {role[:40]!r}; use system, user, assistant or tool.")
     kept: dict[str, Any] = {"role": role, "content": message["content"]}
     if calls:
-        kept["tool_calls"] = [
-            tool_call(call, f"Message {at}") for call in (calls if isinstance(calls, list) else [calls])
-        ]
+        listed = calls if isinstance(calls, list) else [calls]
+        if len(listed) > MAX_CALLS:
+            raise CogpressError(f"Message {at} has {len(listed):,} tool_calls; the limit is {MAX_CALLS}.")
+        kept["tool_calls"] = [tool_call(call, f"Message {at}") for call in listed]
     if role == "assistant" and (reasoning := reasoning_of(message)):
         kept[REASONING[0]] = reasoning
     if role == "tool":
@@ -269,6 +306,8 @@ def structure(json_schema: str | None, regex: str | None, choices: str | None, g
         found = read_json(text, name)
         if not isinstance(found, list) or not found or not all(isinstance(one, str) and one for one in found):
             raise CogpressError('choices must be a JSON list of texts, such as ["yes", "no"].')
+        if len(found) > MAX_CHOICES:
+            raise CogpressError(f"choices has {len(found):,} texts; the limit is {MAX_CHOICES:,}. Leave out some.")
         return Structure("choice", tuple(found))
     return Structure("regex" if name == "regex" else "grammar", text)
 
@@ -287,7 +326,9 @@ def logit_bias(text: str | None, tokenizer: PreTrainedTokenizerBase) -> dict[int
     biases: dict[int, float] = {}
     for name, bias in found.items():
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.fabs(bias) <= 100:
-            raise CogpressError(f"logit_bias gives {name!r} the bias {bias!r}; use a number from -100 to 100.")
+            raise CogpressError(
+                f"logit_bias gives {name[:80]!r} the bias {_SHORT.repr(bias)}; use a number from -100 to 100."
+            )
         biases[_token(name, tokenizer)] = float(bias)
     return biases
 

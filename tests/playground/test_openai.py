@@ -802,3 +802,17 @@ def test_whose_fault_a_failure_is(started: bool, fault: Any, error: str, status:
     found = from_prediction(asyncio.run(failed()))
     assert found is not None
     assert (found.status, found.body["error"]["code"]) == (status, code)
+
+
+@pytest.mark.parametrize(("reason", "complete"), [(None, True), ("stop", True), ("length", True), ("abort", False)])
+def test_an_answer_that_its_engine_gave_up_is_an_error(reason: str | None, complete: bool) -> None:
+    async def ended() -> Prediction:
+        prediction = Prediction("x", Version("1" * 64, "local/x", 0.0, {}, "http://nowhere"), {}, {})
+        prediction.start()
+        prediction.metrics |= {"finish_reason": reason} if reason else {}
+        prediction.end("succeeded", output=["half"])
+        return prediction
+
+    found = from_prediction(asyncio.run(ended()))
+    assert (found is None) == complete
+    assert found is None or (found.status, str(found)) == (500, INCOMPLETE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -160,6 +161,7 @@ def test_half_characters_become_replacement_characters(tokenizer: Any) -> None:
         ({"logit_bias": json.dumps({"x" * 129: 1})}, "a text of 129 characters; a token has at most 128"),
         ({"logit_bias": " " * (2**20 + 1)}, "logit_bias has 1,048,577 characters; the limit is 1,048,576"),
         ({"json_schema": " " * (2**20 + 1)}, "json_schema has 1,048,577 characters"),
+        ({"choices": json.dumps(["x"] * 1001)}, "choices has 1,001 texts; the limit is 1,000"),
         ({"prompt": "x" * (2**24 + 1)}, "prompt has 16,777,217 characters; the limit is 16,777,216"),
     ],
 )
@@ -173,6 +175,46 @@ def test_counts_have_limits() -> None:
         inputs.tools(json.dumps([{"function": {"name": "f"}}] * 129))
     with pytest.raises(CogpressError, match="messages has 10,001 messages; the limit is 10,000"):
         inputs.messages(json.dumps(HI * 10_001))
+    call = {"function": {"name": "f"}}
+    with pytest.raises(CogpressError, match="Message 2 has 129 tool_calls; the limit is 128"):
+        inputs.messages(json.dumps([*HI, {"role": "assistant", "tool_calls": [call] * 129}]))
+
+
+def test_fields_that_are_no_texts_have_limits_too(tokenizer: Any) -> None:
+    request, _ = inputs.read({"columns": ["a\ud83d", "b"], "limit": 1e30, "all": False}, tokenizer)
+    assert request.values == {"columns": ["a\ufffd", "b"], "limit": 1e30, "all": False}
+    for value, said in (
+        (["x"] * 10_001, "columns has 10,001 items; the limit is 10,000"),
+        (["x" * 2**20] * 17, "columns has 17,825,792 characters; the limit is 16,777,216"),
+        ([["x"]], r"columns must be a list of texts, not \[\['x'\]\]"),
+        ({"x": 1}, "columns must be text, not"),
+        (10**5000, "columns must be a number of at most 64 bits"),
+        ([math.nan], "columns must be a number of at most 64 bits"),
+    ):
+        with pytest.raises(CogpressError, match=said):
+            inputs.read({"columns": value}, tokenizer)
+
+
+def test_refusals_are_short(tokenizer: Any) -> None:
+    long = "x" * 2**19
+    for given in (
+        {"logit_bias": json.dumps({long: "y"})},
+        {"logit_bias": json.dumps({"0": [long] * 2})},
+        {"max_tokens": [long] * 2},
+    ):
+        with pytest.raises(CogpressError) as told:
+            inputs.read(given, tokenizer)
+        assert len(str(told.value)) < 300
+    for message in (
+        {"role": long, "content": ""},
+        {"role": "assistant", "tool_calls": [{"function": {"name": long, "arguments": [1]}}]},
+    ):
+        with pytest.raises(CogpressError) as told:
+            inputs.messages(json.dumps([message]))
+        assert len(str(told.value)) < 300
+    with pytest.raises(CogpressError) as told:
+        inputs.question(inputs.Request(values={long: "x"}), Prompt())
+    assert len(str(told.value)) < 600
 
 
 @pytest.mark.parametrize("arguments", ["", " ", None, "{}", {}])

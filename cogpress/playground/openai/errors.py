@@ -79,7 +79,7 @@ def refused(message: str, status: int) -> OpenAIError:
 
 
 def from_prediction(prediction: Prediction) -> OpenAIError | None:
-    """The error that a prediction ended with; None if it succeeded.
+    """The error that a prediction ended with; None if it succeeded, and its answer by a stop or a length.
 
     A model rejects an input by failing with a sentence before any output. An exception's name instead of a sentence, or
     a failed server, is not the client's fault.
@@ -87,7 +87,9 @@ def from_prediction(prediction: Prediction) -> OpenAIError | None:
     if prediction.status in ("canceled", "aborted"):
         return OpenAIError("The prediction was canceled.", status=500, code="canceled")
     if prediction.status != "failed":
-        return None
+        told = prediction.metrics.get("finish_reason")
+        incomplete = prediction.status == "succeeded" and told not in (None, "stop", "length")
+        return OpenAIError(INCOMPLETE, status=500, code="prediction_failed") if incomplete else None
     message = prediction.error or "The prediction failed."
     if prediction.refused is not None:
         return refused(message, prediction.refused)
