@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,15 +117,37 @@ def parse(data: Any, place: str) -> Config:
         for problem in error.errors():
             where = ".".join(str(part) for part in problem["loc"]) or "the file"
             if problem["type"] == "extra_forbidden":
-                lines.append(f"{where} is not an option")
+                lines.append(f"{where[:200]} is not an option")
             else:
                 given = problem["input"]
                 # A URL can hold a signature.
                 given = source.shown(given) if isinstance(given, str) else given
-                lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {given!r})")
+                lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {_SHORT.repr(given)})")
         raise CogpressError(
-            f"{place} is not valid: {'; '.join(lines)}. docs/configuration.md lists every option."
+            f"{place} is not valid: {'; '.join(lines[:_PROBLEMS])}. docs/configuration.md lists every option."
         ) from None
+
+
+_PROBLEMS = 8
+"""Most that one message names."""
+
+_SHORT = reprlib.Repr()  # aliases in YAML can make a value of a few lines endless
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
+def parse_yaml(read: Callable[[], Any]) -> Any:
+    """What a YAML loader reads.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, whatever the loader raises.
+    """
+    try:
+        return read()
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    # Of values that are not what their tag says, such as the 31st of February.
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise yaml.YAMLError(f"a value is not of its type ({str(error)[:200]})") from None
 
 
 def load(path: Path) -> Config:
@@ -133,7 +157,7 @@ def load(path: Path) -> Config:
         CogpressError: the file is missing, is not YAML, or holds an option that does not exist or is out of bounds.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(yaml.SafeLoader(path.read_text(encoding="utf-8")).get_single_data)
     except FileNotFoundError:
         raise CogpressError(f"{path} does not exist. Copy model.yaml from the repository, or name one.") from None
     except OSError as error:

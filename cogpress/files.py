@@ -64,7 +64,18 @@ def read_json(path: Path) -> Any:
         FileNotFoundError: it is not there.
         ValueError: it is not JSON.
     """
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (RecursionError, IsADirectoryError) as error:
+        raise ValueError(str(error)) from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file, whatever the name: one that is too long for a file is none's."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -150,7 +150,7 @@ def _filled(question: Question, settings: Prompt) -> str:
     missing = [name for name in names if name not in question.fields and name not in defaults]
     unknown = [name for name in question.fields if name not in names]
     if missing or unknown:
-        wrong = f"lacks {', '.join(missing)}" if missing else f"has the unknown {', '.join(map(str, unknown))}"
+        wrong = f"lacks {', '.join(missing)}" if missing else f"has the unknown {', '.join(map(str, unknown))[:200]}"
         raise CogpressError(
             f"The prompt template's fields are {', '.join(names)}; the input {wrong}. "
             "Give exactly those, as a JSON object."
@@ -770,6 +770,21 @@ def whole_characters(value: Any) -> Any:
     return value
 
 
+MAX_DEPTH = 100
+"""Most nesting of objects and lists in JSON from outside: what works on it here and in templates calls itself."""
+
+
+def too_deep(value: Any) -> bool:
+    """Whether JSON is nested more than `MAX_DEPTH` deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [one for one in level if isinstance(one, dict | list)]
+        if not level:
+            return False
+        level = [one for outer in level for one in (outer.values() if isinstance(outer, dict) else outer)]
+    return True
+
+
 # --- what callers give ------------------------------------------------------------------------------------------------
 
 
@@ -784,7 +799,10 @@ def read_json(text: str, name: str) -> Any:
         raise ValueError(f"{word} is not allowed in JSON")
 
     try:
-        return whole_characters(json.loads(text, parse_constant=constant))
+        found = json.loads(text, parse_constant=constant)
+        if too_deep(found):
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+        return whole_characters(found)
     except (ValueError, RecursionError) as error:
         raise CogpressError(f"{name} is not JSON: {error}. Give valid JSON, or leave it empty.") from None
 
@@ -823,6 +841,6 @@ def tool_call(value: Any, place: str) -> dict[str, Any]:
         name = f"arguments in {place[0].lower()}{place[1:]}"
         arguments = read_json(arguments, name) if arguments.strip() else {}
     if not isinstance(arguments, dict):
-        raise CogpressError(f"{place}: the arguments of {function['name']} must be a JSON object, such as {{}}.")
+        raise CogpressError(f"{place}: the arguments of {function['name'][:80]} must be a JSON object, such as {{}}.")
     kept: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": value["id"], **kept} if isinstance(value.get("id"), str) else kept

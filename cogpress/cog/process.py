@@ -19,6 +19,7 @@ import psutil
 import yaml
 
 from cogpress.cog import client, ending, schema
+from cogpress.config import parse_yaml
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
 
@@ -383,7 +384,7 @@ def parse_cog_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is not YAML.
     """
-    return _Loader(text).get_data()
+    return parse_yaml(_Loader(text).get_data)
 
 
 def read_cog_yaml(root: Path) -> dict[str, Any]:
@@ -397,7 +398,9 @@ def read_cog_yaml(root: Path) -> dict[str, Any]:
         settings = parse_cog_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CogpressError(f"{path} does not exist. Run this in a cogpress project.") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise CogpressError(f"{path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CogpressError(f"{path} is not YAML: {' '.join(str(error).split())}. Correct that line.") from None
     if not isinstance(settings, dict):
         raise CogpressError(f"{path} must be a mapping with `run:` and `build:`.")

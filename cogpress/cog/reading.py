@@ -95,7 +95,10 @@ def find(root: Path, reference: str, methods: tuple[str, ...] = METHODS) -> Targ
     """
     file, _, name = reference.partition(":")
     source = (root / file).read_text(encoding="utf-8-sig")  # Cog and Python take the mark of Windows' editors
-    module = ast.parse(source)
+    try:
+        module = ast.parse(source)
+    except (ValueError, RecursionError, MemoryError) as error:  # a NUL character, and nesting that Python refuses
+        raise SyntaxError(str(error) or "too deeply nested", (file, 1, 0, "")) from None
     named = next((node for node in _defined(module) if node.name == name), None)
     if isinstance(named, ast.ClassDef):
         return Target(reference, source, module, named, _method(module, named, methods), methods)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,6 +22,8 @@ _FORMS: dict[Format, tuple[str, ...]] = {
     "text": ("text", "weight"),
 }
 KEYS = tuple(dict.fromkeys(name for names in _FORMS.values() for name in names))
+
+_MAX_WEIGHT = sys.float_info.max
 
 _TURN_KEYS = ("role", "content", "weight", "train")
 _ROLE_KEYS: dict[Any, tuple[str, ...]] = {"tool": ("tool_call_id", "name"), "assistant": ("tool_calls", *REASONING)}
@@ -193,7 +195,7 @@ def example_of(item: Any, line: int, task: Task = "answer") -> Example:
     has = {name: value for name, value in item.items() if value is not None}
     example = _example_of(has, line, task)
     weight = has.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= _MAX_WEIGHT:
         raise BadRow(f"weight is {short(weight)}, not a number from 0: the factor on the row's loss")
     if not weight:
         raise NoWeight

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from cogpress.errors import CogpressError
+from cogpress.prompts import too_deep
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PARQUET_BATCH = 1024  # rows held at once
+_SPACE = re.compile(r"\s*")
+_TOO_DEEP = "not readable JSON: it is nested too deeply"
 
 
 class BadRow(Exception):
@@ -91,6 +95,8 @@ def _parquet(file: IO[bytes], path: Path, columns: Sequence[str], ignore: Collec
                     yield number, batch.slice(index, 1).to_pylist()[0]
                 except UnicodeDecodeError:  # Parquet does not check that its text is UTF-8
                     yield number, BadRow("not UTF-8")
+                except (ValueError, OverflowError, RecursionError, KeyError) as error:  # such as the year 300000
+                    yield number, BadRow(f"not readable: {_one_line(error)}")
     except pyarrow.ArrowException as error:
         raise CogpressError(f"{path} is not readable as Parquet: {_one_line(error)}. Write it again.") from None
 
@@ -118,10 +124,20 @@ def _json_list(content: bytes, path: Path) -> Rows:
     try:
         items = _parse(content)
     except _TwiceError:
-        items = [_single(item) for item in json.loads(content, object_pairs_hook=_marked)]
+        items = _items(content, path)
     except BadRow as bad:
         raise CogpressError(f"{path} begins like a JSON list but is {bad}. Correct it, or give JSONL.") from None
     yield from enumerate(items, start=1)
+
+
+def _items(content: bytes, path: Path) -> list[Any]:
+    """A JSON list of which an object has a key twice."""
+    try:
+        return [_single(item) for item in json.loads(content.decode("utf-8"), object_pairs_hook=_marked)]
+    except (ValueError, RecursionError) as error:
+        raise CogpressError(
+            f"{path} begins like a JSON list but is not JSON: {_one_line(error)}. Correct it."
+        ) from None
 
 
 def _over_several_lines(
@@ -137,7 +153,8 @@ def _over_several_lines(
     file.seek(0)
     opens = first.strip() in (b"{", b"[")
     if not opens and (suffix != ".json" or first.lstrip()[:1] != b"{" or _is_whole(first)):
-        if _is_whole(first) and suffix == ".json" and (wrapped := _wrapped(json.loads(first), columns)) is not None:
+        whole = suffix == ".json" and _is_whole(first)
+        if whole and (wrapped := _wrapped(json.loads(first), columns)) is not None:
             if not file.read()[len(first) :].strip():
                 return iter(enumerate(wrapped, start=1))
             file.seek(0)
@@ -146,11 +163,11 @@ def _over_several_lines(
         text = file.read().decode("utf-8-sig")
         items: list[Any] = []
         decoder = json.JSONDecoder(object_pairs_hook=_marked)
-        at = len(text) - len(text.lstrip())
+        at = _after_space(text, 0)
         while at < len(text):
             item, at = decoder.raw_decode(text, at)
             items.append(item)
-            at += len(text[at:]) - len(text[at:].lstrip()) if at < len(text) and text[at].isspace() else 0
+            at = _after_space(text, at)
     except (ValueError, RecursionError) as error:
         if opens:
             raise CogpressError(
@@ -164,12 +181,15 @@ def _over_several_lines(
     return iter(enumerate(map(_single, items), start=1))
 
 
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
 def _is_whole(line: bytes) -> bool:
     try:
-        _parse(line)
-    except _TwiceError:
-        return True
-    except BadRow:
+        json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -204,7 +224,9 @@ def _said_twice(twice: _Twice) -> _TwiceError:
 
 
 def _single(item: Any) -> Any:
-    """The item, or why it cannot be used where a key in it stands twice."""
+    """The item, or why it cannot be used where a key in it stands twice, or it is nested too deeply."""
+    if too_deep(item):
+        return BadRow(_TOO_DEEP)
     found = _first_twice(item)
     return item if found is None else _said_twice(found)
 
@@ -239,13 +261,16 @@ def _parse(content: bytes) -> Any:
     if b"\0" in content:
         raise BadRow("not JSON: it contains a NUL byte")
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_unrepeated)
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=_unrepeated)
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 at byte {error.start + 1}") from None
     except RecursionError:
-        raise BadRow("not readable JSON: it is nested too deeply") from None
+        raise BadRow(_TOO_DEEP) from None
     except ValueError as error:
         raise BadRow(f"not JSON: {_one_line(error)}") from None
+    if too_deep(found):
+        raise BadRow(_TOO_DEEP)
+    return found
 
 
 def parse_text(text: str, name: str) -> Any:
@@ -255,10 +280,13 @@ def parse_text(text: str, name: str) -> Any:
         BadRow: it is not JSON, or a key stands twice in it; names it.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unrepeated)
+        found = json.loads(text, object_pairs_hook=_unrepeated)
+        if too_deep(found):
+            raise ValueError("it is nested too deeply")
+        return found
     except _TwiceError as twice:
         raise BadRow(f"{name}: {twice}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"{name} is not JSON: {_one_line(error)}") from None
 
 

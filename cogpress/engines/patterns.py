@@ -48,10 +48,9 @@ def ebnf(pattern: str) -> str:
     if found := unenforced(pattern) or _foreign(pattern):
         raise ValueError(found)
     try:
-        tree = parser.parse(pattern)
+        return _whole(list(parser.parse(pattern)), begun=False)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"an error ({error})") from None
-    return _whole(list(tree), begun=False)
 
 
 def unenforced(pattern: str) -> str:

@@ -244,7 +244,10 @@ def _misshapen(schema: dict[str, Any]) -> str:
     for name in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"):
         if type(schema.get(name, 0)) is not int or schema.get(name, 0) < 0:
             return name
-    return "" if all(isinstance(one, str) for one in schema.get("required", ())) else "required"
+    for name in ("required", "type"):
+        if not all(isinstance(one, str) for one in schema.get(name, ())):
+            return name
+    return ""
 
 
 def _beside(first: str, schema: dict[str, Any]) -> str:

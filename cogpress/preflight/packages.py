@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from cogpress.cog import streaming
+from cogpress.files import is_file
 from cogpress.preflight.check import Check, Finding, failed, passed, skipped, some, warning
 from cogpress.preflight.facts import Facts
 
@@ -113,7 +114,7 @@ def _refused(line: str, root: Path) -> bool:
         return True
     if not target.startswith((".", "/")):
         return False
-    return target != line or len(line.split()) > 1 or not (root / target).is_file()
+    return target != line or len(line.split()) > 1 or not is_file(root / target)
 
 
 def _read_by_cog(facts: Facts) -> Iterator[Finding]:
@@ -186,7 +187,7 @@ def _current(facts: Facts) -> Iterator[Finding]:
 
 def _required(path: Path, seen: frozenset[Path] = frozenset()) -> Iterator[Requirement]:
     """The requirements of a file and of the files that it includes."""
-    if path in seen or not path.is_file():
+    if path in seen or not is_file(path):
         return
     for line in _lines(path.read_text(encoding="utf-8")):
         included = re.match(r"(?:-r|--requirement)[\s=]+(\S+)", line)

@@ -270,7 +270,7 @@ def _fetch_verification(url: str, folder: Path) -> None:
     try:
         report = http.read(beside(url, VERIFICATION), MAX_MANIFEST)
         write_json(folder / VERIFICATION, json.loads(report))
-    except (CogpressError, ValueError):
+    except (CogpressError, ValueError, RecursionError):
         return  # there is none, or the server answers with a page of its own
 
 

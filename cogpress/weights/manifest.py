@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import cogpress
 from cogpress.errors import CogpressError
-from cogpress.files import read_json, sha256, write_json
+from cogpress.files import is_file, read_json, sha256, write_json
 from cogpress.weights.filenames import (
     ADAPTER,
     COMPILED,
     INDEX,
+    MAX_NAME,
     VERIFICATION,
     VERIFICATION_FILES,
     safe_name,
@@ -107,7 +108,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder; None where there is none or the file of that name is another program's.
 
     Raises:
-        CogpressError: it is not JSON, or of a later format.
+        CogpressError: it is not JSON, is of a later format, or lists files without what `write` says of each.
     """
     try:
         content = read_json(folder / NAME)
@@ -119,6 +120,10 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CogpressError(f"{folder / NAME} has a format that this version does not know. Update cogpress.")
+    files = content.get("files", {})
+    for name, facts in files.items() if isinstance(files, dict) else [("files", files)]:
+        if not (isinstance(facts, dict) and isinstance(facts.get("sha256"), str) and type(facts.get("bytes")) is int):
+            raise CogpressError(f"{folder / NAME} lists {name[:80]!r} without sha256 and bytes. Fetch them again.")
     return content
 
 
@@ -132,8 +137,9 @@ def check(folder: Path, manifest: dict[str, Any]) -> None:
     if not isinstance(recorded, dict) or not recorded:
         raise CogpressError(f"{folder / NAME} lists no files. Fetch or merge the weights again.")
     for name in recorded:
-        if not (folder / name).is_file():
-            raise CogpressError(f"{folder} lacks {name}, which its manifest lists. Fetch or merge the weights again.")
+        if not is_file(folder / name):
+            shown = name if len(name) < 2 * MAX_NAME and name.isprintable() else ascii(name)[:80]
+            raise CogpressError(f"{folder} lacks {shown}, which its manifest lists. Fetch or merge the weights again.")
 
     def agrees(name: str) -> bool:
         path, facts = folder / name, recorded[name]
@@ -188,16 +194,21 @@ def listed(folder: Path, shown: str) -> dict[str, int]:
             or facts["bytes"] < 0
             or not re.fullmatch("[0-9a-f]{64}", str(facts.get("sha256")))
         ):
-            raise CogpressError(f"{shown} lists {name!r} without a plain name, bytes and sha256. Publish it again.")
+            raise CogpressError(f"{shown} lists {name[:80]!r} without a plain name, bytes, sha256. Publish it again.")
         sizes[name] = facts["bytes"]
     return sizes
 
 
 def signed_files(folder: Path) -> dict[str, str]:
-    """The sha256 of every file that a verification covers: the manifest's, or all that an engine reads."""
+    """The sha256 of every file that a verification covers: the manifest's, or all that an engine reads.
+
+    Raises:
+        OSError: a file that the manifest lists is not there.
+        CogpressError: as `read`.
+    """
     facts = read(folder)
     if facts is not None:
-        names = sorted(facts["files"])
+        names = sorted(facts.get("files", {}))
     else:
         names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
         names += serving_files(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights that are not quantized, in the format's words."""
+
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Of a value of each type."""
 
 _ALIGNMENT = 8
 _LONGEST_HEADER = 100_000_000
@@ -45,13 +56,13 @@ def stored(folder: Path, chosen: Sequence[Path] | None = None) -> dict[str, Stor
     """Every tensor of a folder's model by name, in the order of its files and of their data; or of the chosen files.
 
     Raises:
-        CogpressError: as `files`; or a file is truncated, is no safetensors file, or holds a tensor that another one
-            holds too.
+        CogpressError: as `files`; or a file is truncated, is no safetensors file (the library would refuse it too), or
+            holds a tensor that another one holds too.
     """
     found: dict[str, Stored] = {}
     for path in files(folder) if chosen is None else chosen:
         header, start = _header(path)
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         end = start + max((entry["data_offsets"][1] for _, entry in entries), default=0)
         if path.stat().st_size != end:
             raise CogpressError(
@@ -72,15 +83,41 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _LONGEST_HEADER:
                 raise ValueError("the header is too long")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for entry in header.values():
-            (low, high), _, _ = entry["data_offsets"], entry["dtype"], entry["shape"]
-            if not 0 <= low <= high:
-                raise ValueError("the offsets are wrong")
-    except (ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
-        raise CogpressError(f"{path} is no safetensors file ({error}). Fetch it again.") from None
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_unrepeated)
+        notes = header.pop("__metadata__", None)
+        if not all(isinstance(one, str) for one in ({} if notes is None else notes).values()):
+            raise ValueError("its metadata are no texts")
+        _check_layout(header)
+    except (ValueError, struct.error, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise CogpressError(f"{path} is no safetensors file ({str(error)[:200]}). Fetch it again.") from None
     return header, 8 + length
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return made
+
+
+def _check_layout(header: dict[str, Any]) -> None:
+    """Check what the library checks: tensors lie end to end, each of the bytes that its type and shape need.
+
+    Raises:
+        ValueError, KeyError, TypeError: they do not.
+    """
+    end = 0
+    for entry in sorted(header.values(), key=lambda one: one["data_offsets"]):
+        (low, high), dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
+        if not isinstance(shape, list) or not isinstance(entry["data_offsets"], list):
+            raise ValueError("a shape is no list")
+        if not all(type(one) is int and one >= 0 for one in (low, high, *shape)) or low != end or high < low:
+            raise ValueError("the offsets are wrong")
+        if dtype not in _BITS:
+            raise ValueError(f"the type {str(dtype)[:20]!r} is not known")
+        if math.prod(shape) * _BITS[dtype] != (high - low) * 8:
+            raise ValueError("the bytes of a tensor are not those of its shape")
+        end = high
 
 
 def files(folder: Path) -> list[Path]:

@@ -250,8 +250,8 @@ def test_incomplete_models_are_refused_and_the_last_good_one_stays(
     [
         (lambda files: files["config.json"].update(sha256="0" * 64), "not the file that was written"),
         (lambda files: files["config.json"].update(bytes=5), r"config\.json has \d+ bytes, and the manifest says"),
-        (lambda files: files["config.json"].update(bytes="5"), "without a plain name, bytes"),
-        (lambda files: files["config.json"].pop("sha256"), "without a plain name, bytes"),
+        (lambda files: files["config.json"].update(bytes="5"), "without sha256 and bytes"),
+        (lambda files: files["config.json"].pop("sha256"), "without sha256 and bytes"),
         (lambda files: files.update({"missing.json": files["config.json"]}), r"missing\.json: the server answered 404"),
         (lambda files: files.update({"../x.json": files["config.json"]}), "outside its folder"),
         (lambda files: files.update({"/x.json": files["config.json"]}), "outside its folder"),
