@@ -17,7 +17,7 @@ from cogpress import preflight
 from cogpress.cog import reading, schema
 from cogpress.cog.process import read_cog_yaml
 from cogpress.errors import CogpressError
-from tests.standins import preflightproject
+from tests.standins import cogreading, preflightproject
 
 CORPUS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "corpus.json").read_text(encoding="utf-8"))
 BASE = CORPUS[0]
@@ -116,6 +116,16 @@ def test_the_schema_is_cogs_wherever_one_is_made(one: dict[str, Any], tmp_path: 
     if any("first letter" in loss.what for loss in losses(root)):
         return  # Cog's own title is broken
     assert shown == wanted
+
+
+def test_the_stand_in_for_cog_refuses_a_part_of_what_cog_does_and_nothing_else(tmp_path: Path) -> None:
+    refused = set()
+    for number, one in enumerate(CORPUS):
+        root = write(one, tmp_path / str(number))
+        if cogreading.refusal(root, "run") or cogreading.refusal(root, "train"):
+            refused.add(one["name"])
+    assert refused - {one["name"] for one in CORPUS if "says" in one} == set()
+    assert len(refused) >= 22
 
 
 def test_most_schemas_are_made(tmp_path: Path) -> None:

@@ -57,6 +57,17 @@ def test_what_is_not_careful_is_refused(here: Machine) -> None:
     assert cog(here, "push", "r8.im/local/test", "--progress", "pretty").returncode == 2
 
 
+def test_a_project_that_cog_refuses_is_refused(here: Machine) -> None:
+    assert 'unknown input "nope"' in cog(here, "run", "-i", "nope=1").stderr
+    here.swap("        kind: str =", "        kind: Literal[1] =")
+    for arguments in (["run", "-i", "nope=1"], ["push", "r8.im/local/test"]):
+        done = cog(here, *arguments)
+        assert (done.returncode, "unsupported type: Literal[...]" in done.stderr) == (1, True)
+    assert 'unknown input "nope"' in cog(here, "train", "-i", "nope=1").stderr
+    (here.root / "cog.yaml").write_text((here.root / "cog.yaml").read_text() + "predict: predict.py:Runner\n")
+    assert "only one of run or predict" in cog(here, "train", "-i", "nope=1").stderr
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [(f"{TOKEN}\n", "that looks like a Replicate API token"), ("  \n", "token is empty")],

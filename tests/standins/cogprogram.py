@@ -2,8 +2,8 @@
 
 A test copies it onto the PATH as `cog`, with `cog-standin.json` beside it: the API's token, which it must never
 see, its own, which only standard input may hold, and the address of the stand-in for Replicate
-(tests/standins/pushreplicate.py), where a push creates a version.
-It uses only the standard library, as it runs outside the package.
+(tests/standins/pushreplicate.py), where a push creates a version, and the folder of this repository, where it finds
+what it refuses of a project.
 """
 
 import hashlib
@@ -33,7 +33,8 @@ def main(arguments):
     elif arguments == ["doctor"]:
         print("no issues found")
     elif arguments[:1] in (["run"], ["train"]):
-        fail('unknown input "nope"')  # what it refuses is in tests/preflight/corpus.json
+        read_project(arguments[0])
+        fail('unknown input "nope"')
     elif arguments[:1] == ["login"]:
         login(arguments[1:])
     elif arguments[:1] == ["push"]:
@@ -74,6 +75,15 @@ def login(arguments):
     print("You've successfully authenticated as local! You can now use the 'r8.im' registry.")
 
 
+def read_project(mode):
+    """Refuse the project in the folder, where it is one of those that the real program is known to refuse."""
+    sys.path.insert(0, STATE["repository"])
+    from tests.standins.cogreading import refusal
+
+    if said := refusal(Path.cwd(), mode):
+        fail(said)
+
+
 def push(arguments):
     if not sys.stdin.isatty() and sys.stdin.read():
         violation("push is given something on its standard input")
@@ -83,6 +93,8 @@ def push(arguments):
         violation(f"push is given the image {image!r}")
     if not Path("cog.yaml").is_file():
         fail("cog.yaml not found in the folder or its parents")
+    for mode in ("run", "train"):
+        read_project(mode)
     say(f"Building Docker image from environment in cog.yaml as {image}...")
     if STATE.get("fail"):
         fail(STATE["fail"])

@@ -161,7 +161,8 @@ def machine(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> Machine:
     program = programs / "cog"
     program.write_text(f"#!{sys.executable}\n" + (ROOT / "tests" / "standins" / "cogprogram.py").read_text())
     program.chmod(0o755)
-    (programs / "cog-standin.json").write_text(json.dumps({"api_token": TOKEN, "cli_token": CLI_TOKEN, "url": url}))
+    state = {"api_token": TOKEN, "cli_token": CLI_TOKEN, "url": url, "repository": str(ROOT)}
+    (programs / "cog-standin.json").write_text(json.dumps(state))
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("DOCKER_CONFIG", str(folder / "docker"))
     monkeypatch.setenv("REPLICATE_API_TOKEN", TOKEN)
