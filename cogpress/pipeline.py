@@ -24,7 +24,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import link, new_folder, read_json, sha256, write_json
 from cogpress.merge import adapter as adapters
 from cogpress.merge import adopt, general, merge
-from cogpress.plan import architecture
+from cogpress.plan import architecture, room
 from cogpress.quantize import calibrate
 from cogpress.source import parse, shown
 from cogpress.train import answers, layers
@@ -35,6 +35,7 @@ from cogpress.weights import archive, base, fetch, manifest, skeleton
 from cogpress.weights.filenames import ADAPTER, ADAPTER_CONFIG, DRAFT
 
 if TYPE_CHECKING:
+    from cogpress.prompts import Row
     from cogpress.verify.distributions import Divergence
 
 TAR = "weights.tar"
@@ -42,9 +43,6 @@ TAR = "weights.tar"
 
 BALANCE = "balance"
 """The folder of a run for what a balanced merge computes, until it is written."""
-
-COMPARED_ROWS = 64
-"""Rows on which merges are compared: enough for a mean KL, seconds on a laptop."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +268,8 @@ def build(
         usual: compare with the usual merge, too.
 
     Raises:
-        CogpressError: the examples or the base cannot be trained on or merged, or what came out of it fails `judge`.
+        CogpressError: the examples or the base cannot be trained on or merged, the disk has no room for what follows
+            the training, or what came out of it fails `judge`.
     """
     training.check_folder(run)
     score = verify.scorer(config.verify.score)
@@ -279,7 +278,8 @@ def build(
         if parse(config.base.source).kind == "hub":  # before gigabytes are downloaded
             skeleton.check(architecture.config(config.base.source, cache), shown(config.base.source))
         base_folder = fetch.base(config.base.source, cache)
-        for note in layers.choose(base_folder, config.train.target_modules, config.base.quantization).notes:
+        chosen = layers.choose(base_folder, config.train.target_modules, config.base.quantization)
+        for note in chosen.notes:
             console.print(f"  {note}", soft_wrap=True, highlight=False)
     with step("Examples", console):
         prepared = prepare(
@@ -288,8 +288,16 @@ def build(
     if config.merge == "balanced":  # refused before anything is trained
         for use in ("fit", "measure"):
             general.pieces(base.tokenizer(base_folder), use, general_text)
+
+    def begin() -> None:
+        taken = room.of_files(base_folder, chosen, config, _compared(prepared))
+        if caution := taken.check(run, tar=tar, replaced=[run / "weights", run / TAR]):
+            console.print(f"  {caution}", soft_wrap=True, highlight=False)
+
     with step("Training", console) as say:
-        result = training.train(config, prepared, base_folder, run, console=console, resume=resume, score=score)
+        result = training.train(
+            config, prepared, base_folder, run, console=console, resume=resume, score=score, begin=begin
+        )
         say(_trained(result))
     with step("Merge", console) as say:
         content, reused = merge_once(
@@ -418,12 +426,11 @@ def balanced(
 
     What it computes is kept beside the adapter, in `balance/`, until the measurement is done.
     """
-    held_out = (prepared.validation or prepared.train)[:COMPARED_ROWS]
     choice = strength.choose(
         base_folder,
         adapter,
         prepared.train,
-        held_out,
+        _compared(prepared),
         adapter.parent / BALANCE,
         text=general_text,
         progress=progress_bar(console),
@@ -591,7 +598,7 @@ def compare_once(
     """
     from cogpress.verify.distributions import Divergence
 
-    rows = (prepared.validation or prepared.train)[:COMPARED_ROWS]
+    rows = _compared(prepared)
     key = {
         "weights": manifest.fingerprint(run / "weights"),
         "adapter": manifest.fingerprint(adapter),
@@ -618,6 +625,11 @@ def compare_once(
         )
         write_json(path, {"key": key, **{name: value.to_dict() for name, value in known.items()}})
     return known["merged"], known.get("naive")
+
+
+def _compared(prepared: Prepared) -> list[Row]:
+    """The rows on which merges are compared."""
+    return (prepared.validation or prepared.train)[: distributions.COMPARED_ROWS]
 
 
 def divergence_table(merged: Divergence, naive: Divergence | None, config: Config) -> Table:

@@ -320,3 +320,8 @@ def serving(model: Architecture, how: Serving) -> Memory:
         activations=pass_activations(model, how),
         overhead=how.frame + (CUDA_GRAPHS if how.compiled else 0),
     )
+
+
+def gigabytes(number: float) -> str:
+    """Bytes, formatted in units of 10^9."""
+    return f"{number / 1e9:,.2f} GB" if abs(number) < 1e10 else f"{number / 1e9:,.1f} GB"

@@ -15,13 +15,13 @@ from cogpress import config, plots
 from cogpress.config import Config
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
-from cogpress.plan import architecture, cost, hardware
+from cogpress.plan import architecture, cost, hardware, room
 from cogpress.plan import estimate as planning
 from cogpress.plan.architecture import Architecture
 from cogpress.plan.cost import Running
 from cogpress.plan.estimate import Estimate
 from cogpress.plan.hardware import Machine
-from cogpress.plan.memory import Memory
+from cogpress.plan.memory import Memory, gigabytes
 from cogpress.train import layers
 from cogpress.weights import tensors
 
@@ -77,6 +77,8 @@ def of_project(settings: Config, root: Path, model: Architecture) -> Estimate:
     path = root / settings.plan.hardware if settings.plan.hardware else None
     table, note = hardware.current(hardware.table(path, settings.plan.prices))
     report = planning.data_report(root / "runs" / settings.name)
+    if model.scheme is None:
+        said += tuple(room.of_architecture(model, settings, report).notes(root / "runs"))
     return planning.make(settings, model, table, report=report, notes=(*said, note) if note else said)
 
 
@@ -109,11 +111,6 @@ def sku(settings: Config, root: Path, *, ask: bool = True) -> str:
             "The model fits on no hardware by the plan; scripts/plan shows why. Name one with --hardware SKU."
         )
     return made.hardware.sku
-
-
-def gigabytes(number: float) -> str:
-    """Bytes, formatted in units of 10^9."""
-    return f"{number / 1e9:,.2f} GB" if abs(number) < 1e10 else f"{number / 1e9:,.1f} GB"
 
 
 def duration(seconds: float) -> str:

@@ -141,6 +141,7 @@ def train(
     console: Console,
     resume: bool = False,
     score: Callable[[str, str], bool] | None = None,
+    begin: Callable[[], object] = lambda: None,
 ) -> Result:
     """Train an adapter into `run/adapter`, with all measurements beside it.
 
@@ -154,6 +155,7 @@ def train(
         console: where progress is shown.
         resume: resume an interrupted run from its newest checkpoint.
         score: judges answers, as `answers.compare` takes it.
+        begin: called before anything is changed, unless a finished run is reused; may refuse.
 
     Raises:
         CogpressError: nothing to train on; the folder holds another run; nothing to resume.
@@ -168,6 +170,7 @@ def train(
         return finished
     pad = base.tokenizer(base_folder).pad_token_id
     layers.check_rows(base_folder, prepared.train + prepared.validation, pad)
+    begin()
     checkpoint = _open_run(run, key, config, resume)
     return _train(config, prepared, base_folder, fingerprint, run, checkpoint, console, score)
 
