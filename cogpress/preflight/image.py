@@ -37,7 +37,7 @@ SAMPLES = {
 LARGE_OTHER = 200_000_000
 """Bytes beside the weights above which something superfluous is in the image."""
 
-LARGE_IMAGE = 30_000_000_000
+LARGE_WEIGHTS = 10_000_000_000
 """Bytes of weights above which it is better to download them at the start than to push them."""
 
 TEXT_BYTES = 8 << 20
@@ -121,13 +121,17 @@ def _size(facts: Facts) -> Iterator[Finding]:
     if rest > LARGE_OTHER:
         shown = some(f"{entry.name} ({size(entry.size)})" for entry in largest)
         yield warning(f"The image gets {told}, the largest {shown}.", f"Exclude in {NAME} what serving does not need.")
-    elif weights > LARGE_IMAGE:
+    elif weights > LARGE_WEIGHTS:
         yield warning(
-            f"The image gets {told}: a long push and long cold starts.",
-            "Host the weights where https reaches them, and set serve.weights in model.yaml.",
+            f"The image gets {told}. Above {size(LARGE_WEIGHTS)} of weights pushes and cold starts are long; "
+            "fetched at the start, pget gets them in parallel pieces.",
+            f"Host them where https reaches them, name serve.weights, set push.weights to fetched and remove !weights "
+            f"from {NAME}. (Cog's managed weights do not go with the two models of scripts/push.)",
         )
+    elif weights:
+        yield passed(f"{told}; up to {size(LARGE_WEIGHTS)} are best in the image: no start depends on a download")
     else:
-        yield passed(told)
+        yield passed(f"{told}; the weights are fetched at the start")
 
 
 def _sum(entries: list[Entry]) -> int:

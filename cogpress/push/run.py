@@ -154,7 +154,9 @@ class PushRun:
         )
         if machine.logged_in() is False:
             cog.login(self.target.root, cog.cli_token(), self.replicate.token)
-        return {"passed": len(report.of("passed")), "warnings": warnings}
+        sizes = (row for row in report.rows if (row.topic, row.name) == ("Image", "size"))
+        placed = next((row.finding.message for row in sizes), "")
+        return {"passed": len(report.of("passed")), "warnings": warnings, "weights": placed}
 
     def _models(self, say: Say) -> dict[str, Any]:
         made = []

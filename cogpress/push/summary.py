@@ -134,8 +134,9 @@ secret = replicate.webhooks.default.secret()
 
 class Receiver(BaseHTTPRequestHandler):
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["content-length"])).decode()
+        content = self.rfile.read(int(self.headers["content-length"]))
         try:
+            body = content.decode()
             replicate.webhooks.validate(
                 headers=dict(self.headers), body=body, secret=secret, tolerance=300
             )
@@ -145,7 +146,7 @@ class Receiver(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         prediction = json.loads(body)
-        print(prediction["id"], prediction["status"], prediction["output"], flush=True)
+        print(prediction["id"], prediction["status"], prediction.get("output"), flush=True)
 
 
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Receiver).serve_forever()"""
@@ -158,7 +159,8 @@ def page(model: str, programs: Mapping[str, str]) -> str:
     """The programs as Markdown, and how agents call the model."""
     parts = [f"# Programs that call {model}\n\nThey read the token from `REPLICATE_API_TOKEN`.\n"]
     for title, program in programs.items():
-        parts.append(f"## {title}\n\n```{_LANGUAGES.get(title, 'bash')}\n{program}\n```\n")
+        fence = "````" if "```" in program else "```"
+        parts.append(f"## {title}\n\n{fence}{_LANGUAGES.get(title, 'bash')}\n{program}\n{fence}\n")
     parts.append(
         "## MCP\n\nAgents that speak MCP call it through Replicate's server at `https://mcp.replicate.com`, or through "
         f"the npm package `replicate-mcp` on their own machine. Tell them the name {model}.\n"

@@ -518,9 +518,16 @@ def test_large_images_are_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [row] = findings(here, "Image: size")
     assert row.finding.outcome == "warning"
     monkeypatch.setattr(preflight.image, "LARGE_OTHER", 10**9)
-    monkeypatch.setattr(preflight.image, "LARGE_IMAGE", 1)
     [row] = findings(here, "Image: size")
-    assert row.finding.outcome == "warning"
+    assert (row.finding.outcome, "best in the image" in row.finding.message) == ("passed", True)
+    monkeypatch.setattr(preflight.image, "LARGE_WEIGHTS", 1)
+    [row] = findings(here, "Image: size")
+    assert (row.finding.outcome, "fetched at the start, pget gets" in row.finding.message) == ("warning", True)
+    assert "push.weights to fetched" in (row.finding.fix or "")
+    with (here / ".dockerignore").open("a") as file:
+        file.write("weights\n")
+    [row] = findings(here, "Image: size")
+    assert (row.finding.outcome, "are fetched at the start" in row.finding.message) == ("passed", True)
 
 
 def test_secrets_that_git_tracks_are_told(here: Path) -> None:

@@ -102,6 +102,7 @@ def test_a_push_from_nothing_and_once_more(here: Machine, remote: PushReplicate)
     assert max(len(line) for line in said.splitlines() if "http" not in line and shipped.version not in line) <= 80
     content = json.loads((here.root / "runs" / "push" / "local--model" / "report.json").read_text())
     assert content["version"] == shipped.version
+    assert "of weights and" in content["steps"][run.PREFLIGHT]["weights"]
     tests = shipped.steps[run.TESTS]
     # What the tests took: the predictions' own run times, at the price of the hardware.
     first, *_ = tests["outcomes"]
