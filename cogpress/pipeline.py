@@ -77,6 +77,7 @@ def from_inputs(
     fresh: bool = False,
     tar: bool = False,
     usual: bool = False,
+    install_too: bool = False,
     console: Console | None = None,
 ) -> Built:
     """Build weights from the inputs of a training, over what `model.yaml` says.
@@ -89,6 +90,7 @@ def from_inputs(
         fresh: delete the run's folder first.
         tar: pack weights and adapter into a tar.
         usual: compare with the usual merge, too.
+        install_too: copy the weights to the project's `weights/`.
         console: where progress is shown.
 
     Raises:
@@ -106,7 +108,7 @@ def from_inputs(
     console = console or Console()
     if fresh:
         training.discard(run, console)
-    return build(
+    built = build(
         config,
         root / config.data.train,
         run,
@@ -118,7 +120,11 @@ def from_inputs(
         skip_bad=skip_bad,
         tar=tar,
         usual=usual,
+        copy=install_too,
     )
+    if install_too:
+        install(built.weights, root / "weights")
+    return built
 
 
 def install(weights: Path, place: Path) -> None:
@@ -249,6 +255,7 @@ def build(
     skip_bad: bool = False,
     tar: bool = False,
     usual: bool = False,
+    copy: bool = False,
 ) -> Built:
     """Train an adapter on a file of examples and merge it into weights, in `run/weights`.
 
@@ -266,6 +273,7 @@ def build(
         skip_bad: leave bad lines out instead of refusing the file.
         tar: pack weights and adapter into a tar.
         usual: compare with the usual merge, too.
+        copy: the caller will copy the weights, for which the disk must have room, too.
 
     Raises:
         CogpressError: the examples or the base cannot be trained on or merged, the disk has no room for what follows
@@ -291,7 +299,7 @@ def build(
 
     def begin() -> None:
         taken = room.of_files(base_folder, chosen, config, _compared(prepared))
-        if caution := taken.check(run, tar=tar, replaced=[run / "weights", run / TAR]):
+        if caution := taken.check(run, tar=tar, copy=copy, replaced=[run / "weights", run / TAR]):
             console.print(f"  {caution}", soft_wrap=True, highlight=False)
 
     with step("Training", console) as say:

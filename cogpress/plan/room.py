@@ -54,21 +54,24 @@ class Room:
     stored: float
     memory: float
 
-    def largest(self, *, tar: bool, freed: float = 0, stored: bool = True) -> dict[str, float]:
+    def largest(self, *, tar: bool, copy: bool = False, freed: float = 0, stored: bool = True) -> dict[str, float]:
         """What is on the run's disk when most is, in bytes by part.
 
         Args:
             tar: whether weights and adapter are packed, too.
+            copy: whether the weights are copied in the end.
             freed: bytes of earlier weights, which the new ones replace.
             stored: whether temporary files are on the same disk.
         """
         made = {"the adapter": self.adapter, "the weights": self.weights, "their draft": self.draft}
         compared = {"the comparison's log-probabilities": self.stored * stored}
         corrections = {"the corrections of the balanced merge": self.corrections}
+        packed = {"the tar": sum(made.values()) * tar, "what they replace": -freed}
         moments = [
             {"the adapter": self.adapter, "the checkpoints": CHECKPOINTS * CHECKPOINT / 4 * self.adapter},
             made | corrections,
-            made | compared | {"the tar": sum(made.values()) * tar, "what they replace": -freed},
+            made | compared | packed,
+            made | {"their copy": self.weights * copy} | packed,
         ]
         if self.corrections:
             moments.append(
@@ -76,12 +79,13 @@ class Room:
             )
         return max(moments, key=lambda parts: sum(parts.values()))
 
-    def check(self, run: Path, *, tar: bool, replaced: Sequence[Path] = ()) -> str | None:
+    def check(self, run: Path, *, tar: bool, copy: bool = False, replaced: Sequence[Path] = ()) -> str | None:
         """Check that the disk has room for all of it, before a training begins.
 
         Args:
             run: the run's folder.
             tar: whether weights and adapter are packed, too.
+            copy: whether the weights are copied in the end, on the same disk.
             replaced: earlier weights and their tar, removed once the new weights are whole.
 
         Returns:
@@ -92,7 +96,7 @@ class Room:
         """
         temporary = Path(tempfile.gettempdir())
         same = _existing(run).stat().st_dev == temporary.stat().st_dev
-        parts = self.largest(tar=tar, freed=sum(map(_size, replaced)), stored=same)
+        parts = self.largest(tar=tar, copy=copy, freed=sum(map(_size, replaced)), stored=same)
         need, free = sum(parts.values()), _free(run)
         if need > free:
             raise CogpressError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -66,6 +67,7 @@ def test_the_moment_that_takes_most_counts() -> None:
     assert sum(LARGE.largest(tar=False).values()) == 21 * GB
     assert sum(LARGE.largest(tar=False, stored=False).values()) == 17 * GB
     assert sum(LARGE.largest(tar=True).values()) == 38 * GB
+    assert sum(LARGE.largest(tar=False, copy=True).values()) == 33 * GB, "the stored log-probabilities are gone by then"
     # Earlier weights and their tar go before the new tar is written, and after the new weights are.
     assert sum(LARGE.largest(tar=True, freed=10 * GB).values()) == 28 * GB
     assert sum(LARGE.largest(tar=True, freed=32 * GB).values()) == 17 * GB
@@ -131,6 +133,13 @@ def test_a_training_without_room_is_refused_before_anything_is_trained_or_remove
     free(1000)
     with pytest.raises(CogpressError, match=r"and what follows it take 0\.\d\d GB in .*run \(.*and 0\.00 GB are free"):
         pipeline.build(asked, examples_file, run, tmp_path / "cache", Console(quiet=True))
+    # Where the weights are copied to weights/ in the end, that counts.
+    taken = room.of_files(folder, layers.choose(folder, "all-linear", "nf4"), asked, [])
+    free(sum(taken.largest(tar=False).values()) + taken.weights / 2)
+    (tmp_path / "model.yaml").write_text(json.dumps(asked.model_dump(mode="json", exclude_defaults=True)))
+    given = {"train_data": str(examples_file)}
+    with pytest.raises(CogpressError, match=r"their copy 0\.0"):
+        pipeline.from_inputs(tmp_path, given, install_too=True, console=Console(quiet=True))
     # A warning about memory does not keep it from beginning.
     free(1000 * GB)
     monkeypatch.setattr(room, "_free_memory", lambda: 0.0)
