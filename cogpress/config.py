@@ -133,6 +133,7 @@ _PROBLEMS = 8
 
 _SHORT = reprlib.Repr()  # aliases in YAML can make a value of a few lines endless
 _SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlevel = 2
 
 
 def parse_yaml(read: Callable[[], Any]) -> Any:

@@ -20,7 +20,7 @@ from cogpress.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 README, AGENTS, TROUBLES = ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "docs" / "troubleshooting.md"
-PAGES = [README, AGENTS, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, AGENTS, ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 SOURCES = [*(ROOT / "cogpress").rglob("*.py"), *ROOT.glob("*.py")]
 
@@ -130,7 +130,7 @@ def test_each_fact_about_cog_is_watched() -> None:
 
 
 def test_every_page_is_led_to_from_the_readme() -> None:
-    assert [page.name for page in PAGES[2:] if f"docs/{page.name}" not in TEXTS[README]] == []
+    assert [page.name for page in PAGES[3:] if f"docs/{page.name}" not in TEXTS[README]] == []
 
 
 def test_every_picture_is_shown() -> None:

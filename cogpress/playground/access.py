@@ -129,7 +129,7 @@ class Access:
             detail = "You did not pass a valid token. Send it as `Authorization: Bearer TOKEN`."
             return error(401, "Unauthenticated", detail), {"WWW-Authenticate": "Bearer"}
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._limits.max_bytes:
+        if not length.isdigit() or len(length) > 18 or int(length) > self._limits.max_bytes:
             return self._too_large(), {}
         return None
 

@@ -152,6 +152,7 @@ def _shown(value: Any) -> str:
 
 
 _SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
 
 
 def question(request: Request, settings: Prompt) -> Question:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from cogpress import config
 from cogpress.data.prepare import Reading, read_examples
+from cogpress.data.read import rows
 from cogpress.errors import CogpressError
 from cogpress.prompts import Conversation
 from tests.standins.chatexamples import Write, messages, pair
@@ -185,6 +187,14 @@ def test_a_json_list(tmp_path: Path, indent: int | None) -> None:
     reading = read_examples(path)
     assert [example.line for example in reading.examples] == [1, 3]
     assert [(found.line, found.reason) for found in reading.problems] == [(2, "a number and not a JSON object")]
+
+
+def test_many_objects_over_several_lines_take_linear_time(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("\n".join([json.dumps(pair("q", "a"), indent=1)] * 80_000))
+    began = time.monotonic()
+    assert sum(1 for _ in rows(path, ("prompt",))) == 80_000
+    assert time.monotonic() - began < 15
 
 
 def test_json_lines_named_json(write: Write) -> None:

@@ -17,13 +17,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import httpx
 import pyarrow
 import pyarrow.parquet
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from starlette.applications import Starlette
 
 from cogpress import config
 from cogpress.cog import process, reading
@@ -31,12 +34,24 @@ from cogpress.data.prepare import read_examples
 from cogpress.engines import patterns, schemas
 from cogpress.errors import CogpressError
 from cogpress.http import EventDecoder
+from cogpress.playground import access
+from cogpress.playground.api import routes as api
 from cogpress.playground.api import webhooks
+from cogpress.playground.backend import Backend
+from cogpress.playground.catalog import Catalog
 from cogpress.playground.openai import parameters
+from cogpress.playground.openai import routes as openai
 from cogpress.playground.openai.errors import OpenAIError
+from cogpress.playground.predictions import Predictions
+from cogpress.playground.queue import Queue
+from cogpress.playground.records import Prediction, Version
+from cogpress.playground.store import Store
+from cogpress.playground.web import Parts
 from cogpress.preflight import packages
+from cogpress.serve import batch
 from cogpress.serve import requests as inputs
 from cogpress.weights import archive, manifest, tensors
+from tests.playground.test_store import with_store
 
 EXAMPLES = int(os.environ.get("COGPRESS_FUZZ", "25"))
 
@@ -45,7 +60,7 @@ fuzzed = settings(
     derandomize="COGPRESS_FUZZ" not in os.environ,
     database=None,
     deadline=None,
-    phases=[Phase.generate] if EXAMPLES < 1000 else [Phase.generate, Phase.shrink],
+    phases=[Phase.explicit, Phase.generate],  # making a failure smaller takes minutes
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
@@ -117,7 +132,7 @@ def damaged(draw: st.DrawFn, *valid: bytes) -> bytes:
         to = min(len(content), at + draw(st.sampled_from([0, 1, 1, 4, 64, 1024])))
         content[at:to] = draw(
             st.binary(max_size=6)
-            | st.sampled_from([b"", b"\0" * 8, b"\xff" * 8, b"[" * 2000, b"\n", b'"', b"&a [*a]", b"9" * 5000])
+            | st.sampled_from([b"", b"\0" * 8, b"\xff" * 8, b"[" * 1200, b"\n", b'"', b"&a [*a]", b"9" * 5000])
             | st.just(bytes(content[: to - at]))
         )
     return bytes(content)
@@ -160,6 +175,9 @@ MANIFEST = {
 
 @fuzzed
 @given(json_bytes(MANIFEST))
+@example(b"[" * 9000)
+@example(b'{"cogpress": "1", "format": 1, "files": {"a": 1}}')
+@example(b'{"cogpress": "1", "format": 1, "files": {"%s": {"sha256": "", "bytes": 1}}}' % (b"a" * 300))
 def test_manifests(content: bytes) -> None:
     with folder_with(manifest.NAME, content) as folder:
         (folder / "model.safetensors").write_bytes(b"abc")
@@ -197,6 +215,9 @@ VALID_TENSORS = safetensors(json.dumps(HEADER).encode())
 
 @fuzzed
 @given(json_bytes(HEADER).map(safetensors) | damaged(VALID_TENSORS) | st.binary(max_size=40))
+@example(safetensors(b"[" * 9000))
+@example(safetensors(b'{"a": {"dtype": "F32", "shape": 1, "data_offsets": [0, 10]}}'))
+@example(safetensors(b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 10]}}'))
 def test_safetensors_are_taken_only_if_the_library_takes_them(content: bytes) -> None:
     with folder_with("model.safetensors", content) as folder:
         found = refused_or(tensors.stored, folder)
@@ -210,6 +231,7 @@ def test_safetensors_are_taken_only_if_the_library_takes_them(content: bytes) ->
 
 @fuzzed
 @given(json_bytes({"metadata": {"total_size": 8}, "weight_map": {"a": "model-1.safetensors", "b": "x.safetensors"}}))
+@example(b"[" * 9000)
 def test_indexes_of_shards(content: bytes) -> None:
     with folder_with("model.safetensors.index.json", content) as folder:
         (folder / "model-1.safetensors").write_bytes(VALID_TENSORS)
@@ -282,6 +304,10 @@ def lines(row: bytes, name: str) -> bytes:
 
 @fuzzed
 @given(json_bytes(*ROWS), st.sampled_from(["rows.jsonl", "rows.json", "pretty.json", "rows", "rows.jsonl.gz"]))
+@example(b'{"a": 1, "a": 2}, {', "rows.json")
+@example(b'{"text": "t", "weight": 1%s}' % (b"0" * 400), "rows.jsonl")
+@example(b'{"text": %s}' % DEEP["nested 200"].encode(), "pretty.json")
+@example(b'{"messages": [{"role": "assistant", "tool_calls": "%s"}]}' % (b"[" * 9000), "rows.jsonl")
 def test_rows(row: bytes, name: str) -> None:
     content = lines(row, name)
     with folder_with(name, gzip.compress(content) if name.endswith("gz") else content) as folder:
@@ -329,6 +355,8 @@ SCHEMAS = (
 
 @fuzzed
 @given(changed(*SCHEMAS))
+@example({"type": [[]]})
+@example({"type": ["string", {}], "const": "x"})
 def test_json_schemas(schema: Any) -> None:
     try:
         text = inputs.read({"json_schema": text_of(schema)}, None)[1].structure  # type: ignore[arg-type]
@@ -348,6 +376,7 @@ def test_json_schemas(schema: Any) -> None:
     | st.text(max_size=6)
     | st.builds(lambda depth, one: "(" * depth + one + ")" * depth, st.sampled_from([5, 80, 300, 2000]), TEXTS)
 )
+@example("(" * 300 + "x" + ")" * 300)
 def test_patterns(pattern: str) -> None:
     patterns.unenforced(pattern)
     with suppress(ValueError):
@@ -362,7 +391,7 @@ PROGRAMS = tuple((ROOT / name).read_bytes() for name in ("predict.py", "train.py
 YAML_TRICKS = (
     b"&a [*a]",
     b"train: {epochs: &a [*a]}",
-    b"a: " + b"[" * 3000,
+    b"a: " + b"[" * 1200,
     b"a: 2021-13-45",
     b"? [a]\n: 1",
     b"a: &a [x, x, x, x, x, x, x, x]\n"
@@ -381,6 +410,8 @@ YAML_TRICKS = (
     | st.sampled_from(YAML_TRICKS)
     | json_bytes({"name": "m", "train": {"epochs": 1}, "prompt": {"template": "{q}", "fields": {"q": {}}}})
 )
+@example(YAML_TRICKS[5])
+@example(b"train: *h".join([YAML_TRICKS[5], b""]))
 def test_model_yaml(content: bytes) -> None:
     with folder_with("model.yaml", content) as folder:
         refused_or(config.load, folder / "model.yaml")
@@ -395,6 +426,8 @@ def test_cog_yaml(content: bytes) -> None:
 
 @fuzzed
 @given(damaged(*PROGRAMS) | st.binary(max_size=40), st.sampled_from(["run.py:Runner", "run.py:train"]))
+@example(b"\0", "run.py:Runner")
+@example(b"x = " + b"(" * 5000, "run.py:train")
 def test_programs(content: bytes, reference: str) -> None:
     methods = reading.METHODS if reference.endswith("Runner") else reading.TRAINING
     with folder_with("run.py", content) as folder:
@@ -413,6 +446,7 @@ def test_programs(content: bytes, reference: str) -> None:
 @given(
     damaged(b"# all\na==1.0 --hash=sha256:00\n-r other.txt\nb[x] @ https://a/b.whl ; python_version < '3'\n./c.whl\n")
 )
+@example(b"./" + b"a" * 300 + b"\n-r " + b"a" * 300)
 def test_requirements(content: bytes) -> None:
     text = content.decode(errors="replace")
     with folder_with("requirements.txt", text.encode()) as folder:
@@ -473,7 +507,17 @@ def test_inputs_of_predictions(tokenizer: Any, data: st.DataObject, name: str) -
         refused_or(inputs.question, read[0], config.Prompt())
 
 
-SCHEMA = {
+@fuzzed
+@given(json_bytes(INPUTS, {"prompt": {"q": "a"}, "id": 1, **JSON_INPUTS}))
+@example(DEEP["nested 600"].encode())
+def test_lines_of_batches(line: bytes) -> None:
+    fields = SCHEMA["components"]["schemas"]["Input"]["properties"]
+    row = refused_or(batch.read, line)
+    if row is not None:
+        refused_or(batch.inputs, row, fields)
+
+
+SCHEMA: dict[str, Any] = {
     "components": {
         "schemas": {
             "Input": {
@@ -512,6 +556,63 @@ def test_bodies_of_openais_api(body: Any, chat: bool) -> None:
         except OpenAIError as error:
             said = error.body
         assert len(json.dumps(said)) < 3000
+
+
+HEADERS = st.sampled_from(
+    ["host", "origin", "authorization", "content-length", "content-type", "prefer", "cancel-after", "sec-fetch-site"]
+)
+
+
+class Instant:
+    """A backend whose model ends at once."""
+
+    slots = 4
+
+    async def run(self, prediction: Prediction) -> None:
+        prediction.start()
+        prediction.end("succeeded", output=["a"])
+
+
+async def posted(store: Store, path: str, body: bytes, headers: dict[str, bytes]) -> httpx.Response:
+    version = Version("v", "local/m", 0.0, SCHEMA, "")
+    queue = Queue(cast("Backend", Instant()), lambda _prediction: None)
+    catalog = cast(
+        "Catalog",
+        SimpleNamespace(queue=lambda _: queue, resolve=lambda _: version, streams=lambda *_: False, on_end=None),
+    )
+    predictions = Predictions(store, catalog)
+    parts = cast("Parts", SimpleNamespace(predictions=predictions, catalog=catalog, private_webhooks=False))
+    app = access.Access(Starlette(routes=[*api.routes(parts), *openai.hosted(parts)]), access.RequestLimits())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        response = await client.post(path, content=body, headers={"prefer": b"wait=5", **headers})
+    await queue.idle()
+    await predictions.close()
+    return response
+
+
+@fuzzed
+@given(
+    json_bytes(
+        {"version": "m", "input": {"prompt": "p"}, "webhook": "http://127.0.0.1/x", "webhook_events_filter": ["start"]},
+        {"version": "m", "input": {"prompt": "p"}, "webhook_completed": None},
+        {**BODY, "stream": False},
+        {"model": "m", "prompt": ["p"]},
+    ),
+    st.sampled_from(["/v1/predictions", "/v1/chat/completions", "/v1/completions"]),
+    st.just({}) | st.dictionaries(HEADERS, damaged(b"http://localhost:80", b"wait=5, x=1", b"30s", b"9"), max_size=2),
+)
+@example(b'{"version": "m", "input": %s}' % DEEP["nested 200"].encode(), "/v1/predictions", {})
+@example(b'{"version": "m", "webhook_events_filter": [[]], "webhook": {}}', "/v1/predictions", {})
+@example(b"{}", "/v1/predictions", {"content-length": b"1" * 5000})
+def test_requests_to_both_apis(body: bytes, path: str, headers: dict[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+
+        async def work(store: Store) -> None:
+            response = await posted(store, path, body, headers)
+            assert response.status_code < 500
+            assert isinstance(response.json(), dict)
+
+        with_store(Path(folder), work)
 
 
 @fuzzed
