@@ -154,9 +154,10 @@ class PushRun:
         )
         if machine.logged_in() is False:
             cog.login(self.target.root, cog.cli_token(), self.replicate.token)
-        sizes = (row for row in report.rows if (row.topic, row.name) == ("Image", "size"))
-        placed = next((row.finding.message for row in sizes), "")
-        return {"passed": len(report.of("passed")), "warnings": warnings, "weights": placed}
+        placed = next(row.finding for row in report.rows if (row.topic, row.name) == ("Image", "size"))
+        if placed.outcome == "warning":
+            self.notes.append(f"{placed.message} {placed.fix}")
+        return {"passed": len(report.of("passed")), "warnings": warnings, "weights": placed.message}
 
     def _models(self, say: Say) -> dict[str, Any]:
         made = []

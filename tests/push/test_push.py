@@ -21,7 +21,7 @@ from cogpress import config
 from cogpress.cog.process import free_port
 from cogpress.engines.base import CRASHED
 from cogpress.errors import CogpressError
-from cogpress.preflight import place
+from cogpress.preflight import image, place
 from cogpress.push import dry_run, journal, run, summary, testcases
 from cogpress.push.context import build_context, code_beside_weights
 from cogpress.push.target import PushTarget, fingerprint
@@ -348,9 +348,13 @@ def test_busy_answers_are_waited_for(here: Machine, remote: PushReplicate, monke
     assert shipped.version
 
 
-def test_a_version_is_found_without_a_digest(here: Machine) -> None:
+def test_a_version_is_found_without_a_digest(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image, "LARGE_WEIGHTS", 10)
     here.standin(silent=True)
-    assert push(here)[0].version
+    shipped, said = push(here)
+    assert shipped.version
+    # Weights that are too large for an image are told at the end too.
+    assert "set push.weights to fetched" in " ".join(said.split())
 
 
 def test_a_project_that_changes_while_it_is_tested_is_not_pushed(
