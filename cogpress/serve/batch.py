@@ -260,7 +260,7 @@ def inputs(row: Mapping[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> d
             given[name] = json.dumps(given[name], ensure_ascii=False)
     for name, value in given.items():
         if name not in fields:
-            raise CogpressError(f"There is no input {name!r}. The inputs are {', '.join(fields)}.")
+            raise CogpressError(f"There is no input {name[:80]!r}. The inputs are {', '.join(fields)}.")
         _check(name, value, fields[name])
     return given
 

@@ -510,6 +510,7 @@ def test_inputs_of_predictions(tokenizer: Any, data: st.DataObject, name: str) -
 @fuzzed
 @given(json_bytes(INPUTS, {"prompt": {"q": "a"}, "id": 1, **JSON_INPUTS}))
 @example(DEEP["nested 600"].encode())
+@example(b'{"%s": 1}' % (b"a" * 5000))
 def test_lines_of_batches(line: bytes) -> None:
     fields = SCHEMA["components"]["schemas"]["Input"]["properties"]
     row = refused_or(batch.read, line)
