@@ -49,21 +49,12 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: count])
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests without a marker for long ones as `unit`; keep those together that share what is expensive.
-
-    That is their file's, or a fixture of several files, whose tests come last.
-    """
-
-    def shared(item: pytest.Item) -> list[str]:
-        return [name for name in SHARED if name in getattr(item, "fixturenames", ())]
-
+    """Mark tests without a marker for long ones as `unit`; run those that share a fixture of several files last."""
     for item in items:
         if not any(item.get_closest_marker(name) for name in ("slow", "server", "train")):
             item.add_marker("unit")
-        item.add_marker(pytest.mark.xdist_group("".join(shared(item)[:1]) or item.nodeid.split("::")[0]))
-    items.sort(key=lambda item: bool(shared(item)))
+    items.sort(key=lambda item: any(name in getattr(item, "fixturenames", ()) for name in SHARED))
 
 
 @pytest.fixture(scope="session")

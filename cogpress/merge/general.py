@@ -7,6 +7,7 @@ a merge, the other for measuring one.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,8 +18,8 @@ from cogpress.prompts import NO_LOSS, Row, encode_plain
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OWN = Path(__file__).with_name("general.jsonl")
-"""Lines of `use`, `kind` and `text`."""
+OWN = Path(__file__).with_name("general.txt")
+"""Texts, each under a line of `###`, its use and its kind."""
 
 PIECE = 512
 """Tokens of a piece at most."""
@@ -55,8 +56,8 @@ def rows(pieces: list[list[int]]) -> list[Row]:
 
 
 def _own(use: Use) -> list[str]:
-    lines = map(json.loads, OWN.read_text(encoding="utf-8").splitlines())
-    return [line["text"] for line in lines if line["use"] == use]
+    _, *parts = re.split(r"^### (fit|measure) \w+\n", OWN.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [text.strip() for one, text in zip(parts[::2], parts[1::2], strict=True) if one == use]
 
 
 def _given(path: Path, use: Use) -> list[str]:

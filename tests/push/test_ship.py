@@ -67,7 +67,10 @@ def shipped(here: Machine) -> tuple[Any, str]:
     settings = config.load(here.root / "model.yaml")
     assert settings.push.parity
     target = PushTarget.of(here.root, settings, "local/observe", hardware="gpu-l40s")
-    made = run.push(target, settings, Console(file=file, width=80, highlight=False))
+    try:
+        made = run.push(target, settings, Console(file=file, width=80, highlight=False))
+    except CogpressError as error:
+        pytest.fail(f"{file.getvalue()}\n{error}")
     assert TOKEN not in file.getvalue()
     return made, file.getvalue()
 

@@ -196,7 +196,8 @@ def test_one_model_is_in_memory_at_a_time(copy: Path, tiny_run: Path, monkeypatc
     (tiny_run / verify.REFERENCE).unlink(missing_ok=True)
     found = verify_tiny(copy, tiny_run)
     assert failures(found) == {}
-    assert alive == [0, 0, 0, 0], "reference, candidate, the reference again to answer, the engine"
+    # Reference, candidate, the base where its general text is not measured yet, the reference to answer, the engine.
+    assert (set(alive), len(alive) in (4, 5)) == ({0}, True)
     assert not any(one() for one in loaded)
 
 
