@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import runpy
@@ -191,20 +190,6 @@ def operations_adapter() -> Path:
 @pytest.fixture(scope="session")
 def trained_run(base_folder: Path, cache: Path) -> Path:
     """A run of the worked example as scripts/train leaves it, with the committed adapter merged instead of trained."""
-    from cogpress.weights import manifest
-
-    adapter, base = manifest.fingerprint(QUERIES), manifest.fingerprint(base_folder)
-    run = cache / "tests" / f"queries-{adapter[:8]}-{base[:8]}"
-    run.parent.mkdir(exist_ok=True)
-    with (run.parent / "lock").open("w") as lock:  # two processes of a run of the tests want it at once
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if run.is_dir():
-            return run
-        _trained(run, base_folder)
-    return run
-
-
-def _trained(run: Path, base_folder: Path) -> None:
     from rich.console import Console
 
     from cogpress import config, demo, pipeline
@@ -214,7 +199,12 @@ def _trained(run: Path, base_folder: Path) -> None:
     from cogpress.weights import manifest
     from examples import questions
 
-    base = manifest.fingerprint(base_folder)
+    adapter, base = manifest.fingerprint(QUERIES), manifest.fingerprint(base_folder)
+    # One for each process that shares the tests: verifications write into it.
+    name = "-".join(["queries", adapter[:8], base[:8], *filter(None, [os.environ.get("PYTEST_XDIST_WORKER")])])
+    run = cache / "tests" / name
+    if run.is_dir():
+        return run
     with new_folder(run) as part:
         settings = config.load(ROOT / "model.yaml")
         examples, _ = questions.write(part / "data", demo.TRAIN_ROWS, demo.QUESTIONS, settings.train.seed)
@@ -225,6 +215,7 @@ def _trained(run: Path, base_folder: Path) -> None:
         write_json(part / "config.json", settings.public())
         shutil.copytree(QUERIES, part / "adapter")
         merge.merge(base_folder, part / "adapter", part / "weights")
+    return run
 
 
 @pytest.fixture(scope="session")
