@@ -16,23 +16,22 @@ from rich.console import Console
 from rich.table import Table
 
 from cogpress.cli import progress_bar, step
-from cogpress.config import Config, Merge, Prompt, Quantization, load
+from cogpress.config import Config, Merge, Prompt, load
 from cogpress.data import prepare as data
 from cogpress.data.prepare import Prepared
 from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
-from cogpress.files import link, new_folder, read_json, sha256, write_json
+from cogpress.files import new_folder, read_json, sha256, write_json
 from cogpress.merge import adapter as adapters
-from cogpress.merge import adopt, general, merge
+from cogpress.merge import general, merge
 from cogpress.plan import architecture, room
-from cogpress.quantize import calibrate
 from cogpress.source import parse, shown
 from cogpress.train import answers, layers
 from cogpress.train import run as training
-from cogpress.verify import distributions, strength
+from cogpress.verify import distributions, limits, strength
 from cogpress.verify import run as verify
 from cogpress.weights import archive, base, fetch, manifest, skeleton
-from cogpress.weights.filenames import ADAPTER, ADAPTER_CONFIG, DRAFT
+from cogpress.weights.filenames import ADAPTER
 
 if TYPE_CHECKING:
     from cogpress.prompts import Row
@@ -219,16 +218,13 @@ def prepare(
     """
     run.mkdir(parents=True, exist_ok=True)
     try:
-        prepared = data.prepare(
+        prepared = data.prepare_as(
+            config,
             path,
-            tokenizer=base.tokenizer(base_folder),
-            prompt=config.prompt,
-            data=config.data,
-            max_length=config.train.max_length,
-            seed=config.train.seed,
+            base.tokenizer(base_folder),
+            base.stop_ids(base_folder),
             validation_path=validation_path,
             skip_bad=skip_bad,
-            stop_ids=base.stop_ids(base_folder),
         )
     except data.BadDataError as error:
         console.print(error.report.table())
@@ -320,7 +316,7 @@ def build(
         with step("Comparison with what training scored", console) as say:
             merged, naive = compare_once(base_folder, result.adapter, prepared, run, console, usual=usual)
             say(f"mean KL {merged.mean_kl:.5f} per token")
-            console.print(divergence_table(merged, naive, config))
+            console.print(divergence_table(merged, naive, content["merge"]["onto"]))
     except (CogpressError, RuntimeError, MemoryError, OSError) as error:
         console.print(
             f"The weights are finished, in {run / 'weights'}, but their comparison failed: {error} Run scripts/verify.",
@@ -345,8 +341,8 @@ def judge(config: Config, built: Built, score: verify.Score) -> None:
     """
     where = f"The weights stay in {built.weights}, for scripts/verify to find the cause; do not serve them."
     if (found := built.merged) is not None:
-        merged = verify.left_out(built.manifest["quantization"], built.manifest["merge"]["onto"])
-        limit = verify.limits(config.verify, "none", merged).mean_kl
+        merged = limits.left_out(built.manifest["quantization"], built.manifest["merge"]["onto"])
+        limit = limits.of(config.verify, "none", merged).mean_kl
         if not found.mean_kl <= limit:
             advice = " Set merge: dequantized in model.yaml." if config.merge == "original" else ""
             raise CogpressError(
@@ -404,7 +400,12 @@ def merge_once(
     """
     made_by = manifest.fingerprint(adapter)
     facts = manifest.read(target) if target.is_dir() else None
-    if facts is not None and (merge.asked(facts), facts["merge"].get("adapter")) == (config.merge, made_by):
+    wanted = {
+        "onto": config.merge,
+        "adapter": made_by,
+        "text": config.merge == "balanced" and general.key(general_text),
+    }
+    if facts is not None and merge.asked(facts) == wanted:
         try:
             manifest.check(target, facts)
             return facts, True
@@ -418,7 +419,8 @@ def merge_once(
     onto, correction, noted = config.merge, None, {}
     if config.merge == "balanced" and prepared is not None:
         choice = balanced(base_folder, adapter, prepared, console, general_text)
-        onto, correction, noted = choice.onto, choice.correction, {"balance": choice.to_dict(), "asked": "balanced"}
+        onto, correction = choice.onto, choice.correction
+        noted = {"asked": "balanced", "text": wanted["text"], "balance": choice.to_dict()}
     made = merge.merge(
         base_folder, adapter, target, onto=onto, correction=correction, noted=noted, progress=progress_bar(console),
         add=add,
@@ -447,154 +449,8 @@ def balanced(
     from cogpress import plots
 
     plots.merges(choice.to_dict()["tried"], choice.strength, adapter.parent / "balance.png")
-    console.print(balance_table(choice))
+    console.print(choice.table())
     return choice
-
-
-def balance_table(choice: strength.Choice) -> Table:
-    """The merges that were tried, on the task and on general text."""
-    table = Table("merged into", "task: mean KL", "right", "general perplexity", title_justify="left")
-    names = {"original": "the original weights (the usual merge)", "dequantized": "the base as training saw it"}
-    for one in choice.tried:
-        name = names.get(one.onto) or f"balanced, strength {one.strength:g}"
-        chosen = one.onto == "balanced" and one.strength == choice.strength
-        chosen = chosen or (choice.strength is None and one.onto == "dequantized")
-        table.add_row(
-            f"{name} ← taken" if chosen else name, f"{one.mean_kl:.5f}", str(one.right), f"{one.general_perplexity:.1f}"
-        )
-    return table
-
-
-def draft_anew(root: Path, weights: Path, run: Path | None, examples: Path | None, console: Console) -> Path:
-    """Make the draft of finished weights again, from the examples that they were trained on; return its table's file.
-
-    Args:
-        root: the project's folder.
-        weights: the folder, whose manifest then names the new table.
-        run: the run that made them; found by their manifest where not given.
-        examples: the training examples, where they have moved.
-        console: where progress is shown.
-
-    Raises:
-        CogpressError: the weights were changed, or the run or its examples are missing.
-    """
-    with step("Examples of the training", console) as say:
-        source = calibrate.read_made(weights, run)
-        rows = calibrate.prepare(source, root, examples).train
-        say(f"{len(rows)} rows")
-    with step("Draft", console) as say, new_folder(weights) as part:
-        # Only what the manifest lists: a report of a verification is about the weights as they were.
-        for name in source.facts["files"]:
-            if Path(name).parts[0] != DRAFT:
-                link(weights / name, part / name)
-        made = draft.make(part, rows, str(source.facts["merge"]["adapter"]))
-        kept = {name: value for name, value in source.facts.items() if name not in manifest.WRITTEN}
-        manifest.write(part, "weights", kept)
-        say(f"{len(made.keys):,} contexts")
-    return draft.path_in(weights)
-
-
-def adopted(
-    adapter: Path,
-    run: Path,
-    cache: Path,
-    console: Console,
-    *,
-    source: str | None,
-    quantization: Quantization | None,
-    prompt: Prompt,
-) -> Path:
-    """The folder of an adapter with cogpress's manifest: the given one, or a copy in `run` of one made elsewhere.
-
-    Args:
-        adapter: the adapter's folder.
-        run: the run's folder for one that was made elsewhere.
-        cache: where base models are kept.
-        console: where progress is shown.
-        source: of its base.
-        quantization: how its training held the base; `none`, and said, where not given.
-        prompt: what it is to be served with.
-
-    Raises:
-        CogpressError: it cannot be merged exactly, its base is not named, or the run has another adapter.
-    """
-    if adapter.is_dir() and manifest.read(adapter) is not None:
-        if quantization is not None:
-            raise CogpressError(f"{adapter} was trained with cogpress and names its quantization. Leave it out.")
-        return adapter
-    if not (adapter / ADAPTER_CONFIG).is_file():
-        raise CogpressError(f"{adapter} holds no adapter: {ADAPTER_CONFIG} is missing. Name an adapter's folder.")
-    if source is None:
-        raise CogpressError(
-            f"{adapter} was not trained with cogpress. Name the base that it was trained on with --base."
-        )
-    place = run / ADAPTER
-    if place.exists() and manifest.fingerprint(place) != manifest.fingerprint(adapter):
-        raise CogpressError(f"{place} is another adapter, which would be replaced. Name another folder with --run.")
-    with step("Base model", console):
-        base_folder = fetch.base(source, cache)
-    with step("Adapter", console) as say:
-        adopt.adopt(
-            adapter, base_folder, place, source=shown(source), quantization=quantization or "none", prompt=prompt
-        )
-        say(f"copied to {place}")
-    if quantization is None:
-        console.print(
-            "Merging as trained on the base without quantization. For a QLoRA adapter give --quantization nf4: it was "
-            "trained to correct the quantized base.",
-            soft_wrap=True,
-        )
-    return place
-
-
-def merge_anew(
-    adapter: Path,
-    target: Path,
-    cache: Path,
-    console: Console,
-    *,
-    source: str | None = None,
-    onto: Merge,
-    alone: bool = False,
-) -> Path:
-    """Merge an adapter into `target`, replacing what is there.
-
-    Args:
-        adapter: the adapter's folder, with cogpress's manifest.
-        target: the folder to write.
-        cache: where base models are kept.
-        console: where progress is shown.
-        source: of the base, as `base.fetch` takes it; the one that the adapter names, where not given.
-        onto: what to merge into.
-        alone: write the base as the adapter was trained on it, without the adapter, for several to be served on.
-
-    Raises:
-        CogpressError: they do not belong together, or cannot be merged exactly; nothing is written.
-    """
-    base.quiet_libraries()
-    facts = adapters.read(adapter).facts
-    with step("Base model", console) as say:
-        base_folder = fetch.base(source or facts["base"]["source"], cache)
-        say(str(base_folder))
-    if alone:
-        with step("Base for adapters", console) as say:
-            content = merge.write_base(base_folder, adapter, target, progress_bar(console))
-            size = sum(file["bytes"] for file in content["files"].values())
-            say(f"as training saw it; {size / 1e6:.0f} MB in {target}")
-        return target
-    made = draft.fitting((target, adapter.parent / "weights"), manifest.fingerprint(adapter))
-
-    def add(part: Path) -> None:
-        if made is not None:
-            shutil.copytree(made, part / made.name)
-
-    with step("Merge", console) as say:
-        content = merge.merge(base_folder, adapter, target, onto=onto, progress=progress_bar(console), add=add)
-        size = sum(file["bytes"] for file in content["files"].values())
-        say(f"{content['merge']['layers']} layers, onto the {onto} base; {size / 1e6:.0f} MB in {target}")
-    if made is None:
-        console.print("They have no draft, which would make them answer faster: scripts/draft makes one.")
-    return target
 
 
 def compare_once(
@@ -640,7 +496,7 @@ def _compared(prepared: Prepared) -> list[Row]:
     return (prepared.validation or prepared.train)[: distributions.COMPARED_ROWS]
 
 
-def divergence_table(merged: Divergence, naive: Divergence | None, config: Config) -> Table:
+def divergence_table(merged: Divergence, naive: Divergence | None, onto: Merge) -> Table:
     """Divergence of the merge, and of the usual merge, from what training scored."""
     table = Table("merged into", "mean KL per token", "99th percentile", "same top token", title_justify="left")
     names = {
@@ -648,7 +504,7 @@ def divergence_table(merged: Divergence, naive: Divergence | None, config: Confi
         "balanced": "the balanced base",
         "original": "the original weights, as configured",
     }
-    for name, value in ((names[config.merge], merged), ("the original weights (the usual merge)", naive)):
+    for name, value in ((names[onto], merged), ("the original weights (the usual merge)", naive)):
         if value is not None:
             table.add_row(name, f"{value.mean_kl:.5f}", f"{value.p99_kl:.5f}", f"{value.top1_agreement:.1%}")
     return table

@@ -16,6 +16,7 @@ import jinja2
 from jinja2 import TemplateError, meta
 
 from cogpress.errors import CogpressError
+from cogpress.given import REASONING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,9 +32,6 @@ NO_LOSS = -100
 
 SWITCHES = ("enable_thinking", "thinking")
 """Names of the switch for reasoning in chat templates: Qwen's and SmolLM3's, DeepSeek's and Granite's."""
-
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names of an answer's reasoning in messages: Qwen's and DeepSeek's first, gpt-oss's last. Rows may use any of them."""
 
 _TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What rendering raises: a template is a program, so not only what it raises on purpose."""
@@ -752,95 +750,3 @@ def _answer_and_rest(
     if last:
         return [*ids[:end], _end(tokenizer)], []
     return list(ids[:end]), list(ids[end:])
-
-
-def whole_characters(value: Any) -> Any:
-    """Text, or JSON with texts in it, in which U+FFFD replaces half characters (lone surrogates).
-
-    JSON can name them (`"\\ud83d"`), but UTF-8 cannot hold them, so tokenizers, Cog and files refuse them.
-    """
-    if isinstance(value, str):
-        if value.isascii():
-            return value
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    if isinstance(value, list):
-        return [whole_characters(one) for one in value]
-    if isinstance(value, dict):
-        return {whole_characters(name): whole_characters(one) for name, one in value.items()}
-    return value
-
-
-MAX_DEPTH = 100
-"""Most nesting of objects and lists in JSON from outside: what works on it here and in templates calls itself."""
-
-
-def too_deep(value: Any) -> bool:
-    """Whether JSON is nested more than `MAX_DEPTH` deep."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [one for one in level if isinstance(one, dict | list)]
-        if not level:
-            return False
-        level = [one for outer in level for one in (outer.values() if isinstance(outer, dict) else outer)]
-    return True
-
-
-# --- what callers give ------------------------------------------------------------------------------------------------
-
-
-def read_json(text: str, name: str) -> Any:
-    """Parse JSON that a user typed.
-
-    Raises:
-        CogpressError: it is not JSON; says where.
-    """
-
-    def constant(word: str) -> Any:
-        raise ValueError(f"{word} is not allowed in JSON")
-
-    try:
-        found = json.loads(text, parse_constant=constant)
-        if too_deep(found):
-            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
-        return whole_characters(found)
-    except (ValueError, RecursionError) as error:
-        raise CogpressError(f"{name} is not JSON: {error}. Give valid JSON, or leave it empty.") from None
-
-
-def reasoning_of(message: Mapping[str, Any]) -> str:
-    """The reasoning that a client's message has, under any of its names; empty for none."""
-    return next((text for name in REASONING if isinstance(text := message.get(name), str) and text), "")
-
-
-def tool(value: Any, place: str) -> dict[str, Any]:
-    """A function that the model may call, as OpenAI's API describes it.
-
-    Raises:
-        CogpressError: it is not; names the place.
-    """
-    function = value.get("function") if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise CogpressError(f'{place} must be {{"type": "function", "function": {{"name": ..., ...}}}}.')
-    return dict(value)
-
-
-def tool_call(value: Any, place: str) -> dict[str, Any]:
-    """A call of a function as chat templates take it: OpenAI's clients send arguments as JSON text, templates write an
-    object.
-
-    Raises:
-        CogpressError: it is malformed; names the place.
-    """
-    function = value.get("function") if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise CogpressError(f'{place}: each of tool_calls must be {{"function": {{"name": ..., "arguments": ...}}}}.')
-    arguments = function.get("arguments")
-    if arguments is None:
-        arguments = {}
-    if isinstance(arguments, str):
-        name = f"arguments in {place[0].lower()}{place[1:]}"
-        arguments = read_json(arguments, name) if arguments.strip() else {}
-    if not isinstance(arguments, dict):
-        raise CogpressError(f"{place}: the arguments of {function['name'][:80]} must be a JSON object, such as {{}}.")
-    kept: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return {"id": value["id"], **kept} if isinstance(value.get("id"), str) else kept

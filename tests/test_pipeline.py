@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from bench import bases
-from cogpress import config, pipeline
+from cogpress import config, pipeline, remake
 from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
 from cogpress.plan import architecture
@@ -92,7 +92,7 @@ def test_a_draft_is_made_again_and_kept_by_a_merge(tiny_base: Path, examples_fil
     (built.weights / "verification.json").write_text('{"checks": [], "files": {}}')
     files = {name: known for name, known in built.manifest["files"].items() if not name.startswith("draft/")}
     (built.weights / manifest.NAME).write_text(json.dumps({**built.manifest, "files": files}))
-    assert pipeline.draft_anew(tmp_path, built.weights, None, None, QUIET) == table
+    assert remake.draft_of(tmp_path, built.weights, None, None, QUIET) == table
     assert table.read_bytes() == first
     facts = manifest.read(built.weights) or {}
     manifest.check(built.weights, facts)
@@ -101,7 +101,7 @@ def test_a_draft_is_made_again_and_kept_by_a_merge(tiny_base: Path, examples_fil
     for target, lost in ((built.weights, False), (tmp_path / "other", False), (tmp_path / "third", True)):
         if lost:
             shutil.rmtree(table.parent)
-        pipeline.merge_anew(run / "adapter", target, cache, Console(file=out), onto="dequantized")
+        remake.merge_of(run / "adapter", target, cache, Console(file=out), onto="dequantized")
         assert ("scripts/draft makes one" in " ".join(out.getvalue().split())) is lost
         if not lost:
             assert draft.check(target, made_by) == draft.path_in(target)

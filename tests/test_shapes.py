@@ -14,6 +14,7 @@ from cogpress import config, prompts
 from cogpress.config import Prompt
 from cogpress.data.prepare import Prepared, Report, held_out, read_examples
 from cogpress.errors import CogpressError
+from cogpress.given import REASONING
 from cogpress.prompts import NO_LOSS, Conversation, Row
 from cogpress.push import parity
 from cogpress.serve import batch, requests
@@ -142,7 +143,7 @@ def test_reasoning_of_earlier_turns_is_asked_with(shapes: dict[str, PreTrainedTo
     [begins] = learnt_spans(made)
     assert made.input_ids[:begins] == served(shapes["qwen3"], row, 3, Prompt())
     assert "I need the stock." in shapes["qwen3"].decode(made.input_ids)
-    for key in prompts.REASONING:  # the same from a line of a batch
+    for key in REASONING:  # the same from a line of a batch
         told = {name: value for name, value in called.items() if name not in ("weight", "reasoning_content")}
         line = {"tools": [TOOL], "messages": [ASKED, {**told, key: "I need the stock."}, RESULT]}
         request, _ = requests.read(batch.inputs(line, {"messages": {}, "tools": {}}), shapes["qwen3"])
@@ -152,7 +153,7 @@ def test_reasoning_of_earlier_turns_is_asked_with(shapes: dict[str, PreTrainedTo
         row_of(shapes["qwen2.5"], example(row, tmp_path, Prompt()), SHAPES["qwen2.5"])
 
 
-@pytest.mark.parametrize("key", prompts.REASONING)
+@pytest.mark.parametrize("key", REASONING)
 def test_reasoning_has_several_names(shapes: dict[str, PreTrainedTokenizerBase], tmp_path: Path, key: str) -> None:
     for name in ("qwen3", "gpt-oss"):
         given = {"messages": [ASKED, {"role": "assistant", key: "Count them.", "content": "9"}]}

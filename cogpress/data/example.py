@@ -10,7 +10,8 @@ from typing import Any, Literal
 from cogpress.config import Task
 from cogpress.data.read import BadRow, found_keys, parse_text, short
 from cogpress.errors import CogpressError
-from cogpress.prompts import REASONING, Message, Question, tool, tool_call
+from cogpress.given import REASONING, tool, tool_call
+from cogpress.prompts import Message, Question
 
 Format = Literal["messages", "conversations", "prompt/completion", "alpaca", "text"]
 

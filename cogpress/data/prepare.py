@@ -247,6 +247,29 @@ def _conversation(example: Example, prompt: config.Prompt) -> Conversation:
 # --- preparing --------------------------------------------------------------------------------------------------------
 
 
+def prepare_as(
+    settings: config.Config,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Collection[int],
+    *,
+    validation_path: Path | None,
+    skip_bad: bool,
+) -> Prepared:
+    """`prepare` with the options of `model.yaml`."""
+    return prepare(
+        path,
+        tokenizer=tokenizer,
+        prompt=settings.prompt,
+        data=settings.data,
+        max_length=settings.train.max_length,
+        seed=settings.train.seed,
+        validation_path=validation_path,
+        skip_bad=skip_bad,
+        stop_ids=stop_ids,
+    )
+
+
 def prepare(
     path: Path,
     *,

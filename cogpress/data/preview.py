@@ -85,17 +85,7 @@ def make(
     """
     refused = ""
     try:
-        prepared = data.prepare(
-            path,
-            tokenizer=tokenizer,
-            prompt=settings.prompt,
-            data=settings.data,
-            max_length=settings.train.max_length,
-            seed=settings.train.seed,
-            validation_path=validation_path,
-            skip_bad=True,
-            stop_ids=stop_ids,
-        )
+        prepared = data.prepare_as(settings, path, tokenizer, stop_ids, validation_path=validation_path, skip_bad=True)
         if prepared.report.problems:
             refused = data.refusal(prepared.report)
     except data.BadDataError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cogpress.errors import CogpressError
-from cogpress.prompts import too_deep
+from cogpress.given import too_deep
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 

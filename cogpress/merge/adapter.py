@@ -100,6 +100,10 @@ class LoraAdapter:
         """The rows of the embedding where it was saved whole; training may have resized it."""
         return next((self.shape(name)[0] for name in self.replaced if is_embedding(name)), None)
 
+    def module(self, layer: str) -> str:
+        """What the loaded model calls a layer that the base's files may have under another name."""
+        return next((name for name, file in self.facts.get("file_names", {}).items() if file == layer), layer)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that the adapter expects of the base's tensor; of one whose rows it replaces, (rows, width)."""
         if name in self.replaced:

@@ -18,15 +18,15 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogpress.files import new_file, read_json, write_json
 from cogpress.merge.merge import MergePlan, Progress, ahead
-from cogpress.weights import base, tensors
+from cogpress.weights import base, manifest, tensors
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +68,7 @@ def corrections(
         a function from a strength and the name of a layer to its correction, shape (outputs, inputs), on the CPU.
     """
     wanted = {
-        "adapter": planned.adapter.facts["base"]["fingerprint"],
-        "layers": _digest([[name, str(layer)] for name, layer in planned.adapter.layers.items()]),
+        "adapter": manifest.fingerprint(planned.adapter.folder),
         "rows": _digest([task, general]),
         "strengths": list(strengths),
     }
@@ -81,7 +80,9 @@ def corrections(
     paths = [folder / f"{number:04}.safetensors" for number in range(len(groups))]
     missing = [(group, path) for group, path in zip(groups, paths, strict=True) if not path.is_file()]
     if missing:
-        _compute(planned, load(), missing, (task, general), strengths, progress)
+        with base.alone(load) as model:
+            _compute(planned, model, missing, (task, general), strengths, progress)
+            del model
     stored = tensors.stored(folder, paths)
     return lambda strength, layer: tensors.load(stored[f"{layer}@{strength}"], f"{layer}@{strength}")
 
@@ -153,10 +154,12 @@ def _compute(
     total = len(missing) * sum(map(len, rows))
     ticks = iter(progress(range(total), total))
     for group, path in missing:
-        task, general = (_moments(model, group, some, ticks) for some in rows)
+        found = {layer: _module(model, planned.adapter.module(layer)) for layer in group}
+        last = _module(model, _block(planned.adapter.module(group[-1])))
+        task, general = (_moments(model, found, last, some, ticks) for some in rows)
         made: dict[str, torch.Tensor] = {}
-        for found in ahead(partial(_corrected, planned, task, general, strengths), group):
-            made |= found
+        for corrected in ahead(partial(_corrected, planned, task, general, strengths), group):
+            made |= corrected
         with new_file(path) as part:
             save_file(made, part)
     next(ticks, None)  # lets a progress bar finish
@@ -187,25 +190,38 @@ class _PastGroup(Exception):
 
 
 def _moments(
-    model: torch.nn.Module, group: Sequence[str], rows: Sequence[list[int]], ticks: Iterator[Any]
+    model: torch.nn.Module,
+    layers: Mapping[str, torch.nn.Module],
+    last: torch.nn.Module,
+    rows: Sequence[list[int]],
+    ticks: Iterator[Any],
 ) -> dict[str, torch.Tensor]:
     """The mean of x xᵀ over the inputs of each layer that gets some, float32, shape (inputs, inputs).
 
-    Rows run one at a time: padding would count as input.
+    Rows run one at a time, because padding would count as input, and end behind the last block.
     """
     import torch
 
     sums: dict[str, torch.Tensor] = {}
-    counts = dict.fromkeys(group, 0)
+    counts = dict.fromkeys(layers, 0)
 
-    def add(layer: str, inputs: torch.Tensor) -> None:
-        flat = inputs.reshape(-1, inputs.shape[-1]).float()
-        if layer not in sums:
-            sums[layer] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
-        sums[layer].addmm_(flat.T, flat)
-        counts[layer] += len(flat)
+    def adding(layer: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def add(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            flat = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+            if layer not in sums:
+                sums[layer] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
+            sums[layer].addmm_(flat.T, flat)
+            counts[layer] += len(flat)
 
-    with _hooked(model, group, add), torch.no_grad(), base.autocast(model.dtype):  # type: ignore[arg-type]
+        return add
+
+    def past(*_: Any) -> None:
+        raise _PastGroup
+
+    with ExitStack() as hooked, torch.no_grad(), base.autocast(model.dtype):  # type: ignore[arg-type]
+        for layer, module in layers.items():
+            hooked.callback(module.register_forward_pre_hook(adding(layer)).remove)
+        hooked.callback(last.register_forward_hook(past).remove)
         for row in rows:
             with suppress(_PastGroup):
                 model(input_ids=torch.tensor([row], device=base.device()), use_cache=False)
@@ -213,27 +229,7 @@ def _moments(
     return {layer: total.div_(counts[layer]) for layer, total in sums.items()}
 
 
-@contextmanager
-def _hooked(model: torch.nn.Module, group: Sequence[str], add: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Call `add` with the inputs of each layer, and end a pass behind the last block of the group."""
-
-    def past(*_: Any) -> None:
-        raise _PastGroup
-
-    def adding(layer: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda _module, inputs: add(layer, inputs[0])
-
-    modules = dict(model.named_modules())
-    hooks = [modules[_name(layer, modules)].register_forward_pre_hook(adding(layer)) for layer in group]
-    hooks.append(modules[_name(_block(group[-1]), modules)].register_forward_hook(past))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _name(layer: str, modules: Iterable[str]) -> str:
-    """What peft calls a layer of the base."""
-    name = f"base_model.model.{layer}"
-    return f"{name}.base_layer" if f"{name}.base_layer" in modules else name
+def _module(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """A module of the base in peft's model; of a layer with an adapter, the base's own."""
+    found = model.get_submodule(f"base_model.model.{name}")
+    return getattr(found, "base_layer", found)

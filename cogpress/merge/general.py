@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cogpress.config import Data
 from cogpress.errors import CogpressError
+from cogpress.files import sha256
 from cogpress.prompts import NO_LOSS, Row, encode_plain
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ Use = Literal["fit", "measure"]
 def file(data: Data, root: Path) -> Path | None:
     """The user's own general text, where `data.general` names one."""
     return root / data.general if data.general else None
+
+
+def key(path: Path | None) -> str:
+    """The hash of the general text that `pieces` reads."""
+    return sha256(path or OWN)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, use: Use, path: Path | None = None) -> list[list[int]]:

@@ -289,9 +289,12 @@ def merge(
         )
 
 
-def asked(facts: Mapping[str, Any]) -> str:
-    """What weights were to be merged into, by their manifest: a balanced merge may find the dequantized base better."""
-    return str(facts["merge"].get("asked") or facts["merge"].get("onto"))
+def asked(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What weights were made from, by their manifest: `onto`, which for a balanced merge may have become the
+    dequantized base, the `adapter`, and the general `text` of a balanced one."""
+    found = facts["merge"]
+    onto = found.get("asked") or found.get("onto")
+    return {"onto": onto, "adapter": found.get("adapter"), "text": found.get("text", False)}
 
 
 def write_base(

@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from cogpress.config import Prompt
 from cogpress.errors import CogpressError
+from cogpress.given import whole_characters
 from cogpress.playground import access
 from cogpress.playground.catalog import Catalog, NotFound
 from cogpress.playground.files import Files
@@ -27,7 +28,6 @@ from cogpress.playground.servers import ServerPool
 from cogpress.playground.sources import Sources
 from cogpress.playground.store import Store, UnwritableError
 from cogpress.playground.trainings import Trainings
-from cogpress.prompts import whole_characters
 
 GONE = "There is no such prediction. It was deleted because of its age or number, or the id is incomplete."
 

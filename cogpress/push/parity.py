@@ -20,8 +20,9 @@ from cogpress.prompts import Conversation, answer_text, encode_example, rows
 from cogpress.push import testcases
 from cogpress.replicate.api import Replicate, code_of, text_of
 from cogpress.serve import model as serving
-from cogpress.verify import distributions, parity
+from cogpress.verify import distributions, limits, parity
 from cogpress.verify import run as verify
+from cogpress.verify.limits import Limits
 from cogpress.verify.report import Check
 from cogpress.weights import base, fetch, manifest
 
@@ -159,7 +160,7 @@ def compare(
         **_scores(settings, found, [answer.text for answer in served.answers]),
         **_speeds(answers, seconds),
     }
-    return _checks(verify.limits(settings.verify, found.scheme), metrics), metrics
+    return _checks(limits.of(settings.verify, found.scheme), metrics), metrics
 
 
 def _answer(made: dict[str, Any]) -> parity.Answer:
@@ -197,15 +198,15 @@ def _speeds(answers: Sequence[dict[str, Any]], seconds: float) -> dict[str, floa
     }
 
 
-def _checks(limits: verify.Limits, metrics: dict[str, Any]) -> list[Check]:
+def _checks(allowed: Limits, metrics: dict[str, Any]) -> list[Check]:
     agreement, difference = metrics["served_agreement"], metrics["served_difference"]
-    least, most = limits.served_agreement, limits.served_difference
+    least, most = allowed.served_agreement, allowed.served_difference
     checks = [
         Check("served tokens agree", agreement, least, agreement >= least, _CAUSE, at_least=True),
         Check("served log-probability difference", difference, most, difference <= most, _CAUSE),
     ]
     if "reference_score" in metrics:
         lower = metrics["reference_score"] - metrics["score"]
-        passed = lower <= limits.score_loss
-        checks.append(Check("score below the reference", lower, limits.score_loss, passed, _CAUSE))
+        passed = lower <= allowed.score_loss
+        checks.append(Check("score below the reference", lower, allowed.score_loss, passed, _CAUSE))
     return checks

@@ -25,6 +25,7 @@ from cogpress.push.target import PushTarget, example, fingerprint
 from cogpress.push.testcases import Outcome
 from cogpress.replicate import api, routes, training
 from cogpress.replicate.api import RefusedError, Replicate
+from cogpress.verify import limits
 from cogpress.verify import run as verify
 
 APPEAR_SECONDS = 300.0
@@ -342,7 +343,7 @@ class PushRun:
             self.notes.append("push.parity is false: answers on Replicate were not compared with the local weights.")
             return
         found = parity.reference(self.settings, self.target.root)
-        limits = vars(verify.limits(self.settings.verify, found.scheme))
+        allowed = vars(limits.of(self.settings.verify, found.scheme))
 
         def act(say: Say) -> dict[str, Any]:
             inputs = schema.fields(self.local_schema())
@@ -358,7 +359,7 @@ class PushRun:
             spent = metrics.pop(summary.SPENT)
             return {"metrics": metrics, "checks": [check.to_dict() for check in checks], summary.SPENT: spent}
 
-        self._steps.kept(PARITY, [version, found.depends(), limits, self.settings.verify.score], act)
+        self._steps.kept(PARITY, [version, found.depends(), allowed, self.settings.verify.score], act)
 
     def _training(self, version: str) -> None:
         wanted = self.settings.push.training

@@ -105,16 +105,13 @@ def prepare(source: Source, root: Path, examples: Path | None) -> data.Prepared:
             f"The examples that {source.run} was trained on are not at {path}, and they are needed. "
             "Name them with --data FILE."
         )
-    prepared = data.prepare(
+    prepared = data.prepare_as(
+        settings,
         path,
-        tokenizer=base.tokenizer(source.folder),
-        prompt=settings.prompt,
-        data=settings.data,
-        max_length=settings.train.max_length,
-        seed=settings.train.seed,
+        base.tokenizer(source.folder),
+        base.stop_ids(source.folder),
         validation_path=training.validation_file(settings, root),
         skip_bad=True,  # the hash below tells whether training did
-        stop_ids=base.stop_ids(source.folder),
     )
     trained = read_json(source.run / "key.json")["rows"]
     if training.run_key(settings, prepared, "")["rows"] != trained:

@@ -26,7 +26,7 @@ from cogpress import source
 from cogpress.config import Config
 from cogpress.engines.base import DEAD
 from cogpress.errors import CogpressError
-from cogpress.prompts import whole_characters
+from cogpress.given import whole_characters
 from cogpress.weights import fetch, manifest
 from cogpress.weights.fetch import FetchedModel
 

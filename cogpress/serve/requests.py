@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cogpress.engines.base import Sampling, Structure
 from cogpress.errors import CogpressError
+from cogpress.given import REASONING, read_json, reasoning_of, tool, tool_call, whole_characters
 from cogpress.options import InputName
-from cogpress.prompts import REASONING, Question, read_json, reasoning_of, tool, tool_call, whole_characters
+from cogpress.prompts import Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

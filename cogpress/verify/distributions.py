@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,7 +183,7 @@ def _stored(
 
     scored: dict[int, Scored] = {}
     written, number = 0, 0
-    with alone(load) as model, torch.no_grad():
+    with base.alone(load) as model, torch.no_grad():
         for number, batch in enumerate(batches, 1):
             chosen = [rows[at] for at in batch]
             # What training evaluated: its matrix products ran in the compute dtype.
@@ -213,7 +211,7 @@ def _compared(
     import numpy as np
     import torch
 
-    with alone(load) as model, torch.no_grad():
+    with base.alone(load) as model, torch.no_grad():
         for number, batch in enumerate(batches):
             chosen = [rows[at] for at in batch]
             got, targets = _log_probs(model, chosen, pad_token_id)
@@ -223,19 +221,6 @@ def _compared(
             sums.scored |= zip(batch, _by_row(got, targets, chosen), strict=True)
             next(ticks, None)
         del model
-
-
-@contextmanager
-def alone(load: Load) -> Iterator[torch.nn.Module]:
-    """A model for the block, whose memory is free afterwards if the block keeps no reference to it."""
-    import torch
-
-    try:
-        yield load()
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def mean_nll(scored: Iterable[Scored]) -> float:

@@ -255,7 +255,7 @@ def compare(
 
 
 def _scored(load: distributions.Load, rows: Sequence[Row], pad: int) -> list[Scored]:
-    with distributions.alone(load) as model:
+    with base.alone(load) as model:
         found = distributions.score(model, rows, pad)
         del model
     return found

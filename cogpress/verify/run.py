@@ -28,8 +28,9 @@ from cogpress.serve import model as serving
 from cogpress.train import run as training
 from cogpress.train.answers import generate
 from cogpress.train.run import HELD_OUT
-from cogpress.verify import distributions, parity
+from cogpress.verify import distributions, limits, parity
 from cogpress.verify.distributions import Divergence
+from cogpress.verify.limits import Limits
 from cogpress.verify.report import Check, Verdict, write
 from cogpress.weights import base, fetch, manifest, tensors
 from cogpress.weights.filenames import tokenizer_folder
@@ -43,34 +44,6 @@ if TYPE_CHECKING:
 Score = Callable[[str, str], bool]
 """From the expected and the given answer to whether the given one is right."""
 
-
-@dataclass(frozen=True)
-class Limits:
-    """The limits. KL in nats per token; shares from 0 to 1; log-probabilities in nats."""
-
-    mean_kl: float
-    p99_kl: float
-    top1_agreement: float
-    perplexity_ratio: float
-    score_loss: float
-    general_ratio: float = 5.0
-    served_agreement: float = 0.99
-    served_difference: float = 0.03
-
-
-LIMITS = {
-    "none": Limits(mean_kl=0.003, p99_kl=0.06, top1_agreement=0.995, perplexity_ratio=1.02, score_loss=0.02),
-    "int8": Limits(mean_kl=0.02, p99_kl=0.4, top1_agreement=0.98, perplexity_ratio=1.05, score_loss=0.03),
-    "fp8": Limits(mean_kl=0.02, p99_kl=0.4, top1_agreement=0.98, perplexity_ratio=1.05, score_loss=0.03),
-    "int4": Limits(mean_kl=0.08, p99_kl=1.5, top1_agreement=0.95, perplexity_ratio=1.15, score_loss=0.05),
-    "awq": Limits(mean_kl=0.08, p99_kl=1.5, top1_agreement=0.95, perplexity_ratio=1.15, score_loss=0.05),
-}
-"""By scheme of quantization. The faithful merge of the worked example measures 0.00005, the usual one 0.006 and more
-(docs/measurements.md); a quantized model is allowed what its scheme cannot avoid."""
-
-LEFT_OUT = {"nf4": "int4", "int8": "int8", "none": "none"}
-"""The scheme whose limits the usual merge gets, where `merge: original` asks for it: it leaves out the error of the
-base's quantization, which is as large as that of weights quantized so."""
 
 _NOTHING = (
     "Neither the model nor the reference gives one expected answer, so nothing can be concluded from their score. "
@@ -241,7 +214,7 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
         facts=facts,
         scheme=scheme,
         onto=onto,
-        limits=limits(config.verify, scheme, left_out(adapter_facts["quantization"], onto)),
+        limits=limits.of(config.verify, scheme, limits.left_out(adapter_facts["quantization"], onto)),
         examples=examples,
         rows=rows(tokenizer, examples, base.stop_ids(base_folder)),
         general=general.rows(general.pieces(tokenizer, "measure", general.file(config.data, root))),
@@ -249,30 +222,6 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
         tokenizer=tokenizer,
         console=console,
     )
-
-
-def left_out(quantization: str, onto: Merge) -> str | None:
-    """The scheme whose error a merge leaves out, as `limits` takes it.
-
-    Args:
-        quantization: of the base in training.
-        onto: what was merged into.
-    """
-    return LEFT_OUT[quantization] if onto == "original" else None
-
-
-def limits(settings: Verify, scheme: str, left_out: str | None = None) -> Limits:
-    """The limits for weights of a scheme; those in `model.yaml` take precedence.
-
-    Args:
-        settings: the section `verify`.
-        scheme: how the weights are quantized.
-        left_out: the scheme that the base was quantized with, where the merge left its error out; the wider limits of
-            the two hold.
-    """
-    own = {name: value for name, value in settings if name in Limits.__annotations__ and value is not None}
-    both = [LIMITS.get(one, LIMITS["int4"]) for one in (scheme, left_out) if one is not None]
-    return Limits(**{**vars(max(both, key=lambda found: found.mean_kl)), **own})
 
 
 def default_weights(root: Path, config: Config, run: Path | None) -> Path:
@@ -481,7 +430,7 @@ def _forgotten(case: _Case, perplexity: float, metrics: dict[str, Any]) -> Check
     try:
         base_general = float(read_json(known)[text])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        with distributions.alone(lambda: distributions.merged_model(case.base)) as model:
+        with base.alone(lambda: distributions.merged_model(case.base)) as model:
             base_general = distributions.perplexity(model, case.general, case.pad)
             del model
         known.parent.mkdir(parents=True, exist_ok=True)
@@ -556,9 +505,7 @@ def _reference_answers(case: _Case, run: Path, scored: Sequence[distributions.Sc
     if others:
         with step(f"Answers of the reference to {len(others)} other examples", case.console):
             batches = [others[at : at + _BATCH] for at in range(0, len(others), _BATCH)]
-            with distributions.alone(
-                lambda: distributions.reference_model(case.base, case.adapter, generates=True)
-            ) as model:
+            with base.alone(lambda: distributions.reference_model(case.base, case.adapter, generates=True)) as model:
                 for batch in progress_bar(case.console)(batches, len(batches)):
                     asked = [prompts[at] for at in batch]
                     answers |= zip(batch, generate(model, case.tokenizer, asked, case.max_tokens), strict=True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 from cogpress.config import Merge
 from cogpress.merge import balance, general, merge
 from cogpress.merge.merge import Progress
@@ -64,6 +66,16 @@ class Choice:
     def onto(self) -> Merge:
         """What to merge into."""
         return "dequantized" if self.strength is None else "balanced"
+
+    def table(self) -> Table:
+        """The merges that were tried, on the task and on general text, for a terminal."""
+        table = Table("merged into", "task: mean KL", "right", "general perplexity", title_justify="left")
+        names = {"original": "the original weights (the usual merge)", "dequantized": "the base as training saw it"}
+        for one in self.tried:
+            name = names.get(one.onto) or f"balanced, strength {one.strength:g}"
+            taken = " ← taken" if (one.onto, one.strength) == (self.onto, self.strength) else ""
+            table.add_row(f"{name}{taken}", f"{one.mean_kl:.5f}", str(one.right), f"{one.general_perplexity:.1f}")
+        return table
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""

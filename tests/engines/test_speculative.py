@@ -16,7 +16,7 @@ from bench.speculative import SIDES
 from cogpress import config
 from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
-from cogpress.pipeline import draft_anew
+from cogpress.remake import draft_of
 from cogpress.serve import model as serving
 from cogpress.weights import manifest
 
@@ -28,7 +28,7 @@ def drafted_weights(trained_run: Path, tmp_path_factory: pytest.TempPathFactory)
     """The trained weights with the draft that a training of theirs leaves."""
     weights = tmp_path_factory.mktemp("drafted") / "weights"
     shutil.copytree(trained_run / "weights", weights, copy_function=os.link)
-    made = draft_anew(ROOT, weights, trained_run, trained_run / "data" / "train.jsonl", Console(quiet=True))
+    made = draft_of(ROOT, weights, trained_run, trained_run / "data" / "train.jsonl", Console(quiet=True))
     assert made == draft.path_in(weights)
     facts = manifest.read(weights)
     assert facts is not None

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from bench import bases
-from cogpress import config, pipeline
+from cogpress import config, remake
 from cogpress.errors import CogpressError
 from cogpress.serve import adapters as serving
 from cogpress.verify import distributions
@@ -60,10 +60,10 @@ def made_elsewhere(base_folder: Path, out: Path, *, quantization: str = "none", 
 
 def merged(base_folder: Path, adapter: Path, run: Path, quantization: Any = None) -> Path:
     """The weights that scripts/merge makes of it."""
-    place = pipeline.adopted(
+    place = remake.adopted(
         adapter, run, run / "cache", QUIET, source=str(base_folder), quantization=quantization, prompt=config.Prompt()
     )
-    return pipeline.merge_anew(place, run / "weights", run / "cache", QUIET, onto="dequantized")
+    return remake.merge_of(place, run / "weights", run / "cache", QUIET, onto="dequantized")
 
 
 def logprobs(model: Any) -> torch.Tensor:
@@ -209,7 +209,7 @@ def test_another_base_and_another_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CogpressError, match="no tensor of that name"):
         merged(bases.make("gpt2", tmp_path / "gpt2"), tmp_path / "one", tmp_path / "third")
     with pytest.raises(CogpressError, match="Name the base that it was trained on with --base"):
-        pipeline.adopted(
+        remake.adopted(
             tmp_path / "one", tmp_path / "new", tmp_path, QUIET, source=None, quantization=None, prompt=config.Prompt()
         )
     assert not (tmp_path / "new").exists()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
+from bench import bases, models
 from cogpress import config, pipeline
 from cogpress.errors import CogpressError
 from cogpress.merge import balance, general, merge
 from cogpress.verify import distributions, strength
-from cogpress.weights import tensors
+from cogpress.weights import manifest, tensors
 from tests.merge.test_merge import an_adapter
 
 pytestmark = pytest.mark.train
@@ -102,6 +106,21 @@ def test_a_strength_goes_from_the_dequantized_merge_to_the_usual_one(
     assert far(1000.0, "original") < 0.1 < far(0.0001, "original")
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+def test_layers_of_other_names_and_turned_ones_are_balanced_too(tmp_path: Path, name: str) -> None:
+    """With little general text all of the error is kept, with little of the task none, in every layer."""
+    folder = bases.make(name, tmp_path / "base")
+    models.merge_of_random(folder, tmp_path)
+    planned = merge.plan(folder, tmp_path / "adapter", "balanced")
+    load = partial(distributions.reference_model, folder, tmp_path / "adapter", generates=True)
+    found = balance.corrections(planned, load, TASK, TASK, (1e-6, 1e6), tmp_path / "work")
+    assert planned.adapter.quantized
+    for layer in planned.adapter.quantized:
+        error, size = planned.error(layer), float(planned.error(layer).norm())
+        assert found(1e-6, layer).shape == error.shape, "(outputs, inputs)"
+        assert float(found(1e6, layer).norm()) < 1e-3 * size < float(found(1e-6, layer).norm()), layer
+
+
 def test_it_is_not_made_without_the_examples(
     tiny_base: Path, made: tuple[Path, merge.MergePlan, Path], tmp_path: Path
 ) -> None:
@@ -137,6 +156,14 @@ def test_an_interrupted_computation_goes_on_and_another_one_begins_anew(
     other = compute(TASK[:2])
     assert passes == [0, 1, 0], "other rows: nothing is taken over"
     assert any(not torch.equal(first[layer], other[layer]) for layer in first)
+    content = load_file(adapter / "adapter_model.safetensors")
+    trained = tmp_path / "trained"
+    shutil.copytree(adapter, trained)
+    save_file({name: 2 * one for name, one in content.items()}, trained / "adapter_model.safetensors")
+    manifest.write(trained, "adapter", {k: v for k, v in planned.adapter.facts.items() if k not in manifest.WRITTEN})
+    planned = merge.plan(tiny_base, trained, "balanced")
+    compute(TASK[:2])
+    assert passes == [0, 1, 0, 0], "another adapter on the same layers: nothing is taken over"
 
 
 def test_a_run_measures_strengths_and_takes_the_largest_that_keeps_the_task(
@@ -169,8 +196,11 @@ def test_a_run_measures_strengths_and_takes_the_largest_that_keeps_the_task(
     assert "← taken" in out.getvalue()
     assert max(map(len, out.getvalue().splitlines())) <= 80
     before = (run / "weights" / "model.safetensors").stat().st_mtime_ns
-    pipeline.build(settings, examples_file, run, tmp_path / "cache", console)
+    pipeline.build(settings, examples_file, run, tmp_path / "cache", console, general_text=text)
     assert (run / "weights" / "model.safetensors").stat().st_mtime_ns == before, "not merged again"
+    text.write_text(text.read_text().replace("Line", "Row"))
+    pipeline.build(settings, examples_file, run, tmp_path / "cache", console, general_text=text)
+    assert (run / "weights" / "model.safetensors").stat().st_mtime_ns != before, "with other text it is"
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from rich.console import Console
 from cogpress import config
 from cogpress.files import write_json
 from cogpress.merge import general
-from cogpress.verify import report
+from cogpress.verify import limits, report
 from cogpress.verify.report import Check, Verdict
-from cogpress.verify.run import _forgotten, _score_check, limits
+from cogpress.verify.run import _forgotten, _score_check
 from cogpress.weights import manifest
 from cogpress.weights.filenames import VERIFICATION, VERIFICATION_PAGE
 
@@ -71,7 +71,7 @@ def test_weights_that_forgot_what_the_base_knows_fail(
     rows = general.rows([[5, 6, 7]])
     text = hashlib.sha256(b"[[5, 6, 7]]").hexdigest()
     write_json(tmp_path / f"{manifest.fingerprint(tiny_base)}.json", {text: 30.0})
-    limit = limits(config.Config().verify, "none")
+    limit = limits.of(config.Config().verify, "none")
     case = SimpleNamespace(base=tiny_base, general=rows, cache=tmp_path, limits=limit, pad=0)
     metrics: dict[str, float] = {}
     check = _forgotten(case, perplexity, metrics)  # type: ignore[arg-type]

@@ -13,10 +13,10 @@ from typing import Any
 
 from cogpress.cog import form
 from cogpress.cog.schema import fields
+from cogpress.given import REASONING, reasoning_of
 from cogpress.playground.openai import tools as openai_tools
 from cogpress.playground.openai.errors import OpenAIError
 from cogpress.playground.openai.tools import Tools
-from cogpress.prompts import REASONING, reasoning_of
 
 _HARMLESS = frozenset(
     {
