@@ -49,6 +49,25 @@ def written() -> str:
     return "\n".join(text(node) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr))
 
 
+def test_messages_name_options_that_there_are() -> None:
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    options = {name: section.model_fields for name, section in sections.items() if hasattr(section, "model_fields")}
+    # No file, and no link to a page.
+    pattern = rf"(?<![\w./])({'|'.join(options)})\.([a-z_]+)\b(?<!\.py)(?<!\.md)(?<!\.json)(?<!\.png)(?<!\.in)"
+    unknown = set()
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        described = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in described:
+                unknown |= {
+                    f"{path.name}: {found[0]}"
+                    for found in re.finditer(pattern, node.value)
+                    if found[2] not in options[found[1]]
+                }
+    assert unknown == set()
+
+
 def quoted() -> Iterator[str]:
     """The messages of cogpress that the page of problems quotes: code of three words or more in a first column."""
     for row in cells(TROUBLES):

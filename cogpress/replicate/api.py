@@ -44,7 +44,7 @@ RATE_TRIES = 30
 """Of a prediction that the rate limit refuses; others take its turn meanwhile."""
 
 CODES = {
-    "E1001": "out of memory: choose hardware with more, or lower serve.max_model_len and serve.memory_share",
+    "E1001": "out of memory: choose hardware with more, or lower serve.max_context or serve.gpu_memory_share",
     "E6716": "the model did not start in time: make its start shorter with smaller weights, or weights in the image",
 }
 """Replicate's own error codes, which stand in a prediction's error or log."""
