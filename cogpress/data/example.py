@@ -77,7 +77,13 @@ def key_paths(item: Any) -> set[str]:
             continue
         found.add(name)
         turns = value if isinstance(value, list) and name != "tools" else []
-        found |= {f"{name}[].{key}" for turn in turns if isinstance(turn, dict) for key, one in turn.items() if one}
+        found |= {
+            f"{name}[].{key}"
+            for turn in turns
+            if isinstance(turn, dict)
+            for key, one in turn.items()
+            if one is not None
+        }
         if name == "prompt" and isinstance(value, dict):
             found |= {f"{name}.{key}" for key, one in value.items() if one is not None}
     return found

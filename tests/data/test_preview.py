@@ -15,6 +15,7 @@ from rich.console import Console
 from cogpress import config, prompts
 from cogpress.data import prepare as data
 from cogpress.data import preview
+from cogpress.data.example import key_paths
 from cogpress.prompts import NO_LOSS
 from tests.standins.chatexamples import Write, messages, pair
 from tests.standins.shapes import SHAPES, tokenizer_of
@@ -89,6 +90,9 @@ def test_every_key_is_named_with_its_meaning(made: preview.Preview) -> None:
     assert said["id"] == "left out by data.ignore"
     assert said["messages[].reasoning_content"] == "reasoning before the answer, learnt"
     assert not [name for name, meaning in said.items() if "not read" in meaning]
+    silent = {"messages": [{"role": "assistant", "content": "x", "weight": 0, "train": False, "name": None}]}
+    assert {"messages[].weight", "messages[].train"} < key_paths(silent), "what is 0 or false is given all the same"
+    assert "messages[].name" not in key_paths(silent)
 
 
 def test_it_fits_a_terminal(made: preview.Preview) -> None:

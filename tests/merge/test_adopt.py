@@ -20,7 +20,7 @@ from cogpress.errors import CogpressError
 from cogpress.serve import adapters as serving
 from cogpress.verify import distributions
 from cogpress.weights import base, manifest
-from tests.merge.test_merge import a_model
+from tests.merge.test_merge import a_model, changed
 
 pytestmark = pytest.mark.slow
 
@@ -47,12 +47,7 @@ def made_elsewhere(base_folder: Path, out: Path, *, quantization: str = "none", 
         model.resize_token_embeddings(rows, mean_resizing=False)
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", **options}
     tuned: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
-            elif parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    changed(tuned)
     tuned.save_pretrained(out)
     (out / "training_args.bin").write_bytes(b"pickle")
     return tuned.eval()

@@ -48,6 +48,16 @@ def an_adapter(base_folder: Path, out: Path, quantization: str, dtype: torch.dty
     return out
 
 
+def changed(tuned: Any) -> None:
+    """Move everything that an adapter trains, as training would."""
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_magnitude" in name:
+                parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+            elif parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
 @pytest.fixture(scope="module", params=["nf4", "int8", "none"])
 def made(
     request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
@@ -211,12 +221,7 @@ def a_variant(base_folder: Path, out: Path, quantization: str = "nf4", **options
     model: Any = base.load(base_folder, quantization)  # type: ignore[arg-type]
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", **options}
     tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
-            elif parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    changed(tuned)
     tuned.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)
     names = [name.replace(".base_layer", "") for name in base.quantized_modules(tuned.get_base_model())]
