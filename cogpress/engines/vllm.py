@@ -24,6 +24,7 @@ from cogpress.engines.schemas import ebnf
 from cogpress.engines.watch import Watch
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
+from cogpress.setup.environment import ROOT
 from cogpress.weights import base, manifest
 from cogpress.weights.filenames import COMPILED
 
@@ -394,14 +395,24 @@ def pin_threads() -> None:
 
 
 def compile_cache(folder: Path, chosen: Mapping[str, Any]) -> dict[str, str]:
-    """The variable that makes vLLM keep compiled code beside the weights; nothing in eager mode, in a read-only folder,
-    or where the variable is set already.
+    """The variable that says where vLLM keeps compiled code; nothing in eager mode, where the place is read-only, or
+    where the variable is set already.
 
-    vLLM's keys hold the paths of the weights and packages, so only code compiled inside the image is found there again.
+    vLLM unpickles what it finds there, which runs it, so that only the project's own weights may bring it. What was
+    compiled for others is in the project's cache, by their fingerprint, or, without a manifest, in vLLM's own. Its keys
+    hold the paths of the weights and packages: only code compiled inside the image is found there again.
     """
-    if chosen["enforce_eager"] or "VLLM_CACHE_ROOT" in os.environ or not os.access(folder, os.W_OK):
+    if chosen["enforce_eager"] or "VLLM_CACHE_ROOT" in os.environ:
         return {}
-    return {"VLLM_CACHE_ROOT": str(folder / COMPILED)}
+    if folder.resolve() == (ROOT / "weights").resolve():
+        place = folder / COMPILED
+    elif facts := manifest.read(folder):
+        place = ROOT / ".cache" / COMPILED / manifest.recorded_fingerprint(facts)[:16]
+    else:
+        return {}
+    with contextlib.suppress(OSError):
+        place.mkdir(parents=True, exist_ok=True)
+    return {"VLLM_CACHE_ROOT": str(place)} if os.access(place, os.W_OK) else {}
 
 
 def dtype(folder: Path, serve: Serve, capability: tuple[int, int] | None) -> str:

@@ -31,7 +31,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import new_folder, recover, sha256, write_json
 from cogpress.source import Source
 from cogpress.weights import archive, download, embedded, hub, manifest, tensors
-from cogpress.weights.filenames import ADAPTER_CONFIG, VERIFICATION, refuse_pickle
+from cogpress.weights.filenames import ADAPTER_CONFIG, VERIFICATION, is_taken, refuse_pickle
 
 MAX_MANIFEST = 16 << 20
 """Bytes of a published manifest."""
@@ -187,6 +187,7 @@ def _path(wanted: Source, cache: Path) -> FetchedModel:
     def unpack(folder: Path) -> None:
         archive.unpack_into(path, folder)
         _lift(folder)
+        _leave_out(folder, wanted.shown)
 
     with _alone(str(path.resolve()), wanted.shown, cache) as entry:
         return _version(entry, f"{state.st_size}:{state.st_mtime_ns}", wanted.shown, unpack)
@@ -199,6 +200,27 @@ def _lift(folder: Path) -> None:
         inner = content[0].rename(folder.parent / "inner")
         folder.rmdir()
         inner.rename(folder)
+
+
+def _leave_out(folder: Path, shown: str) -> None:
+    """Delete what no model has from an unpacked tar, and say so.
+
+    Raises:
+        CogpressError: its manifest lists such a file.
+    """
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    strange = [name for name in names if not is_taken(name)]
+    if not strange:
+        return
+    facts = manifest.read(folder) or {}
+    manifest.refuse_strange(facts.get("files") or {}, shown)
+    for name in strange:
+        (folder / name).unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+    _say(f"Left out of {shown}, as no model needs them: {', '.join(strange[:5])}{more}.")
 
 
 def _tar(wanted: Source, cache: Path) -> FetchedModel:
@@ -217,6 +239,7 @@ def _tar(wanted: Source, cache: Path) -> FetchedModel:
             get()
             archive.unpack_into(tar, folder, wanted.shown)
             _lift(folder)
+            _leave_out(folder, wanted.shown)
 
         version = remote.key
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from cogpress.errors import CogpressError
@@ -56,8 +56,14 @@ SERVING_FILES = (
 TEMPLATES = "additional_chat_templates"
 """The folder of a model's named chat templates, such as `tool_use.jinja`, beside its usual one."""
 
-HUB_FILES = ("*.json", "*.jinja", "tokenizer*", "*.model", "vocab.*", "merges.txt", "LICENSE*")
+HUB_FILES = (
+    *("*.json", "*.jinja", "*.model", "*.tiktoken", "tokenizer.model*"),
+    *("vocab.txt", "vocab.bpe", "merges.txt", "LICENSE*"),
+)
 """What training and serving need of a repository on the Hub beside the weights."""
+
+_TAKEN = (*HUB_FILES, "*.safetensors", *VERIFICATION_FILES, "NOTICE*", "*.md", ".gitattributes")
+"""What is taken of foreign weights: data that the kit reads, and pages for people."""
 
 _LOADED = (
     *("*.safetensors", "*.index.json", "*config.json", "*.jinja", "*.model"),
@@ -100,6 +106,18 @@ def copy_serving_files(source: Path, target: Path) -> None:
 def is_loaded(name: str) -> bool:
     """Whether loading a model from a repository may read this file of it."""
     return PurePosixPath(name).suffix in PICKLES or any(fnmatch(name, pattern) for pattern in _LOADED)
+
+
+def is_taken(name: str) -> bool:
+    """Whether a file of foreign weights, by its path in their folder, is one that a model or its adapter may have.
+
+    The list says what is taken and not what is refused: some library may run a file of any other name.
+    """
+    path = PurePosixPath(name)
+    inner = path.relative_to(ADAPTER) if path.parts[:1] == (ADAPTER,) and len(path.parts) > 1 else path
+    usual = str(inner.parent) in (".", DRAFT, TEMPLATES)
+    runs = path.suffix.lower() in PICKLES | CODE
+    return usual and not runs and any(fnmatchcase(path.name, pattern) for pattern in _TAKEN)
 
 
 def safe_name(text: str, shown: str) -> PurePosixPath:

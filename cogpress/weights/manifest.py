@@ -20,6 +20,7 @@ from cogpress.weights.filenames import (
     MAX_NAME,
     VERIFICATION,
     VERIFICATION_FILES,
+    is_taken,
     safe_name,
     serving_files,
 )
@@ -196,7 +197,22 @@ def listed(folder: Path, shown: str) -> dict[str, int]:
         ):
             raise CogpressError(f"{shown} lists {name[:80]!r} without a plain name, bytes, sha256. Publish it again.")
         sizes[name] = facts["bytes"]
+    refuse_strange(sizes, shown)
     return sizes
+
+
+def refuse_strange(names: Iterable[str], shown: str) -> None:
+    """Refuse a foreign manifest that lists a file that no model has.
+
+    Raises:
+        CogpressError: with its name, or because the name is none or is one of a file that runs code.
+    """
+    for name in names:
+        if not is_taken(str(safe_name(name, shown))):
+            raise CogpressError(
+                f"{shown} lists {name[:80]!r}, which is no file of a model in safetensors. Remove it from the weights "
+                "and merge or publish them again."
+            )
 
 
 def signed_files(folder: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -224,13 +225,28 @@ def test_other_options_reach_vllm(folder: Path) -> None:
     assert (found["enable_prefix_caching"], found["disable_log_stats"]) == (False, False)
 
 
-def test_compiled_code_is_kept_beside_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_is_the_projects_own(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM runs what it finds there: no folder but the project's `weights/` may bring it."""
     monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
-    assert vllm.compile_cache(folder, options(folder)) == {}, "nothing is compiled on a CPU"
-    compiled = options(folder, 1, AMPERE)
-    assert vllm.compile_cache(folder, compiled) == {"VLLM_CACHE_ROOT": str(folder / "compiled")}
+    monkeypatch.setattr(vllm, "ROOT", tmp_path)
+    own, foreign = tmp_path / "weights", tmp_path / "runs" / "a" / "weights"
+    for folder in (own, foreign):
+        shutil.copytree(tiny_base, folder)
+        (folder / "compiled" / "torch_compile_cache").mkdir(parents=True)
+    assert vllm.compile_cache(own, options(own)) == {}, "nothing is compiled on a CPU"
+    compiled = options(own, 1, AMPERE)
+    assert vllm.compile_cache(own, compiled) == {"VLLM_CACHE_ROOT": str(own / "compiled")}
+    kept = Path(vllm.compile_cache(foreign, compiled)["VLLM_CACHE_ROOT"])
+    assert kept.is_relative_to(tmp_path / ".cache")
+    assert list(kept.iterdir()) == []
+    config = (foreign / "model.safetensors").read_bytes()
+    (foreign / "model.safetensors").write_bytes(config[:-1] + bytes([config[-1] ^ 1]))
+    manifest.write(foreign, "weights", {})
+    assert vllm.compile_cache(foreign, compiled)["VLLM_CACHE_ROOT"] != str(kept), "other weights, other code"
+    (foreign / manifest.NAME).unlink()
+    assert vllm.compile_cache(foreign, compiled) == {}, "vLLM's own folder, outside the weights"
     monkeypatch.setenv("VLLM_CACHE_ROOT", "elsewhere")
-    assert vllm.compile_cache(folder, compiled) == {}
+    assert vllm.compile_cache(own, compiled) == {}
 
 
 @pytest.mark.slow

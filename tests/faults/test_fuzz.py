@@ -169,7 +169,7 @@ MANIFEST = {
     "kind": "weights",
     "cogpress": "1.0",
     "base": {"source": "a/b"},
-    "files": {"model.safetensors": FACTS, "sub/config.json": FACTS},
+    "files": {"model.safetensors": FACTS, "draft/config.json": FACTS},
 }
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -261,6 +262,8 @@ def test_incomplete_models_are_refused_and_the_last_good_one_stays(
             lambda files: files.update({"compiled/a/model": files["config.json"]}),
             "compiled/a/model, which can run code",
         ),
+        (lambda files: files.update({"notes.pdf": files["config.json"]}), r"'notes\.pdf', which is no file of a model"),
+        (lambda files: files.update({"sub/a.json": files["config.json"]}), r"'sub/a\.json', which is no file of a mo"),
         (lambda files: files.clear(), "lists no files"),
     ],
 )
@@ -298,6 +301,40 @@ def test_a_file_ends_where_the_manifest_says(
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(CogpressError, match="The download needs"):
         fetch.model(f"{published}.tar", tmp_path / "cache")
+
+
+TAKEN = (
+    *("README.md", "LICENSE", "vocab.txt", "verification.png", "additional_chat_templates/tool_use.jinja"),
+    *("draft/table.safetensors", "adapter/adapter_config.json", "adapter/additional_chat_templates/tool_use.jinja"),
+)
+LEFT_OUT = (
+    *("model", "model.onnx", "tokenizer.dat", "vocab.node", "verification.exe", "sub/config.json", "draft/x/a.json"),
+    *("adapter/adapter/a.json", "torch_compile_cache/0a1b/rank_0_0/model", ".cache/huggingface/config.json"),
+)
+
+
+@pytest.mark.parametrize("inside", ["", "weights"])
+@pytest.mark.parametrize("web", [False, True])
+def test_only_files_of_known_names_are_taken_from_a_tar(
+    small: Path, tmp_path: Path, site: FileServer, inside: str, web: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole" / inside
+    shutil.copytree(small, whole)
+    for name in (*TAKEN, *LEFT_OUT):
+        (whole / name).parent.mkdir(parents=True, exist_ok=True)
+        (whole / name).write_text("a")
+    (whole / manifest.NAME).unlink()
+    tar = archive.pack(tmp_path / "whole", site.folder / "model.tar")
+    wanted = f"{site.url}/model.tar" if web else str(tar)
+    found = fetch.model(wanted, tmp_path / "cache").folder
+    here = {str(path.relative_to(found)) for path in found.rglob("*") if path.is_file()}
+    assert here == {*TAKEN, "config.json", "tokenizer.json", "model.safetensors"}
+    assert all(any(path.iterdir()) for path in found.rglob("*") if path.is_dir())
+    assert re.search(r"Left out of .*model\.tar.*: .*adapter/adapter/a\.json.* and 5 more\.", capsys.readouterr().err)
+    manifest.write(whole, "base", {})
+    archive.pack(tmp_path / "whole", tar)
+    with pytest.raises(CogpressError, match=r"lists '.*', which is no file of a model"):
+        fetch.model(wanted, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
