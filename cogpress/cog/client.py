@@ -22,7 +22,10 @@ DEAD = frozenset({"SETUP_FAILED", "DEFUNCT", "UNHEALTHY"})
 """Statuses of a health report after which a server takes no prediction any more."""
 
 _NOT_SENT = "Failed to send request"
-"""How the runtime's own error begins where its worker has ended: the prediction never began."""
+"""How the runtime's own error begins where its worker had ended: the prediction never began."""
+
+_WORKER_ENDED = (_NOT_SENT, "Worker crashed", "Worker fatal")
+"""How it begins where the worker ended before or during the prediction."""
 
 _AROUND_ERRORS = re.compile(
     rf"(?:(?:(?:Async )?(?:prediction|training) failed|Generator iteration error|CogpressError|{WORD}): )+",
@@ -152,16 +155,23 @@ def never_began(error: str) -> bool:
     return error.startswith(_NOT_SENT)
 
 
+def worker_ended(error: str) -> bool:
+    """Whether a prediction failed because the server's worker ended, before it or during it."""
+    return error.startswith(_WORKER_ENDED)
+
+
 def said(error: str) -> str:
     """What the runner itself says in an error, without the runtime's prefixes; empty where it says nothing."""
     around = _AROUND_ERRORS.match(error)
-    return "" if never_began(error) else error[around.end() if around else 0 :]
+    return "" if worker_ended(error) else error[around.end() if around else 0 :]
 
 
 def plain_error(error: str) -> str:
     """A runner's error as a sentence."""
     if never_began(error):
         return "The server has stopped working. See its log, and restart it."
+    if worker_ended(error):
+        return "The model's process ended while this ran. See the server's log, then run it again."
     return said(error) or "The prediction failed. Look into the server's log."
 
 

@@ -94,6 +94,7 @@ class Cog:
         self._port = parts.port or (443 if self._tls else 80)
         self._http = httpx.AsyncClient(trust_env=False, timeout=5, verify=self._tls or False)
         self._exchanges: dict[str, exchange.Exchange] = {}
+        self._closed = False
 
     async def run(self, prediction: Prediction) -> None:
         """See `Backend.run`."""
@@ -118,6 +119,8 @@ class Cog:
             del self._exchanges[prediction.id]
             call.close()
         if not call.broken and call.status in (409, 503):
+            if self._closed:  # another prediction saw first that the server is dead
+                raise Defunct(f"The model server at {self.url} was stopped.")
             await self._refused()
         self._conclude(prediction, call)
 
@@ -164,12 +167,14 @@ class Cog:
         elif client.never_began(error := str(answer.get("error") or "")):
             raise Defunct(f"The model server at {self.url} has stopped working. Check its log.")
         else:
-            prediction.fail(client.plain_error(error))
+            prediction.fail(client.plain_error(error), fault="server" if client.worker_ended(error) else None)
 
     async def cancel(self, prediction: Prediction) -> None:
         """See `Backend.cancel`."""
         # The runtime loses a cancellation that arrives before the runner began, so it is repeated until it works.
         for _ in range(int(CANCEL_SECONDS / 0.25)):
+            if self._closed:
+                break
             try:
                 await self._http.post(f"{self.url}/predictions/{prediction.id}/cancel")
             except httpx.HTTPError:
@@ -186,6 +191,7 @@ class Cog:
 
     async def close(self) -> None:
         """See `Backend.close`."""
+        self._closed = True
         for call in list(self._exchanges.values()):
             call.close()
         await self._http.aclose()

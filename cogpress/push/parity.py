@@ -15,16 +15,16 @@ from typing import Any
 from cogpress.cog import form
 from cogpress.config import Config, Prompt
 from cogpress.errors import CogpressError
-from cogpress.files import read_json
 from cogpress.prompts import Conversation, answer_text, encode_example, rows
 from cogpress.push import testcases
 from cogpress.replicate.api import Replicate, code_of, text_of
 from cogpress.serve import model as serving
-from cogpress.verify import distributions, limits, parity
+from cogpress.verify import distributions, limits, parity, references
 from cogpress.verify import run as verify
 from cogpress.verify.limits import Limits
 from cogpress.verify.report import Check
 from cogpress.weights import base, fetch, manifest
+from cogpress.weights.filenames import ADAPTER
 
 NEEDED = ("messages", "system_prompt", "temperature", "max_tokens", "logprobs")
 """Inputs that the comparison needs."""
@@ -43,13 +43,14 @@ class Reference:
         folder: of the weights.
         examples: held out.
         scheme: the weights' quantization.
-        answers: the verification's reference answers to the examples; None where there are none.
+        answers: the verification's reference answers to the examples, None where one was not asked; empty where there
+            are none at all.
     """
 
     folder: Path
     examples: list[Conversation]
     scheme: str
-    answers: list[str] | None
+    answers: list[str | None]
 
     @property
     def expected(self) -> list[str]:
@@ -86,12 +87,11 @@ def reference(settings: Config, root: Path) -> Reference:
         examples = examples[: settings.push.rows]
     except CogpressError as error:
         raise CogpressError(f"{error} Or set push.parity to false in model.yaml to skip the comparison.") from None
-    answers = None
-    try:
-        found = read_json((run or root) / verify.REFERENCE)["answers"]
-        answers = [str(one) for one in found[: len(examples)]] if len(found) >= len(examples) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        answers = None
+    answers: list[str | None] = []
+    if run is not None:
+        tokenizer = base.tokenizer(folder)
+        prompts = [encode_example(tokenizer, example) for example in examples]
+        answers = references.kept(run, manifest.fingerprint(run / ADAPTER), prompts)
     return Reference(folder, examples, (facts.get("compression") or {}).get("scheme", "none"), answers)
 
 
@@ -176,13 +176,17 @@ def _answer(made: dict[str, Any]) -> parity.Answer:
 
 def _scores(settings: Config, found: Reference, answers: Sequence[str]) -> dict[str, float]:
     score = verify.scorer(settings.verify.score)
-    expected = found.expected
-
-    def share(given: Sequence[str]) -> float:
-        return sum(score(one, answer) for one, answer in zip(expected, given, strict=True)) / len(given)
-
-    scores = {"score": share(answers)}
-    return scores if found.answers is None else {**scores, "reference_score": share(found.answers)}
+    scored = [score(one, answer) for one, answer in zip(found.expected, answers, strict=True)]
+    scores = {"score": sum(scored) / len(scored)}
+    known = {at: answer for at, answer in enumerate(found.answers) if answer is not None}
+    if known:
+        reference = [score(found.expected[at], answer) for at, answer in known.items()]
+        scores |= {
+            "reference_examples": len(known),
+            "reference_score": sum(reference) / len(known),
+            "score_loss": sum(reference) / len(known) - sum(scored[at] for at in known) / len(known),
+        }
+    return scores
 
 
 def _speeds(answers: Sequence[dict[str, Any]], seconds: float) -> dict[str, float]:
@@ -205,8 +209,8 @@ def _checks(allowed: Limits, metrics: dict[str, Any]) -> list[Check]:
         Check("served tokens agree", agreement, least, agreement >= least, _CAUSE, at_least=True),
         Check("served log-probability difference", difference, most, difference <= most, _CAUSE),
     ]
-    if "reference_score" in metrics:
-        lower = metrics["reference_score"] - metrics["score"]
+    if "score_loss" in metrics:
+        lower = metrics["score_loss"]
         passed = lower <= allowed.score_loss
         checks.append(Check("score below the reference", lower, allowed.score_loss, passed, _CAUSE))
     return checks

@@ -343,6 +343,12 @@ class PushRun:
             self.notes.append("push.parity is false: answers on Replicate were not compared with the local weights.")
             return
         found = parity.reference(self.settings, self.target.root)
+        known, asked = sum(answer is not None for answer in found.answers), len(found.examples)
+        if known < asked:
+            self.notes.append(
+                f"Of {asked} held-out examples the reference's own answers are known for {known}, so the score on "
+                "Replicate was compared on those alone. scripts/verify with more --rows answers the others."
+            )
         allowed = vars(limits.of(self.settings.verify, found.scheme))
 
         def act(say: Say) -> dict[str, Any]:

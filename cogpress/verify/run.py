@@ -28,7 +28,7 @@ from cogpress.serve import model as serving
 from cogpress.train import run as training
 from cogpress.train.answers import generate
 from cogpress.train.run import HELD_OUT
-from cogpress.verify import distributions, limits, parity
+from cogpress.verify import distributions, limits, parity, references
 from cogpress.verify.distributions import Divergence
 from cogpress.verify.limits import Limits
 from cogpress.verify.report import Check, Verdict, write
@@ -479,25 +479,22 @@ def _judged(found: Divergence, limits: Limits, cause: str) -> list[Check]:
 
 
 def _reference_answers(case: _Case, run: Path, scored: Sequence[distributions.Scored]) -> list[str]:
-    """The reference's own greedy answers, found once for a run and its held-out examples.
+    """The reference's own greedy answers, found once for a run and a prompt.
 
     Where the reference finds every token of the expected answer the most likely, that answer is its own. Only the
     others are generated.
     """
-    path = run / REFERENCE
-    prompts = case.prompts
-    key = {"adapter": manifest.fingerprint(case.adapter), "prompts": prompts, "max_tokens": case.max_tokens}
-    try:
-        saved = read_json(path)
-        if saved["key"] == key:
-            return list(saved["answers"])
-    except (FileNotFoundError, ValueError, KeyError):
-        pass
+    prompts, adapter = case.prompts, manifest.fingerprint(case.adapter)
+    known = references.kept(run, adapter, prompts, case.max_tokens)
+    answers = {at: text for at, text in enumerate(known) if text is not None}
+    if len(answers) == len(prompts):
+        return list(answers.values())
     ends = stops(case.tokenizer, base.stop_ids(case.base))
-    answers = {
+    answers |= {
         at: str(case.tokenizer.decode(answer, skip_special_tokens=True)).strip()
         for at, (prompt, row, one) in enumerate(zip(prompts, case.rows, scored, strict=True))
-        if (answer := parity.expected_answer(prompt, row))
+        if at not in answers
+        and (answer := parity.expected_answer(prompt, row))
         and answer[-1] in ends
         and all(one.most_likely[-len(answer) :])
     }
@@ -511,12 +508,9 @@ def _reference_answers(case: _Case, run: Path, scored: Sequence[distributions.Sc
                     answers |= zip(batch, generate(model, case.tokenizer, asked, case.max_tokens), strict=True)
                 del model
     found = [answers[at] for at in range(len(prompts))]
-    write_json(path, {"key": key, "answers": found})
+    references.keep(run, adapter, prompts, found, case.max_tokens)
     return found
 
-
-REFERENCE = "reference.json"
-"""The answers of the reference to a run's held-out examples, in their order."""
 
 _BATCH = 32
 """Prompts that the reference answers at once."""

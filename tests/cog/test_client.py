@@ -237,3 +237,4 @@ def test_other_answers_are_told(answer: Callable[..., str], status: int, body: s
 def test_errors_are_told_without_the_runtimes_words(around: str) -> None:
     assert client.plain_error(f"{around}The prompt is empty.") == "The prompt is empty."
     assert client.plain_error(around) == "The prediction failed. Look into the server's log."
+    assert client.plain_error("Worker crashed").startswith("The model's process ended while this ran.")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -60,7 +61,7 @@ def test_the_same_weights_pass_and_others_do_not(made: tuple[Machine, PushReplic
     here, remote = made
     settings = config.load(here.root / "model.yaml")
     found = parity.reference(settings, here.root)
-    assert (found.folder, len(found.examples), found.answers) == (here.root / "weights", 6, None)
+    assert (found.folder, len(found.examples), found.answers) == (here.root / "weights", 6, [])
     api = Replicate(TOKEN, remote.url)
     pushed = version(here, remote)
     checks, metrics = parity.compare(api, pushed, settings, found)
@@ -91,6 +92,14 @@ def test_a_score_below_the_references_fails(made: tuple[Machine, PushReplicate])
     checks, metrics = parity.compare(Replicate(TOKEN, remote.url), version(here, remote), settings, right)
     assert (metrics["reference_score"], metrics["score"]) == (1.0, 0.0)  # random weights know nothing
     assert [check.name for check in checks if not check.passed] == ["score below the reference"]
+
+
+def test_the_score_is_compared_on_what_the_reference_answered() -> None:
+    settings = config.parse({"verify": {"score": "exact"}}, "the test")
+    found = Mock(expected=["a", "b", "c"], answers=[None, "b", "c"])
+    scores = parity._scores(settings, found, ["wrong", "b", "wrong"])
+    assert scores == {"score": 1 / 3, "reference_examples": 2, "reference_score": 1, "score_loss": 0.5}
+    assert parity._scores(settings, Mock(expected=["a"], answers=[None]), ["a"]) == {"score": 1}
 
 
 def test_a_runner_that_tells_no_log_probabilities_is_named() -> None:

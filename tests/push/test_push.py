@@ -276,6 +276,7 @@ def test_fuzz_finds_a_fault_of_the_program_and_takes_a_refusal(pushed: Any) -> N
     [
         ("Async prediction failed: IndexError: list index out of range", "IndexError"),
         ("Failed to send request: channel closed", "Failed to send request"),
+        ("Worker crashed", "Worker crashed"),
         ("Async prediction failed: ", "Async prediction failed"),
         ("", "nothing at all"),
         ("Async prediction failed: CogpressError: stop may have at most 16 texts.", None),

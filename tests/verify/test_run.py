@@ -21,13 +21,13 @@ from cogpress.engines.vllm import Engine
 from cogpress.errors import CogpressError
 from cogpress.files import write_json
 from cogpress.merge import merge
-from cogpress.prompts import Row
-from cogpress.verify import distributions, parity
+from cogpress.prompts import Row, encode_example
+from cogpress.verify import distributions, parity, references
 from cogpress.verify import report as verdict
 from cogpress.verify import run as verify
 from cogpress.verify.report import Check
 from cogpress.weights import base, fetch, manifest
-from cogpress.weights.filenames import VERIFICATION, VERIFICATION_PAGE, VERIFICATION_PLOT
+from cogpress.weights.filenames import ADAPTER, VERIFICATION, VERIFICATION_PAGE, VERIFICATION_PLOT
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 8
@@ -98,10 +98,15 @@ def test_the_merge_of_a_run_passes(verified: tuple[Path, verdict.Verdict]) -> No
 @pytest.mark.slow
 @pytest.mark.server
 def test_the_reference_answers_as_if_every_token_were_generated(
-    verified: tuple[Path, verdict.Verdict], trained_run: Path, answered: list[dict[str, Any]]
+    verified: tuple[Path, verdict.Verdict],
+    trained_run: Path,
+    settings_verified: config.Config,
+    answered: list[dict[str, Any]],
 ) -> None:
     """Most of its answers are read off the expected ones; the committed ones were all generated."""
-    known = json.loads((trained_run / verify.REFERENCE).read_text())["answers"]
+    tokenizer, adapter = base.tokenizer(verified[0]), manifest.fingerprint(trained_run / ADAPTER)
+    examples = verify.held_out(settings_verified.verify, trained_run, trained_run, settings_verified.prompt)
+    known = references.kept(trained_run, adapter, [encode_example(tokenizer, one) for one in examples])
     assert known == [row["answer"] for row in answered]
 
 
@@ -193,7 +198,7 @@ def test_one_model_is_in_memory_at_a_time(copy: Path, tiny_run: Path, monkeypatc
 
     monkeypatch.setattr(base, "load", load)
     monkeypatch.setattr(verify, "_served", lambda *_: alive.append(sum(one() is not None for one in loaded)) or [])
-    (tiny_run / verify.REFERENCE).unlink(missing_ok=True)
+    (tiny_run / references.REFERENCE).unlink(missing_ok=True)
     found = verify_tiny(copy, tiny_run)
     assert failures(found) == {}
     # Reference, candidate, the base where its general text is not measured yet, the reference to answer, the engine.
