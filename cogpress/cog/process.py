@@ -23,6 +23,9 @@ from cogpress.config import parse_yaml
 from cogpress.errors import CogpressError
 from cogpress.files import read_json, write_json
 
+GPU_IMAGE, CPU_IMAGE = "cog.yaml", "cog.cpu.yaml"
+"""The files that describe the images of a project: the usual one, and the one for machines without a GPU."""
+
 GRACE_SECONDS = 10.0
 """For a stopping server to end its predictions before it is killed."""
 
@@ -387,13 +390,13 @@ def parse_cog_yaml(text: str) -> Any:
     return parse_yaml(_Loader(text).get_data)
 
 
-def read_cog_yaml(root: Path) -> dict[str, Any]:
-    """The project's `cog.yaml`.
+def read_cog_yaml(root: Path, name: str = GPU_IMAGE) -> dict[str, Any]:
+    """The project's `cog.yaml`, or that of its image for CPUs.
 
     Raises:
         CogpressError: it is missing or not a YAML mapping.
     """
-    path = root / "cog.yaml"
+    path = root / name
     try:
         settings = parse_cog_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

@@ -33,7 +33,7 @@ def main(arguments):
     elif arguments == ["doctor"]:
         print("no issues found")
     elif arguments[:1] in (["run"], ["train"]):
-        read_project(arguments[0])
+        read_project(arguments[0], arguments[2] if arguments[1:2] == ["-f"] else "cog.yaml")
         fail('unknown input "nope"')
     elif arguments[:1] == ["login"]:
         login(arguments[1:])
@@ -75,12 +75,12 @@ def login(arguments):
     print("You've successfully authenticated as local! You can now use the 'r8.im' registry.")
 
 
-def read_project(mode):
+def read_project(mode, file="cog.yaml"):
     """Refuse the project in the folder, where it is one of those that the real program is known to refuse."""
     sys.path.insert(0, STATE["repository"])
-    from tests.standins.cogreading import refusal
+    from tests.standins.cogreading import build_refusal, refusal
 
-    if said := refusal(Path.cwd(), mode):
+    if said := build_refusal(Path.cwd()) if mode == "build" else refusal(Path.cwd(), mode, file):
         fail(said)
 
 
@@ -93,7 +93,7 @@ def push(arguments):
         violation(f"push is given the image {image!r}")
     if not Path("cog.yaml").is_file():
         fail("cog.yaml not found in the folder or its parents")
-    for mode in ("run", "train"):
+    for mode in ("run", "train", "build"):
         read_project(mode)
     say(f"Building Docker image from environment in cog.yaml as {image}...")
     if STATE.get("fail"):
@@ -114,6 +114,11 @@ def push(arguments):
             made = json.load(answer)
     except urllib.error.HTTPError as error:
         fail(json.load(error))
+    # What `docker image inspect` says of the image that this made.
+    content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path().rglob("*")) if path.is_file()]
+    layers = ["sha256:" + "0" * 64, "sha256:" + hashlib.sha256("".join(content).encode()).hexdigest()]
+    anew = ["sha256:" + hashlib.sha256(image.encode()).hexdigest()] if STATE.get("no_cache") else []
+    (HERE / image.replace("/", "_")).write_text(json.dumps(layers[: len(layers) - len(anew)] + anew))
     if weights:
         MANIFEST.parent.mkdir(parents=True, exist_ok=True)
         MANIFEST.write_text(json.dumps(weights))
