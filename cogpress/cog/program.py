@@ -5,6 +5,7 @@ Cog's token goes to the program's standard input alone, the API's nowhere.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cogpress.cog.process import GPU_IMAGE
 from cogpress.config import Push
 from cogpress.errors import CogpressError
 from cogpress.redact import redacted
@@ -92,7 +94,9 @@ class Verdict:
     problem: str | None = None
 
 
-def verdict(root: Path, program: str, version: str, modes: Sequence[str], *secrets: str | None) -> Verdict:
+def verdict(
+    root: Path, program: str, version: str, modes: Sequence[str], *secrets: str | None, file: str = GPU_IMAGE
+) -> Verdict:
     """Ask Cog whether it takes a project. It builds nothing and needs no Docker.
 
     Args:
@@ -101,13 +105,16 @@ def verdict(root: Path, program: str, version: str, modes: Sequence[str], *secre
         version: its version.
         modes: `run`, `train` or both: what cog.yaml names.
         secrets: kept out of the environment.
+        file: what describes the image; `cog doctor` is asked of `cog.yaml` alone, the only one that it reads.
     """
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
         return Verdict(problem=f"cog {version} cannot check a project without building it; 0.22 can")
     hidden = environment(*secrets) | {"COG_SKIP_DOCKER_CHECK": "1", "COG_SKIP_GPU_CHECK": "1"}
     # An input that no project has: Cog looks at the project first, then refuses the input and builds nothing.
     asked, refusals, notices = [], list[str](), dict[str, None]()
-    for words in (["doctor"], *([mode, "-i", "nope=1"] for mode in modes)):
+    usual = file == GPU_IMAGE
+    questions = ([mode, *([] if usual else ["-f", file]), "-i", "nope=1"] for mode in modes)
+    for words in (*([["doctor"]] if usual else []), *questions):
         try:
             done = subprocess.run(
                 [program, *words],
@@ -225,6 +232,20 @@ def push(
             "Fix the problem and run this again: finished steps are not repeated."
         )
     return digest
+
+
+def layers(model: str, *secrets: str | None) -> list[str]:
+    """The digests of the layers of a model's image on this machine; empty where Docker has or knows none."""
+    image = f"{REGISTRY}/{model}"
+    command = ["docker", "image", "inspect", "--format", "{{json .RootFS.Layers}}", image]
+    try:
+        done = subprocess.run(
+            command, env=environment(*secrets), capture_output=True, text=True, timeout=VERDICT_SECONDS, check=False
+        )
+        found = json.loads(done.stdout) if done.returncode == 0 else []
+    except (OSError, subprocess.TimeoutExpired, ValueError):
+        return []
+    return [str(one) for one in found] if isinstance(found, list) else []
 
 
 def _missing(error: OSError) -> CogpressError:

@@ -44,6 +44,10 @@ FRAGMENTATION = 0.04
 HOST_PROCESS = 3e9
 """Bytes of host memory of a process that uses a GPU: Python, PyTorch and CUDA's libraries. Assumed."""
 
+CPU_PROCESSES = 2e9
+"""Bytes of host memory of the API's and the engine's process on a CPU, without weights and KV cache. Rounded up from
+1.5e9, of vLLM's CPU build with the embedded base after 16 predictions at once."""
+
 IN_TRANSIT = 4
 """Tensors in host memory at once on their way between files and a GPU: transformers 5 loads with four threads, and the
 merge computes one tensor while others wait to be written."""
@@ -140,6 +144,16 @@ def host_of_serving(model: Architecture, how: Serving) -> float:
     """
     workers = how.gpus if how.gpus > 1 else 0
     return HOST_PROCESS * (2 + workers) + how.gpus * largest_tensor(model)
+
+
+def host_of_serving_on_cpu(weights: float, cache: float) -> float:
+    """Bytes of host memory that serving on a CPU takes.
+
+    Args:
+        weights: bytes of the weights' files, from whose type the engine may compute in 32 bits instead of 16.
+        cache: bytes of the KV cache, which is set aside whole.
+    """
+    return CPU_PROCESSES + 2 * weights + cache
 
 
 def largest_tensor(model: Architecture) -> float:

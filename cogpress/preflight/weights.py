@@ -9,6 +9,7 @@ from typing import Any
 from cogpress import source
 from cogpress.config import Serve
 from cogpress.errors import CogpressError
+from cogpress.plan import memory
 from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
 from cogpress.preflight.facts import Facts
 from cogpress.publish.licence import find_origin, public_name
@@ -137,6 +138,9 @@ def _generation(facts: Facts) -> Iterator[Finding]:
         else:
             yield passed(f"{hardware}, and an image for CPUs")
         return
+    if facts.build.get("gpu") is not True:
+        yield warning(f"{hardware} has a GPU, which an image for CPUs does not use.", "Name hardware without one.")
+        return
     capability = gpu.capability
     made = scheme(facts.weights.model)
     dtype = settings.serve.dtype if settings else "auto"
@@ -163,6 +167,18 @@ def _generation(facts: Facts) -> Iterator[Finding]:
 
 def _fits(facts: Facts) -> Iterator[Finding]:
     gpu, settings = facts.hardware, facts.settings
+    if gpu is not None and gpu.gpus == 0 and facts.weights.bytes and facts.build.get("gpu") is not True:
+        cache = (settings.serve if settings else Serve()).cpu_kv_cache_gb
+        needed = memory.host_of_serving_on_cpu(facts.weights.bytes, cache * 2**30)
+        told = (
+            f"Serving takes about {size(needed)} of memory for {size(facts.weights.bytes)} of weights and "
+            f"{cache:g} GiB of KV cache; {gpu.sku} has {size(gpu.host_bytes)}"
+        )
+        if needed > gpu.host_bytes:
+            yield failed(f"{told}.", "Lower serve.cpu_kv_cache_gb, quantize the weights, or push to a GPU.")
+        else:
+            yield passed(told)
+        return
     if gpu is None or gpu.gpus == 0 or not facts.weights.bytes:
         yield skipped("no known GPU is named" if facts.weights.bytes else "there are no weights to check")
         return

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cogpress.cog.process import read_cog_yaml
+from cogpress.cog.process import CPU_IMAGE, GPU_IMAGE, read_cog_yaml
 from cogpress.files import link
 from cogpress.preflight import ignore
 
@@ -17,7 +17,7 @@ CODE = (".py", ".ipynb")
 
 
 @contextmanager
-def build_context(root: Path, folder: Path) -> Iterator[Path]:
+def build_context(root: Path, folder: Path, file: str = GPU_IMAGE) -> Iterator[Path]:
     """A fresh folder with hard links to the image's files, copies where the disk has none; removed at the end.
 
     With `--separate-weights` Cog walks the whole folder without asking `.dockerignore`, so big files in `runs/` or
@@ -27,10 +27,12 @@ def build_context(root: Path, folder: Path) -> Iterator[Path]:
     Args:
         root: the project's folder.
         folder: where to make it, on the same disk if possible.
+        file: what describes the image, which is cog.yaml there.
     """
     place = folder / "context"
     shutil.rmtree(place, ignore_errors=True)
-    for name in sorted({*_needed(root), *_entries(root)}):
+    link(root / file, place / GPU_IMAGE)
+    for name in sorted({*_needed(root, file), *_entries(root)} - {GPU_IMAGE, CPU_IMAGE}):
         source, target = root / name, place / name
         if source.is_symlink():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,7 @@ def _entries(root: Path) -> list[str]:
     return [entry.name for entry in ignore.context(root, patterns) if not entry.name.startswith(".cog/")]
 
 
-def _needed(root: Path) -> list[str]:
+def _needed(root: Path, file: str) -> list[str]:
     """What Cog and Docker read in the folder, also where `.dockerignore` keeps it out of the image."""
-    requirements = (read_cog_yaml(root).get("build") or {}).get("python_requirements")
-    return [name for name in (ignore.NAME, "cog.yaml", requirements) if name and (root / name).is_file()]
+    requirements = (read_cog_yaml(root, file).get("build") or {}).get("python_requirements")
+    return [name for name in (ignore.NAME, requirements) if name and (root / name).is_file()]

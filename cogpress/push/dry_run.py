@@ -47,7 +47,7 @@ def _steps(push: PushRun) -> Iterator[tuple[str, bool, list[str]]]:
     target, settings = push.target, push.settings
     sku = _sku(push)
     login = [" ".join(cog.LOGIN)] if machine.logged_in() is False else []
-    named = "" if target.hardware == "auto" else f" --hardware {target.hardware}"
+    named = (" --cpu" if target.cpu else "") + ("" if target.hardware == "auto" else f" --hardware {target.hardware}")
     yield run.PREFLIGHT, False, [f"scripts/preflight {target.destination}{named}", *login]
     models = {target.test_model: "private", target.destination: target.visibility}
     calls = [routes.create_model(name, seen, sku) for name, seen in models.items()]
@@ -55,7 +55,7 @@ def _steps(push: PushRun) -> Iterator[tuple[str, bool, list[str]]]:
     allowed = ", which are allowed" if target.allow_breaking else ", which end the push"
     compared = f"inputs and output, with those of the live version of {target.destination}: breaking changes"
     yield run.BESIDE, False, [f"compare the project's {compared}{allowed}"]
-    image = fingerprint(target.root, settings)
+    image = fingerprint(target.root, settings, target.file)
     tested = _before(push, run.TEST_PUSH, push.push_depends(target.test_model, image, None))
     yield run.TEST_PUSH, bool(tested), [" ".join(cog.command(target.test_model, settings.push))]
     version = str(tested["version"]) if tested else None

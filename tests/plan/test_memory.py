@@ -173,3 +173,9 @@ def test_experts_that_are_one_tensor_stay_in_16_bits_for_training_and_shrink_for
     assert more == 2 * experts
     assert memory.serving_weights(mixture, "int8") - memory.serving_weights(SMOLLM2, "int8") == experts
     assert mixture.active == SMOLLM2.active + 250_000
+
+
+def test_serving_on_a_cpu_takes_what_was_measured_or_a_little_more() -> None:
+    # The embedded base, 269 MB of files, with 2 GiB of cache: 3.9 GB in all processes, shared pages counted once.
+    needed = memory.host_of_serving_on_cpu(269e6, 2 * 2**30)
+    assert 3.9e9 <= needed <= 1.25 * 3.9e9

@@ -20,13 +20,14 @@ from rich.console import Console
 
 from cogpress import config, http, preflight
 from cogpress.cog import form
+from cogpress.cog.process import CPU_IMAGE
 from cogpress.files import new_folder
 from cogpress.plan import estimate
 from cogpress.preflight import place, secrets, weights
 from cogpress.preflight.check import Row
 from cogpress.preflight.ignore import Ignore, context
 from tests.standins import preflightproject
-from tests.standins.preflightproject import TOKEN, Stub, git, program, project, seal, stub
+from tests.standins.preflightproject import TOKEN, Stub, for_cpus, git, program, project, seal, stub
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -331,6 +332,58 @@ def disagreeing_lock() -> str:
 def test_a_cpu_is_no_gpu(here: Path) -> None:
     [row] = findings(here, "Weights: GPU generation", hardware="cpu")
     assert row.finding.outcome == "failed"
+
+
+# the image for CPUs
+
+
+def test_an_image_for_cpus_passes_and_cog_is_asked_about_it(here: Path) -> None:
+    for_cpus(here)
+    report = run(here, hardware="cpu", file=CPU_IMAGE)
+    assert [row for row in report.rows if row.finding.outcome in ("failed", "warning")] == []
+    said = {f"{row.topic}: {row.name}": row.finding.message for row in report.rows}
+    assert said["Configuration: Cog's verdict"] == "Cog takes the project (cog run, train)"
+    assert said["Packages: vLLM and torch"] == "vLLM 0.32.0 with torch 2.13.0+cpu"
+    assert "of memory" in said["Weights: memory"]
+    # The usual image of the same project is as it was.
+    assert [row for row in run(here).rows if row.finding.outcome in ("failed", "warning")] == []
+
+
+def test_this_repositorys_image_for_cpus_passes() -> None:
+    request = preflight.Request(ROOT, file=CPU_IMAGE, offline=True)
+    rows = preflight.check(preflight.gather(request), ("weights", "image", "machine", "replicate"))
+    assert [row for row in rows if row.finding.outcome in ("failed", "warning")] == []
+
+
+def test_what_is_wrong_with_an_image_for_cpus(here: Path) -> None:
+    for_cpus(here)
+
+    def found(hardware: str) -> set[tuple[str, str, str]]:
+        report = run(here, hardware=hardware, file=CPU_IMAGE)
+        return {(f"{row.topic}: {row.name}", row.finding.outcome, row.finding.message) for row in report.rows}
+
+    for change in (
+        swap(CPU_IMAGE, "    - libnuma1", "    - git"),
+        swap(CPU_IMAGE, "PIP_NO_DEPS=1", "A=1"),
+        swap(CPU_IMAGE, "torch==2.13.0+cpu", "six"),
+        swap(CPU_IMAGE, '"3.11"', '"3.12"'),
+        write(".dockerignore", "**/cog.cpu.yaml\n"),
+    ):
+        change(here)
+    said = found("cpu-small")
+    for name, message in {
+        "Configuration: CUDA": "does not install libnuma1",
+        "Packages: vLLM and torch": "would have no torch",
+        "Packages: Python": "is for Python 3.11",
+        "Image: let in": "keeps cog.cpu.yaml out",
+        "Weights: memory": "cpu-small has 2.0 GB",
+    }.items():
+        assert [text for check, outcome, text in said if (check, outcome) == (name, "failed") and message in text], name
+    assert [text for check, outcome, text in said if check == "Configuration: CUDA" and "torchvision" in text]
+    swap(CPU_IMAGE, "six", "torch==2.12.0+cpu")(here)
+    said = found("gpu-l40s")
+    assert [text for _, outcome, text in said if outcome == "failed" and "compiled for torch 2.13" in text]
+    assert [text for _, outcome, text in said if outcome == "warning" and "has a GPU, which an image for CPUs" in text]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from cogpress import config
-from cogpress.cog.process import free_port
+from cogpress.cog.process import CPU_IMAGE, GPU_IMAGE, free_port
 from cogpress.engines.base import CRASHED
 from cogpress.errors import CogpressError
 from cogpress.preflight import image, place
@@ -28,6 +28,7 @@ from cogpress.push.target import PushTarget, fingerprint
 from cogpress.replicate import routes
 from cogpress.replicate.api import Replicate
 from tests.standins.localreplicate import ROOT, TOKEN, javascript
+from tests.standins.preflightproject import for_cpus
 from tests.standins.pushproject import CLI_TOKEN, Machine, machine
 from tests.standins.pushreplicate import PushReplicate
 
@@ -394,13 +395,39 @@ def test_a_deployment_is_made_and_then_changed(here: Machine, remote: PushReplic
     assert len(remote.ask("GET", "/v1/models/local/model-test/versions").json()["results"]) == 1
 
 
+def test_the_image_for_cpus_is_pushed_as_any_other(here: Machine) -> None:
+    here.settings(tests=[], fuzz={"rounds": 0})
+    for_cpus(here.root)
+    _, planned = push(here, dry=True, hardware="auto", cpu=True)
+    assert "scripts/preflight local/model --cpu" in planned
+    assert set(re.findall(r'"hardware":\s+"(.*?)"', planned)) == {"cpu"}
+    here.standin(no_cache=True)  # Docker's cache lost a layer between the two pushes
+    shipped, said = push(here, hardware="auto", cpu=True)
+    assert here.calls() == [["login", "--token-stdin"], TEST_PUSH, PUSH]
+    assert shipped.cost.hardware == "cpu"
+    assert "1 of the image's 2 layers were built anew after the tests" in " ".join(said.split())
+    with build_context(here.root, here.root / "runs", CPU_IMAGE) as place:
+        assert (place / "cog.yaml").read_text() == (ROOT / CPU_IMAGE).read_text()
+        assert not (place / CPU_IMAGE).exists()
+    # Either image is pushed again for what is its own, and no other.
+    settings = config.load(here.root / "model.yaml")
+    before = {name: fingerprint(here.root, settings, name) for name in (GPU_IMAGE, CPU_IMAGE)}
+    (here.root / CPU_IMAGE).write_text((here.root / CPU_IMAGE).read_text() + "# changed\n")
+    after = {name: fingerprint(here.root, settings, name) for name in (GPU_IMAGE, CPU_IMAGE)}
+    assert after[GPU_IMAGE] == before[GPU_IMAGE] != before[CPU_IMAGE] != after[CPU_IMAGE]
+
+
 def test_weights_in_a_layer_are_pushed_under_both_names(here: Machine) -> None:
     here.settings(tests=[], fuzz={"rounds": 0})
     left = ["runs/demo/checkpoints/1/adapter.safetensors", ".cache/bases/embedded/model.safetensors"]
     here.enlarge("weights/model.safetensors", *left)
-    _, said = push(here)
+    shipped, said = push(here)
     assert here.calls() == [["login", "--token-stdin"], TEST_PUSH, PUSH]
     assert "no layer of their own" not in said
+    # What ships has the layers of what was tested.
+    layers = shipped.steps[run.TEST_PUSH]["layers"]
+    assert layers == shipped.steps[run.REAL_PUSH]["layers"]
+    assert f"with the 2 layers that were tested (the last is {layers[-1][:19]})" in " ".join(said.split())
     assert not list((here.root / "runs" / "push").rglob("context"))
     assert not (here.root / ".cog").exists()
 

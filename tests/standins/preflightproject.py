@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from cogpress.cog.process import CPU_IMAGE
 from cogpress.preflight.image import NEVER
 from cogpress.weights import manifest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TOKEN = "r8_preflight-test-token"  # what no output may hold
 
@@ -109,6 +113,14 @@ def project(root: Path) -> Path:
     return root
 
 
+def for_cpus(root: Path) -> None:
+    """Add this repository's own cog.cpu.yaml and its lock."""
+    for name in (CPU_IMAGE, "requirements/cpu-image.in", "requirements/cpu-image.lock"):
+        shutil.copy(ROOT / name, root / name)
+    git(root, "add", ".")
+    git(root, "commit", "-qm", "cpu")
+
+
 def seal(root: Path, **facts: Any) -> None:
     """Write the manifest of the weights as they are, and a verdict that passed."""
     folder = root / "weights"
@@ -152,7 +164,8 @@ def cog(folder: Path, version: str = "0.23.1", says: str = "", **words: str) -> 
         '#!/bin/sh\nenv | grep -q TOKEN && exit 9\n[ "$COG_NO_UPDATE_CHECK$NO_COLOR" = 11 ] || exit 9\n'
         f'case "$*" in\n--version) echo "cog version {version} (built today)"; exit;;\n'
         f'doctor) [ "$COG_SKIP_DOCKER_CHECK$COG_SKIP_GPU_CHECK" = 11 ] || exit 9;;\n'
-        '"run -i nope=1"|"train -i nope=1");;\n*) exit 8;;\nesac\n'
+        '"run -i nope=1"|"train -i nope=1"|"run -f cog.cpu.yaml -i nope=1"|"train -f cog.cpu.yaml -i nope=1");;\n'
+        "*) exit 8;;\nesac\n"
         'said=$(dirname "$0")/cog-$1\ncat "$said" >&2\n[ "$1" = doctor ] && [ ! -s "$said" ] && exit 0\nexit 1\n'
     )
     path.chmod(0o755)
