@@ -389,6 +389,7 @@ def test_a_failure_says_why(visit: Opener) -> None:
     run(page, wait=False, prompt="fail")
     finished(page, "failed")
     expect(page.get_by_role("alert")).to_contain_text("This prompt cannot be answered.")
+    expect(page.locator(".rating")).to_have_count(0)  # there is no answer to rate
 
 
 def test_json_answers_are_laid_out_and_can_be_seen_as_they_came(visit: Opener) -> None:
@@ -468,9 +469,8 @@ class Runner(BaseRunner):
 """
 
 
-@pytest.mark.parametrize("width", [1100, 390])
 def test_the_form_opens_with_the_example_of_the_template(
-    visit: Opener, tmp_path_factory: pytest.TempPathFactory, width: int
+    visit: Opener, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """model.yaml's `prompt.fields` names them; the runner is another, so that no model is needed."""
     folder = tmp_path_factory.mktemp("asked")
@@ -480,15 +480,19 @@ def test_the_form_opens_with_the_example_of_the_template(
         server.wait_ready(120)
         opened = playground([server], tmp_path_factory.mktemp("playground"))
         address = next(opened)
-        page = visit(at=address, viewport={"width": width, "height": 900})
-        expect(field(page, "question")).to_have_value("10 player.uid with the highest p95 of agent.idle")
-        expect(field(page, "columns")).to_have_value(re.compile("agent.util\ncart.uid\n.*\npayment.card", re.DOTALL))
-        assert int(field(page, "columns").get_attribute("rows") or 0) >= 5
-        expect(field(page, "question")).to_be_visible()
-        expect(field(page, "columns")).to_be_visible()
-        page.get_by_role("button", name=re.compile("^Run")).first.click()
-        expect(output(page)).to_contain_text("'agent.util\\ncart.uid")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for width in (1100, 390):
+            page = visit(at=address, viewport={"width": width, "height": 900})
+            expect(field(page, "question")).to_have_value("10 player.uid with the highest p95 of agent.idle")
+            columns = re.compile("agent.util\ncart.uid\n.*\npayment.card", re.DOTALL)
+            expect(field(page, "columns")).to_have_value(columns)
+            assert int(field(page, "columns").get_attribute("rows") or 0) >= 5
+            expect(field(page, "question")).to_be_visible()
+            expect(field(page, "columns")).to_be_visible()
+            # What replaces the fields is for programs, and no setting.
+            expect(page.locator("details", has_text="More options").locator("#input-prompt")).to_have_count(1)
+            page.get_by_role("button", name=re.compile("^Run")).first.click()
+            expect(output(page)).to_contain_text("'agent.util\\ncart.uid")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
         opened.close()
 
 

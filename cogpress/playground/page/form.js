@@ -87,7 +87,8 @@ export function fieldsOf(document) {
 
 /**
  * Fields in three groups: `main` for the question, `settings` with defaults, and `more` for optional ones. Optional
- * fields named in `promoted` join `main`, and so do those of the model's own template.
+ * fields named in `promoted` join `main`, and so do those of the model's own template, beside which a text that starts
+ * empty is optional.
  */
 export function groups(fields, promoted = [], own = []) {
   const main = fields.filter(
@@ -97,7 +98,8 @@ export function groups(fields, promoted = [], own = []) {
       (index === 0 && !field.nullable) ||
       (field.nullable && promoted.includes(field.name)),
   );
-  const more = fields.filter((field) => field.nullable && !main.includes(field));
+  const optional = (field) => field.nullable || (own.length > 0 && field.kind === "text" && field.default === "");
+  const more = fields.filter((field) => optional(field) && !main.includes(field));
   const settings = fields.filter((field) => !main.includes(field) && !more.includes(field));
   return { main, settings, more, settingsOpen: settings.length <= FEW };
 }

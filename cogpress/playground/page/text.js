@@ -37,7 +37,7 @@ const STRING = /"((?:[^"\\]|\\.){8,})/;
 
 /** An input as one line; if it is JSON, the first text in it. The preview may be cut off. */
 export function headline(preview) {
-  if (!preview) return "(no input kept)";
+  if (!preview) return "(no input)";
   const found = /^\s*[[{]/.test(preview) && STRING.exec(preview.replace(/"[^"\\]*"\s*:/g, ""));
   return found ? found[1].replace(/\\n/g, " ").replace(/\\(.)/g, "$1") : preview;
 }

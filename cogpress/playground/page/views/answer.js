@@ -73,7 +73,7 @@ export function Answer({ live, letter }) {
         ${done && !letter && html`<button type="button" class="button quiet" onClick=${tweak}>Tweak and rerun</button>
           <a class="button quiet" href=${`/?view=history&with=${prediction.id}`}>Compare…</a>`}
       </footer>`}
-      ${prediction && done && tab === "output" &&
+      ${prediction && done && (text || status === "succeeded") && tab === "output" &&
       html`<${Rating} id=${prediction.id} answer=${text} key=${prediction.id} />`}
     </article>
   `;
@@ -94,8 +94,9 @@ export function useFollowing(text, done) {
   useEffect(() => {
     if (!end.current || done) return undefined;
     follow.current = true;
-    const { scroller, target } = scrollerOf(end.current);
-    const note = () => (follow.current = hidden(end.current, scroller) < FOLLOW_PX);
+    const shown = end.current; // which is gone before the listener is, where another view follows while it scrolls
+    const { scroller, target } = scrollerOf(shown);
+    const note = () => (follow.current = hidden(shown, scroller) < FOLLOW_PX);
     target.addEventListener("scroll", note, { passive: true });
     return () => target.removeEventListener("scroll", note);
   }, [done]);
