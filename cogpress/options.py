@@ -205,6 +205,9 @@ class Data(Section):
     ignore: tuple[str, ...] = ()
     """Keys of the examples to leave out: of rows, of messages and of a prompt's fields. Others that have no meaning in
     their [form](own-model.md#examples) are refused."""
+    rename: dict[str, str] = {}
+    """Keys of rows that your file calls otherwise than their [form](own-model.md#examples) does, such as
+    `{question: prompt, answer: completion}`."""
 
 
 class Train(Section):

@@ -662,10 +662,15 @@ def _is_written(tokenizer: PreTrainedTokenizerBase, text: str, rendered: str) ->
 
 
 def _check_written(tokenizer: PreTrainedTokenizerBase, message: Message, rendered: str) -> None:
-    """Refuse what the template leaves out of a message that ends a rendering."""
+    """Refuse what the template leaves out of a message that ends a rendering, or writes around it a second time."""
     given = [("text", text) for text in re.split(r"</?think>", message["content"])]
     if message["role"] == "assistant" and len(given) > 1:
         given = [*[("reasoning", text) for _, text in given[:-1]], given[-1]]
+    if message["role"] == "tool" and re.search(r"<tool_response>\s*<tool_response>", rendered):
+        raise CogpressError(
+            "The base model's chat template writes <tool_response> around a tool's result, and this one holds it "
+            "already. Give what is inside of it."
+        )
     given += [("reasoning_content", message.get(REASONING[0]) or "")]
     given += [("tool_calls", _named(call)) for call in message.get("tool_calls") or ()]
     for what, text in given:

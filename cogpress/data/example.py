@@ -15,10 +15,13 @@ from cogpress.prompts import Message, Question
 
 Format = Literal["messages", "conversations", "prompt/completion", "alpaca", "text"]
 
+_MASKS = ("completion_mask", "assistant_masks")
+"""TRL's names of what is learnt; theirs has an entry for each token, a row's one for each turn."""
+
 _FORMS: dict[Format, tuple[str, ...]] = {
-    "messages": ("messages", "system", "tools", "weight"),
-    "conversations": ("conversations", "system", "tools", "weight"),
-    "prompt/completion": ("prompt", "completion", "system", "tools", "weight"),
+    "messages": ("messages", "system", "tools", "weight", *_MASKS),
+    "conversations": ("conversations", "system", "tools", "weight", *_MASKS),
+    "prompt/completion": ("prompt", "completion", "system", "tools", "weight", *_MASKS),
     "alpaca": ("instruction", "input", "output", "system", "history", "tools", "weight"),
     "text": ("text", "weight"),
 }
@@ -30,7 +33,12 @@ _TURN_KEYS = ("role", "content", "weight", "train")
 _ROLE_KEYS: dict[Any, tuple[str, ...]] = {"tool": ("tool_call_id", "name"), "assistant": ("tool_calls", *REASONING)}
 """Further keys of a turn by its role, which the chat template writes."""
 _SHAREGPT_KEYS = ("from", "value", "weight", "train")
-_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_CALL = "function_call"
+"""Who speaks in ShareGPT's turns that hold calls of functions, as JSON."""
+_SHAREGPT = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+    _CALL: "assistant", "observation": "tool", "tool": "tool",
+}  # fmt: skip
 """Roles by ShareGPT's names."""
 _MAY_FOLLOW = {
     "": ("system", "user"),
@@ -41,11 +49,13 @@ _MAY_FOLLOW = {
 }
 
 
+_ROLES = (*_MAY_FOLLOW, "developer")
+
 _TURN = {
     "role": "who speaks",
     "from": "who speaks",
     "content": "the text; learnt in the assistant's turns",
-    "value": "the text; learnt in gpt's turns",
+    "value": "the text; learnt in gpt's turns, and as calls in function_call's",
     "weight": "0: a turn without loss",
     "train": "false: a turn without loss",
     "tool_calls": "calls of functions, learnt",
@@ -65,6 +75,7 @@ _MEANINGS = {
     "system": "the system text",
     "tools": "functions that the model may call",
     "weight": "factor on the row's loss",
+    **dict.fromkeys(_MASKS, "which turns are learnt: 1, else 0"),
     "text": "plain text, all of it learnt",
 }
 
@@ -162,6 +173,23 @@ def without(item: Any, ignore: Collection[str]) -> tuple[Any, set[str]]:
     return stripped(item, ignore), left
 
 
+def renamed(row: Any, names: Mapping[str, str]) -> Any:
+    """A row, without nulls, whose keys have the names that `names` gives them.
+
+    Raises:
+        BadRow: it has both, so that one of them would be lost.
+    """
+    if not isinstance(row, dict):
+        return row
+    made: dict[str, Any] = {}
+    for name, value in row.items():
+        new = names.get(name, name)
+        if new in made:
+            raise BadRow(f"it has {new} twice, as data.rename makes {short(name)[1:-1]} one: leave one out")
+        made[new] = value
+    return made
+
+
 def _refuse_unread(row: Mapping[str, Any], format: Format) -> None:
     """Refuse keys that the format does not use, of the row and of its messages; empty ones hold nothing to lose."""
     unread: list[str] = [
@@ -170,8 +198,9 @@ def _refuse_unread(row: Mapping[str, Any], format: Format) -> None:
     for name in ("messages", "conversations", "prompt", "completion"):
         turns = row.get(name) if name in _FORMS[format] else None
         for turn in turns if isinstance(turns, list) else ():
-            if isinstance(turn, dict):
-                known: tuple[str, ...] = _SHAREGPT_KEYS if name == "conversations" else _TURN_KEYS
+            # Other roles are refused themselves.
+            if isinstance(turn, dict) and (_is_sharegpt(turn) or short(turn.get("role"))[1:-1] in _ROLES):
+                known: tuple[str, ...] = _SHAREGPT_KEYS if _is_sharegpt(turn) else _TURN_KEYS
                 known = (*known, *_ROLE_KEYS.get(short(turn.get("role"))[1:-1], ()))
                 unread += [key for key, value in turn.items() if key not in known and value not in ("", [], {})]
     if unread:
@@ -207,6 +236,12 @@ def example_of(item: Any, line: int, task: Task = "answer") -> Example:
     if not weight:
         raise NoWeight
     tools = _tools(has.get("tools", []))
+    said = [example.question.system or "", *(turn["content"] for turn in example.question.messages)]
+    if tools and any("<tools>" in text for text in said):
+        raise BadRow(
+            "tools stand beside a text that lists them in <tools>, and the chat template would list them again: take "
+            "the list out of the text, or name tools in data.ignore to keep the text as it is"
+        )
     if tools and task == "reversed":
         raise BadRow("tools cannot be learned reversed")
     return replace(example, weight=float(weight), question=replace(example.question, tools=tools))
@@ -219,12 +254,15 @@ def _example_of(has: Mapping[str, Any], line: int, task: Task) -> Example:
         _refuse_unread(has, format)
         turns = _turns(has[format], format)
         _check_order(turns)
+        turns = _masked(has, turns)
         first = [turn["role"] for turn in turns].index("assistant")
         return _example(line, format, Question(messages=turns[:first], system=system), turns[first:], task)
     if "prompt" in has and "completion" in has:
         _refuse_unread(has, "prompt/completion")
         question = replace(_asked(has["prompt"], task), system=system)
-        return _example(line, "prompt/completion", question, _answered(has["completion"]), task)
+        given = question.messages or (_message("user", ""),)
+        answer = _masked(has, (*given, *_answered(has["completion"])), len(given))[len(given) :]
+        return _example(line, "prompt/completion", question, answer, task)
     if "instruction" in has and "output" in has:
         _refuse_unread(has, "alpaca")
         parts = [_text(has["instruction"], "instruction"), _text(has.get("input", ""), "input")]
@@ -243,9 +281,11 @@ def _example_of(has: Mapping[str, Any], line: int, task: Task) -> Example:
         if not text.strip():
             raise EmptyAnswer
         return Example(line, "text", Question(), (), text)
+    if "input_ids" in has:
+        raise BadRow("input_ids are tokens, which only their own tokenizer reads: give the texts they were made from")
     raise BadRow(
         "unknown format: neither messages, nor prompt and completion, nor instruction and output, nor conversations, "
-        "nor text; " + found_keys(list(has))
+        "nor text; " + found_keys(list(has)) + "; if these are the same under other names, say so in data.rename"
     )
 
 
@@ -275,6 +315,29 @@ def _example(line: int, format: Format, question: Question, answer: tuple[Messag
         question = Question(text=assistant["content"], system=system[0]["content"] if system else question.system)
         answer = (_message("assistant", user["content"]),)
     return Example(line, format, question, answer, unlearnt=unlearnt)
+
+
+def _masked(row: Mapping[str, Any], turns: tuple[Message, ...], given: int = 0) -> tuple[Message, ...]:
+    """Turns with weight 0 where the row's mask has a 0 for an assistant's; the first `given` ones are never learnt."""
+    names = [name for name in _MASKS if name in row]
+    if not names:
+        return turns
+    name, mask = names[0], row[names[0]]
+    if len(names) > 1:
+        raise BadRow(f"{' and '.join(names)} stand in one row: give one of them")
+    if not isinstance(mask, list) or any(one not in (0, 1) or not isinstance(one, bool | int | float) for one in mask):
+        raise BadRow(f"{name} is no list of 1 (learnt) and 0 (not)")
+    if len(mask) != len(turns):
+        raise BadRow(
+            f"{name} has {len(mask)} entries for {len(turns)} turns; a mask of tokens, as TRL makes it, is of no use "
+            "to another tokenizer: give an entry for each turn"
+        )
+    if wrong := [at for at, turn in enumerate(turns) if mask[at] and (at < given or turn["role"] != "assistant")]:
+        raise BadRow(f"{name}[{wrong[0]}] asks to learn a turn that is no answer")
+    return tuple(
+        turn if keep or turn["role"] != "assistant" else {**turn, "weight": 0}
+        for turn, keep in zip(turns, mask, strict=True)
+    )
 
 
 def _is_learnt(turn: Message) -> bool:
@@ -318,6 +381,8 @@ def _message(role: str, content: str) -> Message:
 
 
 def _turns(value: Any, name: str) -> tuple[Message, ...]:
+    if isinstance(value, str) and value.lstrip().startswith("["):  # as tables hold lists
+        value = parse_text(value, name)
     if not isinstance(value, list):
         raise BadRow(f"{name} is {_kind(value)} and not a list")
     if not value:
@@ -328,13 +393,16 @@ def _turns(value: Any, name: str) -> tuple[Message, ...]:
 def _turn(value: Any, name: str) -> Message:
     if not isinstance(value, dict):
         raise BadRow(f"{name} is {_kind(value)} and not an object")
-    if name.startswith("conversations["):
+    if _is_sharegpt(value):
         said, text = value.get("from"), "value"
         role = _SHAREGPT.get(said) if isinstance(said, str) else None
         if role is None:
-            raise BadRow(f"{name} is from {short(said)}, not system, human or gpt")
+            raise BadRow(f"{name} is from {short(said)}, not system, human, gpt, {_CALL}, observation or tool")
+        if said == _CALL:
+            value = {**value, text: "", "tool_calls": _said_calls(value.get(text), f"{name}.{text}")}
     else:
         role, text = value.get("role"), "content"
+        role = "system" if role == "developer" else role  # OpenAI's newer name
         if not isinstance(role, str) or not role or role not in _MAY_FOLLOW:
             raise BadRow(f"{name} has the role {short(role)}, not system, user, assistant or tool")
     calls = _calls(value["tool_calls"], name) if role == "assistant" and value.get("tool_calls") else []
@@ -361,12 +429,29 @@ def _turn(value: Any, name: str) -> Message:
     return turn
 
 
+def _is_sharegpt(turn: Mapping[str, Any]) -> bool:
+    return "from" in turn and "role" not in turn
+
+
+def _said_calls(value: Any, name: str) -> list[dict[str, Any]]:
+    """The calls in the text of a `function_call` turn: an object or a list of objects with `name` and `arguments`."""
+    found = parse_text(_text(value, name), name)
+    calls = found if isinstance(found, list) else [found]
+    for call in calls:
+        if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
+            raise BadRow(f'{name} is not {{"name": ..., "arguments": ...}}, or a list of these')
+    if not calls:
+        raise BadRow(f"{name} holds no call")
+    return [{"function": call} for call in calls]
+
+
 def _calls(value: Any, name: str) -> list[dict[str, Any]]:
     value = parse_text(value, f"{name}.tool_calls") if isinstance(value, str) else value
     if not isinstance(value, list):
         raise BadRow(f"{name}.tool_calls is {_kind(value)} and not a list")
     calls = []
     for call in value:
+        call = _unflattened(call)
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(text := function.get("arguments"), str) and text.strip():
             call = {**call, "function": {**function, "arguments": parse_text(text, f"arguments in {name}")}}
@@ -378,14 +463,29 @@ def _calls(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """The row's functions, as a list or its JSON text, as Parquet files often hold it."""
+    """The row's functions, as a list or its JSON text, as Parquet files often hold it; each may stand without the
+    `{"type": "function", "function": ...}` around it, as LLaMA-Factory, xLAM and glaive write them.
+    """
     value = parse_text(value if value.strip() else "[]", "tools") if isinstance(value, str) else value or []
     if not isinstance(value, list):
         raise BadRow(f"tools is {_kind(value)} and not a list")
+    value = [_unflattened(one) for one in value]
     try:
         return tuple(tool(_checked(one, f"tools[{at}]"), f"tools[{at}]") for at, one in enumerate(value))
     except CogpressError as error:
         raise BadRow(str(error).rstrip(".")) from None
+
+
+def _unflattened(one: Any) -> Any:
+    """A function, or a call of one, as OpenAI's API nests it, where a row has only what belongs inside."""
+    if not isinstance(one, dict) or "function" in one or one.get("type", "function") != "function":
+        return one
+    outer = {"type": "function", **({"id": one["id"]} if "id" in one else {})}
+    return {**outer, "function": {name: value for name, value in one.items() if name not in ("type", "id")}}
+
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of content parts that hold text, in OpenAI's two APIs."""
 
 
 def _content(value: Any, name: str) -> str:
@@ -396,7 +496,7 @@ def _content(value: Any, name: str) -> str:
         raise BadRow(f"{name} is an empty list")
     texts: list[str] = []
     for index, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
+        if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS or set(part) != {"type", "text"}:
             raise BadRow(f'{name}[{index}] is not {{"type": "text", "text": ...}}; only text can be learnt')
         texts.append(_text(part["text"], f"{name}[{index}].text"))
     return "".join(texts)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from cogpress import config, prompts
-from cogpress.data.example import KEYS, EmptyAnswer, Example, NoWeight, UnreadKeysError, example_of, without
+from cogpress.data.example import KEYS, EmptyAnswer, Example, NoWeight, UnreadKeysError, example_of, renamed, without
 from cogpress.data.read import BadRow, rows, short
 from cogpress.errors import CogpressError
 from cogpress.prompts import NO_LOSS, Conversation, Row
@@ -184,7 +185,12 @@ class BadDataError(CogpressError):
 
 
 def read_examples(
-    path: Path, *, prompt: config.Prompt | None = None, task: config.Task = "answer", ignore: Sequence[str] = ()
+    path: Path,
+    *,
+    prompt: config.Prompt | None = None,
+    task: config.Task = "answer",
+    ignore: Sequence[str] = (),
+    rename: Mapping[str, str] = MappingProxyType({}),
 ) -> Reading:
     """Read and check a file of examples and apply the prompt settings; problems are collected, not raised.
 
@@ -194,9 +200,11 @@ def read_examples(
         task: what is learned.
         ignore: keys to leave out, of rows, of messages and of a prompt's fields. Other keys without a meaning are a
             problem of their row.
+        rename: names of rows' keys, and what they are called here.
 
     Raises:
-        CogpressError: the file cannot be read, is of no known kind or has no rows; or the template has several fields,
+        CogpressError: the file cannot be read, is of no known kind or has no rows; a new name is none that is read; or
+            the template has several fields,
             and the task is `reversed`, which asks with one text.
     """
     prompt = prompt or config.Prompt()
@@ -206,16 +214,18 @@ def read_examples(
             f"data.task: reversed asks with one text, but prompt.template has the fields {', '.join(fields)}. "
             "Give it a template with one field."
         )
+    if unknown := [name for name in rename.values() if name not in KEYS]:
+        raise CogpressError(f"data.rename names {unknown[0]}, which is no key of a row. Choose from {', '.join(KEYS)}.")
     reading = Reading([], [], [], lines=0, empty_answers=0)
     lines = empty = weightless = 0
-    for line, item in rows(path, KEYS, ignore):
+    for line, item in rows(path, (*KEYS, *rename), ignore):
         lines += 1
         try:
             if isinstance(item, BadRow):
                 raise item
             item, left = without(item, ignore)
             reading.ignored_keys.update(left)
-            example = example_of(item, line, task)
+            example = example_of(renamed(item, rename), line, task)
             conversation = _conversation(example, prompt)
         except EmptyAnswer:
             empty += 1
@@ -292,7 +302,7 @@ def prepare(
         path: the examples.
         tokenizer: the base model's, with its chat template.
         prompt: the system text and the template.
-        data: only `task`, `ignore` and `validation_share` are used.
+        data: only `task`, `ignore`, `rename` and `validation_share` are used.
         max_length: of a row, in tokens.
         seed: chooses the validation examples.
         validation_path: examples to validate with.
@@ -350,7 +360,7 @@ def _load(
     report: Report,
 ) -> list[_Pair]:
     """A file's usable examples with their rows, uncut; problems and counts go into the report."""
-    reading = read_examples(path, prompt=prompt, task=data.task, ignore=data.ignore)
+    reading = read_examples(path, prompt=prompt, task=data.task, ignore=data.ignore, rename=data.rename)
     chats = [example.format for example in reading.examples if example.format in ("messages", "conversations")]
     if not tokenizer.chat_template and chats:
         raise CogpressError(

@@ -95,7 +95,7 @@ def make(
     return Preview(
         path,
         prepared.report,
-        _keys(path, settings.data.ignore),
+        _keys(path, settings.data),
         [
             (part if row.weight == 1 else f"{part}, weight {row.weight:g}", tokens(tokenizer, row))
             for part, row in found
@@ -104,13 +104,22 @@ def make(
     )
 
 
-def _keys(path: Path, ignore: Sequence[str]) -> list[tuple[str, int, str]]:
+def _keys(path: Path, settings: config.Data) -> list[tuple[str, int, str]]:
     found: Counter[str] = Counter()
-    for _, item in rows(path, KEYS):
+    for _, item in rows(path, (*KEYS, *settings.rename)):
         if not isinstance(item, BadRow):
             found.update(key_paths(item))
-    said = {name: "left out by data.ignore" for name in found if name.rpartition(".")[2] in ignore}
-    return [(name, count, said.get(name) or meaning(name)) for name, count in sorted(found.items())]
+    return [(name, count, _understood(name, settings)) for name, count in sorted(found.items())]
+
+
+def _understood(path: str, settings: config.Data) -> str:
+    if path.rpartition(".")[2] in settings.ignore:
+        return "left out by data.ignore"
+    name, turns, key = path.partition("[].")
+    if name not in settings.rename:
+        return meaning(path)
+    said = meaning(f"{settings.rename[name]}{turns}{key}")
+    return said if turns else f"{settings.rename[name]}: {said}"
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Token]:

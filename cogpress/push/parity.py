@@ -83,7 +83,7 @@ def reference(settings: Config, root: Path) -> Reference:
             if not named:
                 raise
         prompt = Prompt.model_validate(facts["prompt"]) if "prompt" in facts else settings.prompt
-        examples = verify.held_out(settings.verify, root, run or root, prompt, settings.data.ignore)
+        examples = verify.held_out(settings.verify, root, run or root, prompt, settings.data)
         examples = examples[: settings.push.rows]
     except CogpressError as error:
         raise CogpressError(f"{error} Or set push.parity to false in model.yaml to skip the comparison.") from None

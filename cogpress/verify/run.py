@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from cogpress.cli import progress_bar, step
-from cogpress.config import Config, Merge, Prompt, Verify
+from cogpress.config import Config, Data, Merge, Prompt, Verify
 from cogpress.data.prepare import read_examples
 from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
@@ -203,7 +203,7 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
         onto = "original"
     tokenizer = base.tokenizer(tokenizer_folder(base_folder, adapter_folder))
     examples = held_out(
-        config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]), config.data.ignore
+        config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]), config.data
     )
     return _Case(
         config=config,
@@ -247,14 +247,17 @@ def find_run(root: Path, weights: Path, facts: dict[str, Any]) -> Path:
     )
 
 
-def held_out(settings: Verify, root: Path, run: Path, prompt: Prompt, ignore: Sequence[str] = ()) -> list[Conversation]:
-    """The examples to verify with: those of `verify.examples` without the keys to ignore, or those the run held out.
+def held_out(settings: Verify, root: Path, run: Path, prompt: Prompt, data: Data | None = None) -> list[Conversation]:
+    """The examples to verify with: those of `verify.examples`, read as training's are, or those the run held out.
 
     Raises:
         CogpressError: there are none, or lines are bad.
     """
     if settings.examples:
-        held = read_examples(root / settings.examples, prompt=prompt, ignore=ignore)
+        data = data or Data()
+        held = read_examples(
+            root / settings.examples, prompt=prompt, task=data.task, ignore=data.ignore, rename=data.rename
+        )
         if held.problems:
             raise CogpressError(f"verify.examples: {held.problems[0]}. Correct it.")
     elif (run / HELD_OUT).is_file():

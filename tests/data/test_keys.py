@@ -14,6 +14,7 @@ from cogpress.data import prepare as data
 from cogpress.data.prepare import read_examples
 from cogpress.errors import CogpressError
 from cogpress.quantize import calibrate
+from cogpress.verify import run as verify
 from tests.standins.chatexamples import Write, learnt, messages, pair
 from tests.standins.shapes import SHAPES, tokenizer_of
 
@@ -93,7 +94,9 @@ def test_nothing_of_a_functions_parameters_is_ignored(write: Write) -> None:
         ({"tools": {}}, None),
         ({"tools": " "}, None),
         ({"tools": {"name": "find"}}, "tools is an object and not a list"),
-        ({"tools": [{"name": "find"}]}, "tools[0] must be"),
+        ({"tools": [{"name": "find"}, {"type": "function", "name": "look", "parameters": {}}]}, None),
+        ({"tools": [{"description": "find"}]}, "tools[0] must be"),
+        ({"tools": [{"type": "web_search", "name": "find"}]}, "tools[0] must be"),
         ({"tools": "["}, "tools is not JSON"),
         ({"tools": [{"function": {"name": "a\0"}}]}, "contains a NUL character"),
         ({"tools": '[{"function": {"name": "a", "name": "b"}}]'}, "tools: the key 'name' stands twice"),
@@ -166,7 +169,7 @@ def test_earlier_answers_that_were_given_stay_without_loss_when_held_out(
         ({"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}, "only text can be learnt"),
         ({"role": "assistant", "content": []}, "messages[1].content is an empty list"),
         ({"role": "assistant", "content": "", "tool_calls": {"name": "f"}}, "tool_calls is an object and not a list"),
-        ({"role": "assistant", "tool_calls": [{"name": "f"}]}, "messages[1]: each of tool_calls must be"),
+        ({"role": "assistant", "tool_calls": [{"arguments": {}}]}, "messages[1]: each of tool_calls must be"),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
             "arguments in messages[1] is not JSON",
@@ -222,10 +225,201 @@ def test_other_shapes_of_a_conversation(name: str) -> None:
     assert turns_of(CASES / f"{name}.jsonl") == [("user", "Hello 0"), ("assistant", "Good day")]
 
 
-def test_a_role_of_sharegpt_that_is_not_known(write: Write) -> None:
-    turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{}"}]
+CALL = {"name": "stock_level", "arguments": {"sku": "A7"}}
+FUNCTIONS = [{"name": "stock_level", "description": "Units on the shelf", "parameters": {"type": "object"}}]
+
+
+@pytest.mark.parametrize("calls", [CALL, [CALL, {**CALL, "arguments": json.dumps({"sku": "B8"})}]])
+def test_function_turns_of_sharegpt_are_calls_and_their_results(
+    write: Write, prepare: Callable[..., data.Prepared], calls: Any
+) -> None:
+    turns = [
+        {"from": "human", "value": "How many A7?"},
+        {"from": "function_call", "value": json.dumps(calls)},
+        {"from": "observation", "value": '{"units": 12}'},
+        {"from": "gpt", "value": "Twelve."},
+    ]
+    tokenizer = tokenizer_of(SHAPES["qwen2.5"])
+    several = calls if isinstance(calls, list) else [calls]
+    as_openai: dict[str, Any] = {
+        "messages": [
+            {"role": "user", "content": "How many A7?"},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": one} for one in several]},
+            {"role": "tool", "content": '{"units": 12}'},
+            {"role": "assistant", "content": "Twelve."},
+        ],
+        "tools": [{"type": "function", "function": FUNCTIONS[0]}],
+    }
+    path = write({"conversations": turns, "tools": json.dumps(FUNCTIONS)})
+    made = prepare(path, tokenizer=tokenizer, max_length=1024).train
+    assert made == prepare(write(as_openai, name="openai.jsonl"), tokenizer=tokenizer, max_length=1024).train
+    written = learnt(tokenizer, made[0])
+    assert '<tool_call>\n{"name": "stock_level", "arguments": {"sku": "A7"}}\n</tool_call>' in written
+    assert written.endswith("<|im_end|>Twelve.<|im_end|>")
+    assert "units" not in written
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        (("function", "{}"), "conversations[1] is from 'function', not system, human, gpt, function_call, observation"),
+        (("function_call", "look it up"), "conversations[1].value is not JSON"),
+        (("function_call", "[]"), "conversations[1].value holds no call"),
+        (("function_call", '{"name": "f"}'), 'conversations[1].value is not {"name": ..., "arguments": ...}'),
+        (("function_call", '{"name": "f", "arguments": [1]}'), "the arguments of f must be a JSON object"),
+        (("function_call", '{"name": "f", "arguments": {"a": 1, "a": 2}}'), "the key 'a' stands twice"),
+    ],
+)
+def test_function_turns_of_sharegpt_that_cannot_be_read(write: Write, turn: tuple[str, str], reason: str) -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": turn[0], "value": turn[1]}]
     (found,) = read_examples(write({"conversations": turns})).problems
-    assert found.reason == "conversations[1] is from 'function_call', not system, human or gpt"
+    assert reason in found.reason
+
+
+def test_functions_and_calls_may_stand_without_what_openai_puts_around_them(write: Write) -> None:
+    flat = {"name": "stock_level", "arguments": {"sku": "A7"}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [flat]}]
+    nested = [turns[0], {**turns[1], "tool_calls": [{"type": "function", "function": flat}]}]
+    tools = [{"type": "function", "function": FUNCTIONS[0]}]
+    path = write({"messages": turns, "tools": FUNCTIONS}, {"messages": nested, "tools": tools})
+    first, second = read_examples(path).conversations
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("row", "rename", "turns"),
+    [
+        ({"question": "a", "answer": "b"}, {"question": "prompt", "answer": "completion"}, [("user", "a")]),
+        (
+            {"instruction": "a", "context": "c", "response": "b"},
+            {"context": "input", "response": "output"},
+            [("user", "a\n\nc")],
+        ),
+        (
+            {"system_prompt": "S", "question": "a", "response": "b", "system": None},
+            {"system_prompt": "system", "question": "prompt", "response": "completion"},
+            [("system", "S"), ("user", "a")],
+        ),
+        ({"dialog": messages("a", "b")}, {"dialog": "messages"}, [("user", "a")]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_keys_of_other_names_are_renamed(
+    write: Write, tmp_path: Path, row: dict[str, Any], rename: dict[str, str], turns: list[tuple[str, str]], kind: str
+) -> None:
+    path = write({**row, "id": 7})
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        path = tmp_path / "rows.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "id": 7}]), path)
+    assert turns_of(path, rename=rename, ignore=("id",)) == [*turns, ("assistant", "b")]
+
+
+def test_names_that_cannot_be_given(write: Write) -> None:
+    path = write({"question": "a", "prompt": "b", "completion": "c"})
+    (found,) = read_examples(path, rename={"question": "prompt"}).problems
+    assert found.reason == "it has prompt twice, as data.rename makes prompt one: leave one out"
+    assert turns_of(path, rename={"question": "prompt"}, ignore=("prompt",)) == [("user", "a"), ("assistant", "c")]
+    with pytest.raises(
+        CogpressError, match=r"data\.rename names answer, which is no key of a row\. Choose from messages"
+    ):
+        read_examples(path, rename={"question": "answer"})
+    (found,) = read_examples(write({"question": "a"})).problems
+    assert found.reason.endswith("it has 'question'; if these are the same under other names, say so in data.rename")
+
+
+def test_what_verifies_is_read_as_what_trains(write: Write, tmp_path: Path) -> None:
+    write({"question": "Name a tea", "answer": "Assam", "id": 3})
+    settings = config.Data(task="reversed", ignore=("id",), rename={"question": "prompt", "answer": "completion"})
+    verifies = config.Verify(examples="examples.jsonl")
+    [example] = verify.held_out(verifies, tmp_path, tmp_path, config.Prompt(), settings)
+    assert (example.prompt, example.answer) == ("Assam", "Name a tea")
+
+
+def test_messages_may_be_json_text_and_name_a_developer(write: Write) -> None:
+    parts = [{"role": "developer", "content": "S"}, {"role": "user", "content": [{"type": "input_text", "text": "a"}]}]
+    turns = [*parts, {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]}]
+    for row in ({"messages": turns}, {"messages": json.dumps(turns)}):
+        assert turns_of(write(row)) == [("system", "S"), ("user", "a"), ("assistant", "b")]
+    (found,) = read_examples(write({"messages": "[{"})).problems
+    assert "messages is not JSON" in found.reason
+    (found,) = read_examples(write({"messages": [{"role": "function", "name": "f", "content": "1"}]})).problems
+    assert found.reason.startswith("messages[0] has the role 'function', not system, user")
+
+
+def test_turns_are_known_by_their_keys_wherever_they_stand(write: Write) -> None:
+    other = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    for row in ({"conversations": messages("a", "b")}, {"messages": other}, {"prompt": other[:1], "completion": "b"}):
+        assert turns_of(write(row)) == [("user", "a"), ("assistant", "b")]
+
+
+@pytest.mark.parametrize("name", ["completion_mask", "assistant_masks"])
+def test_a_mask_of_turns_says_which_are_learnt(
+    write: Write, prepare: Callable[..., data.Prepared], tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    turns = messages("a", "WRONG DRAFT", "c", "d")
+    weighted = [turns[0], {**turns[1], "weight": 0}, *turns[2:]]
+    expected = prepare(write({"messages": weighted}, name="weighted.jsonl")).train
+    shared = [{"from": "human" if turn["role"] == "user" else "gpt", "value": turn["content"]} for turn in turns]
+    for row in (
+        {"messages": turns, name: [0, 0, 0, 1]},
+        {"conversations": shared, name: [False, False, False, True]},
+        pair(turns[:1], turns[1:], **{name: [0, 0, 0, 1]}),
+    ):
+        assert prepare(write(row)).train == expected
+    assert learnt(tokenizer, expected[0]) == "d<|im_end|>"
+    assert learnt(tokenizer, prepare(write(pair("a", "b", **{name: [0, 1]}))).train[0]) == "b<|im_end|>"
+    assert read_examples(write(pair("a", "b", **{name: [0, 0]}))).empty_answers == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"completion_mask": [0, 0, 0, 1, 1, 1]}, "completion_mask has 6 entries for 2 turns; a mask of tokens"),
+        ({"assistant_masks": [1, 1]}, "assistant_masks[0] asks to learn a turn that is no answer"),
+        ({"assistant_masks": [0, 0.5]}, "assistant_masks is no list of 1 (learnt) and 0 (not)"),
+        ({"assistant_masks": "01"}, "assistant_masks is no list of 1 (learnt) and 0 (not)"),
+        ({"assistant_masks": [0, 1], "completion_mask": [0, 1]}, "stand in one row: give one of them"),
+    ],
+)
+def test_masks_that_cannot_be_used(write: Write, more: dict[str, Any], reason: str) -> None:
+    (found,) = read_examples(write({"messages": messages("a", "b"), **more})).problems
+    assert reason in found.reason
+
+
+def test_a_mask_cannot_learn_what_is_given(write: Write) -> None:
+    row = pair(messages("a", "b", "c"), "d", completion_mask=[0, 1, 0, 1])
+    (found,) = read_examples(write(row)).problems
+    assert found.reason == "completion_mask[1] asks to learn a turn that is no answer"
+
+
+def test_rows_of_tokens_are_refused_as_such(write: Write) -> None:
+    (found,) = read_examples(write({"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [1, 1]})).problems
+    assert (
+        found.reason == "input_ids are tokens, which only their own tokenizer reads: give the texts they were made from"
+    )
+
+
+def test_tools_and_their_results_are_written_once(write: Write, prepare: Callable[..., data.Prepared]) -> None:
+    """Hermes' rows list tools in the system text, and write the template's marks around results, themselves."""
+    turns = [
+        {"from": "system", "value": 'You may call <tools> [{"name": "f"}] </tools>'},
+        {"from": "human", "value": "How many?"},
+        {"from": "gpt", "value": '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'},
+        {"from": "tool", "value": "<tool_response>\n12\n</tool_response>"},
+        {"from": "gpt", "value": "Twelve."},
+    ]
+    path = write({"conversations": turns, "tools": json.dumps(FUNCTIONS)})
+    (found,) = read_examples(path).problems
+    assert "the chat template would list them again" in found.reason
+    with pytest.raises(data.BadDataError, match="writes <tool_response> around a tool's result, and this one holds it"):
+        prepare(path, tokenizer=tokenizer_of(SHAPES["qwen2.5"]), data=config.Data(ignore=("tools",)))
+    turns[3]["value"] = "12"
+    path = write({"conversations": turns, "tools": json.dumps(FUNCTIONS)})
+    made = prepare(path, tokenizer=tokenizer_of(SHAPES["qwen2.5"]), data=config.Data(ignore=("tools",)), max_length=512)
+    assert not made.report.problems
 
 
 def test_nulls_and_empty_values_of_other_keys_are_absent(write: Write) -> None:
