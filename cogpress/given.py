@@ -28,6 +28,12 @@ def whole_characters(value: Any) -> Any:
     return value
 
 
+def kind(value: Any) -> str:
+    """A value's JSON type, with its article."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
+
+
 MAX_DEPTH = 100
 """Most nesting of objects and lists in JSON from outside: what works on it here and in templates calls itself."""
 

@@ -16,7 +16,7 @@ import jinja2
 from jinja2 import TemplateError, meta
 
 from cogpress.errors import CogpressError
-from cogpress.given import REASONING
+from cogpress.given import REASONING, kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -222,7 +222,7 @@ def _as_text(name: str, value: Any) -> str:
         return "\n".join(_as_text(name, item) for item in value)
     if isinstance(value, str | int | float):
         return str(value)
-    raise CogpressError(f"Field {name} must be text, a number or a list of these, not {type(value).__name__}.")
+    raise CogpressError(f"Field {name} must be text, a number or a list of these, not {kind(value)}.")
 
 
 def with_answer(

@@ -163,8 +163,8 @@ def test_fields_and_braces() -> None:
         ({}, "lacks a, b"),
         ({"a": "x"}, "lacks b"),
         ({"a": "x", "b": "y", "c": "z"}, "has the unknown c"),
-        ({"a": "x", "b": None}, "Field b must be text, a number or a list of these, not NoneType"),
-        ({"a": "x", "b": [{}]}, "Field b must be text, a number or a list of these, not dict"),
+        ({"a": "x", "b": None}, "Field b must be text, a number or a list of these, not null"),
+        ({"a": "x", "b": [{}]}, "Field b must be text, a number or a list of these, not an object"),
     ],
 )
 def test_fields_that_do_not_fit(fields: dict[str, Any], said: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cogpress.cog.process import GPU_IMAGE
 from cogpress.config import Push
-from cogpress.errors import CogpressError
+from cogpress.errors import CogpressError, reason
 from cogpress.redact import redacted
 
 REGISTRY = "r8.im"
@@ -128,7 +128,7 @@ def verdict(
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            return Verdict(problem=f"cog {' '.join(words)} does not answer ({type(error).__name__})")
+            return Verdict(problem=f"cog {' '.join(words)} does not answer ({reason(error)})")
         said = (done.stdout + done.stderr).strip()
         if done.returncode and _NO_COMMAND.search(said):
             continue

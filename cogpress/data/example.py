@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cogpress.config import Task
 from cogpress.data.read import BadRow, found_keys, parse_text, short
 from cogpress.errors import CogpressError
-from cogpress.given import REASONING, tool, tool_call
+from cogpress.given import REASONING, kind, tool, tool_call
 from cogpress.prompts import Message, Question
 
 Format = Literal["messages", "conversations", "prompt/completion", "alpaca", "text"]
@@ -227,7 +227,7 @@ def example_of(item: Any, line: int, task: Task = "answer") -> Example:
         NoWeight: its weight is 0.
     """
     if not isinstance(item, dict):
-        raise BadRow(f"{_kind(item)} and not a JSON object")
+        raise BadRow(f"{kind(item)} and not a JSON object")
     has = {name: value for name, value in item.items() if value is not None}
     example = _example_of(has, line, task)
     weight = has.get("weight", 1)
@@ -352,7 +352,7 @@ def _given(turn: Message) -> Message:
 def _history(value: Any) -> list[Message]:
     """The earlier turns of Alpaca's `history`, pairs of what was asked and answered."""
     if not isinstance(value, list):
-        raise BadRow(f"history is {_kind(value)} and not a list")
+        raise BadRow(f"history is {kind(value)} and not a list")
     turns: list[Message] = []
     for index, both in enumerate(value):
         if not isinstance(both, list) or len(both) != 2:
@@ -384,7 +384,7 @@ def _turns(value: Any, name: str) -> tuple[Message, ...]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # as tables hold lists
         value = parse_text(value, name)
     if not isinstance(value, list):
-        raise BadRow(f"{name} is {_kind(value)} and not a list")
+        raise BadRow(f"{name} is {kind(value)} and not a list")
     if not value:
         raise BadRow(f"{name} is empty")
     return tuple(_turn(item, f"{name}[{index}]") for index, item in enumerate(value))
@@ -392,7 +392,7 @@ def _turns(value: Any, name: str) -> tuple[Message, ...]:
 
 def _turn(value: Any, name: str) -> Message:
     if not isinstance(value, dict):
-        raise BadRow(f"{name} is {_kind(value)} and not an object")
+        raise BadRow(f"{name} is {kind(value)} and not an object")
     if _is_sharegpt(value):
         said, text = value.get("from"), "value"
         role = _SHAREGPT.get(said) if isinstance(said, str) else None
@@ -448,7 +448,7 @@ def _said_calls(value: Any, name: str) -> list[dict[str, Any]]:
 def _calls(value: Any, name: str) -> list[dict[str, Any]]:
     value = parse_text(value, f"{name}.tool_calls") if isinstance(value, str) else value
     if not isinstance(value, list):
-        raise BadRow(f"{name}.tool_calls is {_kind(value)} and not a list")
+        raise BadRow(f"{name}.tool_calls is {kind(value)} and not a list")
     calls = []
     for call in value:
         call = _unflattened(call)
@@ -468,7 +468,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     """
     value = parse_text(value if value.strip() else "[]", "tools") if isinstance(value, str) else value or []
     if not isinstance(value, list):
-        raise BadRow(f"tools is {_kind(value)} and not a list")
+        raise BadRow(f"tools is {kind(value)} and not a list")
     value = [_unflattened(one) for one in value]
     try:
         return tuple(tool(_checked(one, f"tools[{at}]"), f"tools[{at}]") for at, one in enumerate(value))
@@ -539,7 +539,7 @@ def _answered(value: Any) -> tuple[Message, ...]:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"{name} is {_kind(value)} and not a string")
+        raise BadRow(f"{name} is {kind(value)} and not a string")
     if "\0" in value:
         raise BadRow(f"{name} contains a NUL character")
     try:
@@ -547,9 +547,3 @@ def _text(value: Any, name: str) -> str:
     except UnicodeEncodeError:
         raise BadRow(f"{name} contains half of a surrogate pair, which is no character") from None
     return value
-
-
-def _kind(value: Any) -> str:
-    """A value's JSON type, with its article."""
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")

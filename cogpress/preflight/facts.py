@@ -16,7 +16,7 @@ import yaml
 from cogpress import config, source
 from cogpress.cog.process import GPU_IMAGE, parse_cog_yaml
 from cogpress.cog.program import REGISTRY, Verdict, verdict
-from cogpress.errors import CogpressError
+from cogpress.errors import CogpressError, reason
 from cogpress.files import read_json
 from cogpress.http import Api, Reply
 from cogpress.plan import architecture, estimate, hardware
@@ -184,7 +184,7 @@ def _cog(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     except FileNotFoundError:
         return None, "is missing"
     except (OSError, UnicodeDecodeError) as error:
-        return None, f"cannot be read ({type(error).__name__})"
+        return None, f"cannot be read ({reason(error)})"
     except yaml.YAMLError as error:
         # Without the line itself, which may hold a secret.
         mark = getattr(error, "problem_mark", None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogpress.cog.program import REGISTRY, cli_token
+from cogpress.errors import reason
 from cogpress.files import read_json
 
 SECONDS = 15
@@ -78,7 +79,7 @@ def _ask(name: str, *arguments: str) -> Program:
             [path, *arguments], env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Program(path, problem=f"does not answer ({type(error).__name__})")
+        return Program(path, problem=f"does not answer ({reason(error)})")
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
         return Program(path, problem=f"says: {lines[-1][:200].rstrip('.?! ')}")

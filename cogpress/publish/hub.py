@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 import cogpress
-from cogpress.errors import CogpressError
+from cogpress.errors import CogpressError, reason
 
 if TYPE_CHECKING:
     import httpx2
@@ -355,5 +355,5 @@ def _reason(error: BaseException) -> str:
 
 def _words(error: BaseException) -> str:
     """The Hub's own message if it sent one, else the exception's, in one line."""
-    words = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    words = getattr(error, "server_message", None) or str(error) or reason(error)
     return " ".join(str(words).split())[:500]

@@ -26,7 +26,7 @@ from cogpress import source
 from cogpress.config import Config
 from cogpress.engines.base import DEAD
 from cogpress.errors import CogpressError
-from cogpress.given import whole_characters
+from cogpress.given import kind, whole_characters
 from cogpress.weights import fetch, manifest
 from cogpress.weights.fetch import FetchedModel
 
@@ -271,13 +271,14 @@ _TYPES = {"string": str, "integer": int, "number": int | float, "boolean": bool}
 def _check(name: str, value: Any, field: Mapping[str, Any]) -> None:
     if value is None and field.get("nullable"):
         return
-    kind = str(field.get("type", "string"))
+    type_ = str(field.get("type", "string"))
     whole = isinstance(value, float) and value.is_integer()
-    wrong = not isinstance(value, _TYPES.get(kind, object)) or (kind != "boolean" and isinstance(value, bool))
-    wrong = wrong and not (kind == "integer" and whole)
+    wrong = not isinstance(value, _TYPES.get(type_, object)) or (type_ != "boolean" and isinstance(value, bool))
+    wrong = wrong and not (type_ == "integer" and whole)
     if wrong:
-        raise CogpressError(f"{name} must be of type {kind}, not {type(value).__name__}.")
-    if kind in ("integer", "number") and not (field.get("minimum", value) <= value <= field.get("maximum", value)):
+        found = value if isinstance(value, float) else kind(value)
+        raise CogpressError(f"{name} must be of type {type_}, not {found}.")
+    if type_ in ("integer", "number") and not (field.get("minimum", value) <= value <= field.get("maximum", value)):
         bounds = f"from {field.get('minimum', 'any')} to {field.get('maximum', 'any')}"
         raise CogpressError(f"{name} is {value}; it must be {bounds}.")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogpress.config import Serve
-from cogpress.errors import CogpressError
+from cogpress.errors import CogpressError, reason
 from cogpress.prompts import NO_LOSS, Row
 from cogpress.verify import distributions
 from cogpress.verify.distributions import Scored
@@ -105,7 +105,7 @@ def serve(
             raise CogpressError(f"{error} Its output is in {log}.") from error
         except Exception as error:
             raise CogpressError(
-                f"The engine did not serve {folder}: {type(error).__name__}: {error}. Its output is in {log}."
+                f"The engine did not serve {folder}: {reason(error)}. Its output is in {log}."
             ) from error
 
 

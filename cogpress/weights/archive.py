@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from cogpress.errors import CogpressError
+from cogpress.errors import CogpressError, reason
 from cogpress.files import is_full, new_file, new_folder
 from cogpress.weights.filenames import safe_name
 
@@ -89,8 +89,7 @@ def unpack_into(tar: Path, folder: Path, shown: str | None = None) -> None:
 
 
 def _unreadable(shown: str, error: Exception) -> CogpressError:
-    reason = str(error) or type(error).__name__
-    return CogpressError(f"Could not unpack {shown} ({reason}); nothing was changed. Fetch it again.")
+    return CogpressError(f"Could not unpack {shown} ({reason(error)}); nothing was changed. Fetch it again.")
 
 
 class _Metered:

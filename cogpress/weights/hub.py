@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cogpress.errors import CogpressError
+from cogpress.errors import CogpressError, reason
 from cogpress.source import Source
 from cogpress.weights import download, manifest, tensors
 from cogpress.weights.filenames import HUB_FILES, INDEX, PICKLES, SINGLE, TEMPLATES, VERIFICATION_FILES, refuse_pickle
@@ -115,10 +115,9 @@ def _manifest_files(wanted: Source) -> dict[str, int]:
 
 
 def _unavailable(wanted: Source, error: BaseException) -> CogpressError:
-    said = str(error).strip().splitlines()
     # An address that the Hub redirects to is signed.
-    reason = re.sub(r"\?\S+", "", said[0]) if said else type(error).__name__
+    why = re.sub(r"\?\S+", "", reason(error)).rstrip(".")
     return CogpressError(
-        f"Could not download {wanted.text} from the Hub: {reason} Check the name and the network; for a private or "
-        "gated model set HF_TOKEN."
+        f"Could not download {wanted.text} from the Hub: {why}. Check the name and the network; for a "
+        "private or gated model set HF_TOKEN."
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogpress.errors import CogpressError
+from cogpress.errors import CogpressError, reason
 from cogpress.files import read_json
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ def check(settings: Mapping[str, Any], shown: str) -> PreTrainedConfig:
 
 
 def _unknown(error: Exception, shown: str) -> CogpressError:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return CogpressError(
-        f"{shown} is not a language model that transformers can build: {said} Name a model of a supported architecture."
+        f"{shown} is not a language model that transformers can build: {reason(error).rstrip('.')}. "
+        "Name a model of a supported architecture."
     )
 
 

@@ -121,8 +121,8 @@ def test_errors_are_told_line_by_line(tmp_path: Path, go: Callable[..., batch.To
     assert said[3] == "There is nothing to answer."
     assert said[4].startswith("There is no input 'temperatur'. The inputs are question,")
     assert said[5] == "temperature is 9; it must be from 0.0 to 5.0."
-    assert said[6] == "temperature must be of type number, not str."
-    assert said[7] == "max_tokens must be of type integer, not bool."
+    assert said[6] == "temperature must be of type number, not a string."
+    assert said[7] == "max_tokens must be of type integer, not a boolean."
     assert found[7]["custom_id"] == "mine"
     assert found[8]["output"] == 'answer to {"question": "q"}'
     assert found[8]["completion"] == "c"
@@ -145,7 +145,7 @@ def test_one_line_cannot_end_the_run(tmp_path: Path, go: Callable[..., batch.Tot
     found = results(tmp_path / "out.jsonl")
     assert (found[0]["id"], found[0]["output"]) == ("i\ufffd", "answer to p\ufffd")
     assert found[1]["error"] == "The model failed at this line unexpectedly. The log has the cause."
-    assert found[2]["error"] == "max_tokens must be of type integer, not float."
+    assert found[2]["error"] == "max_tokens must be of type integer, not 8.5."
     assert found[3]["output"] == "answer to last"
 
 
