@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests import Script
 from tests.fixtures import ANSWERS, OPERATIONS, QUERIES
 from tests.standins.chatexamples import Write, with_templates
 from tests.standins.fileserver import FileServer, serve
@@ -36,8 +37,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).resolve().parents[1]
 
 
-SHARED = ("trained_server", "verified")
-"""Fixtures that take long and that several files use."""
+LONGEST = (
+    "push/test_ship", "verify/test_run", "engines/test_engines", "playground/test_server", "quantize/test_run",
+    "faults/test_faults", "test_predict", "playground/test_openai", "engines/test_speculative", "publish/test_card",
+    "serve/test_adapters", "faults/test_kills", "playground/test_page", "push/test_push", "playground/test_crash",
+    "setup/test_environment", "cog/test_process", "playground/test_libraries", "engines/test_schemas",
+)  # fmt: skip
+"""Files, the longest first: one that began last would keep one process busy while the others are done."""
+
+TOGETHER = {"trained_server": ("test_predict", "playground/test_openai"), "verified": LONGEST[:2]}
+"""Fixtures that take long, and the files that use them: one process runs these, and makes the fixture once."""
 
 
 def pytest_configure() -> None:
@@ -48,12 +57,19 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: count])
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests without a marker for long ones as `unit`; run those that share a fixture of several files last."""
+    """Mark tests without a marker for long ones as `unit`; order the files, and say which one process runs."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    groups = {file: fixture for fixture, files in TOGETHER.items() for file in files}
+    place = {}
     for item in items:
         if not any(item.get_closest_marker(name) for name in ("slow", "server", "train")):
             item.add_marker("unit")
-    items.sort(key=lambda item: any(name in getattr(item, "fixturenames", ()) for name in SHARED))
+        file = item.path.relative_to(ROOT / "tests").with_suffix("").as_posix()
+        item.add_marker(pytest.mark.xdist_group(groups.get(file, file)))
+        place[item] = order.get(file, len(order))
+    items.sort(key=place.__getitem__)
 
 
 @pytest.fixture(scope="session")
@@ -133,20 +149,22 @@ def write(tmp_path: Path) -> Write:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run a script in this process, with the environment that it would enter; returns its exit status."""
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    """Run a script in this process, with the environment that it would enter; returns status, output and errors."""
     from cogpress.setup import environment
 
     monkeypatch.setattr(environment, "enter", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
-    def run(name: str, *arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", [f"scripts/{name}", *arguments])
+    def run(name: str, *arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"scripts/{name}", *map(str, arguments)])
+        status = 0
+        capsys.readouterr()
         try:
             runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
         except SystemExit as stopped:
-            return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
-        return 0
+            status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+        return status, *capsys.readouterr()
 
     return run
 

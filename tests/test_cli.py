@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from cogpress import cli
 from cogpress.cog import client
 from cogpress.cog.process import free_port
 from cogpress.errors import CogpressError
+from tests import Script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,10 +52,11 @@ def test_steps_say_what_and_how_long() -> None:
     assert lines[3].startswith("✓ Pack  0.0 s")
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").iterdir() if path.is_file()))
-def test_every_script_has_help(script: str, here: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert here(script, "--help") == 0
-    assert f"usage: scripts/{script}" in capsys.readouterr().out
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "scripts").iterdir() if path.is_file()))
+def test_every_script_has_help(name: str, script: Script) -> None:
+    status, out, _ = script(name, "--help")
+    assert status == 0
+    assert f"usage: scripts/{name}" in out
 
 
 @pytest.mark.slow
@@ -73,21 +74,18 @@ def test_scripts_stay_thin() -> None:
         assert len(path.read_text().splitlines()) < most, path
 
 
-def test_predict_names_a_wrong_input_before_anything_starts(
-    here: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert here("predict", "-i", "promt=hi") == 1
-    assert capsys.readouterr().err.startswith("Error: There is no input 'promt'.")
+def test_predict_names_a_wrong_input_before_anything_starts(script: Script) -> None:
+    status, _, error = script("predict", "-i", "promt=hi")
+    assert status == 1
+    assert error.startswith("Error: There is no input 'promt'.")
 
 
 @pytest.mark.slow
-def test_train_names_a_missing_file_without_a_stack_trace(
-    here: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert here("train", "--train-data", str(tmp_path / "none.jsonl"), "--run", str(tmp_path / "run")) == 1
-    shown = capsys.readouterr().err
-    assert "none.jsonl does not exist" in shown
-    assert "Traceback" not in shown
+def test_train_names_a_missing_file_without_a_stack_trace(script: Script, tmp_path: Path) -> None:
+    status, _, error = script("train", "--train-data", tmp_path / "none.jsonl", "--run", tmp_path / "run")
+    assert status == 1
+    assert "none.jsonl does not exist" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "scripts").iterdir() if path.is_file()))
@@ -129,13 +127,13 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def script(project: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
+def started(project: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(project / "scripts" / name), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def said(project: Path, *arguments: str) -> tuple[int, str, str]:
-    asked = script(project, "predict", *arguments)
+    asked = started(project, "predict", *arguments)
     out, error = asked.communicate(timeout=60)
     return asked.returncode, out, error
 
@@ -143,7 +141,7 @@ def said(project: Path, *arguments: str) -> tuple[int, str, str]:
 @pytest.mark.slow
 def test_serve_and_predict_from_a_shell(project: Path) -> None:
     port = free_port("127.0.0.1")
-    serving = script(project, "serve", "--port", str(port))
+    serving = started(project, "serve", "--port", str(port))
     try:
         assert serving.stdout is not None
         ready = next(line for line in serving.stdout if line.startswith("Ready"))
@@ -158,7 +156,7 @@ def test_serve_and_predict_from_a_shell(project: Path) -> None:
         assert (status, json.loads(out)["output"]) == (0, ["ha ", "ha "])
         status, out, error = said(project, "--url", url, "-i", "text=ha", "-i", "times=4")
         assert (status, out, error) == (1, "", "Error: -i times: '4' is not between 1 and 3.\n")
-        taken = script(project, "serve", "--port", str(port))
+        taken = started(project, "serve", "--port", str(port))
         assert "cannot be used: Address already in use" in taken.communicate(timeout=60)[1]
         assert taken.returncode == 1
     finally:

@@ -25,6 +25,7 @@ from cogpress.prompts import Question, conversation
 from cogpress.serve import model as serving
 from cogpress.setup import environment
 from examples import questions
+from tests import Script
 from tests.standins.benchserver import TOKEN, FakeReplicate, Reply, Request, StandIn, body, cog_answer, standing_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -351,14 +352,11 @@ def test_weights_that_are_not_there(tmp_path: Path) -> None:
         serve.run(ROOT, tmp_path, examples, tmp_path / "serve.json", Console(quiet=True))
 
 
-@pytest.mark.slow
-def test_help_names_the_options() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "bench", "--help"], capture_output=True, text=True, check=True
-    )
+def test_help_names_the_options(script: Script) -> None:
+    _, shown, _ = script("bench", "--help")
     options = ("--rounds", "--loads", "--streams", "--scale", "--quick", "--url", "REPLICATE_API_TOKEN")
     for option in (*options, "speculative", "batch"):
-        assert option in done.stdout
+        assert option in shown
 
 
 @pytest.mark.parametrize(("module", "count"), [(speculative, 64), (batch, 512)])

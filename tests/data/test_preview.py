@@ -17,6 +17,7 @@ from cogpress.data import prepare as data
 from cogpress.data import preview
 from cogpress.data.example import key_paths
 from cogpress.prompts import NO_LOSS
+from tests import Script
 from tests.standins.chatexamples import Write, messages, pair
 from tests.standins.shapes import SHAPES, tokenizer_of
 
@@ -182,16 +183,16 @@ def test_the_script_needs_a_tokenizer_alone(
     tokenizer: PreTrainedTokenizerBase,
     write: Write,
     tmp_path: Path,
-    here: Any,
-    capsys: pytest.CaptureFixture[str],
+    script: Script,
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "base")
     page = tmp_path / "data.html"
     (tmp_path / "base" / "config.json").write_text("{}")
-    given = ["--base", str(tmp_path / "base"), "--html", str(page), "--rows", "1"]
-    assert here("data", str(write(pair({"question": "a", "columns": ["b"]}, "c"))), *given) == 0
-    shown = capsys.readouterr().out
+    given = ["--base", tmp_path / "base", "--html", page, "--rows", "1"]
+    status, shown, _ = script("data", write(pair({"question": "a", "columns": ["b"]}, "c")), *given)
+    assert status == 0
     assert "Row 1 (training)" in shown
     assert "Row 1 (training)" in page.read_text(encoding="utf-8")
-    assert here("data", str(write(pair("a", "b"), b'{"prompt": ')), *given) == 1
-    assert "1 of 2 lines cannot be used" in capsys.readouterr().err
+    status, _, error = script("data", write(pair("a", "b"), b'{"prompt": '), *given)
+    assert status == 1
+    assert "1 of 2 lines cannot be used" in error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -329,12 +330,10 @@ def test_each_drafted_token_is_sampled_as_its_request_asks() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a version of its own")
 def test_vllm_uses_it_on_a_cpu() -> None:
-    find = "from vllm.utils.import_utils import resolve_obj_by_qualname as find; import pickle, subprocess, sys\n"
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    sent = pickle.dumps(resolve_obj_by_qualname(vllm.EXECUTOR))
     child = "import pickle, sys; print(pickle.load(sys.stdin.buffer).__name__)\n"
     child += "import vllm.v1.sample.rejection_sampler as sampler; print(sampler.expand_batch_to_tokens.__module__)"
-    program = (
-        f"{find}sent = pickle.dumps(find({vllm.EXECUTOR!r}))\n"
-        f"print(subprocess.run([sys.executable, '-c', {child!r}], input=sent, capture_output=True).stdout.decode())"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.split() == ["CPUExecutor", "cogpress.engines.vllm"], "also in the engine's own process"
+    done = subprocess.run([sys.executable, "-c", child], input=sent, capture_output=True, cwd=ROOT, check=True)
+    assert done.stdout.decode().split() == ["CPUExecutor", "cogpress.engines.vllm"], "also in the engine's own process"

@@ -1,28 +1,24 @@
-"""What the tests kill: each function is the work of a process, forked from one that has imported everything."""
+"""What the tests kill: each function is the work of a process, forked from one that has imported `MODULES`."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-import torch
-from rich.console import Console
-
-from cogpress import config, http
-from cogpress.engines import transformers as reference
-from cogpress.preflight import place
-from cogpress.push import run as pushing
-from cogpress.push.target import PushTarget
-from cogpress.serve import batch
-from cogpress.serve.model import ServedModel
-from cogpress.weights import fetch, pget
-
-QUIET = Console(quiet=True)
-SERVE = config.Serve(engine="transformers")
-reference.prepare(SERVE)
+MODULES = [
+    "torch",
+    "peft",
+    "transformers.models.auto.modeling_auto",
+    "cogpress.push.run",
+    "cogpress.serve.batch",
+    "cogpress.serve.model",
+]
 
 
 def fetching(url: str, cache: Path) -> None:
+    from cogpress import http
+    from cogpress.weights import fetch, pget
+
     pget.program = lambda: None
     http.BACKOFF = 0.001
     fetch.model(url, cache)
@@ -30,8 +26,16 @@ def fetching(url: str, cache: Path) -> None:
 
 def answering(folder: Path, weights: Path) -> None:
     """Answer `in.jsonl`; `asked` gets a byte for each line that is."""
+    import torch
+
+    from cogpress import config
+    from cogpress.engines import transformers as reference
+    from cogpress.serve import batch
+    from cogpress.serve.model import ServedModel
+
     torch.set_num_threads(1)
-    settings = config.Config(serve=SERVE)
+    settings = config.Config(serve=config.Serve(engine="transformers"))
+    reference.prepare(settings.serve)
 
     def progress(_done: int, _failed: int, tokens: int) -> None:
         if tokens:
@@ -50,8 +54,15 @@ def answering(folder: Path, weights: Path) -> None:
 
 
 def shipping(root: Path, variables: dict[str, str]) -> None:
+    from rich.console import Console
+
+    from cogpress import config
+    from cogpress.preflight import place
+    from cogpress.push import run as pushing
+    from cogpress.push.target import PushTarget
+
     os.environ.update(variables)
     place.IMAGE_BYTES = 1000
     settings = config.load(root / "model.yaml")
     target = PushTarget.of(root, settings, "local/model", hardware="gpu-l40s")
-    pushing.push(target, settings, QUIET)
+    pushing.push(target, settings, Console(quiet=True))

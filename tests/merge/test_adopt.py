@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from cogpress.errors import CogpressError
 from cogpress.serve import adapters as serving
 from cogpress.verify import distributions
 from cogpress.weights import base, manifest
+from tests import Script
 from tests.merge.test_merge import a_model, changed
 
 pytestmark = pytest.mark.slow
@@ -210,17 +208,11 @@ def test_another_base_and_another_run_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command_says_what_it_assumes(tmp_path: Path) -> None:
+def test_the_command_says_what_it_assumes(tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     folder = a_model(tmp_path / "base", "llama", tied=False)
     made_elsewhere(folder, tmp_path / "theirs", target_modules=["q_proj"])
-    asked = [str(tmp_path / "theirs"), "--base", str(folder), "--run", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "merge"), *asked],
-        env={**os.environ, "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "For a QLoRA adapter give --quantization nf4" in done.stdout
-    assert f"Check it with: scripts/verify {tmp_path / 'run' / 'weights'}" in done.stdout
+    status, out, error = script("merge", tmp_path / "theirs", "--base", folder, "--run", tmp_path / "run")
+    assert status == 0, error
+    assert "For a QLoRA adapter give --quantization nf4" in out
+    assert f"Check it with: scripts/verify {tmp_path / 'run' / 'weights'}" in out

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,8 @@ from cogpress.errors import CogpressError
 from cogpress.plan import architecture, estimate, hardware, memory
 from cogpress.plan import report as plan_report
 from cogpress.plan.estimate import Estimate
+from tests import Script
 from tests.standins.architectures import LLAMA3, SMOLLM2, llama
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plan"
 
 
 def made(asked: dict[str, Any] | None = None, model: Any = LLAMA3, **sections: Any) -> Estimate:
@@ -212,39 +208,34 @@ def test_a_commands_options_go_over_model_yaml() -> None:
         plan_report.changed(settings, {"context": 1}, [], None)
 
 
-@pytest.mark.slow
-def test_help_names_the_options() -> None:
-    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
+def test_help_names_the_options(script: Script) -> None:
+    _, shown, _ = script("plan", "--help")
     for option in ("--scheme", "--context", "--requests-per-hour", "--speed", "--json", "REPLICATE_API_TOKEN"):
-        assert option in done.stdout, option
+        assert option in shown, option
 
 
 @pytest.mark.slow
-def test_the_command_plans_a_config_alone(tmp_path: Path) -> None:
+def test_the_command_plans_a_config_alone(tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REPLICATE_API_TOKEN", raising=False)
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
                     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
                     "tie_word_embeddings": True, "max_position_embeddings": 8192})
     )  # fmt: skip
 
-    def ask(*options: str) -> subprocess.CompletedProcess[str]:
-        tokenless = {name: value for name, value in os.environ.items() if name != "REPLICATE_API_TOKEN"}
-        command = [sys.executable, SCRIPT, str(tmp_path), *options]
-        return subprocess.run(command, capture_output=True, text=True, env=tokenless)
-
-    data = json.loads(ask("--json", "--concurrency", "4", "--speed", "gpu-t4=100").stdout)
+    data = json.loads(script("plan", tmp_path, "--json", "--concurrency", "4", "--speed", "gpu-t4=100")[1])
     assert data["architecture"]["parameters"] == 134_515_008
     assert data["serving"]["concurrency"] == 4
     assert {row["machine"]: row["speed"] and row["speed"]["tokens_per_second"] for row in data["served"]}[
         "gpu-t4"
     ] == 100
-    shown = ask("--out", str(tmp_path / "out"))
-    assert shown.returncode == 0, shown.stderr
-    assert "134,515,008" in shown.stdout
+    status, shown, error = script("plan", tmp_path, "--out", tmp_path / "out")
+    assert status == 0, error
+    assert "134,515,008" in shown
     assert {path.name for path in (tmp_path / "out").iterdir()} == {plan_report.NAME, plan_report.PICTURE}
-    wrong = ask("--scheme", "int3")
-    assert (wrong.returncode, "Traceback" in wrong.stderr) == (1, False)
-    assert "plan.scheme" in wrong.stderr
+    status, _, error = script("plan", tmp_path, "--scheme", "int3")
+    assert (status, "Traceback" in error) == (1, False)
+    assert "plan.scheme" in error
 
 
 def test_words_for_numbers() -> None:

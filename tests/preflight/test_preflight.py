@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import StringIO
@@ -26,6 +24,7 @@ from cogpress.plan import estimate
 from cogpress.preflight import place, secrets, weights
 from cogpress.preflight.check import Row
 from cogpress.preflight.ignore import Ignore, context
+from tests import Script
 from tests.standins import preflightproject
 from tests.standins.preflightproject import TOKEN, Stub, for_cpus, git, program, project, seal, stub
 
@@ -876,23 +875,22 @@ def test_the_report_shows_the_worst_first(here: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(here: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "preflight"), "you/model", "--project", str(here)]
-    command += ["--hardware", "gpu-l40s"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads(done.stdout)
+def test_the_command(here: Path, script: Script) -> None:
+    command = ["preflight", "you/model", "--project", here, "--hardware", "gpu-l40s"]
+    status, out, error = script(*command, "--json")
+    assert status == 0, out + error
+    content = json.loads(out)
     assert content["passed"] is True
     assert {check["outcome"] for check in content["checks"]} <= {"passed", "skipped"}
-    assert TOKEN not in done.stdout + done.stderr
+    assert TOKEN not in out + error
     cog("curl --fail", "curl")(here)
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    assert subprocess.run([*command, "--strict"], capture_output=True).returncode == 1
+    assert script(*command)[0] == 0
+    assert script(*command, "--strict")[0] == 1
     (here / "notes.txt").write_text(SECRET)
-    done = subprocess.run([*command, "--all"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "notes.txt, line 1" in done.stdout
-    assert SECRET not in done.stdout + done.stderr
+    status, out, error = script(*command, "--all")
+    assert status == 1
+    assert "notes.txt, line 1" in out
+    assert SECRET not in out + error
 
 
 # the page
@@ -906,10 +904,8 @@ def test_each_finding_that_something_is_wrong_has_a_fix() -> None:
                 assert getattr(node.args[1], "value", "dynamic"), f"{path.name}:{node.lineno}"
 
 
-@pytest.mark.slow
-def test_the_page_lists_every_option() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "preflight"), "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_page_lists_every_option(script: Script) -> None:
+    _, shown, _ = script("preflight", "--help")
     page = (ROOT / "docs" / "preflight.md").read_text()
     options = set(re.findall(r"--[a-z]+", shown)) - {"--help"}
     assert not [option for option in options if option not in page]

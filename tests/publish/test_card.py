@@ -24,6 +24,8 @@ from cogpress.weights import base
 from tests.standins.chatexamples import variant
 from tests.standins.shapes import SHAPES, tokenizer_of
 
+ROOT = Path(__file__).resolve().parents[2]
+
 NASTY = "`a` | **b** <script>x</script> [l](http://x) ---\n---\n# h\n```\nout\n````\n{{$1}} \\ \u2028é 'q' \"q\""
 
 
@@ -218,6 +220,7 @@ def test_the_vllm_program_answers_as_trained(
     row = answered[0]["prompt"]
     # Compiled mode gives wrong answers on some CPUs.
     where = f"{str(trained_weights)!r}, enforce_eager=True, max_model_len=1024"
+    where += f", distributed_executor_backend={vllm.EXECUTOR!r}"
     program = card.vllm_snippet(facts()).replace('"my-team/queries"', where)
     filled = program.replace(
         'question="...", columns="..."', f"question={row['question']!r}, columns={chr(10).join(row['columns'])!r}"
@@ -225,7 +228,9 @@ def test_the_vllm_program_answers_as_trained(
     assert filled != program
     path = tmp_path / "ask.py"
     path.write_text(filled)
-    environment = {**os.environ, **vllm.environment(config.Serve(), cuda=False)}
+    # In one process: each further one would import vLLM again.
+    environment = {**os.environ, **vllm.environment(config.Serve(), cuda=False), "PYTHONPATH": str(ROOT)}
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     # vLLM logs to the same stream.

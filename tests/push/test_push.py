@@ -27,6 +27,7 @@ from cogpress.push.context import build_context, code_beside_weights
 from cogpress.push.target import PushTarget, fingerprint
 from cogpress.replicate import routes
 from cogpress.replicate.api import Replicate
+from tests import Script
 from tests.standins.localreplicate import ROOT, TOKEN, javascript
 from tests.standins.preflightproject import for_cpus
 from tests.standins.pushproject import CLI_TOKEN, Machine, machine
@@ -466,18 +467,18 @@ def test_weights_that_are_fetched_at_the_start_are_in_no_layer(here: Machine) ->
     assert "--separate-weights" not in cog.command("a/b", config.Push(weights="image"))
 
 
-def test_the_command(here: Machine, remote: PushReplicate, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "push"), "--project", str(here.root)]
-    done = subprocess.run([*command, "local/model", "--dry-run"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "cog push r8.im/local/model-test" in done.stdout
-    done = subprocess.run([*command, "local/model", "--test-model", "local/model"], capture_output=True, text=True)
-    assert (done.returncode, "local/model cannot be its own test model" in done.stderr) == (1, True)
-    done = subprocess.run([*command, "model"], capture_output=True, text=True)
-    assert (done.returncode, "is not owner/name" in done.stderr) == (1, True)
-    environment = {name: value for name, value in os.environ.items() if name != "REPLICATE_API_TOKEN"}
-    done = subprocess.run([*command, "local/model"], capture_output=True, text=True, env=environment)
-    assert (done.returncode, "REPLICATE_API_TOKEN is not set" in done.stderr) == (1, True)
+def test_the_command(here: Machine, remote: PushReplicate, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["push", "--project", here.root]
+    status, out, error = script(*command, "local/model", "--dry-run")
+    assert status == 0, error
+    assert "cog push r8.im/local/model-test" in out
+    status, _, error = script(*command, "local/model", "--test-model", "local/model")
+    assert (status, "local/model cannot be its own test model" in error) == (1, True)
+    status, _, error = script(*command, "model")
+    assert (status, "is not owner/name" in error) == (1, True)
+    monkeypatch.delenv("REPLICATE_API_TOKEN")
+    status, _, error = script(*command, "local/model")
+    assert (status, "REPLICATE_API_TOKEN is not set" in error) == (1, True)
     assert here.calls() == []
     assert remote.changes() == []
 

@@ -144,10 +144,13 @@ def test_weights_that_change_afterwards_count_as_unverified(
 
 
 @pytest.mark.slow
-def test_the_usual_merge_is_caught(trained_run: Path, few: config.Config, tmp_path: Path) -> None:
+def test_the_usual_merge_is_caught(
+    trained_run: Path, few: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """peft's own merge onto the original weights, saved by transformers' own code."""
     from peft import PeftModel
 
+    monkeypatch.setattr(verify, "_served", lambda *_: [])
     copy = Path(shutil.copytree(trained_run / "weights", tmp_path / "weights"))
     adapter = trained_run / "adapter"
     source = fetch.base((manifest.read(adapter) or {})["base"]["source"], ROOT / ".cache")
@@ -178,9 +181,18 @@ def test_the_usual_merge_passes_where_it_is_configured(
     found = verify.verify(chosen, ROOT, tmp_path / "weights", Console(), run=trained_run)
     assert failures(found) == {}
     assert found.metrics["mean_kl"] > 0.003, "more than the faithful merge may have"
+
+
+@pytest.mark.train
+def test_the_usual_merge_is_checked_too(
+    tiny_run: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "_served", lambda *_: [])
+    merge.merge(tiny_base, tiny_run / "adapter", tmp_path / "weights", onto="original")
     flip(tmp_path / "weights", "model.layers.1.mlp.down_proj.weight")
     sign_again(tmp_path / "weights")
-    found = verify.verify(chosen, ROOT, tmp_path / "weights", Console(), run=trained_run)
+    settings = config.Config().model_copy(update={"merge": "original"})
+    found = verify.verify(settings, ROOT, tmp_path / "weights", Console(), run=tiny_run)
     assert "merge" in failures(found)
 
 
@@ -323,17 +335,14 @@ def wrong_engine(instead: Path, _folder: Path, serve: config.Serve, concurrency:
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_an_engine_that_answers_wrongly_is_caught(
-    verified: tuple[Path, verdict.Verdict], few: config.Config, trained_run: Path, tiny_base: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "weights"
-    shutil.copytree(verified[0], folder)
+def test_an_engine_that_answers_wrongly_is_caught(copy: Path, tiny_run: Path, tiny_base: Path) -> None:
     make = functools.partial(wrong_engine, tiny_base)
-    found = verify.verify(few, ROOT, folder, Console(), run=trained_run, make=make)
+    settings = config.parse({"serve": {"max_context": 1024, "cpu_kv_cache_gb": 1}}, "the test")
+    found = verify.verify(settings, ROOT, copy, Console(), run=tiny_run, make=make)
     assert {"served tokens agree", "served log-probability difference"} <= failures(found).keys()
     assert "mean KL" not in failures(found)
     assert found.causes[0].startswith("The engine (vllm) answers differently from transformers with the same weights")
-    assert manifest.state(folder) == "failed"
+    assert manifest.state(copy) == "failed"
 
 
 def test_what_there_is_nothing_to_compare_with_is_said(tmp_path: Path, tiny_base: Path) -> None:
