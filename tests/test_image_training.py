@@ -91,7 +91,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(root: Path) -> Any:
     with Server(root, mode="train", env=IMAGE, log=root / "server.log") as server:
-        server.wait_ready(60)
+        server.wait_ready(120)
         yield server
 
 
@@ -99,7 +99,7 @@ def data(**more: Any) -> dict[str, Any]:
     return {"train_data": f"data:text/plain;base64,{base64.b64encode(b'examples').decode()}", **more}
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> bool:
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -164,13 +164,13 @@ def test_a_canceled_training_ends_and_the_next_one_runs(server: Server, root: Pa
     started = below(server) - before
     assert client.health(server.url) is not None
     assert httpx.post(f"{server.url}/trainings/long/cancel").status_code == 200
-    asking.join(30)
+    asking.join(60)
     assert [answer["status"] for answer in answers] == ["canceled"]
-    _, left = psutil.wait_procs(started, timeout=15)
+    _, left = psutil.wait_procs(started, timeout=60)
     assert not left
     assert not (root / "runs" / "training" / "weights.tar").exists()
     shutil.rmtree(root / "runs")
-    assert (client.health(server.url) or {})["status"] == "READY"
+    assert wait_until(lambda: (client.health(server.url) or {})["status"] == "READY")
     assert client.train(server.url, data(max_steps=1))["status"] == "succeeded"
 
 
@@ -187,7 +187,7 @@ def test_a_training_ends_when_the_runtime_is_killed(server: Server) -> None:
     assert server.pid is not None
     for process in [*psutil.Process(server.pid).children(), psutil.Process(server.pid)]:
         process.kill()
-    _, left = psutil.wait_procs(started, timeout=10)
+    _, left = psutil.wait_procs(started, timeout=60)
     assert not left
 
 
@@ -215,7 +215,7 @@ class Runner(BaseRunner):
 def test_an_answer_streams_in_the_image(root: Path) -> None:
     (root / "predict.py").write_text(RUNNER)
     with Server(root, env=IMAGE, log=root / "server.log") as server:
-        server.wait_ready(60)
+        server.wait_ready(120)
         events = [(event.kind, event.text) for event in client.stream(server.url, {"prompt": "a b"})]
     assert [text for kind, text in events if kind == "output"] == ["a", "b"]
     assert events[-1][0] == "completed"

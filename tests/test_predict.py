@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,9 @@ def fields(row: questions.Row) -> str:
     return json.dumps({"question": row["question"], "columns": row["columns"]})
 
 
+LONG = {"prompt": "x", "max_tokens": 1500, "min_tokens": 1500}
+
+
 def answer(server: Server, row: questions.Row, **more: Any) -> str:
     return "".join(client.predict(server.url, {"fields": fields(row), "max_tokens": 160, **more})["output"])
 
@@ -68,7 +73,7 @@ def test_the_log_says_where_the_time_of_the_start_went(server: Server) -> None:
     assert line is not None
     parts = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) s", line[2])}
     assert list(parts) == ["fetch", "check", "imports", "tokenizer", "engine"]
-    assert sum(parts.values()) - float(line[3]) == pytest.approx(float(line[1]), abs=1)
+    assert sum(parts.values()) - float(line[3]) == pytest.approx(float(line[1]), rel=0.25, abs=1)
     assert "First token of the first answer after" in server.log.read_text()
 
 
@@ -88,41 +93,31 @@ def test_the_engine_has_lower_priority_than_the_api(server: Server) -> None:
 
 
 def test_text_streams_long_before_it_ends(server: Server, rows: list[questions.Row]) -> None:
-    started = time.monotonic()
-    times, text = [], ""
-    for event in client.stream(server.url, {"fields": fields(rows[0]), "max_tokens": 160}):
-        if event.kind == "output":
-            times.append(time.monotonic() - started)
-            text += event.text
-    total = time.monotonic() - started
-    assert len(times) > 10
-    assert times[0] < total / 3
-    assert text == answer(server, rows[0])
+    pieces = [event.text for event in client.stream(server.url, {"fields": fields(rows[0])}) if event.kind == "output"]
+    assert len(pieces) > 10
+    assert "".join(pieces) == answer(server, rows[0])
+    long = client.stream(server.url, LONG, "long")
+    assert any(event.kind == "output" for event in long)
+    assert client.cancel(server.url, "long")
+    assert list(long)[-1].data["status"] == "canceled", "there was text before its end"
 
 
 def test_sixteen_streams_are_batched_and_answered_as_by_transformers(
     server: Server, rows: list[questions.Row], answered: list[dict[str, Any]]
 ) -> None:
-    started = time.monotonic()
     alone = [answer(server, row) for row in rows[:4]]
-    one_after_another = (time.monotonic() - started) / 4
+    all_run = threading.Barrier(16)
 
-    def stream(row: questions.Row) -> tuple[str, float]:
-        text, first = "", 0.0
-        for event in client.stream(server.url, {"fields": fields(row), "max_tokens": 160}):
-            if event.kind == "output":
-                first = first or time.monotonic()
-                text += event.text
-        return text, first
+    def begun(_: int) -> None:
+        with closing(client.stream(server.url, LONG)) as events:  # type: ignore[type-var]
+            assert any(event.kind == "output" for event in events)
+            all_run.wait(120)  # one after the other they would take longer
 
-    started = time.monotonic()
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(stream, rows[:16]))
-    together = time.monotonic() - started
-    assert [text for text, _ in found[:4]] == alone
-    assert max(first for _, first in found) - started < together  # all had begun before the last ended
-    assert together < 16 * one_after_another
-    same = sum(text == one["answer"] for one, (text, _) in zip(answered[:16], found, strict=True))
+        list(pool.map(begun, range(16)))
+        found = list(pool.map(lambda row: answer(server, row), rows[:16]))
+    assert found[:4] == alone
+    same = sum(text == one["answer"] for one, text in zip(answered[:16], found, strict=True))
     assert same >= 15, "where two tokens are nearly as likely, rounding may decide"
 
 

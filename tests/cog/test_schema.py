@@ -272,14 +272,14 @@ def test_this_projects_own_inputs_are_all_explained_and_light_to_read() -> None:
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     root = project(tmp_path_factory.mktemp("served"))
     with Server(root, log=root / "server.log") as server:
-        server.wait_ready(30)
+        server.wait_ready(120)
         yield root, server.url
 
 
 @pytest.fixture
 def served(started: tuple[Path, str]) -> tuple[Path, str]:
     """The server, once its only slot is free again."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (client.health(started[1]) or {}).get("status") != "READY" and time.monotonic() < deadline:
         time.sleep(0.02)
     return started

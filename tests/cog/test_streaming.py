@@ -6,9 +6,11 @@ When a new Cog makes one of the first tests fail, that part of the workaround ca
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -68,7 +70,7 @@ def project(folder: Path, body: str, *, install: bool = True) -> Path:
 
 def serve(folder: Path) -> Iterator[Server]:
     with Server(folder, log=folder / "server.log") as server:
-        server.wait_ready(60)
+        server.wait_ready(120)
         yield server
 
 
@@ -83,8 +85,17 @@ def uninstalled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield from serve(project(tmp_path_factory.mktemp("ours"), OURS))
+
+
+@pytest.fixture
+def ours(installed: Server) -> Server:
+    """The server once a slot is free: that is a little after an answer's end."""
+    deadline = time.monotonic() + 60
+    while (client.health(installed.url) or {}).get("status") != "READY" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return installed
 
 
 def arrivals(server: Server, count: int) -> list[float]:
@@ -94,7 +105,7 @@ def arrivals(server: Server, count: int) -> list[float]:
     ]
 
 
-def ended(server: Server, seconds: float = 1.0) -> bool:
+def ended(server: Server, seconds: float) -> bool:
     """Whether a prediction's source is closed within so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -104,8 +115,8 @@ def ended(server: Server, seconds: float = 1.0) -> bool:
     return False
 
 
-def canceled(server: Server) -> bool:
-    """Cancel a prediction of 20 s after its second chunk; whether its source ended within a second."""
+def canceled(server: Server, seconds: float = 15.0) -> bool:
+    """Cancel a prediction of 20 s after its second chunk; whether its source ended within so many seconds."""
     (server.root / "ended").unlink(missing_ok=True)
     seen = 0
     status = ""
@@ -114,8 +125,9 @@ def canceled(server: Server) -> bool:
             identifier = event.data["id"]
         seen += event.kind == "output"
         if event.kind == "output" and seen == 2:
+            assert not ended(server, 0.01), "the chunks came as they were made"
             assert client.cancel(server.url, identifier)
-            return ended(server)
+            return ended(server, seconds)
         status = event.data.get("status", status)
     raise AssertionError(f"ended before it was canceled: {status}")
 
@@ -126,26 +138,30 @@ def test_cog_does_not_stream_async_generators(plain: Server) -> None:
 
 
 def test_cog_does_not_cancel_a_returned_generator(uninstalled: Server) -> None:
-    times = arrivals(uninstalled, 30)
-    assert times[-1] - times[0] > 0.5  # they are spread over the three seconds that they take
-    assert not canceled(uninstalled)  # the reason for `install`
-
-
-def test_chunks_arrive_as_they_are_made(ours: Server) -> None:
-    times = arrivals(ours, 30)
-    assert len(times) == 30
-    assert times[-1] - times[0] > 0.5  # as they are made, over three seconds; how soon the first comes is the machine's
+    assert not canceled(uninstalled, 1)  # the reason for `install`
 
 
 def test_predictions_run_at_once(ours: Server) -> None:
-    started = time.monotonic()
+    """Each waits, with its first chunk, for all others to have theirs; one after the other they would take minutes."""
+    all_run = threading.Barrier(8)
+    deadline = time.monotonic() + 60
+
+    def one(_: int) -> bool:
+        try:
+            with closing(client.stream(ours.url, {"count": 900})) as events:  # type: ignore[type-var]
+                begun = any(event.kind == "output" for event in events)
+                all_run.wait(60)
+                return begun
+        except CogpressError:  # a slot is freed a little after its answer
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            return one(_)
+
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: len(arrivals(ours, 10)), range(8)))
-    assert found == [10] * 8
-    assert time.monotonic() - started < 7  # one after the other they would take 8 s
+        assert list(pool.map(one, range(8))) == [True] * 8
 
 
-def test_cancel_reaches_the_source(ours: Server) -> None:
+def test_chunks_arrive_as_they_are_made_and_cancel_reaches_the_source(ours: Server) -> None:
     assert canceled(ours)
 
 
@@ -156,7 +172,7 @@ def test_a_dropped_connection_reaches_the_source(ours: Server) -> None:
         if event.kind == "output":
             break
     events.close()  # type: ignore[attr-defined]
-    assert ended(ours)
+    assert ended(ours, 15)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +191,8 @@ def test_an_error_has_no_class_name(ours: Server, count: int, around: str, sente
 
 
 def test_slots_come_back(ours: Server) -> None:
-    time.sleep(0.5)
-    with ThreadPoolExecutor(8) as pool:  # every slot at once, after a cancel and a dropped connection
-        assert list(pool.map(lambda _: len(arrivals(ours, 3)), range(8))) == [3] * 8
+    """Every slot at once, after a cancel and a dropped connection."""
+    test_predictions_run_at_once(ours)
 
 
 def test_a_stream_canceled_before_its_first_step_ends() -> None:
@@ -194,7 +209,7 @@ def test_a_stream_canceled_before_its_first_step_ends() -> None:
 
     async def main() -> None:
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(asyncio.to_thread(list, await run()), 5)
+            await asyncio.wait_for(asyncio.to_thread(list, await run()), 60)
 
     asyncio.run(main())
 

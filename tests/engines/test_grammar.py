@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,14 +44,10 @@ def test_endless_compilation_is_refused_and_the_next_structure_is_not(
     monkeypatch.setattr(grammar, "SECONDS", 1.0)
     properties = {f"p{number}": {"type": "string"} for number in range(2200)}
     hostile = Structure("json", json.dumps({"type": "object", "properties": properties}))
-    started = time.monotonic()
-    with pytest.raises(CogpressError, match=r"json_schema takes longer than 1 s to compile\. Simplify it"):
-        guard.check(hostile)
-    assert time.monotonic() - started < 20
-    started = time.monotonic()
-    with pytest.raises(CogpressError, match="json_schema takes"):
-        guard.check(hostile)
-    assert time.monotonic() - started < 0.9, "it is remembered"
+    for _ in range(2):
+        with pytest.raises(CogpressError, match=r"json_schema takes longer than 1 s to compile\. Simplify it"):
+            guard.check(hostile)
+        assert guard._process is None, "it was ended, and what is remembered starts none"
     monkeypatch.setattr(grammar, "SECONDS", 10.0)
     guard.check(Structure("regex", "a+b"))
 
@@ -73,19 +68,18 @@ def test_slow_structures_make_nobody_else_wait(guard: grammar.Guard, monkeypatch
         except CogpressError as error:
             return str(error)
 
-    async def run() -> tuple[list[str], list[str], float]:
+    async def run() -> tuple[list[str], list[str]]:
         waiting = [asyncio.create_task(said(slow(number))) for number in range(40)]
-        await asyncio.sleep(0.3)
-        started = time.monotonic()
+        await asyncio.sleep(0)
         others = [await said(known), await asyncio.to_thread(str, "a long prompt")]
-        seconds = time.monotonic() - started
+        assert not any(one.done() for one in waiting)
         await asyncio.gather(*waiting)
+        monkeypatch.setattr(grammar, "SECONDS", 10.0)
         others.append(await said(new))
-        return [one.result() for one in waiting], others, seconds
+        return [one.result() for one in waiting], others
 
-    answers, others, seconds = asyncio.run(run())
+    answers, others = asyncio.run(run())
     assert others == ["done", "a long prompt", "done"]
-    assert seconds < 1.2, "before the first of them was done"
     late = [one for one in answers if "could not be checked within 2 s" in one]
     assert "takes longer than" in answers[0]
     assert len(late) > 30

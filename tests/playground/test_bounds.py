@@ -153,7 +153,7 @@ def test_clients_take_turns_and_each_keeps_its_order(tmp_path: Path) -> None:
         assert queue.waiting == 6, "one runs, and what was canceled is forgotten"
         backend.busy = 2
         backend.gate.set()
-        assert all([await one.wait(20) for one in made])
+        assert all([await one.wait(60) for one in made])
         assert backend.ran == ["a0", "b0", "c0", "a1", "b1", "a3", "a4"]
         assert queue.waiting == 0
 
@@ -172,7 +172,7 @@ def test_what_waits_is_bounded_by_number_and_size_and_for_each_client(tmp_path: 
         with pytest.raises(QueueFullError, match=r"6 predictions of 0 MB\. Try again once"):
             await create("d")
         backend.gate.set()
-        assert all([await one.wait(20) for one in first])
+        assert all([await one.wait(60) for one in first])
         backend.gate.clear()
         large = await create("a", 3 << 20)
         assert large.size > 3 << 20

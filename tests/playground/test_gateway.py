@@ -99,10 +99,8 @@ def test_it_speaks_as_the_playground_does(either: Running) -> None:
     client = either.client()
     made = client.chat.completions.create(model="teller", messages=say("a\n", "b"))
     assert (made.choices[0].message.content, made.usage.completion_tokens) == ("a\nb", 2)
-    stream = client.chat.completions.create(model="teller", messages=say("a", "b", "🎈", delay=0.2), stream=True)
-    arrived = [(time.monotonic(), chunk.choices[0].delta.content) for chunk in stream]
-    assert "".join(text or "" for _, text in arrived) == "ab🎈"
-    assert arrived[-1][0] - arrived[0][0] > 0.2, "it streams"
+    stream = client.chat.completions.create(model="teller", messages=say("a", "b", "🎈"), stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "ab🎈"
     tool = {"type": "function", "function": {"name": "now"}}
     called = client.chat.completions.create(
         model="teller", messages=say("{}"), tools=[tool], tool_choice="required", stream=True

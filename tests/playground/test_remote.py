@@ -25,7 +25,7 @@ def run(
     stub: Stub,
     name: str = "o/m",
     act: Callable[[Prediction, Queue], Any] | None = None,
-    seconds: float = 15,
+    seconds: float = 60,
 ) -> Prediction:
     """One prediction through a queue, as the playground runs it."""
 

@@ -89,7 +89,7 @@ def test_every_prediction_is_accounted_for_when_the_model_server_is_killed(clien
     long = {"prompt": "Count up.", "min_tokens": 2000, "max_tokens": 2000}
     version = client.models.get(MODEL).latest_version.id
     made = [client.predictions.create(version=version, input=long) for _ in range(100)]  # more than there are slots
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while sum(bool(local.get(one.id)["output"]) for one in made) < 70:
         assert time.monotonic() < deadline
         time.sleep(0.5)
@@ -99,7 +99,7 @@ def test_every_prediction_is_accounted_for_when_the_model_server_is_killed(clien
     leader.kill()
     # Those that ran fail at once and say why; those that waited are given to the server that is started anew.
     short = local.create({"prompt": "Say a word.", "max_tokens": 2}, MODEL)
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 180
     states: dict[str, list[dict[str, Any]]] = {}
     while True:
         states = {}
@@ -112,10 +112,10 @@ def test_every_prediction_is_accounted_for_when_the_model_server_is_killed(clien
         time.sleep(0.5)
     assert sum(map(len, states.values())) == len(made)
     assert all("stopped while" in one["error"] for one in states["failed"])
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive  # the engine of the killed server is gone too, and does not hold its memory
     assert local.wait(short["id"], 60)["status"] == "succeeded"
     for one in states["processing"]:
         client.predictions.cancel(one["id"])
-    ended = {local.wait(one.id, 30)["status"] for one in made}
+    ended = {local.wait(one.id)["status"] for one in made}
     assert ended == {"failed", "canceled"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def replicate(remote: PushReplicate) -> Iterator[Replicate]:
 
 
 def judged(replicate: Replicate, **case: Any) -> testcases.Outcome:
-    [outcome] = testcases.run(replicate, VERSION, [config.Case(input={}, **case)], str.__eq__, timeout=20, parallel=1)
+    [outcome] = testcases.run(replicate, VERSION, [config.Case(input={}, **case)], str.__eq__, timeout=60, parallel=1)
     return outcome
 
 
@@ -41,7 +40,7 @@ def test_each_prediction_ends_by_itself(replicate: Replicate, remote: PushReplic
     remote.script({"status": "succeeded", "output": "x"})
     assert judged(replicate).passed
     [asked] = [one for one in remote.asked() if one["method"] == "POST"]
-    assert asked["cancel_after"] == f"{20 + int(testcases.CANCEL_SECONDS)}s"
+    assert asked["cancel_after"] == f"{60 + int(testcases.CANCEL_SECONDS)}s"
     assert routes.predict(VERSION, {}, cancel_after=0.1).more["headers"] == {"Cancel-After": "5s"}
     assert "headers" not in routes.predict(VERSION, {}).more
 
@@ -65,7 +64,7 @@ def test_how_a_prediction_ended_is_explained(
 
 def test_fuzz_takes_no_code_of_replicates_for_a_refusal(replicate: Replicate, remote: PushReplicate) -> None:
     remote.script({"status": "failed", "error": "ValueError: no", "logs": "E1001"})
-    [outcome] = fuzz.run(replicate, VERSION, [{}], timeout=20, parallel=1)
+    [outcome] = fuzz.run(replicate, VERSION, [{}], timeout=60, parallel=1)
     assert (outcome.passed, outcome.message[:5]) == (False, "E1001")
 
 
@@ -99,13 +98,14 @@ def test_a_rate_limit_that_does_not_end_is_told(
         replicate.ask(routes.predict(VERSION, {}))
 
 
-def test_a_turn_is_taken_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_is_taken_by_one() -> None:
     rate = api._Rate()
     rate.wait()
     rate.slow(0.05)
+    began = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
-        ended = sorted(pool.map(lambda _: (rate.wait(), time.monotonic())[1], range(4)))
-    assert all(later - earlier >= 0.03 for earlier, later in pairwise(ended))
+        list(pool.map(lambda _: rate.wait(), range(4)))
+    assert time.monotonic() - began >= 3 * 0.05
 
 
 def test_missing_credit_is_explained(replicate: Replicate, remote: PushReplicate) -> None:

@@ -80,7 +80,7 @@ def standing_in(answer: Callable[[Request], Awaitable[Reply]]) -> Iterator[Stand
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
-    assert ready.wait(5)
+    assert ready.wait(60)
     yield made
     made.loop.call_soon_threadsafe(ended.set)
     thread.join(5)

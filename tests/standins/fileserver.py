@@ -22,6 +22,7 @@ class FileServer:
         busy: requests still to answer with 503.
         chunked: whether responses omit the size.
         delay: seconds before each block of 64 kB.
+        hold: bodies of more than a block wait until it is set, for a minute at most.
         redirects: `{path: URL}`.
         headers: added to each response.
     """
@@ -35,6 +36,7 @@ class FileServer:
         self.cut_after = 0
         self.chunked = False
         self.delay = 0.0
+        self.hold: threading.Event | None = None
         self.redirects: dict[str, str] = {}
         self.headers: dict[str, str] = {}
         self.lock = threading.Lock()
@@ -122,6 +124,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, body: bytes, cut: bool, stall: bool) -> None:
         state = self.state
+        if state.hold and len(body) > 65536:
+            state.hold.wait(60)
         try:
             for at in range(0, len(body), 65536):
                 if cut and at >= state.cut_after:

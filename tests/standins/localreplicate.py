@@ -109,7 +109,7 @@ def echoing(folder: Path) -> Iterator[Server]:
     """The real Cog runtime on such a project, ready."""
     root = project(folder)
     with Server(root, log=root / "server.log") as server:
-        server.wait_ready(60)
+        server.wait_ready(120)
         yield server
 
 
@@ -213,7 +213,7 @@ class Local:
     def get(self, identifier: str) -> dict[str, Any]:
         return dict(self.ask("GET", f"/v1/predictions/{identifier}").json())
 
-    def wait(self, identifier: str, seconds: float = 30) -> dict[str, Any]:
+    def wait(self, identifier: str, seconds: float = 60) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
         while (found := self.get(identifier))["status"] in ("starting", "processing"):
             assert time.monotonic() < deadline, found

@@ -74,7 +74,7 @@ def telling(folder: Path) -> Iterator[Server]:
     root = project(folder)
     (root / "predict.py").write_text(RUNNER.format(root=str(ROOT)))
     with Server(root, log=root / "server.log") as server:
-        server.wait_ready(60)
+        server.wait_ready(120)
         yield server
 
 

@@ -181,10 +181,10 @@ def test_bombs_and_damage_are_refused_quickly_and_nothing_is_left(
     monkeypatch.setattr(archive, "MAX_MEMBERS", 100)
     tar = tmp_path / "bad.tar"
     write(tar)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CogpressError, match=said):
         archive.unpack(tar, tmp_path / "out")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert [path.name for path in tmp_path.iterdir()] == ["bad.tar"]
 
 

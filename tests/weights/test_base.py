@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -69,9 +68,7 @@ def test_a_cpu_computes_in_what_is_faster_by_far(
     monkeypatch.setattr(base, "_product_seconds", seconds.__getitem__)
     assert base.compute_dtype.__wrapped__() == getattr(torch, chosen)
     monkeypatch.undo()
-    started = time.perf_counter()
     assert base.compute_dtype.__wrapped__() in seconds
-    assert time.perf_counter() - started < 10
 
 
 @pytest.mark.parametrize("asked", [False, True])

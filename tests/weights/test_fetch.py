@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -376,12 +377,12 @@ cli.run(lambda: print(fetch.tokenizer_folder(*wanted) if "ALONE" in os.environ e
 """
 
 
-def process(*arguments: object) -> subprocess.Popen[str]:
+def process(*arguments: object, stderr: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", FETCH, *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 
@@ -391,14 +392,19 @@ def process(*arguments: object) -> subprocess.Popen[str]:
 def test_concurrent_starts_download_once(
     small: Path, tmp_path: Path, site: FileServer, published: str, place: str
 ) -> None:
-    site.delay = 0.1
-    starts = [process(published + place, tmp_path / "cache") for _ in range(4)]
-    results = [start.communicate() for start in starts]
-    assert [start.returncode for start in starts] == [0] * 4, results
-    folders = {out.strip() for out, _ in results}
+    site.hold = threading.Event()
+    said = tmp_path / "said"
+    with said.open("w") as file:
+        starts = [process(published + place, tmp_path / "cache", stderr=file) for _ in range(4)]
+    deadline = time.monotonic() + 60
+    while said.read_text().count("waiting for it") < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    site.hold.set()
+    folders = {start.communicate()[0].strip() for start in starts}
+    assert [start.returncode for start in starts] == [0] * 4, said.read_text()
     assert len(folders) == 1
     assert same(Path(folders.pop()), small)
-    assert any("waiting for it" in err for _, err in results)
+    assert said.read_text().count("waiting for it") == 3
     asked = [(path, wanted) for _, path, wanted in site.log if wanted not in (None, "bytes=0-0")]
     assert asked
     assert len(asked) == len(set(asked)), "no byte was sent twice"
