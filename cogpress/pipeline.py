@@ -8,13 +8,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from cogpress import phases
 from cogpress.cli import progress_bar, step
 from cogpress.config import Config, Merge, Prompt, load
 from cogpress.data import prepare as data
@@ -34,6 +37,8 @@ from cogpress.weights import archive, base, fetch, manifest, skeleton
 from cogpress.weights.filenames import ADAPTER
 
 if TYPE_CHECKING:
+    import torch
+
     from cogpress.prompts import Row
     from cogpress.verify.distributions import Divergence
 
@@ -412,21 +417,39 @@ def merge_once(
         except CogpressError:
             console.print(f"  {target} was changed since it was written; merging again")
 
-    def add(part: Path) -> None:
-        if prepared is not None:
-            draft.make(part, prepared.train, made_by)
-
     onto, correction, noted = config.merge, None, {}
     if config.merge == "balanced" and prepared is not None:
         choice = balanced(base_folder, adapter, prepared, console, general_text)
         onto, correction = choice.onto, choice.correction
         noted = {"asked": "balanced", "text": wanted["text"], "balance": choice.to_dict()}
-    made = merge.merge(
-        base_folder, adapter, target, onto=onto, correction=correction, noted=noted, progress=progress_bar(console),
-        add=add,
-    )  # fmt: skip
+    rows = None if prepared is None else prepared.train
+    made = phases.run("merge", _merge, base_folder, adapter, target, onto, correction, noted, rows, console=console)
     shutil.rmtree(adapter.parent / BALANCE, ignore_errors=True)
     return made, False
+
+
+def _merge(
+    base_folder: Path,
+    adapter: Path,
+    target: Path,
+    onto: Merge,
+    correction: Callable[[str], torch.Tensor] | None,
+    noted: dict[str, Any],
+    rows: list[Row] | None,
+    *,
+    console: Console,
+) -> dict[str, Any]:
+    made_by = manifest.fingerprint(adapter)
+    return merge.merge(
+        base_folder,
+        adapter,
+        target,
+        onto=onto,
+        correction=correction,
+        noted=noted,
+        progress=progress_bar(console),
+        add=None if rows is None else lambda part: draft.make(part, rows, made_by),
+    )
 
 
 def balanced(
@@ -476,12 +499,12 @@ def compare_once(
             known = {name: Divergence(**saved[name]) for name in ("merged", "naive") if name in saved}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
-    loads: dict[str, distributions.Load] = {"merged": lambda: distributions.merged_model(run / "weights")}
+    loads: dict[str, distributions.Load] = {"merged": partial(distributions.merged_model, run / "weights")}
     if usual:
-        loads["naive"] = lambda: distributions.naive_model(base_folder, adapter)
+        loads["naive"] = partial(distributions.naive_model, base_folder, adapter)
     if missing := {name: load for name, load in loads.items() if name not in known}:
         known |= distributions.compare(
-            lambda: distributions.reference_model(base_folder, adapter),
+            partial(distributions.reference_model, base_folder, adapter),
             missing,
             rows,
             base.tokenizer(base_folder).pad_token_id or 0,

@@ -18,12 +18,13 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogpress import phases
 from cogpress.files import new_file, read_json, write_json
 from cogpress.merge.merge import MergePlan, Progress, ahead
 from cogpress.weights import base, manifest, tensors
@@ -80,11 +81,16 @@ def corrections(
     paths = [folder / f"{number:04}.safetensors" for number in range(len(groups))]
     missing = [(group, path) for group, path in zip(groups, paths, strict=True) if not path.is_file()]
     if missing:
-        with base.alone(load) as model:
-            _compute(planned, model, missing, (task, general), strengths, progress)
-            del model
-    stored = tensors.stored(folder, paths)
-    return lambda strength, layer: tensors.load(stored[f"{layer}@{strength}"], f"{layer}@{strength}")
+        total = len(missing) * (len(task) + len(general))
+        ticks = iter(progress(range(total), total))
+        tick = partial(next, ticks, None)
+        phases.run("balanced merge", _compute, planned, load, missing, (task, general), strengths, tick=tick)
+        tick()  # lets a progress bar finish
+    return partial(_read, tensors.stored(folder, paths))
+
+
+def _read(stored: dict[str, tensors.Stored], strength: float, layer: str) -> torch.Tensor:
+    return tensors.load(stored[f"{layer}@{strength}"], f"{layer}@{strength}")
 
 
 def kept(task: torch.Tensor, general: torch.Tensor | None, strength: float) -> torch.Tensor:
@@ -143,26 +149,24 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _compute(
     planned: MergePlan,
-    model: torch.nn.Module,
+    load: Callable[[], torch.nn.Module],
     missing: Sequence[tuple[list[str], Path]],
     rows: tuple[Sequence[list[int]], Sequence[list[int]]],
     strengths: Sequence[float],
-    progress: Progress,
+    tick: Callable[[], object],
 ) -> None:
     from safetensors.torch import save_file
 
-    total = len(missing) * sum(map(len, rows))
-    ticks = iter(progress(range(total), total))
+    model = load()
     for group, path in missing:
         found = {layer: _module(model, planned.adapter.module(layer)) for layer in group}
         last = _module(model, _block(planned.adapter.module(group[-1])))
-        task, general = (_moments(model, found, last, some, ticks) for some in rows)
+        task, general = (_moments(model, found, last, some, tick) for some in rows)
         made: dict[str, torch.Tensor] = {}
         for corrected in ahead(partial(_corrected, planned, task, general, strengths), group):
             made |= corrected
         with new_file(path) as part:
             save_file(made, part)
-    next(ticks, None)  # lets a progress bar finish
 
 
 def _corrected(
@@ -194,7 +198,7 @@ def _moments(
     layers: Mapping[str, torch.nn.Module],
     last: torch.nn.Module,
     rows: Sequence[list[int]],
-    ticks: Iterator[Any],
+    tick: Callable[[], object],
 ) -> dict[str, torch.Tensor]:
     """The mean of x xᵀ over the inputs of each layer that gets some, float32, shape (inputs, inputs).
 
@@ -225,7 +229,7 @@ def _moments(
         for row in rows:
             with suppress(_PastGroup):
                 model(input_ids=torch.tensor([row], device=base.device()), use_cache=False)
-            next(ticks, None)
+            tick()
     return {layer: total.div_(counts[layer]) for layer, total in sums.items()}
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -150,7 +151,7 @@ def compare(
     tokenizer = base.tokenizer(found.folder)
     prompts = [encode_example(tokenizer, example) for example in found.examples]
     same = parity.compare(
-        lambda: distributions.merged_model(found.folder), prompts, [], served, tokenizer.pad_token_id or 0
+        partial(distributions.merged_model, found.folder), prompts, [], served, tokenizer.pad_token_id or 0
     )
     metrics = {
         "examples": len(answers),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cogpress import source
+from cogpress import phases, source
 from cogpress.config import Config, Train
 from cogpress.data import prepare
 from cogpress.data.prepare import Prepared
@@ -172,7 +172,9 @@ def train(
     layers.check_rows(base_folder, prepared.train + prepared.validation, pad)
     begin()
     checkpoint = _open_run(run, key, config, resume)
-    return _train(config, prepared, base_folder, fingerprint, run, checkpoint, console, score)
+    return phases.run(
+        "training", _train, config, prepared, base_folder, fingerprint, run, checkpoint, score, console=console
+    )
 
 
 def _finished(run: Path, key: dict[str, Any]) -> Result | None:
@@ -227,8 +229,9 @@ def _train(
     fingerprint: str,
     run: Path,
     checkpoint: Path | None,
-    console: Console,
     score: Callable[[str, str], bool] | None,
+    *,
+    console: Console,
 ) -> Result:
     import torch
 

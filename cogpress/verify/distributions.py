@@ -6,9 +6,11 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogpress import phases
 from cogpress.merge import adapter as adapters
 from cogpress.prompts import NO_LOSS
 from cogpress.weights import base, manifest
@@ -32,7 +34,7 @@ _LARGEST_NLL = 700.0
 """Nats from which a perplexity is no number any more."""
 
 Load = Callable[[], "torch.nn.Module"]
-"""Loads a model."""
+"""Loads a model; can be pickled where there is a GPU, as `phases.run` wants it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Divergence:
     perplexity: float
     reference_perplexity: float
     tokens: int
+    general_perplexity: float = math.nan
+    """The candidate's, of general text, where that was asked for."""
     values: list[float] = field(default_factory=list, repr=False)
     """The KL at each token, for pictures."""
     scored: list[Scored] = field(default_factory=list, repr=False)
@@ -64,9 +68,9 @@ class Divergence:
     """What the reference makes of each row."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the values of single tokens."""
-        single = ("values", "scored", "reference_scored")
-        return {name: value for name, value in asdict(self).items() if name not in single}
+        """Everything but the values of single tokens and the perplexity of another text."""
+        others = ("general_perplexity", "values", "scored", "reference_scored")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
 
 def reference_model(base_folder: Path, adapter: Path, *, generates: bool = False) -> torch.nn.Module:
@@ -116,34 +120,44 @@ def compare(
     rows: Sequence[Row],
     pad_token_id: int,
     *,
+    general: Sequence[Row] = (),
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, _total: items,
 ) -> dict[str, Divergence]:
     """Divergence of each candidate from the reference on the rows' answer tokens.
 
-    One model is in memory at a time: the reference's distributions wait in a file, of at most `STORED_BYTES`. Where
-    they are larger, the rows are compared in parts, and each model is loaded once for every part.
+    One model is in memory at a time, as `phases.run` has it: the reference's distributions wait in a file, of at most
+    `STORED_BYTES`. Where they are larger, the rows are compared in parts, and each model is loaded once for every part.
 
     Args:
         reference: loads the model to agree with.
         candidates: load models by name, with the reference's vocabulary.
         rows: tokenized examples; only labelled tokens count.
         pad_token_id: fills short rows; its value changes nothing.
+        general: tokenized general text, of which each candidate's perplexity is measured.
         progress: wraps the batches, given how many there are.
     """
     batches = list(_batches(rows))
     total = len(batches) * (1 + len(candidates))
     ticks = iter(progress(range(total), total))
+    tick = partial(next, ticks, None)
     expected: dict[int, Scored] = {}
     found = {name: _Sums() for name in candidates}
     done = 0
     while done < len(batches):
         with tempfile.TemporaryDirectory(prefix="cogpress-") as folder:
-            part, scored = _stored(reference, batches[done:], rows, pad_token_id, Path(folder), ticks)
+            at = Path(folder)
+            scored, stored = phases.run(
+                "reference", _stored, reference, batches[done:], rows, pad_token_id, at, tick=tick
+            )
             expected |= scored
+            part = batches[done : done + stored]
             for name, load in candidates.items():
-                _compared(load, part, rows, pad_token_id, Path(folder), ticks, found[name])
-        done += len(part)
-    next(ticks, None)  # lets a progress bar finish
+                other = general if math.isnan(found[name].general) else ()
+                found[name].add(
+                    phases.run("comparison", _compared, load, part, rows, pad_token_id, at, other, tick=tick)
+                )
+        done += stored
+    tick()  # lets a progress bar finish
     reference_scored = [expected[at] for at in range(len(rows))]
     return {name: sums.divergence(reference_scored) for name, sums in found.items()}
 
@@ -152,38 +166,52 @@ def compare(
 class _Sums:
     """What a candidate's batches gave so far."""
 
-    kl: list[torch.Tensor] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
     same: int = 0
     scored: dict[int, Scored] = field(default_factory=dict)
+    general: float = math.nan
+
+    def add(self, more: _Sums) -> None:
+        self.kl += more.kl
+        self.same += more.same
+        self.scored |= more.scored
+        self.general = self.general if math.isnan(more.general) else more.general
 
     def divergence(self, reference_scored: list[Scored]) -> Divergence:
         import torch
 
-        values = torch.cat(self.kl)
+        values = torch.tensor(self.kl)
         scored = [self.scored[at] for at in range(len(reference_scored))]
         return Divergence(
+            general_perplexity=self.general,
             mean_kl=float(values.mean()),
             p99_kl=float(values.quantile(0.99)),
             top1_agreement=self.same / values.numel(),
             perplexity=math.exp(mean_nll(scored)),
             reference_perplexity=math.exp(mean_nll(reference_scored)),
             tokens=values.numel(),
-            values=values.tolist(),
+            values=self.kl,
             scored=scored,
             reference_scored=reference_scored,
         )
 
 
 def _stored(
-    load: Load, batches: list[list[int]], rows: Sequence[Row], pad_token_id: int, folder: Path, ticks: Iterator[Any]
-) -> tuple[list[list[int]], dict[int, Scored]]:
-    """Write the reference's log-probabilities, a file for each batch, as far as they may; return those batches."""
+    load: Load,
+    batches: list[list[int]],
+    rows: Sequence[Row],
+    pad_token_id: int,
+    folder: Path,
+    tick: Callable[[], object],
+) -> tuple[dict[int, Scored], int]:
+    """Write the reference's log-probabilities, a file for each batch, as far as they may; return how many batches."""
     import numpy as np
     import torch
 
     scored: dict[int, Scored] = {}
     written, number = 0, 0
-    with base.alone(load) as model, torch.no_grad():
+    model = load()
+    with torch.no_grad():
         for number, batch in enumerate(batches, 1):
             chosen = [rows[at] for at in batch]
             # What training evaluated: its matrix products ran in the compute dtype.
@@ -192,11 +220,10 @@ def _stored(
             scored |= zip(batch, _by_row(logprobs, targets, chosen), strict=True)
             np.save(folder / f"{number - 1}.npy", logprobs.cpu().numpy())
             written += logprobs.nbytes
-            next(ticks, None)
+            tick()
             if written >= STORED_BYTES:
                 break
-        del model
-    return batches[:number], scored
+    return scored, number
 
 
 def _compared(
@@ -205,22 +232,26 @@ def _compared(
     rows: Sequence[Row],
     pad_token_id: int,
     folder: Path,
-    ticks: Iterator[Any],
-    sums: _Sums,
-) -> None:
+    general: Sequence[Row],
+    tick: Callable[[], object],
+) -> _Sums:
     import numpy as np
     import torch
 
-    with base.alone(load) as model, torch.no_grad():
+    sums = _Sums()
+    model = load()
+    if general:
+        sums.general = perplexity(model, general, pad_token_id)
+    with torch.no_grad():
         for number, batch in enumerate(batches):
             chosen = [rows[at] for at in batch]
             got, targets = _log_probs(model, chosen, pad_token_id)
             expected = torch.from_numpy(np.load(folder / f"{number}.npy")).to(got.device)
-            sums.kl.append((expected.exp() * (expected - got)).sum(-1).cpu())
+            sums.kl += (expected.exp() * (expected - got)).sum(-1).tolist()
             sums.same += int((expected.argmax(-1) == got.argmax(-1)).sum())
             sums.scored |= zip(batch, _by_row(got, targets, chosen), strict=True)
-            next(ticks, None)
-        del model
+            tick()
+    return sums
 
 
 def mean_nll(scored: Iterable[Scored]) -> float:
@@ -232,6 +263,11 @@ def mean_nll(scored: Iterable[Scored]) -> float:
 def perplexity(model: Any, rows: Sequence[Row], pad_token_id: int) -> float:
     """A model's perplexity of the rows' labelled tokens."""
     return math.exp(min(mean_nll(score(model, rows, pad_token_id)), _LARGEST_NLL))
+
+
+def perplexity_of(load: Load, rows: Sequence[Row], pad_token_id: int) -> float:
+    """`perplexity` of a model that is loaded for it."""
+    return perplexity(load(), rows, pad_token_id)
 
 
 def answer_loss(model: Any, rows: Sequence[Row], pad_token_id: int) -> float:

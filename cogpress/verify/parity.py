@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogpress import phases
 from cogpress.config import Serve
 from cogpress.errors import CogpressError, reason
 from cogpress.prompts import NO_LOSS, Row
@@ -229,7 +230,7 @@ def compare(
         scored: what the model makes of the rows, where that is known already.
     """
     if scored is None:
-        scored = _scored(load, rows, pad)
+        scored = phases.run("comparison", _scored, load, rows, pad)
     found: dict[int, Scored] = {
         at: scored[at] for at, row in enumerate(rows) if expected_answer(prompts[at], row) == served.answers[at].tokens
     }
@@ -240,7 +241,7 @@ def compare(
     ]
     pairs = [(served.expected_logprobs[at], scored[at]) for at in range(len(rows)) if at not in found]
     if others:
-        found |= zip(others, _scored(load, generated, pad), strict=True)
+        found |= zip(others, phases.run("comparison", _scored, load, generated, pad), strict=True)
     pairs += [(served.answers[at].logprobs, one) for at, one in found.items()]
     points = [point for theirs, one in pairs for point in zip(theirs, one.logprobs, strict=True)]
     same = [one for scores in found.values() for one in scores.most_likely]
@@ -255,10 +256,7 @@ def compare(
 
 
 def _scored(load: distributions.Load, rows: Sequence[Row], pad: int) -> list[Scored]:
-    with base.alone(load) as model:
-        found = distributions.score(model, rows, pad)
-        del model
-    return found
+    return distributions.score(load(), rows, pad)
 
 
 def changed(drafted: Sequence[Answer], plain: Sequence[Answer], difference: float) -> int:

@@ -6,16 +6,19 @@ it was made, served by the configured engine.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from cogpress import phases
 from cogpress.cli import progress_bar, step
 from cogpress.config import Config, Data, Merge, Prompt, Verify
 from cogpress.data.prepare import read_examples
@@ -36,10 +39,7 @@ from cogpress.weights import base, fetch, manifest, tensors
 from cogpress.weights.filenames import tokenizer_folder
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
-
-    from cogpress.merge.adapter import LoraAdapter
 
 Score = Callable[[str, str], bool]
 """From the expected and the given answer to whether the given one is right."""
@@ -134,15 +134,16 @@ def verify(
     if all(check.passed for check in checks):
         if case.scheme == "none":
             with step("Every tensor against the merge", console):
-                checks.append(_merged(case))
+                made = (case.base, case.adapter, case.weights, case.onto)
+                checks.append(phases.run("check of the merge", _merged, *made, console=console))
         merged = all(check.passed for check in checks)
         with step("Answers of the reference and of the weights, by transformers", console):
-            found, perplexity = _divergence(case)
+            found = _divergence(case)
             metrics.update(found.to_dict())
             pictures["kl"] = found.values
             checks += _judged(found, case.limits, _cause(checks) or _distribution_cause(case))
         with step("General text, by the base", console):
-            checks.append(_forgotten(case, perplexity, metrics))
+            checks.append(_forgotten(case, found.general_perplexity, metrics))
         if merged:
             reference = _reference_answers(case, run or case.adapter.parent, found.reference_scored)
             with step("Answers of the engine", console):
@@ -276,8 +277,18 @@ def scorer(name: str) -> Score:
     Raises:
         CogpressError: there is no such function.
     """
+    _score(name)
+    return partial(_scored, name)  # by name it can be pickled, wherever the function comes from
+
+
+def _scored(name: str, expected: str, answer: str) -> bool:
+    return _score(name)(expected, answer)
+
+
+@functools.cache
+def _score(name: str) -> Score:
     if name == "exact":
-        return lambda expected, answer: expected.strip() == answer.strip()
+        return _same_text
     if name == "json":
         return _same_json
     module, _, function = name.partition(":")
@@ -286,6 +297,10 @@ def scorer(name: str) -> Score:
     except (ImportError, AttributeError) as error:
         raise CogpressError(f"verify.score names {name}, which cannot be imported: {error}.") from None
     return found
+
+
+def _same_text(expected: str, answer: str) -> bool:
+    return expected.strip() == answer.strip()
 
 
 def _same_json(expected: str, answer: str) -> bool:
@@ -346,12 +361,12 @@ def _counted(name: str, different: int, case: _Case, cause: str) -> Check:
     return Check(name, f"{different} differ" if different else "the base's", "the base's", not different, cause)
 
 
-def _merged(case: _Case) -> Check:
+def _merged(base_folder: Path, adapter: Path, weights: Path, onto: Merge, *, console: Console) -> Check:
     """Every tensor against the merge of the adapter into the base, recomputed one by one."""
-    planned = merge.plan(case.base, case.adapter, case.onto)
-    stored = tensors.stored(case.weights)
+    planned = merge.plan(base_folder, adapter, onto)
+    stored = tensors.stored(weights)
     worst, far = 0.0, {}
-    outputs = progress_bar(case.console)(planned.outputs, len(planned.outputs))
+    outputs = progress_bar(console)(planned.outputs, len(planned.outputs))
     for output in outputs:
         place = stored.pop(output.name, None)
         distance = _distance(place, output, planned)
@@ -361,7 +376,7 @@ def _merged(case: _Case) -> Check:
     if stored:
         worst = float("inf")
         far.update(dict.fromkeys(stored, worst))
-    cause = _merge_cause(case, far, planned.adapter) if far else ""
+    cause = _merge_cause(planned, base_folder, weights, far) if far else ""
     return Check("merge", worst, _ROUNDING, not far, cause)
 
 
@@ -385,12 +400,12 @@ def _distance(place: tensors.Stored | None, output: merge.Output, planned: merge
     return float(torch.linalg.vector_norm(difference)) / size
 
 
-def _merge_cause(case: _Case, far: dict[str, float], found: LoraAdapter) -> str:
+def _merge_cause(planned: merge.MergePlan, base_folder: Path, weights: Path, far: dict[str, float]) -> str:
     """The most likely cause of tensors that are not as merged."""
-    quantized = {f"{module}.weight" for module in found.quantized}
-    if case.onto == "dequantized" and far.keys() == quantized:
-        naive = merge.plan(case.base, case.adapter, "original")
-        stored = tensors.stored(case.weights)
+    quantized = {f"{module}.weight" for module in planned.adapter.quantized}
+    if planned.onto == "dequantized" and far.keys() == quantized:
+        naive = merge.plan(base_folder, planned.adapter.folder, "original")
+        stored = tensors.stored(weights)
         some = [output for output in naive.outputs if output.name in far][::8]
         if all(_distance(stored[output.name], output, naive) <= _ROUNDING for output in some):
             return (
@@ -406,24 +421,16 @@ def _cause(checks: Sequence[Check]) -> str | None:
     return next((check.cause for check in checks if not check.passed), None)
 
 
-def _divergence(case: _Case) -> tuple[Divergence, float]:
+def _divergence(case: _Case) -> Divergence:
     """The weights against what training scored; and their perplexity of general text."""
-    perplexity: list[float] = []
-
-    def candidate() -> torch.nn.Module:
-        model = distributions.merged_model(case.weights)
-        if not perplexity:
-            perplexity.append(distributions.perplexity(model, case.general, case.pad))
-        return model
-
-    found = distributions.compare(
-        lambda: distributions.reference_model(case.base, case.adapter),
-        {"": candidate},
+    return distributions.compare(
+        partial(distributions.reference_model, case.base, case.adapter),
+        {"": partial(distributions.merged_model, case.weights)},
         case.rows,
         case.pad,
+        general=case.general,
         progress=progress_bar(case.console),
     )[""]
-    return found, perplexity[0]
 
 
 def _forgotten(case: _Case, perplexity: float, metrics: dict[str, Any]) -> Check:
@@ -433,9 +440,8 @@ def _forgotten(case: _Case, perplexity: float, metrics: dict[str, Any]) -> Check
     try:
         base_general = float(read_json(known)[text])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        with base.alone(lambda: distributions.merged_model(case.base)) as model:
-            base_general = distributions.perplexity(model, case.general, case.pad)
-            del model
+        load = partial(distributions.merged_model, case.base)
+        base_general = phases.run("base", distributions.perplexity_of, load, case.general, case.pad)
         known.parent.mkdir(parents=True, exist_ok=True)
         write_json(known, {text: base_general})
     metrics.update(general_perplexity=perplexity, base_general_perplexity=base_general)
@@ -504,15 +510,29 @@ def _reference_answers(case: _Case, run: Path, scored: Sequence[distributions.Sc
     others = [at for at in range(len(prompts)) if at not in answers]
     if others:
         with step(f"Answers of the reference to {len(others)} other examples", case.console):
-            batches = [others[at : at + _BATCH] for at in range(0, len(others), _BATCH)]
-            with base.alone(lambda: distributions.reference_model(case.base, case.adapter, generates=True)) as model:
-                for batch in progress_bar(case.console)(batches, len(batches)):
-                    asked = [prompts[at] for at in batch]
-                    answers |= zip(batch, generate(model, case.tokenizer, asked, case.max_tokens), strict=True)
-                del model
+            load = partial(distributions.reference_model, case.base, case.adapter, generates=True)
+            asked = [prompts[at] for at in others]
+            given = phases.run(
+                "reference", _generated, load, case.tokenizer, asked, case.max_tokens, console=case.console
+            )
+            answers |= zip(others, given, strict=True)
     found = [answers[at] for at in range(len(prompts))]
     references.keep(run, adapter, prompts, found, case.max_tokens)
     return found
+
+
+def _generated(
+    load: distributions.Load,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_tokens: int,
+    *,
+    console: Console,
+) -> list[str]:
+    model = load()
+    batches = [prompts[at : at + _BATCH] for at in range(0, len(prompts), _BATCH)]
+    shown = progress_bar(console)(batches, len(batches))
+    return [answer for batch in shown for answer in generate(model, tokenizer, batch, max_tokens)]
 
 
 _BATCH = 32
@@ -531,7 +551,12 @@ def _served(
     log = case.adapter.parent / "verify-engine.log"
     served = parity.serve(case.weights, case.config.serve, case.prompts, case.rows, case.max_tokens, log, make)
     found = parity.compare(
-        lambda: distributions.merged_model(case.weights), case.prompts, case.rows, served, case.pad, divergence.scored
+        partial(distributions.merged_model, case.weights),
+        case.prompts,
+        case.rows,
+        served,
+        case.pad,
+        divergence.scored,
     )
     right = _share(score, case.expected, [answer.text for answer in served.answers])
     reference_right = _share(score, case.expected, reference)

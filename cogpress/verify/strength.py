@@ -6,6 +6,7 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,39 +116,41 @@ def choose(
     some = random.Random(0).sample(range(len(train)), min(TASK_ROWS, len(train)))
     correction = balance.corrections(
         planned,
-        lambda: distributions.reference_model(base_folder, adapter, generates=base.device().type == "cpu"),
+        partial(distributions.reference_model, base_folder, adapter, generates=base.device().type == "cpu"),
         [train[at].input_ids for at in sorted(some)],
         general.pieces(tokenizer, "fit", text),
         STRENGTHS,
         work,
         progress,
     )
-    measured = general.rows(general.pieces(tokenizer, "measure", text))
-    perplexity: dict[str, float] = {}
-
-    def trial(name: str, onto: Any, strength: float | None) -> Callable[[], torch.nn.Module]:
-        def load() -> torch.nn.Module:
-            with tempfile.TemporaryDirectory(dir=work, prefix="trial-") as folder:
-                part = Path(folder) / "weights"
-                merge.merge(base_folder, adapter, part, onto=onto, correction=_of(correction, strength))
-                model = distributions.merged_model(part)
-            perplexity[name] = distributions.perplexity(model, measured, pad)
-            return model
-
-        return load
-
-    kinds: dict[str, tuple[str, float | None]] = {"original": ("original", None), "dequantized": ("dequantized", None)}
+    kinds: dict[str, tuple[Any, float | None]] = {"original": ("original", None), "dequantized": ("dequantized", None)}
     kinds |= {f"balanced {strength}": ("balanced", strength) for strength in STRENGTHS}
     found = distributions.compare(
-        lambda: distributions.reference_model(base_folder, adapter),
-        {name: trial(name, *kind) for name, kind in kinds.items()},
+        partial(distributions.reference_model, base_folder, adapter),
+        {
+            name: partial(_trial, base_folder, adapter, work, onto, _of(correction, strength))
+            for name, (onto, strength) in kinds.items()
+        },
         held_out,
         pad,
+        general=general.rows(general.pieces(tokenizer, "measure", text)),
         progress=progress,
     )
-    tried = [Tried(*kinds[name], one.mean_kl, _right(one.scored), perplexity[name]) for name, one in found.items()]
+    tried = [
+        Tried(*kinds[name], one.mean_kl, _right(one.scored), one.general_perplexity) for name, one in found.items()
+    ]
     strength = largest(tried, _right(found["dequantized"].reference_scored) - MOST_LOST * len(held_out))
     return Choice(strength, tried, _of(correction, strength))
+
+
+def _trial(
+    base_folder: Path, adapter: Path, work: Path, onto: Merge, correction: Callable[[str], torch.Tensor] | None
+) -> torch.nn.Module:
+    """A model of one merge, whose files are removed once it is loaded."""
+    with tempfile.TemporaryDirectory(dir=work, prefix="trial-") as folder:
+        part = Path(folder) / "weights"
+        merge.merge(base_folder, adapter, part, onto=onto, correction=correction)
+        return distributions.merged_model(part)
 
 
 def largest(tried: Sequence[Tried], least_right: float) -> float | None:
@@ -160,7 +163,7 @@ def largest(tried: Sequence[Tried], least_right: float) -> float | None:
 def _of(
     correction: Callable[[float, str], torch.Tensor], strength: float | None
 ) -> Callable[[str], torch.Tensor] | None:
-    return None if strength is None else lambda layer: correction(strength, layer)
+    return None if strength is None else partial(correction, strength)
 
 
 def _right(scored: Sequence[distributions.Scored]) -> int:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,19 +189,6 @@ def load(
             module.register_forward_pre_hook(_to_float32)
             module.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
     return model
-
-
-@contextlib.contextmanager
-def alone(load: Callable[[], torch.nn.Module]) -> Iterator[torch.nn.Module]:
-    """A model for the block, whose memory is free afterwards if the block keeps no reference to it."""
-    import torch
-
-    try:
-        yield load()
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def keep_training_layout(model: torch.nn.Module) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import pickle
 import shutil
 import weakref
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from cogpress import config, pipeline
+from cogpress import config, phases, pipeline
 from cogpress.engines.vllm import Engine
 from cogpress.errors import CogpressError
 from cogpress.files import write_json
@@ -196,6 +198,12 @@ def test_the_usual_merge_is_checked_too(
     assert "merge" in failures(found)
 
 
+def through_pickles(real: Any, name: str, work: Any, *arguments: Any, **named: Any) -> Any:
+    """`phases.run` in this process, with all that would travel to another one pickled and read again."""
+    work, arguments = pickle.loads(ForkingPickler.dumps((work, arguments)))  # noqa: S301 - made here
+    return pickle.loads(ForkingPickler.dumps(real(name, work, *arguments, **named)))  # noqa: S301
+
+
 @pytest.mark.train
 def test_one_model_is_in_memory_at_a_time(copy: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref[Any]] = []
@@ -209,6 +217,7 @@ def test_one_model_is_in_memory_at_a_time(copy: Path, tiny_run: Path, monkeypatc
         return model
 
     monkeypatch.setattr(base, "load", load)
+    monkeypatch.setattr(phases, "run", partial(through_pickles, phases.run))
     monkeypatch.setattr(verify, "_served", lambda *_: alive.append(sum(one() is not None for one in loaded)) or [])
     (tiny_run / references.REFERENCE).unlink(missing_ok=True)
     found = verify_tiny(copy, tiny_run)
