@@ -327,7 +327,7 @@ def logit_bias(text: str | None, tokenizer: PreTrainedTokenizerBase) -> dict[int
         raise CogpressError(f'logit_bias must be a JSON object of at most {MAX_BIASES} entries, such as {{"yes": 5}}.')
     biases: dict[int, float] = {}
     for name, bias in found.items():
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.fabs(bias) <= 100:
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise CogpressError(
                 f"logit_bias gives {name[:80]!r} the bias {_SHORT.repr(bias)}; use a number from -100 to 100."
             )

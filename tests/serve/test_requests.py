@@ -88,6 +88,7 @@ def test_forms(given: dict[str, str], kind: str, value: Any, tokenizer: Any) -> 
         ({"regex": "a", "choices": '["a"]'}, "regex and choices are given, but an answer can have only one form"),
         ({"logit_bias": "[]"}, "logit_bias must be a JSON object"),
         ({"logit_bias": '{"0": 101}'}, "'0' the bias 101; use a number from -100 to 100"),
+        ({"logit_bias": '{"0": 1%s}' % ("0" * 400)}, "'0' the bias 10+[.]{3}0+; use a number"),
         ({"logit_bias": '{"0": true}'}, "the bias True"),
         ({"logit_bias": '{"0": "5"}'}, "the bias '5'"),
         ({"logit_bias": '{"0": Infinity}'}, "Infinity is not allowed in JSON"),
