@@ -6,17 +6,22 @@ Requests take turns, one forward pass each: many stream at once, and throughput 
 from __future__ import annotations
 
 import asyncio
+import queue
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import psutil
 
 from cogpress.config import Serve
 from cogpress.engines.base import DEAD, INPUT_NAMES, Adapter, Delta, Sampling, Structure
 from cogpress.engines.grammar import Guard, explained
 from cogpress.engines.schemas import ebnf
+from cogpress.engines.watch import STUCK_LOOKS, Watch
 from cogpress.errors import CogpressError
 from cogpress.weights import base
 
@@ -89,10 +94,13 @@ class Engine:
         self._adapters: dict[str, None] = {}
         self._active: str | None = None  # the adapter that is switched on
         self._kept = serve.adapters_kept
-        # One thread computes one step of one request at a time, while the event loop stays free.
-        self._thread = ThreadPoolExecutor(1, "transformers")
+        self._thread = _Worker()
         self._unfinished = 0
         self._dead = False
+        self._open: set[asyncio.Future[None]] = set()
+        """One for each request whose step is open; done once the engine is dead."""
+        # A long prompt is a single step, which may take a CPU many minutes.
+        self._watch = Watch(self._idle, lambda: [psutil.Process()], self._end, busy_looks=STUCK_LOOKS)
 
     async def check(self, sampling: Sampling) -> None:
         """See `cogpress.engines.base.Engine`."""
@@ -177,11 +185,33 @@ class Engine:
     async def _run(self, work: Callable[[], _T]) -> _T:
         if self._dead:
             raise CogpressError(DEAD)
+        step, dead = self._thread.submit(work), asyncio.get_running_loop().create_future()
+        self._open.add(dead)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            with self._watch.request() as moved:
+                await asyncio.wait({step, dead}, return_when=asyncio.FIRST_COMPLETED)
+                if not step.done():
+                    raise CogpressError(DEAD)
+                moved()
+                return step.result()
         except MemoryError:
             self._dead = True
             raise CogpressError(DEAD) from None
+        finally:
+            self._open.discard(dead)
+            step.cancel()
+
+    async def _idle(self) -> None:
+        """Pass through the computing thread."""
+        await self._thread.submit(lambda: None)
+
+    def _end(self, why: str) -> None:
+        """Give up a stalled thread, so that what runs fails instead of waiting on."""
+        print(f"The engine has stalled: {why}. It is ended.", file=sys.stderr, flush=True)
+        self._dead = self._thread.stalled = True
+        for one in self._open:
+            if not one.done():
+                one.set_result(None)
 
     def _step(self, state: _Request, adapter: Adapter | None) -> tuple[int, float, dict[int, float]]:
         """One forward pass: the next token, its log-probability, and the most likely tokens with theirs."""
@@ -262,7 +292,50 @@ class Engine:
         """See `cogpress.engines.base.Engine`."""
         self._dead = True
         self._guard.close()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread.close()
+
+
+class _Worker:
+    """A thread that computes one step of one request at a time, while the event loop stays free.
+
+    An executor's thread would keep the program from ending where a step hangs.
+    """
+
+    def __init__(self) -> None:
+        self.stalled = self._closed = False
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._compute, name="transformers", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], _T]) -> asyncio.Future[_T]:
+        """Compute, once all that was submitted before is done or canceled.
+
+        Raises:
+            CogpressError: it was closed.
+        """
+        if self._closed:
+            raise CogpressError(DEAD)
+        future: Future[_T] = Future()
+        self._work.put((future, work))
+        return asyncio.wrap_future(future)
+
+    def _compute(self) -> None:
+        while (found := self._work.get()) is not None:
+            future, work = found
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
+                future.set_exception(error)
+            del found, future, work  # they hold a request's cache
+
+    def close(self) -> None:
+        """End the thread once it has finished its step."""
+        self._closed = True
+        self._work.put(None)
+        if not self.stalled:
+            self._thread.join()
 
 
 def choice_grammar(texts: tuple[str, ...]) -> str:

@@ -281,7 +281,7 @@ def _params(sampling: Sampling) -> Any:
     )
 
 
-_ebnf = functools.lru_cache(maxsize=256)(ebnf)
+_ebnf = functools.lru_cache(maxsize=32)(ebnf)  # a schema may have a megabyte, and its grammar more
 
 
 def options(

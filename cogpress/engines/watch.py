@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 import psutil
@@ -38,6 +39,7 @@ class Watch:
         ask: Callable[[], Awaitable[object]],
         processes: Callable[[], Iterable[psutil.Process]],
         on_stall: Callable[[str], None],
+        busy_looks: int | None = None,
     ) -> None:
         """Looks at nothing yet.
 
@@ -45,8 +47,10 @@ class Watch:
             ask: ends when the engine has answered; may raise if it is dead.
             processes: those that compute.
             on_stall: called once, with the reason.
+            busy_looks: for this engine, instead of `BUSY_LOOKS`.
         """
         self._ask, self._processes, self._on_stall = ask, processes, on_stall
+        self._busy_looks = busy_looks
         self._task: asyncio.Task[None] | None = None
         self._requests = self._unmoved = 0
         self._seconds = 0.0
@@ -79,7 +83,7 @@ class Watch:
                         break
                     open_ += 1
                     idle = 0 if self._works() else idle + 1
-                    if idle >= IDLE_LOOKS or open_ >= BUSY_LOOKS:
+                    if idle >= IDLE_LOOKS or open_ >= (self._busy_looks or BUSY_LOOKS):
                         done = "did nothing" if idle >= IDLE_LOOKS else "did not finish a step"
                         self._on_stall(f"its processes {done} for {open_ * LOOK_SECONDS:.0f} s while requests waited")
                         return
@@ -99,7 +103,8 @@ class Watch:
             with contextlib.suppress(psutil.Error), process.oneshot():
                 times = process.cpu_times()
                 seconds += times.user + times.system
-                busy = busy or process.status() in _WORKING
+                # This process always runs when it asks.
+                busy = busy or (process.pid != os.getpid() and process.status() in _WORKING)
         worked = seconds - self._seconds
         self._seconds = seconds
         return busy or worked >= WORKING_SHARE * LOOK_SECONDS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import math
 import re
@@ -50,6 +51,17 @@ class RequestLimits:
     loopback: bool = True
     max_bytes: int = 64 << 20
     per_minute: int = 6000
+
+
+def client(address: str) -> str:
+    """Who an address is of, for limits: in IPv6 one client has a whole network of 64 bits."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if found.version == 4 or found.ipv4_mapped is not None:
+        return address
+    return str(ipaddress.ip_network((int(found), 64), strict=False))
 
 
 def check_address(host: str, token: str | None) -> bool:
@@ -144,7 +156,7 @@ class Access:
         path = scope["path"]
         if path.startswith(("/static/", "/v1/stream/", "/hooks/")):
             return 0
-        address = (scope.get("client") or ("", 0))[0]
+        address = client((scope.get("client") or ("", 0))[0])
         now, most = time.monotonic(), float(self._limits.per_minute)
         left, seen = self._buckets.pop(address, (most, now))
         left = min(most, left + (now - seen) * most / 60)

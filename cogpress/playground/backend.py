@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -22,6 +24,12 @@ CANCEL_SECONDS = 3.0
 
 CONNECT_SECONDS = 10.0
 
+BUSY_SECONDS = 1800.0
+"""How long everything may be refused as busy; Replicate gives a prediction no longer."""
+
+_APART_SECONDS = 300.0
+"""Refusals further apart have nothing to do with one another: the longest wait that Replicate asks for is shorter."""
+
 
 class Busy(Exception):
     """The backend has no free slot or is not ready; the same prediction may run a moment later."""
@@ -37,6 +45,25 @@ class Defunct(Unreachable):
 
 class Rejected(CogpressError):
     """The model does not accept the input."""
+
+
+class Refusals:
+    """How long a server has taken nothing: one that is busy takes something now and then."""
+
+    def __init__(self) -> None:
+        self._first = self._last = -math.inf
+
+    def add(self) -> bool:
+        """Note a refusal; whether it is one too many."""
+        now = time.monotonic()
+        if now - self._last > _APART_SECONDS:
+            self._first = now
+        self._last = now
+        return now - self._first > BUSY_SECONDS
+
+    def end(self) -> None:
+        """Note that something was taken."""
+        self._last = -math.inf
 
 
 class Backend(Protocol):
@@ -95,6 +122,7 @@ class Cog:
         self._http = httpx.AsyncClient(trust_env=False, timeout=5, verify=self._tls or False)
         self._exchanges: dict[str, exchange.Exchange] = {}
         self._closed = False
+        self._refusals = Refusals()
 
     async def run(self, prediction: Prediction) -> None:
         """See `Backend.run`."""
@@ -122,6 +150,7 @@ class Cog:
             if self._closed:  # another prediction saw first that the server is dead
                 raise Defunct(f"The model server at {self.url} was stopped.")
             await self._refused()
+        self._refusals.end()
         self._conclude(prediction, call)
 
     async def _refused(self) -> None:
@@ -131,12 +160,18 @@ class Cog:
             Busy: it may run later.
             Defunct: it will not.
         """
+        too_many = self._refusals.add()
         try:
             answer = (await self._http.get(f"{self.url}/health-check")).json()
         except (httpx.HTTPError, ValueError):
-            raise Busy from None
+            answer = None
         if isinstance(answer, dict) and answer.get("status") in client.DEAD:
             raise Defunct(f"The model server at {self.url} has stopped working ({answer['status']}). Check its log.")
+        if too_many:
+            raise Defunct(
+                f"The model server at {self.url} has taken no prediction for {BUSY_SECONDS / 60:.0f} minutes. Check "
+                "its log."
+            )
         raise Busy
 
     def _conclude(self, prediction: Prediction, call: exchange.Exchange) -> None:

@@ -13,7 +13,8 @@ import httpx
 from cogpress.cog import client
 from cogpress.errors import CogpressError
 from cogpress.http import UnavailableError
-from cogpress.playground.backend import Busy, Rejected, Unreachable
+from cogpress.playground import backend
+from cogpress.playground.backend import Busy, Refusals, Rejected, Unreachable
 from cogpress.playground.records import Prediction
 from cogpress.replicate import routes
 from cogpress.replicate.api import ENDED, AsyncReplicate, NoStreamError, RefusedError, credentials
@@ -35,6 +36,11 @@ TRIES = 2
 
 LONGEST_WAIT = 60.0
 """Seconds between attempts."""
+
+
+def _limited() -> CogpressError:
+    minutes = backend.BUSY_SECONDS / 60
+    return CogpressError(f"Replicate has refused every request for {minutes:.0f} minutes as too many. Try again later.")
 
 
 class Missing(CogpressError):
@@ -69,15 +75,21 @@ class ReplicateBackend:
         timeout = httpx.Timeout(20, read=SILENT_SECONDS)
         self._replicate = AsyncReplicate(*credentials(environ), tries=TRIES, longest=LONGEST_WAIT, timeout=timeout)
         self._remote: dict[str, dict[str, Any]] = {}
+        self._refusals = Refusals()
 
     async def run(self, prediction: Prediction) -> None:
         """See `Backend.run`."""
         try:
             made = await self._create(prediction.payload)
+        except Busy:
+            if self._refusals.add():
+                raise _limited() from None
+            raise
         except RefusedError as error:
             if self._callers and error.status in CALLERS:
                 prediction.refused = error.status
             raise
+        self._refusals.end()
         self._remote[prediction.id] = made
         try:
             if prediction.cancel_requested:
@@ -138,11 +150,14 @@ class ReplicateBackend:
     async def _state(self, identifier: str) -> dict[str, Any]:
         """The state of a created prediction. A temporary failure must neither lose it nor create it again."""
         deadline = time.monotonic() + PATIENCE_SECONDS
+        refusals = Refusals()
         while True:
             try:
                 return await self._ask(routes.prediction(identifier))
             except Busy:
-                continue  # the client has waited as long as Replicate asked
+                # The client has waited as long as Replicate asked.
+                if refusals.add():
+                    raise _limited() from None
             except Unreachable as error:
                 if time.monotonic() > deadline:
                     # Not Unreachable, after which the queue would create it again.

@@ -111,11 +111,16 @@ class Observer:
             print(json.dumps(facts, ensure_ascii=False, default=str), file=sys.stderr, flush=True)
 
 
+MOST_COMPARED = 100_000
+"""Characters of inputs up to which an error's words are compared with them: all streams wait meanwhile."""
+
 _QUOTE = re.compile(r""":|(?<!\w)["'`]""")
 
 
 def _without_typed(error: str, given: Mapping[str, Any]) -> str:
     """The beginning of an error, up to what it quotes and without any word of the inputs."""
+    if sum(len(value) for value in given.values() if isinstance(value, str)) > MOST_COMPARED:
+        return "…"
     typed = {word.casefold() for text in _texts(list(given.values())) for word in re.findall(r"\w+", text)}
     typed -= {name.casefold() for name in given}  # these are logged anyway
     shown = _QUOTE.split(error, maxsplit=1)[0].strip()[:80]

@@ -6,11 +6,11 @@ import asyncio
 import os
 import time
 import traceback
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cogpress import config, prompts, source
 from cogpress.engines import base as engine
@@ -24,7 +24,9 @@ from cogpress.serve.requests import Request
 from cogpress.weights import base, fetch, manifest
 
 LONG_TEXT = 20_000
-"""Number of characters from which a text is tokenized in a thread; a shorter one takes a few milliseconds."""
+"""Number of characters from which inputs are parsed and tokenized in a thread; shorter ones take a few milliseconds."""
+
+_T = TypeVar("_T")
 
 
 class ServedModel:
@@ -118,9 +120,12 @@ class ServedModel:
     async def _understand(self, given: Mapping[str, Any]) -> tuple[list[int], Sampling, Adapter | None]:
         if self.engine.dead:
             raise CogpressError(DEAD)
-        request, sampling = inputs.read(given, self.tokenizer)
+        # Parsing and tokenizing long texts would hold up everyone's streams.
+        long = _size(given) >= LONG_TEXT
+        request, sampling = await self._threaded(inputs.read, given) if long else inputs.read(given, self.tokenizer)
         ready = await self.adapters.get(request.adapter) if request.adapter else None
-        prompt = await self._encode(request, prompts.described(ready.prompt, self._form) if ready else None)
+        form = prompts.described(ready.prompt, self._form) if ready else None
+        prompt = await self._threaded(self.encode, request, form) if long else self.encode(request, form)
         room = self.engine.max_context - len(prompt)
         if room < 1:
             raise CogpressError(
@@ -132,15 +137,12 @@ class ServedModel:
         await self.engine.check(sampling)
         return prompt, sampling, ready.adapter if ready else None
 
-    async def _encode(self, request: Request, prompt: config.Prompt | None) -> list[int]:
-        """`encode`, but long texts in a thread with its own tokenizer, so that no stream waits for it."""
-        size = sum(len(text) for text in (*vars(request).values(), *request.values.values()) if isinstance(text, str))
-        if size < LONG_TEXT:
-            return self.encode(request, prompt)
+    async def _threaded(self, work: Callable[..., _T], *given: Any) -> _T:
+        """Call with a tokenizer for use in a thread as the last argument, in one."""
         async with self._long:
             if self._long_tokenizer is None:
                 self._long_tokenizer = await asyncio.to_thread(base.tokenizer, self.folder)
-            return await asyncio.to_thread(self.encode, request, prompt, self._long_tokenizer)
+            return await asyncio.to_thread(work, *given, self._long_tokenizer)
 
     async def _stream(
         self, prompt: list[int], sampling: Sampling, adapter: Adapter | None, prediction: RunningPrediction
@@ -210,6 +212,12 @@ class ServedModel:
             }
             for token, value, others in steps
         ]
+
+
+def _size(given: Mapping[str, Any]) -> int:
+    """Number of characters in a prediction's inputs."""
+    texts = [one for value in given.values() for one in (value if isinstance(value, list) else [value])]
+    return sum(len(one) for one in texts if isinstance(one, str))
 
 
 def _crashed() -> CogpressError:

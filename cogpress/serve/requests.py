@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cogpress.engines.base import Sampling, Structure
 from cogpress.errors import CogpressError
-from cogpress.given import REASONING, read_json, reasoning_of, tool, tool_call, whole_characters
+from cogpress.given import REASONING, parse, read_json, reasoning_of, tool, tool_call, whole_characters
 from cogpress.options import InputName
 from cogpress.prompts import Question
 
@@ -72,7 +72,11 @@ def read(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[
     Raises:
         CogpressError: an input is malformed.
     """
-    values = {name: _typed(name, value) for name, value in given.items() if value is not None}
+    values = {
+        whole_characters(name): _typed(whole_characters(name), value)
+        for name, value in given.items()
+        if value is not None
+    }
     asked = {name: values[name] for name in _ASKED if name in values}
     fields = {name: value for name, value in values.items() if name not in _INPUTS}
     plain = {name: values[name] for name in _PLAIN if name in values}
@@ -93,7 +97,7 @@ _PLAIN = (*_INTEGERS, *_NUMBERS)
 _INPUTS = frozenset(get_args(InputName))
 _ASKED = tuple(name for name in Request.__dataclass_fields__ if name in _INPUTS)
 
-_LIMITS = dict.fromkeys(("prompt", "system_prompt", "messages", "fields"), MAX_TEXT)
+_LIMITS = {**dict.fromkeys(("prompt", "system_prompt", "messages", "fields"), MAX_TEXT), "stop": 1 << 16}
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -273,8 +277,8 @@ def stops(text: str) -> list[str]:
     values: Any = [text] if text else []
     if text.lstrip().startswith("["):
         try:
-            values = whole_characters(json.loads(text))
-        except (ValueError, RecursionError):
+            values = parse(text)
+        except ValueError:
             values = [text]
     if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
         raise CogpressError('stop must be a text or a JSON list of texts, such as ["\\n\\n", "END"].')

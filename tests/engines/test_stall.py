@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -112,6 +113,38 @@ def test_a_blocked_event_loop_accuses_nobody(program: Callable[[str], psutil.Pro
         return said
 
     assert asyncio.run(run()) == []
+
+
+def test_a_step_of_the_reference_engine_that_hangs_ends_it(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes in this very process, which goes on."""
+    monkeypatch.setattr(watch, "WORKING_SHARE", 0.5)
+    made: Any = engine.load(tiny_base, config.Serve(engine="transformers"), 4, 0)
+    step, hangs, released = made._step, threading.Event(), threading.Event()
+
+    def computed(*given: Any) -> Any:
+        if hangs.is_set():
+            released.wait(600)
+        return step(*given)
+
+    monkeypatch.setattr(made, "_step", computed)
+
+    async def run() -> list[Any]:
+        async def ask() -> int:
+            return sum([delta.tokens async for delta in made.generate([1, 2, 3], Sampling(max_tokens=8, min_tokens=8))])
+
+        assert await asyncio.gather(ask(), ask()) == [8, 8]
+        hangs.set()
+        answers = await asyncio.gather(*(ask() for _ in range(3)), made.score([1, 2, 3]), return_exceptions=True)
+        assert made.dead
+        with pytest.raises(CogpressError, match="has stopped"):
+            await ask()
+        return answers
+
+    assert [str(answer) for answer in asyncio.run(run())] == [DEAD] * 4
+    made.shutdown()
+    assert made._thread._thread.is_alive()
+    assert made._thread._thread.daemon, "a program ends although the step does not"
+    released.set()
 
 
 @pytest.mark.slow

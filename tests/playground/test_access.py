@@ -12,6 +12,7 @@ import pytest
 from cogpress.cog.process import Server
 from cogpress.errors import CogpressError
 from cogpress.playground import access
+from cogpress.playground.api import routes
 from tests.standins.localreplicate import TOKEN, Local, echoing, refusal
 
 pytestmark = pytest.mark.slow
@@ -110,6 +111,24 @@ def test_too_much_is_refused(local: Local) -> None:
     answer = httpx.post(f"{local.url}/v1/predictions", content=endless(), trust_env=False)
     assert answer.status_code == 413
     assert local.create({"count": 1}, wait=True)["status"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("address", "client"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::9", "2001:db8:1:2::/64"),
+        ("::ffff:192.0.2.7", "::ffff:192.0.2.7"),
+        ("testclient", "testclient"),
+    ],
+)
+def test_a_network_that_one_client_has_counts_as_one(address: str, client: str) -> None:
+    assert access.client(address) == client
+
+
+def test_headers_with_endless_numbers_are_read() -> None:
+    assert routes._wait(f"respond-async, wait={'9' * 5000}") == routes.WAIT_SECONDS
 
 
 def test_a_rate_limited_client_is_told_when_to_retry(cog: Server, tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 
+from cogpress import given
 from cogpress.config import Prompt
 from cogpress.playground import history, servers
 from cogpress.playground.api import routes
-from cogpress.playground.backend import Backend, Busy
+from cogpress.playground.backend import Backend, Busy, Cog
 from cogpress.playground.catalog import Catalog
 from cogpress.playground.openai import routes as openai
 from cogpress.playground.predictions import Predictions
@@ -202,6 +203,12 @@ def test_both_apis_say_when_to_come_back(tmp_path: Path) -> None:
             told = await client.post("/v1/chat/completions", json=body)
             assert (told.status_code, told.headers["retry-after"]) == (429, "5")
             assert (told.headers["x-should-retry"], told.json()["error"]["type"]) == ("true", "rate_limit_error")
+            # What a list of predictions could not say again, and what it takes seconds to look through.
+            for text, said in (("1e999", "too large a number"), (f"[{'[],' * given.MAX_VALUES}1]", "100,000 values")):
+                for path in ("/v1/predictions", "/v1/chat/completions"):
+                    told = await client.post(path, content=f'{{"version": "m", "model": "m", "other": {text}}}')
+                    assert told.status_code == 400
+                    assert said in told.text
         backend.gate.set()
         await queue.idle()
 
@@ -240,5 +247,40 @@ def test_a_model_that_is_always_busy_makes_room_for_another(tmp_path: Path, monk
         assert all([await one.wait(60) for one in begun])
         assert {one.status for one in begun} == {"succeeded"}, "what ran ended, and what waited ran after it"
         await asyncio.gather(*(queue.close() for queue in queues))
+
+    asyncio.run(work())
+
+
+def test_a_server_that_takes_nothing_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime says that it is busy, and is: with what nobody here asked for."""
+    monkeypatch.setattr("cogpress.playground.backend.BUSY_SECONDS", 0.5)
+    monkeypatch.setattr("cogpress.playground.queue.PATIENCE_SECONDS", 0.2)
+
+    async def same(inputs: Any, _loopback: bool) -> Any:
+        return inputs
+
+    async def work() -> None:
+        pool = servers.ServerPool(tmp_path, at_once=1)
+        ours = servers.OnDemandServer(pool, project(tmp_path / "echo", slots=2), None, "echo", same)
+        await ours.warm()
+        assert ours.server is not None
+        url = ours.server.url
+        version = Version("v", "local/echo", 0.0, await ours.schema(), "")
+        queues = [Queue(one, lambda _: None) for one in (Cog(url, None, same), ours)]
+        async with httpx.AsyncClient(timeout=60) as client:
+            body = {"input": {"count": 100, "delay": 10}}
+            held = [asyncio.ensure_future(client.post(f"{url}/predictions", json=body)) for _ in range(2)]
+            while (await client.get(f"{url}/health-check")).json()["status"] != "BUSY":
+                await asyncio.sleep(0.05)
+            made = []
+            for one in queues:
+                made.append(Prediction(new_id(), version, {}, {"prompt": "x"}))
+                one.put(made[-1])
+                assert await made[-1].wait(60)
+            await asyncio.gather(*held, return_exceptions=True)
+        await asyncio.gather(*(one.close() for one in queues))
+        assert made[0].status == "failed"
+        assert "has taken no prediction for" in str(made[0].error)
+        assert made[1].status == "succeeded", "its server is ours: another one was started"
 
     asyncio.run(work())

@@ -134,3 +134,19 @@ def test_a_prediction_that_stays_unreachable_fails_and_is_not_created_again(monk
     assert found.status == "failed"
     assert "Lost track of" in str(found.error)
     assert stub.count(BY_NAME) == 1
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_refusals_for_now_have_an_end(made: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cogpress.playground.backend.BUSY_SECONDS", 0.2)
+    throttled: Reply = (429, {"detail": "Request was throttled.", "retry_after": 0})
+    replies: dict[str, list[Reply]] = {
+        "GET /v1/models/o/m": [MODEL],
+        BY_NAME: [(201, MADE) if made else throttled],
+        "GET /v1/predictions/far": [throttled],
+    }
+    with replicate(replies) as stub:
+        found = run(stub, seconds=60)
+    assert found.status == "failed"
+    assert "Replicate has refused every request" in str(found.error)
+    assert stub.count(BY_NAME) == 1 if made else stub.count(BY_NAME) > 1

@@ -20,6 +20,7 @@ from cogpress.serve.metrics import Observer
         ({"tools": '[{"name": "pay\\nBob"}]'}, "Message 1: the arguments of pay\nBob must be", "Message 1"),
         ({"tools": '[{"name": "pay\\nBob"}]'}, "The arguments of pay\nBob must be", "The arguments of …\n… must be"),
         ({"fields": {"Zoë": 1}}, "This model has no input zoë; it has", "This model has no input …; it has"),
+        ({"prompt": "a b " * 50_000}, "The prompt is 100000 tokens long", "…"),
         ({"prompt": "The secret"}, "The template's fields are missing.", "… template's fields are missing."),
     ],
 )  # fmt: skip

@@ -8,7 +8,9 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,3 +241,37 @@ def test_an_answer_ends_by_stop_or_length_or_fails(tokenizer: Any) -> None:
     for steps in ((), (begun,)):
         with pytest.raises(CogpressError, match="gave up this answer before its end"):
             ended(tokenizer, *steps)
+
+
+def test_long_inputs_are_parsed_and_tokenized_in_a_thread_and_short_ones_are_not(
+    tokenizer: Any, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All streams wait for what the event loop does."""
+    made: Any = server(tokenizer)
+    made.folder, made.observer = base_folder, Observer(config.Serve(log="none"))
+    made.engine = SimpleNamespace(dead=False, max_context=8192, check=never)
+    made._long, made._long_tokenizer, made._form = asyncio.Lock(), None, TEMPLATE
+    threads: list[int] = []
+    read, encode = inputs.read, made.encode
+
+    def noted(call: Any) -> Any:
+        return lambda *given: (threads.append(threading.get_ident()), call(*given))[1]
+
+    monkeypatch.setattr(inputs, "read", noted(read))
+    made.encode = noted(encode)
+
+    async def understand(given: dict[str, Any]) -> None:
+        with suppress(CogpressError):
+            await made._understand(given)
+
+    long = json.dumps({"logit_bias": 1}) + " " * serving.LONG_TEXT
+    short = {"prompt": "x"}
+    for given, inside in ((short, True), ({"prompt": long}, False), ({**short, "choices": long}, False)):
+        threads.clear()
+        asyncio.run(understand(given))
+        assert threads
+        assert {thread == threading.get_ident() for thread in threads} == {inside}
+
+
+async def never(_sampling: Any) -> None:
+    raise CogpressError("enough")

@@ -102,6 +102,12 @@ def test_what_is_unclear_is_refused(given: dict[str, str], said: str, tokenizer:
         inputs.read(given, tokenizer)
 
 
+def test_a_refusal_of_a_name_that_is_no_text_can_be_shown(tokenizer: Any) -> None:
+    request, _ = inputs.read({"\ud800": ["x"]}, tokenizer)
+    with pytest.raises(CogpressError, match="no input \ufffd; its template's fields are"):
+        inputs.question(request, Prompt(template="{question}"))
+
+
 @pytest.mark.parametrize("name", ["max_tokens", "min_tokens", "top_k", "seed", "logprobs"])
 def test_whole_numbers_reach_the_engine_as_integers(name: str, tokenizer: Any) -> None:
     _, sampling = inputs.read({name: 8.0}, tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -10,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from cogpress.given import parse
 from cogpress.playground.catalog import OWNER
 from cogpress.playground.files import StoredFile
 from cogpress.playground.records import HostedModel, Version
@@ -150,7 +150,7 @@ async def upload(parts: Parts, request: Request) -> Response:
         given = form.get("metadata")
         text = (await given.read(_METADATA + 1)).decode(errors="replace") if isinstance(given, UploadFile) else given
         try:
-            metadata = json.loads(text or "{}") if len(text or "") <= _METADATA else None
+            metadata = parse(text or "{}") if len(text or "") <= _METADATA else None
         except ValueError:
             metadata = None
         if not isinstance(metadata, dict):

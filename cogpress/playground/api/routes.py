@@ -174,7 +174,7 @@ def _wait(prefer: str) -> float:
     for one in prefer.split(","):
         name, equals, value = one.strip().partition("=")
         if name == "wait":
-            return float(min(max(int(value), 1), WAIT_SECONDS)) if equals and value.isdecimal() else WAIT_SECONDS
+            return float(min(max(int(value[:9]), 1), WAIT_SECONDS)) if equals and value.isdecimal() else WAIT_SECONDS
     return 0
 
 

@@ -79,7 +79,7 @@ class Streams:
             return
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         seen = place.partition(":")[2]
-        frames = events.replay(record, int(seen) if seen.isdecimal() else 0)
+        frames = events.replay(record, int(seen[:9]) if seen.isdecimal() else 0)
         for begin in range(0, len(frames), 256):
             body = b"".join(frames[begin : begin + 256])
             await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -92,7 +92,7 @@ class _Reader:
     def __init__(self, prediction: Prediction, place: str, *, python: bool) -> None:
         number = place.partition(":")[0]
         self._prediction = prediction
-        self._seen = min(int(number), len(prediction.frames)) if number.isdecimal() else 0
+        self._seen = min(int(number[:9]), len(prediction.frames)) if number.isdecimal() else 0
         self._python = python
         self._gone = False
         self._loop = asyncio.get_running_loop()
