@@ -137,8 +137,9 @@ def _lesson(prompt: Sequence[int], answer: Sequence[int], alphabet: Alphabet) ->
 def _counted(
     contexts: Sequence[list[int]], targets: Sequence[list[list[int]]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    nothing = np.zeros(0, np.uint64), np.zeros(0, np.int32), np.zeros(0, np.float32)
     if not contexts:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int32), np.zeros(0, np.float32)
+        return nothing
     symbols = np.concatenate([np.array(one, np.int64) for one in contexts])
     place = np.concatenate([np.arange(len(one)) for one in contexts])
     several = [names for one in targets for names in one]
@@ -153,7 +154,11 @@ def _counted(
         there = place >= size
         keys = hashes + np.uint64(size)
         chosen: np.ndarray = np.repeat(there, many)
+        if not chosen.any():  # no answer is as long
+            continue
         parts.append(_grouped(np.repeat(keys, many)[chosen], wanted[chosen], keys[there]))
+    if not parts:
+        return nothing
     keys, following, counts, totals = (np.concatenate(one) for one in zip(*parts, strict=True))
     shares = ((counts - 0.15) / (totals + 0.3)).astype(np.float32)
     kept = shares >= LEAST

@@ -253,6 +253,17 @@ def test_an_empty_training_makes_an_empty_table() -> None:
     assert made(empty).propose([[3]], np.array([4]), np.array([[5, 6, 7, 3]], np.int32)) == [[]]
 
 
+@pytest.mark.parametrize("length", range(1, LONGEST + 2))
+def test_answers_of_any_length_make_a_table(length: int) -> None:
+    """Such as the names of classes, of a token or two."""
+    words = ids("group", "sum", " by", " of", "ask", "columns", " ", "\n")
+    answer = [*words[: length - 1], END]
+    made_of = build([(ids("ask", ":"), answer)] * 8, ALPHABET, [END])
+    found = made_of.predict([START])
+    assert found is not None
+    assert found[0] == answer[0]
+
+
 def test_entries_are_bounded_by_how_often_they_occur(monkeypatch: pytest.MonkeyPatch) -> None:
     from cogpress.draft import table as module
 
