@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from cogpress.engines import patterns
 
 MAX_DEPTH = 64
 """Maximum nesting of objects and lists in a JSON schema."""
+
+MAX_BRANCHES = 128
+"""Most branches of a `oneOf`: each is compared with each."""
 
 MAX_WHITESPACE = 1
 """Maximum whitespace between two JSON tokens of an answer that follows a schema."""
@@ -124,6 +128,8 @@ def unenforced(schema: Any) -> str:
     if place := _circular(places):
         return f"the reference at {place} leads back to itself and says nothing of the answer"
     for place, one in places.items():
+        if isinstance(one, dict) and len(one.get("oneOf", ())) > MAX_BRANCHES:
+            return f"oneOf at {place} has more than {MAX_BRANCHES} branches"
         if isinstance(one, dict) and "oneOf" in one and not _exclusive(one["oneOf"], places):
             return f"oneOf at {place} has branches that may match the same value; anyOf would take them"
     return ""
@@ -350,8 +356,42 @@ def _circular(places: dict[str, Any]) -> str:
 
 def _exclusive(branches: list[Any], places: dict[str, Any]) -> bool:
     """Whether no value can match two of these schemas."""
-    found = [_resolved(one, places) for one in branches]
-    return all(_disjoint(one, other) for at, one in enumerate(found) for other in found[:at])
+    found = [_Branch.of(_resolved(one, places)) for one in branches]
+    return all(one.excludes(other) for at, one in enumerate(found) for other in found[:at])
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """What tells one branch of a `oneOf` from another.
+
+    Attributes:
+        kinds: the types of its values; empty for any.
+        values: all that there are; empty where they are not listed.
+        required: of an object, the values of each property that it requires.
+    """
+
+    kinds: set[str]
+    values: set[str]
+    required: dict[str, set[str]]
+
+    @classmethod
+    def of(cls, schema: dict[str, Any]) -> _Branch:
+        properties = schema.get("properties", {})
+        told = {name: _values(properties.get(name)) for name in schema.get("required", ())}
+        return cls(_kinds(schema), _values(schema), {name: values for name, values in told.items() if values})
+
+    def excludes(self, other: _Branch) -> bool:
+        """Whether no value is of both."""
+        if self.kinds and other.kinds and self.kinds.isdisjoint(other.kinds):
+            return True
+        if self.values and other.values:
+            return self.values.isdisjoint(other.values)
+        if self.kinds != {"object"} or other.kinds != {"object"}:
+            return False
+        # As of discriminated unions: both require a property, with different values.
+        return any(
+            values.isdisjoint(other.required[name]) for name, values in self.required.items() if name in other.required
+        )
 
 
 def _resolved(schema: Any, places: dict[str, Any]) -> dict[str, Any]:
@@ -360,22 +400,6 @@ def _resolved(schema: Any, places: dict[str, Any]) -> dict[str, Any]:
             break
         schema = places.get(schema["$ref"])
     return schema if isinstance(schema, dict) else {}
-
-
-def _disjoint(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    kinds, others = _kinds(one), _kinds(other)
-    if kinds and others and not kinds & others:
-        return True
-    values, more = _values(one), _values(other)
-    if values and more:
-        return not values & more
-    if kinds == others == {"object"}:
-        # As of discriminated unions: both require a property, with different values.
-        for name in {*one.get("required", ())} & {*other.get("required", ())}:
-            values, more = (_values(of.get("properties", {}).get(name)) for of in (one, other))
-            if values and more and not values & more:
-                return True
-    return False
 
 
 def _kinds(schema: dict[str, Any]) -> set[str]:
