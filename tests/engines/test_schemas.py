@@ -115,6 +115,7 @@ ENFORCED: dict[str, Any] = {
     "nested": {"type": "object", "properties": {"a": CLOSED}, "required": ["a"], "additionalProperties": False},
     "anyOf": {"anyOf": [INTEGER, {"type": "null"}]},
     "oneOf of types": {"oneOf": [INTEGER, STRING]},
+    "oneOf of the most branches": {"oneOf": [{"const": number} for number in range(128)]},
     "oneOf by property": {
         "oneOf": [
             {**CLOSED, "properties": {"k": {"const": "p"}, "a": INTEGER}, "required": ["k", "a"]},
@@ -158,6 +159,7 @@ REFUSED: dict[str, Any] = {
     "type beside anyOf": {"type": "integer", "anyOf": [{"type": "integer", "minimum": 5}]},
     "properties beside anyOf": {"properties": {"a": INTEGER}, "anyOf": [CLOSED]},
     "oneOf at #": {"oneOf": [{"type": "integer", "minimum": 1}, {"type": "integer", "maximum": 2}]},
+    "oneOf at # has more than 128 branches": {"oneOf": [{"const": number} for number in range(129)]},
     "allOf of several": {"allOf": [A, {**A, "properties": {"b": INTEGER}, "required": ["b"]}]},
     "additionalProperties beside allOf": {**CLOSED, "allOf": [{"properties": {"b": INTEGER}}]},
     "minLength above maxLength": {"type": "string", "minLength": 2, "maxLength": 1},
