@@ -42,7 +42,7 @@ HELD_OUT = "held-out.jsonl"
 _TRAINED = ("checkpoints", ADAPTER, "result.json", "metrics.jsonl")
 """What a training writes into its run's folder, and a new one there removes."""
 
-_PREPARED = {"data", "data.json", HELD_OUT, "lengths.png"}
+_PREPARED = {"data", "data.json", HELD_OUT, "lengths.png", "config.json"}
 """What is in a run's folder before the training begins."""
 
 _NOT_LEARNT = {"evaluations", "max_length"}
@@ -191,7 +191,7 @@ def _finished(run: Path, key: dict[str, Any]) -> Result | None:
 def _open_run(run: Path, key: dict[str, Any], config: Config, resume: bool) -> Path | None:
     """Make the run's folder, or find the checkpoint to resume from."""
     checkpoints = sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    complete = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
+    complete = [path for path in checkpoints if _is_complete(path)]
     saved = read_json(run / "key.json") if (run / "key.json").is_file() else None
     if resume:
         if saved is None:
@@ -208,10 +208,19 @@ def _open_run(run: Path, key: dict[str, Any], config: Config, resume: bool) -> P
         path = run / name
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
-    # A resumed run computes as it began, even if another format is faster by then.
-    write_json(run / "key.json", {**key, "compute_dtype": str(base.compute_dtype()).removeprefix("torch.")})
     write_json(run / "config.json", config.public())
+    # Last, as it makes the folder a run's. A resumed run computes as it began, even where another format is faster.
+    write_json(run / "key.json", {**key, "compute_dtype": str(base.compute_dtype()).removeprefix("torch.")})
     return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has its last file, which is not written at once."""
+    try:
+        read_json(checkpoint / "trainer_state.json")
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -146,6 +146,29 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(
     assert losses[0] == losses[1]
 
 
+def test_what_a_kill_left_half_written_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, key = tmp_path / "run", {"base": "b", "train": {}, "rows": "r"}
+    write = training.write_json
+
+    def killed(path: Path, content: Any) -> None:
+        if path.name == "key.json":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            training._open_run(run, key, settings(), resume=False)
+    training.discard(run, QUIET)
+    training.check_folder(run)
+    assert training._open_run(run, key, settings(), resume=False) is None
+    for step, text in ((2, "{}"), (4, '{"global_step": 4')):
+        (run / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        (run / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert training._open_run(run, key, settings(), resume=True) == run / "checkpoints" / "checkpoint-2"
+    assert (run / "config.json").is_file()
+
+
 def test_nothing_to_resume_is_said(tiny_base: Path, short: Prepared, tmp_path: Path) -> None:
     with pytest.raises(CogpressError, match="no interrupted run"):
         training.train(settings(), short, tiny_base, tmp_path / "run", console=QUIET, resume=True)
