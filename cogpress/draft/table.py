@@ -137,6 +137,7 @@ def _lesson(prompt: Sequence[int], answer: Sequence[int], alphabet: Alphabet) ->
 def _counted(
     contexts: Sequence[list[int]], targets: Sequence[list[list[int]]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    nothing: tuple[np.ndarray, np.ndarray, np.ndarray]
     nothing = np.zeros(0, np.uint64), np.zeros(0, np.int32), np.zeros(0, np.float32)
     if not contexts:
         return nothing
