@@ -91,20 +91,29 @@ function tweak() {
 export function useFollowing(text, done) {
   const end = useRef(null);
   const follow = useRef(!done);
+  const left = useRef(0); // where the scroller was seen last
   useEffect(() => {
     if (!end.current || done) return undefined;
     follow.current = true;
+    left.current = 0;
     const shown = end.current; // which is gone before the listener is, where another view follows while it scrolls
     const { scroller, target } = scrollerOf(shown);
-    const note = () => (follow.current = hidden(shown, scroller) < FOLLOW_PX);
+    const note = () => {
+      follow.current = hidden(shown, scroller) < FOLLOW_PX;
+      left.current = scroller.scrollTop;
+    };
     target.addEventListener("scroll", note, { passive: true });
     return () => target.removeEventListener("scroll", note);
   }, [done]);
   useEffect(() => {
     if (!end.current || !follow.current) return;
     const { scroller } = scrollerOf(end.current);
+    // The reader may have scrolled up in this very frame, whose event is yet to come.
+    if (scroller.scrollTop < left.current - FOLLOW_PX) follow.current = false;
+    if (!follow.current) return;
     const below = hidden(end.current, scroller);
     if (below > 0) scroller.scrollTop += below + FOLLOW_PX / 4;
+    left.current = scroller.scrollTop;
   }, [text, done]);
   return end;
 }
