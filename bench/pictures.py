@@ -66,8 +66,11 @@ def take(browser: Browser, address: str, act: Callable[[Page], None], path: Path
 
 def conversing(root: Path) -> Path:
     """This project without a form of its own, so that its model converses."""
-    left = shutil.ignore_patterns(".git", ".venv*", ".cache", "runs", "weights", "node_modules", "__pycache__")
-    shutil.copytree(ROOT, root, ignore=left)
+    root.mkdir()
+    for name in ("cogpress", "requirements", "scripts"):
+        shutil.copytree(ROOT / name, root / name)
+    for name in ("cog.yaml", "predict.py", "train.py"):
+        shutil.copy(ROOT / name, root)
     for name in (".venv", ".cache"):
         (root / name).symlink_to(ROOT / name)
     (root / "model.yaml").write_text("name: assistant\n")
@@ -114,6 +117,7 @@ def ask(page: Page) -> None:
 def compare(page: Page) -> None:
     """Ask both versions the same."""
     page.get_by_text("Compare with a second model").click()
+    shorten(page, 80)  # the base does not come to an end
     page.locator(".form button.primary").click()
     done(page, 2)
 
@@ -121,10 +125,18 @@ def compare(page: Page) -> None:
 def talk(page: Page) -> None:
     """Two turns."""
     page.get_by_role("link", name="Chat").click()
+    shorten(page, 100)
     for number, text in enumerate(TALK, 1):
         page.locator("#composer").fill(text)
         page.locator("#composer").press("Enter")
         page.locator('.reply[data-status="succeeded"]').nth(number - 1).wait_for()
+
+
+def shorten(page: Page, tokens: int) -> None:
+    """Limit the answers, in the folded settings."""
+    page.get_by_text("Settings", exact=True).click()
+    page.locator("#input-max_tokens").fill(str(tokens))
+    page.get_by_text("Settings", exact=True).click()
 
 
 def done(page: Page, count: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 
+from cogpress.files import is_file
 from cogpress.preflight import secrets
 from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
 from cogpress.preflight.facts import Facts
@@ -75,7 +77,17 @@ def _needed(facts: Facts) -> list[str]:
     listed = (facts.weights.manifest or {}).get("files") or {}
     fetched = facts.settings is not None and facts.settings.push.weights == "fetched"
     needed += [f"weights/{name}" for name in listed] if facts.weights.bytes and not fetched else []
-    return [*needed, ".cog/openapi_schema.json"]
+    return [*needed, *(_score(facts) if cog.get("train") else []), ".cog/openapi_schema.json"]
+
+
+def _score(facts: Facts) -> list[str]:
+    """The project's files that hold `verify.score`, which a training imports."""
+    module, colon, _ = (facts.settings.verify.score if facts.settings else "").partition(":")
+    if not colon:
+        return []
+    path = PurePosixPath(*module.split("."))
+    files = [path.with_suffix(".py"), *(folder / "__init__.py" for folder in (path, *path.parents))]
+    return [str(file) for file in files if is_file(facts.root / file)]
 
 
 def _let_in(facts: Facts) -> Iterator[Finding]:

@@ -238,6 +238,7 @@ def test_what_the_image_does_not_need_stays_out(path: str) -> None:
             "cogpress/__init__.py",
             "cogpress/engines/vllm.py",
         ),
+        *("examples/__init__.py", "examples/queries.py", "examples/query.schema.json"),  # verify.score's
         *("requirements/gpu.lock", "weights/model.safetensors", "weights/tokenizer.json", "weights/manifest.json"),
         *("weights/special_tokens_map.json", ".cog/openapi_schema.json", ".cog/tmp/build1/requirements.txt"),
     ],

@@ -333,6 +333,19 @@ def test_a_cpu_is_no_gpu(here: Path) -> None:
     assert row.finding.outcome == "failed"
 
 
+def test_a_training_needs_the_file_of_its_score(here: Path) -> None:
+    write("tasks/__init__.py", "")(here)
+    write("tasks/scores.py", "def close(expected, given): return 1.0\n")(here)
+    write("model.yaml", "name: test\nverify: {score: 'tasks.scores:close'}\n")(here)
+    swap(".dockerignore", "runs\n", "runs\ntasks\n")(here)
+    [row] = findings(here, "Image: let in")
+    assert "keeps tasks/scores.py, tasks/__init__.py out of the image" in row.finding.message
+    assert "!tasks" in row.finding.fix
+    swap("cog.yaml", 'train: "train.py:train"\n', "")(here)
+    [row] = findings(here, "Image: let in")
+    assert row.finding.outcome == "passed"
+
+
 # the image for CPUs
 
 
