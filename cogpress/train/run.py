@@ -167,6 +167,7 @@ def train(
     key = run_key(config, prepared, fingerprint)
     finished = _finished(run, key)
     if finished is not None:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # a kill came between the result and this
         return finished
     pad = base.tokenizer(base_folder).pad_token_id
     layers.check_rows(base_folder, prepared.train + prepared.validation, pad)

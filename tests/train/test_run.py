@@ -169,6 +169,17 @@ def test_what_a_kill_left_half_written_is_not_gone_on_with(tmp_path: Path, monke
     assert (run / "config.json").is_file()
 
 
+def test_a_finished_run_keeps_no_checkpoints(
+    tiny_base: Path, short: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.write_json(tmp_path / "key.json", {"base": "", "train": {}, "rows": ""})
+    (tmp_path / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    found = training.Result(tmp_path / "adapter", 2, 1.0, None, 1.0, 1, 1.0, 1.0, reused=True)
+    monkeypatch.setattr(training, "_finished", lambda *_: found)
+    assert training.train(settings(), short, tiny_base, tmp_path, console=QUIET) is found
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_nothing_to_resume_is_said(tiny_base: Path, short: Prepared, tmp_path: Path) -> None:
     with pytest.raises(CogpressError, match="no interrupted run"):
         training.train(settings(), short, tiny_base, tmp_path / "run", console=QUIET, resume=True)
