@@ -49,6 +49,7 @@ def written() -> str:
     return "\n".join(text(node) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr))
 
 
+@pytest.mark.slow
 def test_messages_name_options_that_there_are() -> None:
     sections = {name: field.annotation for name, field in Config.model_fields.items()}
     options = {name: section.model_fields for name, section in sections.items() if hasattr(section, "model_fields")}

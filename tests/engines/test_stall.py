@@ -21,6 +21,8 @@ from cogpress.engines import watch
 from cogpress.engines.base import DEAD, Sampling
 from cogpress.errors import CogpressError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +149,6 @@ def test_a_step_of_the_reference_engine_that_hangs_ends_it(tiny_base: Path, monk
     released.set()
 
 
-@pytest.mark.slow
 @pytest.mark.server
 def test_vllm_with_a_dead_thread_is_ended_and_what_runs_fails(tiny_base: Path) -> None:
     """Its process lives, and its loop waits for requests that no longer come in."""

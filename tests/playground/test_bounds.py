@@ -74,6 +74,7 @@ async def peak(work: Awaitable[Any]) -> tuple[Any, int]:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_pages_and_the_export_read_what_they_show(tmp_path: Path) -> None:
     async def work(parts: Parts) -> None:
         answer, most = await peak(history.history(parts, asked("/playground/api/history")))

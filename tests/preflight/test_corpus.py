@@ -69,6 +69,7 @@ def answering(folder: Path, one: dict[str, Any], patch: pytest.MonkeyPatch) -> N
     preflightproject.cog(folder, says=one.get("says", ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one", CORPUS, ids=lambda one: one["name"])
 def test_preflight_agrees_with_cog(
     one: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_the_base: set[str]

@@ -302,6 +302,7 @@ def test_without_cog_only_the_repositorys_own_forms_are_known(
     assert SECRET not in str(report.to_dict())
 
 
+@pytest.mark.slow
 def test_the_repositorys_own_files_need_no_cog_to_be_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     rows = preflight.run(preflight.Request(ROOT, offline=True), skip=["weights", "image", "machine", "replicate"]).rows
@@ -349,6 +350,7 @@ def test_a_training_needs_the_file_of_its_score(here: Path) -> None:
 # the image for CPUs
 
 
+@pytest.mark.slow
 def test_an_image_for_cpus_passes_and_cog_is_asked_about_it(here: Path) -> None:
     for_cpus(here)
     report = run(here, hardware="cpu", file=CPU_IMAGE)
@@ -361,12 +363,14 @@ def test_an_image_for_cpus_passes_and_cog_is_asked_about_it(here: Path) -> None:
     assert [row for row in run(here).rows if row.finding.outcome in ("failed", "warning")] == []
 
 
+@pytest.mark.slow
 def test_this_repositorys_image_for_cpus_passes() -> None:
     request = preflight.Request(ROOT, file=CPU_IMAGE, offline=True)
     rows = preflight.check(preflight.gather(request), ("weights", "image", "machine", "replicate"))
     assert [row for row in rows if row.finding.outcome in ("failed", "warning")] == []
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_an_image_for_cpus(here: Path) -> None:
     for_cpus(here)
 

@@ -19,6 +19,8 @@ from cogpress.replicate.api import Replicate
 from tests.standins.localreplicate import TOKEN
 from tests.standins.pushreplicate import PushReplicate
 
+pytestmark = pytest.mark.slow
+
 VERSION = "a" * 64
 
 
