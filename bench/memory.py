@@ -7,13 +7,12 @@ frame.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from bench import merge as checkpoint
 from bench.measure import in_fresh_process
-from cogpress import config
+from cogpress import config, phases
 from cogpress.errors import CogpressError
 from cogpress.files import write_json
 from cogpress.plan import architecture, memory
@@ -247,8 +246,7 @@ def own(model: Any) -> None:
 def tidy() -> None:
     """Return freed memory to the system."""
     gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    phases.give_back()
 
 
 @contextmanager

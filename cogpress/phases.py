@@ -7,6 +7,7 @@ nobody refers to is free.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
 import multiprocessing
@@ -17,6 +18,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -71,6 +73,7 @@ def run(
             return work(*arguments, **{key: value for key, value in given.items() if value is not None})
         finally:
             gc.collect()
+            give_back()
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(
         target=_serve, args=(theirs, work, arguments, console and _settings(console), tick is not None), name=name
@@ -91,6 +94,16 @@ def run(
     if isinstance(found, BaseException):
         raise found
     return found.value  # type: ignore[no-any-return]
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, where the C library can.
+
+    Batches of many lengths leave gaps between what stays, which nothing fits into again: after 100 steps of the
+    embedded model's training on a CPU the heap had 2 GB of them beside 1 GB in use.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class _Result:

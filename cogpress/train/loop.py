@@ -17,8 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
+from cogpress import phases
 from cogpress.errors import CogpressError
 from cogpress.prompts import Row
+
+TRIM_STEPS = 10
+"""Steps after which freed memory is given back."""
 
 _WINDOW = 32
 """Batches sorted by length together: enough to leave little padding, few enough to stay random."""
@@ -207,6 +211,8 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds += time.perf_counter() - self._started
         self.tokens += self.trainer.tokens_seen - self._tokens_before
+        if state.global_step % TRIM_STEPS == 0:
+            phases.give_back()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = dict(logs or {})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -81,3 +84,41 @@ def test_libraries_warn_only_where_python_is_asked_to(monkeypatch: pytest.Monkey
             warnings.warn_explicit(module, UserWarning, f"{module}.py", 1, module=module)
     libraries = ["peft.tuners.tuners_utils", "torch.utils"] if asked else []
     assert [str(one.message) for one in seen] == [*libraries, "cogpress.train.run", "torches"]
+
+
+_PRODUCTS = """
+import ctypes
+import torch
+from cogpress.weights import base
+
+class Heap(ctypes.Structure):
+    _fields_ = [(f"field{at}", ctypes.c_size_t) for at in range(10)]
+
+libc = ctypes.CDLL("libc.so.6")
+libc.mallinfo2.restype = Heap
+
+def used():
+    return libc.mallinfo2().field7
+
+base.compute_dtype()
+weight = torch.ones(1536, 576, dtype=torch.bfloat16)
+for at in range(300):
+    if at == base.KERNELS:
+        before = used()
+    torch.nn.functional.linear(torch.ones(200 + at, 576, dtype=torch.bfloat16), weight)
+print(used() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks the C library what is in use")
+def test_batches_of_many_lengths_do_not_fill_memory_with_kernels() -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    told = subprocess.run(
+        [sys.executable, "-c", _PRODUCTS],
+        env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(told.stdout) < 20e6, "bytes that 172 more shapes left in use"
