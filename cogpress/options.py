@@ -276,7 +276,18 @@ class Verify(Section):
     score_loss: Annotated[float, Field(ge=0, le=1)] | None = None
     """Most drop of the score against the adapter on the quantized base."""
     general_ratio: Annotated[float, Field(ge=1)] | None = None
-    """Most perplexity of [general text](verification.md#what-was-forgotten), relative to the base before training."""
+    """Most perplexity of [general text](verification.md#what-was-forgotten), relative to the base before training.
+    Default: 5."""
+    general_kl: Annotated[float, Field(gt=0)] | None = None
+    """Most mean KL divergence from the base before training, in nats per token of general text. Default: 2."""
+    instructions: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest share of plain instructions answered worse than by the base: with nothing, in a loop, with a refusal or
+    in another script. Default: 0.25."""
+    memorized: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest share of training lines that come out whole from their first words without their prompt, beyond that of
+    held-out lines. Default: 0.1."""
+    overfit: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest share of training answers that come out whole, beyond that of held-out answers. Default: 0.5."""
     served_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
     """Least share of the engine's greedy tokens that transformers chooses too."""
     served_difference: Annotated[float, Field(gt=0)] | None = None

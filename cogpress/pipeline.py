@@ -216,7 +216,7 @@ def prepare(
     validation_path: Path | None = None,
     skip_bad: bool,
 ) -> Prepared:
-    """Check and tokenize the examples; write `data.json`, `lengths.png` and `held-out.jsonl`; print the report.
+    """Check and tokenize the examples; write what a run keeps of them; print the report.
 
     Raises:
         CogpressError: the examples cannot be trained on; the report is printed anyway.
@@ -236,6 +236,7 @@ def prepare(
         raise
     write_json(run / "data.json", prepared.report.to_dict())
     (run / training.HELD_OUT).write_text(data.held_out(prepared), encoding="utf-8")
+    (run / training.TRAINED_ON).write_text(data.sample(prepared), encoding="utf-8")
     from cogpress import plots  # drawing takes a second to import
 
     plots.token_lengths(prepared.report.lengths, config.train.max_length, run / "lengths.png")

@@ -154,7 +154,7 @@ def _verify(root: Path, settings: Config, inputs: dict[str, Any], data: Path, ru
         found = verify.verify(settings, root, weights, console, run=run)
     except CogpressError as error:
         raise CogpressError(f"{error} The weights are in {weights}, not verified: scripts/verify {weights}") from None
-    console.print(found.table())
+    console.print(*found.tables())
     if not found.passed:
         raise CogpressError(f"{found.causes[0]} The weights are in {weights}; read verification.md there.")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -155,14 +156,29 @@ class Prepared:
     report: Report
 
 
+SAMPLE = 32
+"""Examples in `sample`."""
+
+
 def held_out(prepared: Prepared) -> str:
     """The validation conversations as JSONL, without plain texts."""
-    held = [
+    return _lines([example for example in prepared.validation_examples if example.messages])
+
+
+def sample(prepared: Prepared) -> str:
+    """Some of the training examples as JSONL, chosen by chance, always the same."""
+    found = prepared.train_examples
+    return _lines([found[at] for at in sorted(random.Random(0).sample(range(len(found)), min(SAMPLE, len(found))))])
+
+
+def _lines(examples: Iterable[Conversation]) -> str:
+    rows = [
         {"messages": _weighted(example), **({"tools": list(example.tools)} if example.tools else {})}
-        for example in prepared.validation_examples
         if example.messages
+        else {"text": example.text}
+        for example in examples
     ]
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _weighted(example: Conversation) -> list[dict[str, Any]]:

@@ -39,10 +39,13 @@ length, so longer rows take the fused kernel.
 HELD_OUT = "held-out.jsonl"
 """The examples of a run that it does not train on, as conversations."""
 
+TRAINED_ON = "trained-on.jsonl"
+"""Some of the examples that a run trains on, as conversations: what it may have learnt by heart."""
+
 _TRAINED = ("checkpoints", ADAPTER, "result.json", "metrics.jsonl")
 """What a training writes into its run's folder, and a new one there removes."""
 
-_PREPARED = {"data", "data.json", HELD_OUT, "lengths.png", "config.json"}
+_PREPARED = {"data", "data.json", HELD_OUT, TRAINED_ON, "lengths.png", "config.json"}
 """What is in a run's folder before the training begins."""
 
 _NOT_LEARNT = {"evaluations", "max_length"}

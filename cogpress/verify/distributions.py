@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +58,8 @@ class Divergence:
     perplexity: float
     reference_perplexity: float
     tokens: int
-    general_perplexity: float = math.nan
-    """The candidate's, of general text, where that was asked for."""
+    beside: Any = None
+    """What else of the candidate was measured, where that was asked for."""
     values: list[float] = field(default_factory=list, repr=False)
     """The KL at each token, for pictures."""
     scored: list[Scored] = field(default_factory=list, repr=False)
@@ -68,9 +68,9 @@ class Divergence:
     """What the reference makes of each row."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the values of single tokens and the perplexity of another text."""
-        others = ("general_perplexity", "values", "scored", "reference_scored")
-        return {name: value for name, value in asdict(self).items() if name not in others}
+        """Everything but the values of single tokens and what else was measured."""
+        others = ("beside", "values", "scored", "reference_scored")
+        return {name: value for name, value in vars(self).items() if name not in others}
 
 
 def reference_model(base_folder: Path, adapter: Path, *, generates: bool = False) -> torch.nn.Module:
@@ -120,7 +120,7 @@ def compare(
     rows: Sequence[Row],
     pad_token_id: int,
     *,
-    general: Sequence[Row] = (),
+    beside: Callable[[Any], Any] | None = None,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, _total: items,
 ) -> dict[str, Divergence]:
     """Divergence of each candidate from the reference on the rows' answer tokens.
@@ -133,7 +133,7 @@ def compare(
         candidates: load models by name, with the reference's vocabulary.
         rows: tokenized examples; only labelled tokens count.
         pad_token_id: fills short rows; its value changes nothing.
-        general: tokenized general text, of which each candidate's perplexity is measured.
+        beside: measures something else of each candidate, once; travels as a `Load` does.
         progress: wraps the batches, given how many there are.
     """
     batches = list(_batches(rows))
@@ -152,7 +152,7 @@ def compare(
             expected |= scored
             part = batches[done : done + stored]
             for name, load in candidates.items():
-                other = general if math.isnan(found[name].general) else ()
+                other = beside if found[name].beside is None else None
                 found[name].add(
                     phases.run("comparison", _compared, load, part, rows, pad_token_id, at, other, tick=tick)
                 )
@@ -169,13 +169,13 @@ class _Sums:
     kl: list[float] = field(default_factory=list)
     same: int = 0
     scored: dict[int, Scored] = field(default_factory=dict)
-    general: float = math.nan
+    beside: Any = None
 
     def add(self, more: _Sums) -> None:
         self.kl += more.kl
         self.same += more.same
         self.scored |= more.scored
-        self.general = self.general if math.isnan(more.general) else more.general
+        self.beside = self.beside if more.beside is None else more.beside
 
     def divergence(self, reference_scored: list[Scored]) -> Divergence:
         import torch
@@ -183,7 +183,7 @@ class _Sums:
         values = torch.tensor(self.kl)
         scored = [self.scored[at] for at in range(len(reference_scored))]
         return Divergence(
-            general_perplexity=self.general,
+            beside=self.beside,
             mean_kl=float(values.mean()),
             p99_kl=float(values.quantile(0.99)),
             top1_agreement=self.same / values.numel(),
@@ -232,7 +232,7 @@ def _compared(
     rows: Sequence[Row],
     pad_token_id: int,
     folder: Path,
-    general: Sequence[Row],
+    beside: Callable[[Any], Any] | None,
     tick: Callable[[], object],
 ) -> _Sums:
     import numpy as np
@@ -240,8 +240,8 @@ def _compared(
 
     sums = _Sums()
     model = load()
-    if general:
-        sums.general = perplexity(model, general, pad_token_id)
+    if beside is not None:
+        sums.beside = beside(model)
     with torch.no_grad():
         for number, batch in enumerate(batches):
             chosen = [rows[at] for at in batch]
@@ -262,12 +262,12 @@ def mean_nll(scored: Iterable[Scored]) -> float:
 
 def perplexity(model: Any, rows: Sequence[Row], pad_token_id: int) -> float:
     """A model's perplexity of the rows' labelled tokens."""
-    return math.exp(min(mean_nll(score(model, rows, pad_token_id)), _LARGEST_NLL))
+    return perplexity_of(mean_nll(score(model, rows, pad_token_id)))
 
 
-def perplexity_of(load: Load, rows: Sequence[Row], pad_token_id: int) -> float:
-    """`perplexity` of a model that is loaded for it."""
-    return perplexity(load(), rows, pad_token_id)
+def perplexity_of(nll: float) -> float:
+    """The perplexity of a mean negative log-likelihood in nats; a finite one, unless that is none."""
+    return math.exp(min(nll, _LARGEST_NLL))
 
 
 def answer_loss(model: Any, rows: Sequence[Row], pad_token_id: int) -> float:
@@ -286,10 +286,18 @@ def score(model: Any, rows: Sequence[Row], pad_token_id: int) -> list[Scored]:
 
     found: dict[int, Scored] = {}
     with torch.no_grad():
-        for batch in _batches(rows):
-            chosen = [rows[at] for at in batch]
-            found |= zip(batch, _by_row(*_log_probs(model, chosen, pad_token_id), chosen), strict=True)
+        for batch, logprobs, targets in each(model, rows, pad_token_id):
+            found |= zip(batch, _by_row(logprobs, targets, [rows[at] for at in batch]), strict=True)
     return [found[at] for at in range(len(rows))]
+
+
+def each(model: Any, rows: Sequence[Row], pad_token_id: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Batches of rows, always the same: their indices, log-probabilities before each labelled token, and these tokens.
+
+    The log-probabilities are float32, shape (labelled tokens, vocabulary).
+    """
+    for batch in _batches(rows):
+        yield batch, *_log_probs(model, [rows[at] for at in batch], pad_token_id)
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:

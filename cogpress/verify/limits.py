@@ -17,6 +17,10 @@ class Limits:
     perplexity_ratio: float
     score_loss: float
     general_ratio: float = 5.0
+    general_kl: float = 2.0
+    instructions: float = 0.25
+    memorized: float = 0.1
+    overfit: float = 0.5
     served_agreement: float = 0.99
     served_difference: float = 0.03
 

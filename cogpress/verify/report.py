@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +15,9 @@ import cogpress
 from cogpress.files import write_json
 from cogpress.weights import manifest
 from cogpress.weights.filenames import VERIFICATION, VERIFICATION_PAGE, VERIFICATION_PLOT
+
+if TYPE_CHECKING:
+    from cogpress.verify.forgotten import General
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Verdict:
     base: dict[str, Any]
     examples: int
     engine: str
+    general: General | None = None
+    """What was measured beside the task; None where an earlier check failed."""
 
     @property
     def passed(self) -> bool:
@@ -86,6 +91,10 @@ class Verdict:
     def doubts(self) -> list[str]:
         """Why nothing can be concluded from a check that did not fail."""
         return [check.cause for check in self.checks if check.passed and not check.conclusive]
+
+    def tables(self) -> list[Table]:
+        """The checks, and what was measured beside the task, for a terminal."""
+        return [self.table(), *([self.general.table()] if self.general else [])]
 
     def table(self) -> Table:
         """The checks, for a terminal."""
@@ -118,6 +127,7 @@ def write(verdict: Verdict, pictures: dict[str, Any]) -> None:
         "causes": verdict.causes,
         "doubts": verdict.doubts,
         "metrics": verdict.metrics,
+        "general": verdict.general and verdict.general.to_dict(),
         "files": manifest.signed_files(verdict.weights),
     }
     from cogpress import plots  # a server reads verdicts and draws none
@@ -132,6 +142,11 @@ def write(verdict: Verdict, pictures: dict[str, Any]) -> None:
     (verdict.weights / VERIFICATION_PAGE).write_text(_markdown(content), encoding="utf-8")
     # Last, because it is what counts.
     write_json(verdict.weights / VERIFICATION, content)
+
+
+def _code(text: str) -> str:
+    """Text for a span of code in one line."""
+    return " ".join(text.replace("`", "'").split())
 
 
 def _markdown(content: dict[str, Any]) -> str:
@@ -151,6 +166,13 @@ def _markdown(content: dict[str, Any]) -> str:
     lines += ["", *(f"- {cause}" for cause in [*content["causes"], *content["doubts"]]), ""]
     lines += ["| measured | |", "|---|---|"]
     lines += [f"| {name} | {_short(v) if isinstance(v, float) else v} |" for name, v in content["metrics"].items()]
+    if content["general"]:
+        lines += ["", "| beside the task | base | weights |", "|---|---|---|"]
+        for name, both in content["general"]["measured"].items():
+            lines.append(f"| {name} | {_short(both['base'])} | {_short(both['weights'])} |")
+        lines += ["", "Plain instructions, as the base answers them and as these weights do:", ""]
+        for one in content["general"]["instructions"]:
+            lines += [f"- {one['asked']}", *(f"  - {who}: `{_code(one[who])}`" for who in ("base", "weights"))]
     lines += ["", f"![verification]({VERIFICATION_PLOT})", ""]
     lines += ["It covers these files only:", ""]
     lines += [f"- `{name}` sha256 `{digest}`" for name, digest in content["files"].items()]

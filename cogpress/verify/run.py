@@ -7,11 +7,10 @@ it was made, served by the configured engine.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +23,13 @@ from cogpress.config import Config, Data, Merge, Prompt, Verify
 from cogpress.data.prepare import read_examples
 from cogpress.draft import file as draft
 from cogpress.errors import CogpressError
-from cogpress.files import read_json, write_json
 from cogpress.merge import general, merge
 from cogpress.prompts import Conversation, Row, answer_text, encode_example, rows, stops
 from cogpress.serve import model as serving
 from cogpress.train import run as training
 from cogpress.train.answers import generate
-from cogpress.train.run import HELD_OUT
-from cogpress.verify import distributions, limits, parity, references
+from cogpress.train.run import HELD_OUT, TRAINED_ON
+from cogpress.verify import distributions, forgotten, limits, parity, references
 from cogpress.verify.distributions import Divergence
 from cogpress.verify.limits import Limits
 from cogpress.verify.report import Check, Verdict, write
@@ -39,6 +37,7 @@ from cogpress.weights import base, fetch, manifest, tensors
 from cogpress.weights.filenames import tokenizer_folder
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 Score = Callable[[str, str], bool]
@@ -74,7 +73,9 @@ class _Case:
     limits: Limits
     examples: list[Conversation]
     rows: list[Row]
-    general: list[Row]
+    trained: list[Row]
+    """Some of the rows that it was trained on; none where the run does not know them."""
+    probe: forgotten.Probe
     cache: Path
     """Takes what bases make of general text."""
     tokenizer: PreTrainedTokenizerBase
@@ -127,6 +128,7 @@ def verify(
     config = config.model_copy(update={"serve": serving.with_draft(config.serve, root)})
     case = _case(config, root, weights, run, console)
     checks: list[Check] = []
+    beside: forgotten.General | None = None
     metrics: dict[str, Any] = {"bytes": manifest.weights_bytes(weights)}
     pictures: dict[str, Any] = {}
     with step("Files, tokenizer and chat template", console):
@@ -137,13 +139,16 @@ def verify(
                 made = (case.base, case.adapter, case.weights, case.onto)
                 checks.append(phases.run("check of the merge", _merged, *made, console=console))
         merged = all(check.passed for check in checks)
+        with step("General text and plain instructions, by the base", console):
+            record = _before(case)
         with step("Answers of the reference and of the weights, by transformers", console):
-            found = _divergence(case)
+            found = _divergence(case, record)
+            beside, by_heart = found.beside
             metrics.update(found.to_dict())
             pictures["kl"] = found.values
             checks += _judged(found, case.limits, _cause(checks) or _distribution_cause(case))
-        with step("General text, by the base", console):
-            checks.append(_forgotten(case, found.general_perplexity, metrics))
+            checks += _forgotten(beside, case.limits, metrics)
+            checks += _by_heart(by_heart, found.scored, case.limits, metrics)
         if merged:
             reference = _reference_answers(case, run or case.adapter.parent, found.reference_scored)
             with step("Answers of the engine", console):
@@ -157,6 +162,7 @@ def verify(
         base=case.adapter_facts["base"],
         examples=len(case.examples),
         engine=config.serve.engine,
+        general=beside,
     )
     write(verdict, pictures)
     return verdict
@@ -203,9 +209,8 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
     if config.merge == merged == "original":
         onto = "original"
     tokenizer = base.tokenizer(tokenizer_folder(base_folder, adapter_folder))
-    examples = held_out(
-        config.verify, root, adapter_folder.parent, Prompt.model_validate(adapter_facts["prompt"]), config.data
-    )
+    prompt = Prompt.model_validate(adapter_facts["prompt"])
+    examples = held_out(config.verify, root, adapter_folder.parent, prompt, config.data)
     return _Case(
         config=config,
         weights=weights,
@@ -218,7 +223,10 @@ def _case(config: Config, root: Path, weights: Path, run: Path | None, console: 
         limits=limits.of(config.verify, scheme, limits.left_out(adapter_facts["quantization"], onto)),
         examples=examples,
         rows=rows(tokenizer, examples, base.stop_ids(base_folder)),
-        general=general.rows(general.pieces(tokenizer, "measure", general.file(config.data, root))),
+        trained=rows(tokenizer, _trained(adapter_folder.parent, prompt), base.stop_ids(base_folder)),
+        probe=forgotten.probe(
+            tokenizer, general.rows(general.pieces(tokenizer, "measure", general.file(config.data, root)))
+        ),
         cache=root / ".cache" / "general",
         tokenizer=tokenizer,
         console=console,
@@ -269,6 +277,13 @@ def held_out(settings: Verify, root: Path, run: Path, prompt: Prompt, data: Data
     if not found:
         raise CogpressError("There are no held-out examples. Name some with verify.examples in model.yaml.")
     return found
+
+
+def _trained(run: Path, prompt: Prompt) -> list[Conversation]:
+    """Some of the examples that a run was trained on; none where it has not kept them."""
+    if not (run / TRAINED_ON).is_file():
+        return []
+    return read_examples(run / TRAINED_ON, prompt=Prompt(thinking=prompt.thinking)).conversations
 
 
 def scorer(name: str) -> Score:
@@ -421,37 +436,102 @@ def _cause(checks: Sequence[Check]) -> str | None:
     return next((check.cause for check in checks if not check.passed), None)
 
 
-def _divergence(case: _Case) -> Divergence:
-    """The weights against what training scored; and their perplexity of general text."""
+def _before(case: _Case) -> Path:
+    """A record of what the base, before any training, makes of general text and of plain instructions."""
+    return forgotten.record(
+        partial(distributions.merged_model, case.base),
+        case.probe,
+        case.tokenizer,
+        case.cache / f"{manifest.fingerprint(case.base)}.safetensors",
+    )
+
+
+def _divergence(case: _Case, record: Path) -> Divergence:
+    """The weights against what training scored; `beside` the task against the base, and what they know by heart."""
     return distributions.compare(
         partial(distributions.reference_model, case.base, case.adapter),
         {"": partial(distributions.merged_model, case.weights)},
         case.rows,
         case.pad,
-        general=case.general,
+        beside=partial(_beside, record, case.probe, case.tokenizer, case.trained, case.rows),
         progress=progress_bar(case.console),
     )[""]
 
 
-def _forgotten(case: _Case, perplexity: float, metrics: dict[str, Any]) -> Check:
-    """How much worse than the base, before any training, the weights find text that is not of the task."""
-    known = case.cache / f"{manifest.fingerprint(case.base)}.json"
-    text = hashlib.sha256(json.dumps([row.input_ids for row in case.general]).encode()).hexdigest()
-    try:
-        base_general = float(read_json(known)[text])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        load = partial(distributions.merged_model, case.base)
-        base_general = phases.run("base", distributions.perplexity_of, load, case.general, case.pad)
-        known.parent.mkdir(parents=True, exist_ok=True)
-        write_json(known, {text: base_general})
-    metrics.update(general_perplexity=perplexity, base_general_perplexity=base_general)
-    ratio = perplexity / base_general
+def _beside(
+    record: Path,
+    probe: forgotten.Probe,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: list[Row],
+    held_out: list[Row],
+    model: torch.nn.Module,
+) -> tuple[forgotten.General, forgotten.ByHeart | None]:
+    found = forgotten.measure(model, probe, forgotten.read(record), tokenizer)
+    pad = tokenizer.pad_token_id or 0
+    return found, forgotten.by_heart(model, trained, held_out, pad) if trained else None
+
+
+def _forgotten(found: forgotten.General, limits: Limits, metrics: dict[str, Any]) -> list[Check]:
+    """How much worse than the base, before any training, the weights are at what is not of the task."""
+    metrics.update(
+        general_perplexity=found.perplexity,
+        base_general_perplexity=found.base_perplexity,
+        general_kl=found.kl,
+        instructions_worse=found.worse,
+    )
     cause = (
         "The weights forgot much of what the base knows: train with a lower train.learning_rate, fewer steps or a "
         "lower train.rank, or set merge: balanced."
     )
-    passed = ratio <= case.limits.general_ratio
-    return Check("perplexity of general text, times the base's", ratio, case.limits.general_ratio, passed, cause)
+    measured = (
+        ("perplexity of general text, times the base's", found.ratio, limits.general_ratio),
+        ("KL to the base on general text", found.kl, limits.general_kl),
+        ("plain instructions answered worse than by the base", found.worse, limits.instructions),
+    )
+    checks = [Check(name, value, limit, value <= limit, cause) for name, value, limit in measured]
+    if not found.conclusive:
+        checks[-1] = replace(checks[-1], passed=True, conclusive=False, cause=_IGNORANT)
+    return checks
+
+
+_IGNORANT = (
+    "The base finds general text about as unlikely as chance, so nothing can be concluded from how instructions are "
+    "answered. Check that it was trained and that its tokenizer is its own."
+)
+
+_FEW = 8
+"""Held-out rows without which nothing can be said of what was learnt by heart."""
+
+
+def _by_heart(
+    found: forgotten.ByHeart | None,
+    scored: Sequence[distributions.Scored],
+    limits: Limits,
+    metrics: dict[str, Any],
+) -> list[Check]:
+    """What the weights know by heart of their training, beyond what they know of held-out examples."""
+    if found is None:
+        return []
+    held_out_right = forgotten.mean([all(one.most_likely) for one in scored])
+    metrics.update(
+        memorized_lines=sum(found.trained), trained_answers_right=found.right, held_out_answers_right=held_out_right
+    )
+    gap = max(0.0, found.right - held_out_right)
+    cause = (
+        "The weights know training examples by heart: train with fewer epochs or a lower train.learning_rate, or give "
+        "more examples."
+    )
+    measured = (
+        ("training lines known by heart", found.share, limits.memorized, len(found.held_out)),
+        ("training answers right, beyond held-out ones", gap, limits.overfit, len(scored)),
+    )
+    few = f"Fewer than {_FEW} held-out examples say too little of what was learnt by heart. Hold out more."
+    return [
+        Check(
+            name, value, limit, value <= limit or count < _FEW, few if count < _FEW else cause, conclusive=count >= _FEW
+        )
+        for name, value, limit, count in measured
+    ]
 
 
 def _distribution_cause(case: _Case) -> str:

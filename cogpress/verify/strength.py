@@ -133,12 +133,12 @@ def choose(
         },
         held_out,
         pad,
-        general=general.rows(general.pieces(tokenizer, "measure", text)),
+        beside=partial(
+            distributions.perplexity, rows=general.rows(general.pieces(tokenizer, "measure", text)), pad_token_id=pad
+        ),
         progress=progress,
     )
-    tried = [
-        Tried(*kinds[name], one.mean_kl, _right(one.scored), one.general_perplexity) for name, one in found.items()
-    ]
+    tried = [Tried(*kinds[name], one.mean_kl, _right(one.scored), one.beside) for name, one in found.items()]
     strength = largest(tried, _right(found["dequantized"].reference_scored) - MOST_LOST * len(held_out))
     return Choice(strength, tried, _of(correction, strength))
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from cogpress import config
-from cogpress.files import write_json
-from cogpress.merge import general
 from cogpress.verify import limits, report
+from cogpress.verify.distributions import Scored
+from cogpress.verify.forgotten import ByHeart, General
 from cogpress.verify.report import Check, Verdict
-from cogpress.verify.run import _forgotten, _score_check
-from cogpress.weights import manifest
+from cogpress.verify.run import _by_heart, _forgotten, _score_check
 from cogpress.weights.filenames import VERIFICATION, VERIFICATION_PAGE
 
 
@@ -64,17 +62,66 @@ def test_a_failure_is_one_whatever_can_be_concluded(tmp_path: Path) -> None:
     assert (found.checks[0].mark, found.causes, found.doubts) == ("✗", ["Merge again."], [])
 
 
-@pytest.mark.parametrize(("perplexity", "passes"), [(60.0, True), (300.0, False), (float("nan"), False)])
-def test_weights_that_forgot_what_the_base_knows_fail(
-    perplexity: float, passes: bool, tmp_path: Path, tiny_base: Path
-) -> None:
-    rows = general.rows([[5, 6, 7]])
-    text = hashlib.sha256(b"[[5, 6, 7]]").hexdigest()
-    write_json(tmp_path / f"{manifest.fingerprint(tiny_base)}.json", {text: 30.0})
-    limit = limits.of(config.Config().verify, "none")
-    case = SimpleNamespace(base=tiny_base, general=rows, cache=tmp_path, limits=limit, pad=0)
+FINE = General(60.0, 30.0, 0.7, ["An answer."] * 12, ["Another answer."] * 12, 50_000)
+
+
+@pytest.mark.parametrize(
+    ("found", "wrong"),
+    [
+        (FINE, []),
+        (replace(FINE, perplexity=300.0), ["perplexity of general text, times the base's"]),
+        (replace(FINE, perplexity=float("nan")), ["perplexity of general text, times the base's"]),
+        (replace(FINE, kl=2.5), ["KL to the base on general text"]),
+        (replace(FINE, kl=float("nan")), ["KL to the base on general text"]),
+        (replace(FINE, answers=[""] * 4 + ["An answer."] * 8), ["plain instructions answered worse than by the base"]),
+        (replace(FINE, answers=[""] * 4 + ["One."] * 8, base_answers=[""] * 3 + ["One."] * 9), []),
+    ],
+)
+def test_weights_that_forgot_what_the_base_knows_fail(found: General, wrong: list[str]) -> None:
     metrics: dict[str, float] = {}
-    check = _forgotten(case, perplexity, metrics)  # type: ignore[arg-type]
-    assert check.passed is passes
+    checks = _forgotten(found, limits.of(config.Config().verify, "none"), metrics)
+    assert [check.name for check in checks if not check.passed] == wrong
     assert metrics["base_general_perplexity"] == 30.0
-    assert "forgot" in check.cause
+    assert all("forgot" in check.cause for check in checks)
+
+
+def test_a_base_that_knows_nothing_has_nothing_to_forget() -> None:
+    found = replace(FINE, perplexity=40_000.0, base_perplexity=40_000.0, answers=[""] * 12)
+    checks = _forgotten(found, limits.of(config.Config().verify, "none"), {})
+    assert "".join(check.mark for check in checks) == "✓✓?"
+
+
+@pytest.mark.parametrize(
+    ("lines", "held", "right", "marks"),
+    [
+        (0, 0, 1.0, "✓✓"),
+        (20, 20, 1.0, "✓✓"),  # lines that all begin and go on alike
+        (20, 0, 1.0, "✗✓"),
+        (0, 0, 0.2, "✓✗"),
+    ],
+)
+def test_weights_that_know_their_training_by_heart_fail(lines: int, held: int, right: float, marks: str) -> None:
+    found = ByHeart([True] * lines + [False] * (64 - lines), [True] * held + [False] * (64 - held), 1.0)
+    scored = [Scored([-0.1], [number < 64 * right]) for number in range(64)]
+    metrics: dict[str, float] = {}
+    limit = limits.of(config.Config().verify, "none")
+    checks = _by_heart(found, scored, limit, metrics)
+    assert "".join(check.mark for check in checks) == marks
+    assert metrics["memorized_lines"] == lines
+    few = _by_heart(replace(found, held_out=[False]), scored[:4], limit, metrics)
+    assert [check.mark for check in few] == ["?", "?"], "four held-out examples prove nothing"
+    assert _by_heart(None, scored, limit, {}) == [], "a run that has not kept any of its examples"
+
+
+def test_the_report_shows_what_was_measured_beside_the_task(tmp_path: Path) -> None:
+    found = replace(verdict(tmp_path), general=replace(FINE, answers=["A `b`\nc."] * 12))
+    report.write(found, {})
+    content = json.loads((tmp_path / VERIFICATION).read_text())
+    assert content["general"]["measured"]["perplexity of general text"] == {"base": 30.0, "weights": 60.0}
+    assert content["general"]["instructions"][0]["weights"] == "A `b`\nc."
+    page = (tmp_path / VERIFICATION_PAGE).read_text()
+    assert "| perplexity of general text | 30 | 60 |" in page
+    assert "  - weights: `A 'b' c.`" in page
+    console = Console(file=io.StringIO(), width=80)
+    console.print(*found.tables())
+    assert "perplexity of general text" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import write_json
 from cogpress.merge import merge
 from cogpress.prompts import Row, encode_example
+from cogpress.train.run import TRAINED_ON
 from cogpress.verify import distributions, parity, references
 from cogpress.verify import report as verdict
 from cogpress.verify import run as verify
@@ -95,6 +96,10 @@ def test_the_merge_of_a_run_passes(verified: tuple[Path, verdict.Verdict]) -> No
     assert found.metrics["concurrent_tokens_per_second"] > found.metrics["stream_tokens_per_second"] > 0
     assert manifest.state(folder) == "verified"
     assert 1 < found.metrics["general_perplexity"] / found.metrics["base_general_perplexity"] < 3
+    assert 0.1 < found.metrics["general_kl"] < 1.5
+    assert found.metrics["instructions_worse"] <= 0.1
+    assert found.metrics["memorized_lines"] == 0
+    assert found.metrics["trained_answers_right"] - found.metrics["held_out_answers_right"] < 0.4
 
 
 @pytest.mark.slow
@@ -222,6 +227,8 @@ def test_one_model_is_in_memory_at_a_time(copy: Path, tiny_run: Path, monkeypatc
     (tiny_run / references.REFERENCE).unlink(missing_ok=True)
     found = verify_tiny(copy, tiny_run)
     assert failures(found) == {}
+    assert {"KL to the base on general text", "training lines known by heart"} <= {one.name for one in found.checks}
+    assert len((tiny_run / TRAINED_ON).read_text().splitlines()) == 32, "all that it was trained on"
     # Reference, candidate, the base where its general text is not measured yet, the reference to answer, the engine.
     assert (set(alive), len(alive) in (4, 5)) == ({0}, True)
     assert not any(one() for one in loaded)
