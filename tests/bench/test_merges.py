@@ -1,0 +1,50 @@
+"""The ways of merging beside each other, over a tiny base."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import merges
+from cogpress.merge import general
+from cogpress.prompts import NO_LOSS, Row
+from cogpress.verify import strength
+from cogpress.weights import tensors
+from tests.merge.test_merge import an_adapter
+
+ROWS = [
+    Row(ids, [*[NO_LOSS] * 10, *ids[10:]])
+    for ids in ([(7 * index) % 89 + 5 for index in range(start, start + 20)] for start in range(6))
+]
+
+
+@pytest.mark.slow
+def test_four_merges_of_one_adapter_are_measured(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(work: Any, *given: Any) -> Any:
+        return work(*given)
+
+    monkeypatch.setattr(merges, "in_fresh_process", here)
+    monkeypatch.setattr(strength, "STRENGTHS", (0.3,))
+    monkeypatch.setattr(general, "pieces", lambda *_: [list(range(5, 65))])
+    adapter, out = an_adapter(tiny_base, tmp_path / "adapter", "nf4"), io.StringIO()
+    work, console = tmp_path / "work", Console(file=out, width=120)
+    found = merges.run(tmp_path / "merges.json", tiny_base, adapter, (ROWS[:4], ROWS[4:]), ROWS[4:], work, console)
+    assert list(found["merges"]) == ["usual", "dequantized", "rounded", "balanced"]
+    assert found["merges"]["dequantized"]["mean_kl"] < found["merges"]["usual"]["mean_kl"]
+    assert all(one["general_perplexity"] > 1 for one in found["merges"].values())
+    assert json.loads((tmp_path / "merges.json").read_text())["merges"].keys() == found["merges"].keys()
+    assert all(name in out.getvalue() for name in merges.NAMES.values())
+    plain, rounded = (tensors.stored(work / name) for name in ("dequantized", "rounded"))
+    different = {
+        name for name in plain if not torch.equal(tensors.load(plain[name], name), tensors.load(rounded[name], name))
+    }
+    assert {name.split(".")[-2] for name in different} <= {"embed_tokens", "lm_head"}
+    assert different
