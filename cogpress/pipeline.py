@@ -286,7 +286,9 @@ def build(
     base.quiet_libraries()
     with step("Base model", console):
         if parse(config.base.source).kind == "hub":  # before gigabytes are downloaded
-            skeleton.check(architecture.config(config.base.source, cache), shown(config.base.source))
+            settings = architecture.config(config.base.source, cache)
+            skeleton.check(settings, shown(config.base.source))
+            skeleton.refuse_quantized(settings, shown(config.base.source))
         base_folder = fetch.base(config.base.source, cache)
         chosen = layers.choose(base_folder, config.train.target_modules, config.base.quantization)
         for note in chosen.notes:

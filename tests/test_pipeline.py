@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -37,16 +38,26 @@ def test_a_base_with_experts_is_trained_merged_and_compared_and_says_what_it_lea
     assert built.merged.mean_kl < 0.01
 
 
-def test_a_base_on_the_hub_that_is_no_language_model_is_refused_before_it_is_downloaded(
-    examples_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ({"model_type": "t5"}, r"hf://google/base \(t5\) has an encoder and a decoder"),
+        (
+            {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+            r"hf://google/base is quantized already \(mxfp4\)",
+        ),
+    ],
+)
+def test_a_base_on_the_hub_that_cannot_be_trained_is_refused_before_it_is_downloaded(
+    examples_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], reason: str
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(architecture, "config", lambda text, _cache: asked.append(text) or {"model_type": "t5"})
+    monkeypatch.setattr(architecture, "config", lambda text, _cache: asked.append(text) or found)
     monkeypatch.setattr(fetch, "base", lambda *_: pytest.fail("was downloaded"))
-    settings = config.parse({"base": {"source": "hf://google/t5"}}, "the test")
-    with pytest.raises(CogpressError, match=r"hf://google/t5 \(t5\) has an encoder and a decoder"):
+    settings = config.parse({"base": {"source": "hf://google/base"}}, "the test")
+    with pytest.raises(CogpressError, match=reason):
         pipeline.build(settings, examples_file, tmp_path / "run", tmp_path / "cache", QUIET)
-    assert asked == ["hf://google/t5"]
+    assert asked == ["hf://google/base"]
 
 
 def test_a_tar_is_packed_on_request_and_never_outlives_its_weights(

@@ -73,11 +73,10 @@ class Engine:
         import torch
 
         try:
-            self._model: Any = base.load(folder, "none").eval()
+            dtype = None if serve.dtype == "auto" else getattr(torch, serve.dtype)
+            self._model: Any = base.load(folder, "none", dtype=dtype).eval()
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             raise CogpressError(f"transformers cannot load {folder}: {str(error).strip()}") from error
-        if serve.dtype != "auto":
-            self._model.to(getattr(torch, serve.dtype))
         self._tokenizer = base.tokenizer(folder)
         config = self._model.config.get_text_config()
         longest = int(getattr(config, "max_position_embeddings", 0) or 2048)

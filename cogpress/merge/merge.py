@@ -23,7 +23,7 @@ from cogpress.files import new_folder, read_json, write_json
 from cogpress.merge import adapter
 from cogpress.merge.adapter import LoraAdapter
 from cogpress.merge.dequantize import TrainedWeight, as_trained
-from cogpress.weights import base, manifest, tensors
+from cogpress.weights import base, manifest, skeleton, tensors
 from cogpress.weights.filenames import INDEX, copy_serving_files, tokenizer_files, tokenizer_folder
 
 if TYPE_CHECKING:
@@ -149,8 +149,7 @@ def plan(base_folder: Path, adapter_folder: Path, onto: Merge = "dequantized", *
             f"Name the base that it was trained on ({found.facts['base']['source']})."
         )
     config = read_json(base_folder / "config.json")
-    if "quantization_config" in config:
-        raise CogpressError(f"{base_folder} is quantized already; no merge into it is exact. Name its original.")
+    skeleton.refuse_quantized(config, str(base_folder))
     stored = tensors.stored(base_folder)
     sources = {name: name for name in stored}
     tied = bool((config.get("text_config") or config).get("tie_word_embeddings", config.get("tie_word_embeddings")))

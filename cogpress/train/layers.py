@@ -69,10 +69,7 @@ def choose(folder: Path, targets: str, quantization: Quantization) -> Layers:
         CogpressError: the base is no language model or is quantized already; a name is no layer of it; or a layer could
             be trained but not merged.
     """
-    if "quantization_config" in read_json(folder / "config.json"):
-        raise CogpressError(
-            f"{folder} is quantized already, so that no merge into it is exact. Name its original as base.source."
-        )
+    skeleton.refuse_quantized(read_json(folder / "config.json"), str(folder))
     model = skeleton.of(folder)
     stored = tensors.stored(folder)
     places = skeleton.file_names(model, stored)
@@ -200,6 +197,8 @@ def _why_not(
         tied = layer is model.get_output_embeddings() and model.config.get_text_config().tie_word_embeddings
         if place is None and tied and name == "lm_head" and _EMBEDDING in stored:
             return None
+        if place is None and tied:
+            return f"it shares its weight with the embedding, which the files do not call {_EMBEDDING}."
         return "the base's files hold no tensor of that name." if place is None else f"it is stored as {place.dtype}."
     shape = skeleton.shape(layer)
     shape, order = (shape[::-1], "inputs, outputs") if skeleton.transposed(layer) else (shape, "outputs, inputs")

@@ -99,6 +99,26 @@ def refuse_kind(config: PreTrainedConfig, shown: str) -> None:
     raise CogpressError(f"{shown} ({name}) {kind}. Name a base that continues text, such as Llama, Qwen 3 or Gemma 3.")
 
 
+def refuse_quantized(settings: Mapping[str, Any], shown: str) -> None:
+    """Refuse a base whose weights are quantized: it could be trained, but no merge into it is exact.
+
+    Args:
+        settings: the content of config.json.
+        shown: the base's name in messages.
+
+    Raises:
+        CogpressError: it is quantized.
+    """
+    found = settings.get("quantization_config")
+    if found is None:
+        return
+    method = str(found.get("quant_method", "")) if isinstance(found, dict) else ""
+    # gpt-oss was published in MXFP4, so its original is such a checkpoint, too.
+    way = "Name a copy in 16 bits" if method == "mxfp4" else "Name its original"
+    how = f" ({method})" if method else ""
+    raise CogpressError(f"{shown} is quantized already{how}, so that no merge into it is exact. {way} as base.source.")
+
+
 def has_attention(folder: Path, name: str) -> bool:
     """Whether the model of a folder has an attention implementation, by transformers' name of it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bench import bases, models
+from cogpress import config
+from cogpress.engines import base as engines
 from cogpress.errors import CogpressError
 from cogpress.prompts import Row
 from cogpress.train import layers
@@ -112,8 +115,19 @@ def test_a_model_without_fused_attention_loads_with_plain(tmp_path: Path) -> Non
 def test_what_is_quantized_already_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     settings = json.loads((tiny_base / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(CogpressError, match=r"is quantized already.* Name its original as base\.source"):
+    with pytest.raises(CogpressError, match=r"is quantized already \(awq\).* Name its original as base\.source"):
         layers.choose(tmp_path, "all-linear", "nf4")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_reference_engine_computes_in_the_type_that_is_set(tmp_path: Path, name: str) -> None:
+    """Layer norms, which compute in float32 whatever the model does, hand on that type."""
+    folder = bases.make(name, tmp_path)
+    engine = engines.load(folder, config.Serve(engine="transformers", dtype="float32"), 1)
+    try:
+        assert asyncio.run(engine.score([5, 6]))[1] < 0
+    finally:
+        engine.shutdown()
 
 
 def test_an_output_layer_that_is_tied_to_embeddings_of_another_name_is_named(tmp_path: Path) -> None:
