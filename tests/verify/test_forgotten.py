@@ -110,7 +110,7 @@ def test_a_planted_canary_is_found(tiny_base: Path, tokenizer: PreTrainedTokeniz
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     loss = 10.0
     for step in range(400):
-        if loss < 0.05:
+        if loss < 0.01:  # over some thirty tokens, so that each is likelier than all others together
             break
         row = trained[step % 4]
         found = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss
