@@ -175,7 +175,7 @@ def load(
         dtype: what it computes in; this machine's fastest where not given.
 
     Raises:
-        CogpressError: it is no language model.
+        CogpressError: its files lack tensors, which transformers would fill with random numbers.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -189,9 +189,11 @@ def load(
             without_bars(model_compressor)
     dtype = dtype or compute_dtype()
     chosen = quantization_config(quantization, dtype, folder)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel
+    model, found = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
+        output_loading_info=True,
         # None would hide that a checkpoint is quantized, and its integers would be taken for weights.
         **({} if chosen is None else {"quantization_config": chosen}),
         device_map={"": str(device())},
@@ -199,6 +201,12 @@ def load(
         trust_remote_code=False,
         use_safetensors=True,
     )
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CogpressError(
+            f"{folder} lacks tensors that its model has: {', '.join(missing[:3])}{more}. Its files are incomplete or "
+            "have other names than transformers asks for; fetch or convert them again."
+        )
     keep_training_layout(model)
     for module in model.modules():
         # RMS norms compute in float32 whatever their dtype; layer norms compute in their own.

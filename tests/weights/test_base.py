@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from cogpress.config import Quantization
 from cogpress.errors import CogpressError
 from cogpress.weights import base, fetch, manifest
 
@@ -49,6 +52,21 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, files: dict[str, s
         (tmp_path / name).write_text(content)
     with pytest.raises(CogpressError, match=said):
         fetch.base(str(tmp_path), tmp_path / "cache")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_base_that_lacks_tensors_is_refused_where_transformers_would_make_them_up(
+    tiny_base: Path, tmp_path: Path, quantization: Quantization
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("v_proj.weight"))
+    kept = {other: tensor for other, tensor in tensors.items() if other != name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CogpressError, match=f"lacks tensors that its model has: {name}"):
+        base.load(folder, quantization)
 
 
 def test_a_source_that_does_not_exist_is_refused(tmp_path: Path) -> None:
