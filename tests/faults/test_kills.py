@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import httpx
 import psutil
 import pytest
 
+from cogpress.files import recover
 from cogpress.weights import archive, fetch, manifest
 from tests.faults import work
 from tests.standins.fileserver import FileServer
@@ -76,7 +78,7 @@ def files(folder: Path) -> dict[str, Any]:
 
 def complete(folder: Path) -> bool:
     """Whether a folder of weights is there; if it is, it is whole."""
-    if not folder.is_dir():
+    if not recover(folder):
         return False
     fetch.check(folder)
     return True
@@ -96,6 +98,57 @@ def test_fetch(tiny_base: Path, site: FileServer, tmp_path: Path, place: str) ->
         [folder] = cache.glob("fetched/*/model-*")
         assert files(folder) == files(tiny_base)
         assert not list(cache.glob("fetched/*/parts/*")), "nothing is left over"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that nothing interrupted, what it was made from, and the seconds that it took."""
+
+    run: Path
+    base: Path
+    examples: Path
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("trained")
+    rows = [{"prompt": f"Say the number after {one}.", "completion": f"It is {one + 1}."} for one in range(24)]
+    examples = folder / "examples.jsonl"
+    examples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = folder / "run"
+    return Trained(run, tiny_base, examples, whole(work.training, run, tiny_base, examples))
+
+
+@pytest.mark.train
+def test_train(trained: Trained, tmp_path: Path) -> None:
+    for number in range(KILLS):
+        run = tmp_path / str(number) / "run"
+        killed(trained.seconds, work.training, run, trained.base, trained.examples)
+        for name in ("adapter", "weights"):
+            complete(run / name)
+        whole(work.training, run, trained.base, trained.examples)
+        assert [files(run / name) for name in ("adapter", "weights")] == [
+            files(trained.run / name) for name in ("adapter", "weights")
+        ]
+        assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in trained.run.iterdir())
+
+
+@pytest.mark.train
+def test_merge_and_draft(trained: Trained, tmp_path: Path) -> None:
+    expected = files(trained.run / "weights")
+    merging = trained.run / "adapter", tmp_path / "weights", tmp_path / "cache"
+    weights = tmp_path / "drafted" / "weights"
+    shutil.copytree(trained.run / "weights", weights)
+    drafting = weights, trained.run, trained.examples
+    for call in ((work.merging, *merging), (work.drafting, *drafting)):
+        target = tmp_path / "weights" if call[0] is work.merging else weights
+        for seconds in moments(*call):
+            killed(seconds, *call)
+            assert complete(target), "there was one, and it is there or was replaced"
+            whole(*call)
+            assert files(target) == expected
+            assert not list(target.parent.glob(".*")), "nothing is left over"
 
 
 def test_batch(tiny_base: Path, tmp_path: Path) -> None:

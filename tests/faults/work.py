@@ -9,6 +9,8 @@ MODULES = [
     "torch",
     "peft",
     "transformers.models.auto.modeling_auto",
+    "cogpress.remake",
+    "cogpress.train.loop",
     "cogpress.push.run",
     "cogpress.serve.batch",
     "cogpress.serve.model",
@@ -51,6 +53,46 @@ def answering(folder: Path, weights: Path) -> None:
         made_by=batch.made_by(str(weights), settings, folder),
         progress=progress,
     )
+
+
+def training(run: Path, base_folder: Path, examples: Path) -> None:
+    """Train, merge and draft, or go on with it."""
+    import torch
+    from rich.console import Console
+
+    from cogpress import config, pipeline
+    from cogpress.weights import base
+
+    torch.set_num_threads(1)
+    base.compute_dtype = lambda: torch.float32  # it is measured, and another moment may find another one faster
+    given = {
+        "base": {"source": str(base_folder)},
+        "data": {"train": str(examples), "validation_share": 0.0},
+        "train": {"max_steps": 12, "batch_size": 2, "rank": 4, "evaluations": 0, "max_length": 64},
+    }
+    resume = (run / "key.json").is_file()
+    settings = config.parse(given, "the test")
+    pipeline.build(settings, examples, run, run.parent / "cache", Console(quiet=True), resume=resume)
+
+
+def merging(adapter: Path, target: Path, cache: Path) -> None:
+    import torch
+    from rich.console import Console
+
+    from cogpress import remake
+
+    torch.set_num_threads(1)
+    remake.merge_of(adapter, target, cache, Console(quiet=True), onto="dequantized")
+
+
+def drafting(weights: Path, run: Path, examples: Path) -> None:
+    import torch
+    from rich.console import Console
+
+    from cogpress import remake
+
+    torch.set_num_threads(1)
+    remake.draft_of(run.parent, weights, run, examples, Console(quiet=True))
 
 
 def shipping(root: Path, variables: dict[str, str]) -> None:
