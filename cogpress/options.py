@@ -246,6 +246,10 @@ class Train(Section):
     """`auto`: paged 8-bit AdamW on a GPU, AdamW on a CPU."""
     evaluations: Annotated[int, Field(ge=0, le=100)] = 4
     """Validations during training, evenly spaced."""
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Where loss, learning rate and validation loss go beside the run's `metrics.jsonl`, as transformers' Trainer sends
+    them. Install the package of that name first. TensorBoard reads the folder `tensorboard` of the run; Trackio and
+    Weights & Biases take their own environment variables, such as `WANDB_PROJECT` and `WANDB_MODE`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Random seed: validation split, order of the examples, start of the adapter."""
 

@@ -31,6 +31,7 @@ from cogpress.plan import architecture, room
 from cogpress.source import parse, shown
 from cogpress.train import answers, layers
 from cogpress.train import run as training
+from cogpress.train.arguments import check_report
 from cogpress.verify import distributions, limits, strength
 from cogpress.verify import run as verify
 from cogpress.weights import archive, base, fetch, manifest, skeleton
@@ -282,6 +283,7 @@ def build(
             the training, or what came out of it fails `judge`.
     """
     training.check_folder(run)
+    check_report(config.train)
     score = verify.scorer(config.verify.score)
     base.quiet_libraries()
     with step("Base model", console):

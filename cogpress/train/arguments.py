@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ from cogpress.errors import CogpressError
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -52,6 +54,35 @@ def too_few(settings: Train, rows: int) -> str | None:
         f"{rows} training examples in batches of {batch} make a single optimizer step, which teaches little. "
         "Raise train.epochs, or lower train.batch_size."
     )
+
+
+def check_report(settings: Train) -> None:
+    """Check that the package of `train.report_to` is installed.
+
+    Raises:
+        CogpressError: it is not.
+    """
+    name = settings.report_to
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise CogpressError(
+            f"train.report_to is {name}, and the package {name} is not installed here. Install it with "
+            f"{sys.executable} -m pip install {name}, or set train.report_to to none."
+        )
+
+
+def reporters(settings: Train, run: Path) -> list[TrainerCallback]:
+    """transformers' own callback for `train.report_to`; none where nothing is asked for."""
+    if settings.report_to == "none":
+        return []
+    check_report(settings)
+    from transformers import integrations
+
+    if settings.report_to == "tensorboard":
+        made = integrations.TensorBoardCallback()
+        # Its default is beside the checkpoints, which are removed when the training is done.
+        made.logging_dir = made.logging_dir or str(run / "tensorboard")
+        return [made]
+    return [{"trackio": integrations.TrackioCallback, "wandb": integrations.WandbCallback}[settings.report_to]()]
 
 
 def arguments(settings: Train, run: Path, rows: int, validation: bool, compute: torch.dtype) -> TrainingArguments:
@@ -108,7 +139,8 @@ def arguments(settings: Train, run: Path, rows: int, validation: bool, compute: 
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to="none",  # `reporters` are given to the Trainer
+        run_name=run.name,
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=0,

@@ -20,7 +20,7 @@ from cogpress.data.prepare import Prepared
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, read_json, write_json
 from cogpress.train import answers, layers
-from cogpress.train.arguments import arguments, lora, too_few
+from cogpress.train.arguments import arguments, check_report, lora, reporters, too_few
 from cogpress.train.layers import Layers
 from cogpress.weights import base, manifest
 from cogpress.weights.filenames import ADAPTER
@@ -42,13 +42,13 @@ HELD_OUT = "held-out.jsonl"
 TRAINED_ON = "trained-on.jsonl"
 """Some of the examples that a run trains on, as conversations: what it may have learnt by heart."""
 
-_TRAINED = ("checkpoints", ADAPTER, "result.json", "metrics.jsonl")
+_TRAINED = ("checkpoints", ADAPTER, "result.json", "metrics.jsonl", "tensorboard")
 """What a training writes into its run's folder, and a new one there removes."""
 
 _PREPARED = {"data", "data.json", HELD_OUT, TRAINED_ON, "lengths.png", "config.json"}
 """What is in a run's folder before the training begins."""
 
-_NOT_LEARNT = {"evaluations", "max_length"}
+_NOT_LEARNT = {"evaluations", "max_length", "report_to"}
 """Options of the section `train` that change nothing that is learnt; `max_length` does by the rows that it leaves."""
 
 
@@ -166,6 +166,7 @@ def train(
     if not prepared.train:
         raise CogpressError("No example is left to train on. The data report above says what was dropped.")
     check_folder(run)
+    check_report(config.train)
     fingerprint = manifest.fingerprint(base_folder)
     key = run_key(config, prepared, fingerprint)
     finished = _finished(run, key)
@@ -268,7 +269,7 @@ def _train(
         train_dataset=Rows(prepared.train),
         eval_dataset=Rows(prepared.validation) if prepared.validation else None,
         data_collator=Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
-        callbacks=[recorder],
+        callbacks=[*reporters(settings, run), recorder],
     )
     recorder.trainer = trainer
     quiet(trainer)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -235,3 +239,49 @@ def test_the_reference_computes_as_training_did_and_weights_have_16_bits(
     found = distributions.compare(lambda: reference, candidate, short.train, 0)["merged"]
     assert found.mean_kl < 0.001
     assert found.reference_perplexity == pytest.approx(math.exp(distributions.answer_loss(reference, short.train, 0)))
+
+
+def test_what_is_measured_goes_where_train_report_to_says(
+    tiny_base: Path, short: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[str, str, float, int]] = []
+
+    class SummaryWriter:
+        """What transformers' callback uses of the package, which is not among the project's own."""
+
+        def __init__(self, log_dir: str) -> None:
+            self.folder = log_dir
+
+        def add_text(self, *_: Any) -> None: ...
+        def flush(self) -> None: ...
+        def close(self) -> None: ...
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((self.folder, name, value, step))
+
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+    run = tmp_path / "run"
+    training.train(settings(max_steps=4, report_to="tensorboard"), short, tiny_base, run, console=QUIET)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {folder for folder, *_ in written} == {str(run / "tensorboard")}
+    for column, name in (("loss", "train/loss"), ("learning_rate", "train/learning_rate")):
+        ours = [(row["step"], row[column]) for row in rows if "loss" in row]
+        assert [(step, value) for _, one, value, step in written if one == name] == ours
+    ours = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    assert [(step, value) for _, one, value, step in written if one == "eval/loss"] == ours != []
+    monkeypatch.undo()
+    assert training.train(settings(max_steps=4), short, tiny_base, run, console=QUIET).reused
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="asks for a package that is missing")
+def test_a_package_to_report_to_that_is_missing_is_said_before_anything_is_loaded(
+    tiny_base: Path, examples_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    chosen = {"base": {"source": str(tiny_base)}, "train": {"report_to": "wandb"}}
+    with pytest.raises(CogpressError, match=r"train\.report_to is wandb.* -m pip install wandb, or set .* to none"):
+        pipeline.build(config.parse(chosen, "the test"), examples_file, tmp_path / "run", tmp_path, QUIET)
+    assert not (tmp_path / "run").exists()
