@@ -35,7 +35,7 @@ class Runner(BaseRunner):
         record("output_token_count", min(max_tokens, 20))
 
     @cog.streaming
-    @cog.concurrent(max=32)  # more than there are streams: the runtime frees a slot a moment after its answer
+    @cog.concurrent(max=256)  # more than there are streams: the runtime frees a slot a moment after its answer
     async def run(
         self,
         fields: str = Input(description="The template's values."),
