@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +15,13 @@ from rich.table import Table
 
 from bench.measure import in_fresh_process
 from bench.report import write_report
+from cogpress import config, demo
+from cogpress.data import prepare
 from cogpress.merge import general, merge
 from cogpress.prompts import Row
 from cogpress.verify import distributions, strength
-from cogpress.weights import base, tensors
+from cogpress.weights import base, fetch, tensors
+from examples import questions
 
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
 
@@ -27,6 +31,28 @@ NAMES = {
     "rounded": "the same, embeddings rounded too",
     "balanced": "balanced",
 }
+
+
+def of_the_example(out: Path, root: Path, adapter: Path, questions_asked: int, console: Console) -> dict[str, Any]:
+    """`run` for an adapter of the worked example, on new questions of it."""
+    settings = config.load(root / "model.yaml")
+    base_folder = fetch.base(settings.base.source, root / ".cache")
+    tokenizer, stops = base.tokenizer(base_folder), base.stop_ids(base_folder)
+    with tempfile.TemporaryDirectory() as folder:
+        files = questions.write(Path(folder), demo.TRAIN_ROWS, questions_asked, settings.train.seed)
+        learnt, test = (
+            prepare.prepare_as(
+                settings.override({"validation_share": share}),
+                path,
+                tokenizer,
+                stops,
+                validation_path=None,
+                skip_bad=False,
+            )
+            for path, share in zip(files, (settings.data.validation_share, 0.0), strict=True)
+        )
+        rows = learnt.train, learnt.validation[: distributions.COMPARED_ROWS]
+        return run(out, base_folder, adapter, rows, test.train, Path(folder) / "merges", console)
 
 
 def run(

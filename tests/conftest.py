@@ -57,19 +57,34 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: count])
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests without a marker for long ones as `unit`; order the files, and say which one process runs."""
+    """Mark tests without a marker for long ones as `unit`, and put the longest files first."""
     order = {name: number for number, name in enumerate(LONGEST)}
-    groups = {file: fixture for fixture, files in TOGETHER.items() for file in files}
-    place = {}
     for item in items:
         if not any(item.get_closest_marker(name) for name in ("slow", "server", "train")):
             item.add_marker("unit")
-        file = item.path.relative_to(ROOT / "tests").with_suffix("").as_posix()
-        item.add_marker(pytest.mark.xdist_group(groups.get(file, file)))
-        place[item] = order.get(file, len(order))
-    items.sort(key=place.__getitem__)
+    items.sort(key=lambda item: order.get(_file(item.nodeid), len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process runs a file, and the files that share a fixture.
+
+    xdist's own groups, `--dist loadgroup`, are without effect in pytest 9.2 (xdist 3.8.0).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    groups = {file: fixture for fixture, files in TOGETHER.items() for file in files}
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return groups.get(_file(nodeid), _file(nodeid))
+
+    return Scheduler(config, log)
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
 
 
 @pytest.fixture(scope="session")
