@@ -193,7 +193,8 @@ def held_out_again(
     base_folder = fetch.base(facts["base"]["source"], cache)
     prepare(config, path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad)
     if sha256(run / training.HELD_OUT) != facts.get("held_out"):
-        (run / training.HELD_OUT).unlink()
+        for name in (training.HELD_OUT, training.TRAINED_ON):
+            (run / name).unlink()
         raise CogpressError(
             f"The training held out other examples than {path} gives here, so that some that it learnt would be among "
             "them: its model.yaml has another data, seed or max_length. Name examples with verify.examples."

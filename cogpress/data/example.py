@@ -8,48 +8,36 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cogpress.config import Task
-from cogpress.data.read import BadRow, found_keys, parse_text, short
-from cogpress.errors import CogpressError
-from cogpress.given import REASONING, kind, tool, tool_call
+from cogpress.data.read import BadRow, found_keys, short
+from cogpress.data.turns import (
+    MASKS,
+    check_order,
+    check_texts,
+    history_of,
+    is_learnt,
+    masked,
+    plain_turn,
+    text_of,
+    tools_of,
+    turn_of,
+    turns_of,
+    unread_keys,
+)
+from cogpress.given import REASONING, kind
 from cogpress.prompts import Message, Question
 
 Format = Literal["messages", "conversations", "prompt/completion", "alpaca", "text"]
 
-_MASKS = ("completion_mask", "assistant_masks")
-"""TRL's names of what is learnt; theirs has an entry for each token, a row's one for each turn."""
-
 _FORMS: dict[Format, tuple[str, ...]] = {
-    "messages": ("messages", "system", "tools", "weight", *_MASKS),
-    "conversations": ("conversations", "system", "tools", "weight", *_MASKS),
-    "prompt/completion": ("prompt", "completion", "system", "tools", "weight", *_MASKS),
+    "messages": ("messages", "system", "tools", "weight", *MASKS),
+    "conversations": ("conversations", "system", "tools", "weight", *MASKS),
+    "prompt/completion": ("prompt", "completion", "system", "tools", "weight", *MASKS),
     "alpaca": ("instruction", "input", "output", "system", "history", "tools", "weight"),
     "text": ("text", "weight"),
 }
 KEYS = tuple(dict.fromkeys(name for names in _FORMS.values() for name in names))
 
 _MAX_WEIGHT = sys.float_info.max
-
-_TURN_KEYS = ("role", "content", "weight", "train")
-_ROLE_KEYS: dict[Any, tuple[str, ...]] = {"tool": ("tool_call_id", "name"), "assistant": ("tool_calls", *REASONING)}
-"""Further keys of a turn by its role, which the chat template writes."""
-_SHAREGPT_KEYS = ("from", "value", "weight", "train")
-_CALL = "function_call"
-"""Who speaks in ShareGPT's turns that hold calls of functions, as JSON."""
-_SHAREGPT = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-    _CALL: "assistant", "observation": "tool", "tool": "tool",
-}  # fmt: skip
-"""Roles by ShareGPT's names."""
-_MAY_FOLLOW = {
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
-}
-
-
-_ROLES = (*_MAY_FOLLOW, "developer")
 
 _TURN = {
     "role": "who speaks",
@@ -75,7 +63,7 @@ _MEANINGS = {
     "system": "the system text",
     "tools": "functions that the model may call",
     "weight": "factor on the row's loss",
-    **dict.fromkeys(_MASKS, "which turns are learnt: 1, else 0"),
+    **dict.fromkeys(MASKS, "which turns are learnt: 1, else 0"),
     "text": "plain text, all of it learnt",
 }
 
@@ -198,11 +186,7 @@ def _refuse_unread(row: Mapping[str, Any], format: Format) -> None:
     for name in ("messages", "conversations", "prompt", "completion"):
         turns = row.get(name) if name in _FORMS[format] else None
         for turn in turns if isinstance(turns, list) else ():
-            # Other roles are refused themselves.
-            if isinstance(turn, dict) and (_is_sharegpt(turn) or short(turn.get("role"))[1:-1] in _ROLES):
-                known: tuple[str, ...] = _SHAREGPT_KEYS if _is_sharegpt(turn) else _TURN_KEYS
-                known = (*known, *_ROLE_KEYS.get(short(turn.get("role"))[1:-1], ()))
-                unread += [key for key, value in turn.items() if key not in known and value not in ("", [], {})]
+            unread += unread_keys(turn)
     if unread:
         raise UnreadKeysError(list(dict.fromkeys(unread)))
 
@@ -235,7 +219,7 @@ def example_of(item: Any, line: int, task: Task = "answer") -> Example:
         raise BadRow(f"weight is {short(weight)}, not a number from 0: the factor on the row's loss")
     if not weight:
         raise NoWeight
-    tools = _tools(has.get("tools", []))
+    tools = tools_of(has.get("tools", []))
     said = [example.question.system or "", *(turn["content"] for turn in example.question.messages)]
     if tools and any("<tools>" in text for text in said):
         raise BadRow(
@@ -248,34 +232,34 @@ def example_of(item: Any, line: int, task: Task = "answer") -> Example:
 
 
 def _example_of(has: Mapping[str, Any], line: int, task: Task) -> Example:
-    system = _text(has.get("system", ""), "system") or None
+    system = text_of(has.get("system", ""), "system") or None
     if "messages" in has or "conversations" in has:
         format: Format = "messages" if "messages" in has else "conversations"
         _refuse_unread(has, format)
-        turns = _turns(has[format], format)
-        _check_order(turns)
-        turns = _masked(has, turns)
+        turns = turns_of(has[format], format)
+        check_order(turns)
+        turns = masked(has, turns)
         first = [turn["role"] for turn in turns].index("assistant")
         return _example(line, format, Question(messages=turns[:first], system=system), turns[first:], task)
     if "prompt" in has and "completion" in has:
         _refuse_unread(has, "prompt/completion")
         question = replace(_asked(has["prompt"], task), system=system)
-        given = question.messages or (_message("user", ""),)
-        answer = _masked(has, (*given, *_answered(has["completion"])), len(given))[len(given) :]
+        given = question.messages or (turn_of("user", ""),)
+        answer = masked(has, (*given, *_answered(has["completion"])), len(given))[len(given) :]
         return _example(line, "prompt/completion", question, answer, task)
     if "instruction" in has and "output" in has:
         _refuse_unread(has, "alpaca")
-        parts = [_text(has["instruction"], "instruction"), _text(has.get("input", ""), "input")]
+        parts = [text_of(has["instruction"], "instruction"), text_of(has.get("input", ""), "input")]
         if not parts[0].strip():
             raise BadRow("instruction is empty")
         text = "\n\n".join(part for part in parts if part.strip())
         asked = Question(text=text, system=system)
-        if history := _history(has.get("history", [])):  # a conversation takes no template, in serving too
-            asked = Question(messages=(*history, _message("user", text)), system=system)
-        return _example(line, "alpaca", asked, (_message("assistant", _text(has["output"], "output")),), task)
+        if history := history_of(has.get("history", [])):  # a conversation takes no template, in serving too
+            asked = Question(messages=(*history, turn_of("user", text)), system=system)
+        return _example(line, "alpaca", asked, (turn_of("assistant", text_of(has["output"], "output")),), task)
     if "text" in has:
         _refuse_unread(has, "text")
-        text = _text(has["text"], "text")
+        text = text_of(has["text"], "text")
         if task == "reversed":
             raise BadRow("text has no prompt, so it cannot be learned reversed")
         if not text.strip():
@@ -291,21 +275,21 @@ def _example_of(has: Mapping[str, Any], line: int, task: Task) -> Example:
 
 def _example(line: int, format: Format, question: Question, answer: tuple[Message, ...], task: Task) -> Example:
     # Fields are checked when they fill the template.
-    asked = question.messages or [_message("user", question.text if question.fields is None else "fields")]
+    asked = question.messages or [turn_of("user", question.text if question.fields is None else "fields")]
     turns = [*asked, *answer]
-    _check_order(turns)
+    check_order(turns)
     if question.system and turns[0]["role"] == "system":
         raise BadRow("system stands beside messages that begin with a system message: give one of them")
     if not all(turn["content"].strip() for turn in turns if turn["role"] == "user"):
         raise BadRow("the prompt is empty")
-    learnt = [index for index, turn in enumerate(answer) if turn["role"] == "assistant" and _is_learnt(turn)]
+    learnt = [index for index, turn in enumerate(answer) if turn["role"] == "assistant" and is_learnt(turn)]
     if not learnt or not all(answer[at]["content"].strip() or answer[at].get("tool_calls") for at in learnt):
         raise EmptyAnswer
     answer = answer[: learnt[-1] + 1]  # nothing is learnt from what comes after
     unlearnt = frozenset(i for i, turn in enumerate(answer) if turn["role"] == "assistant" and i not in learnt)
-    turns = [_given(turn) for turn in (*asked, *answer)]
-    answer = tuple(map(_given, answer))
-    question = replace(question, messages=tuple(map(_given, question.messages)))
+    turns = [plain_turn(turn) for turn in (*asked, *answer)]
+    answer = tuple(map(plain_turn, answer))
+    question = replace(question, messages=tuple(map(plain_turn, question.messages)))
     if task == "reversed":
         if unfit := next((name for turn in turns for name in ("tool_calls", REASONING[0]) if turn.get(name)), None):
             raise BadRow(f"{unfit} cannot be learned reversed")
@@ -313,237 +297,22 @@ def _example(line: int, format: Format, question: Question, answer: tuple[Messag
         if [turn["role"] for turn in system] not in ([], ["system"]):
             raise BadRow("a conversation of several turns cannot be learned reversed")
         question = Question(text=assistant["content"], system=system[0]["content"] if system else question.system)
-        answer = (_message("assistant", user["content"]),)
+        answer = (turn_of("assistant", user["content"]),)
     return Example(line, format, question, answer, unlearnt=unlearnt)
-
-
-def _masked(row: Mapping[str, Any], turns: tuple[Message, ...], given: int = 0) -> tuple[Message, ...]:
-    """Turns with weight 0 where the row's mask has a 0 for an assistant's; the first `given` ones are never learnt."""
-    names = [name for name in _MASKS if name in row]
-    if not names:
-        return turns
-    name, mask = names[0], row[names[0]]
-    if len(names) > 1:
-        raise BadRow(f"{' and '.join(names)} stand in one row: give one of them")
-    if not isinstance(mask, list) or any(one not in (0, 1) or not isinstance(one, bool | int | float) for one in mask):
-        raise BadRow(f"{name} is no list of 1 (learnt) and 0 (not)")
-    if len(mask) != len(turns):
-        raise BadRow(
-            f"{name} has {len(mask)} entries for {len(turns)} turns; a mask of tokens, as TRL makes it, is of no use "
-            "to another tokenizer: give an entry for each turn"
-        )
-    if wrong := [at for at, turn in enumerate(turns) if mask[at] and (at < given or turn["role"] != "assistant")]:
-        raise BadRow(f"{name}[{wrong[0]}] asks to learn a turn that is no answer")
-    return tuple(
-        turn if keep or turn["role"] != "assistant" else {**turn, "weight": 0}
-        for turn, keep in zip(turns, mask, strict=True)
-    )
-
-
-def _is_learnt(turn: Message) -> bool:
-    return bool(turn.get("weight", True)) and bool(turn.get("train", True))
-
-
-def _given(turn: Message) -> Message:
-    """A turn as the chat template gets it."""
-    return {name: value for name, value in turn.items() if name not in ("weight", "train")}
-
-
-def _history(value: Any) -> list[Message]:
-    """The earlier turns of Alpaca's `history`, pairs of what was asked and answered."""
-    if not isinstance(value, list):
-        raise BadRow(f"history is {kind(value)} and not a list")
-    turns: list[Message] = []
-    for index, both in enumerate(value):
-        if not isinstance(both, list) or len(both) != 2:
-            raise BadRow(f"history[{index}] is not a list of a question and its answer")
-        turns += [
-            _message(role, _text(text, f"history[{index}]"))
-            for role, text in zip(("user", "assistant"), both, strict=True)
-        ]
-    return turns
-
-
-def _check_order(turns: Sequence[Message]) -> None:
-    before = ""
-    for number, turn in enumerate(turns, start=1):
-        if turn["role"] not in _MAY_FOLLOW[before]:
-            after = f"after {before}" if before else "first"
-            expected = " or ".join(_MAY_FOLLOW[before])
-            raise BadRow(f"message {number} is {turn['role']}, but {after} comes {expected}")
-        before = turn["role"]
-    if before != "assistant":
-        raise BadRow(f"ends with {before or 'nothing'}, but the last message must be the assistant's, to be learned")
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _turns(value: Any, name: str) -> tuple[Message, ...]:
-    if isinstance(value, str) and value.lstrip().startswith("["):  # as tables hold lists
-        value = parse_text(value, name)
-    if not isinstance(value, list):
-        raise BadRow(f"{name} is {kind(value)} and not a list")
-    if not value:
-        raise BadRow(f"{name} is empty")
-    return tuple(_turn(item, f"{name}[{index}]") for index, item in enumerate(value))
-
-
-def _turn(value: Any, name: str) -> Message:
-    if not isinstance(value, dict):
-        raise BadRow(f"{name} is {kind(value)} and not an object")
-    if _is_sharegpt(value):
-        said, text = value.get("from"), "value"
-        role = _SHAREGPT.get(said) if isinstance(said, str) else None
-        if role is None:
-            raise BadRow(f"{name} is from {short(said)}, not system, human, gpt, {_CALL}, observation or tool")
-        if said == _CALL:
-            value = {**value, text: "", "tool_calls": _said_calls(value.get(text), f"{name}.{text}")}
-    else:
-        role, text = value.get("role"), "content"
-        role = "system" if role == "developer" else role  # OpenAI's newer name
-        if not isinstance(role, str) or not role or role not in _MAY_FOLLOW:
-            raise BadRow(f"{name} has the role {short(role)}, not system, user, assistant or tool")
-    calls = _calls(value["tool_calls"], name) if role == "assistant" and value.get("tool_calls") else []
-    content = "" if calls and value.get(text) is None else _content(value.get(text), f"{name}.{text}")
-    turn: dict[str, Any] = {"role": role, "content": content}
-    if role == "tool":
-        turn |= {key: _text(value[key], f"{name}.{key}") for key in _ROLE_KEYS[role] if key in value}
-    if calls:
-        turn["tool_calls"] = calls
-    reasoning = [key for key in REASONING if role == "assistant" and value.get(key)]
-    if len(reasoning) > 1:
-        raise BadRow(f"{name} has {' and '.join(reasoning)}: give one of them")
-    if reasoning:
-        turn[REASONING[0]] = _text(value[reasoning[0]], f"{name}.{reasoning[0]}")
-        if "</think>" in content:
-            raise BadRow(f"{name} has {reasoning[0]} beside a content with </think>: give one of them")
-    for key in ("weight", "train"):
-        if key in value:
-            if value[key] not in (0, 1) or not isinstance(value[key], bool | int | float):
-                raise BadRow(f"{name}.{key} is {short(value[key])}: a turn is learnt (1) or not (0)")
-            if value[key] and role != "assistant":
-                raise BadRow(f"{name}.{key} asks to learn a turn that is not the assistant's")
-            turn[key] = value[key]
-    return turn
-
-
-def _is_sharegpt(turn: Mapping[str, Any]) -> bool:
-    return "from" in turn and "role" not in turn
-
-
-def _said_calls(value: Any, name: str) -> list[dict[str, Any]]:
-    """The calls in the text of a `function_call` turn: an object or a list of objects with `name` and `arguments`."""
-    found = parse_text(_text(value, name), name)
-    calls = found if isinstance(found, list) else [found]
-    for call in calls:
-        if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
-            raise BadRow(f'{name} is not {{"name": ..., "arguments": ...}}, or a list of these')
-    if not calls:
-        raise BadRow(f"{name} holds no call")
-    return [{"function": call} for call in calls]
-
-
-def _calls(value: Any, name: str) -> list[dict[str, Any]]:
-    value = parse_text(value, f"{name}.tool_calls") if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise BadRow(f"{name}.tool_calls is {kind(value)} and not a list")
-    calls = []
-    for call in value:
-        call = _unflattened(call)
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(text := function.get("arguments"), str) and text.strip():
-            call = {**call, "function": {**function, "arguments": parse_text(text, f"arguments in {name}")}}
-        try:
-            calls.append(tool_call(_checked(call, f"{name}.tool_calls"), name))
-        except CogpressError as error:
-            raise BadRow(str(error).rstrip(".")) from None
-    return calls
-
-
-def _tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """The row's functions, as a list or its JSON text, as Parquet files often hold it; each may stand without the
-    `{"type": "function", "function": ...}` around it, as LLaMA-Factory, xLAM and glaive write them.
-    """
-    value = parse_text(value if value.strip() else "[]", "tools") if isinstance(value, str) else value or []
-    if not isinstance(value, list):
-        raise BadRow(f"tools is {kind(value)} and not a list")
-    value = [_unflattened(one) for one in value]
-    try:
-        return tuple(tool(_checked(one, f"tools[{at}]"), f"tools[{at}]") for at, one in enumerate(value))
-    except CogpressError as error:
-        raise BadRow(str(error).rstrip(".")) from None
-
-
-def _unflattened(one: Any) -> Any:
-    """A function, or a call of one, as OpenAI's API nests it, where a row has only what belongs inside."""
-    if not isinstance(one, dict) or "function" in one or one.get("type", "function") != "function":
-        return one
-    outer = {"type": "function", **({"id": one["id"]} if "id" in one else {})}
-    return {**outer, "function": {name: value for name, value in one.items() if name not in ("type", "id")}}
-
-
-_TEXT_PARTS = ("text", "input_text", "output_text")
-"""Types of content parts that hold text, in OpenAI's two APIs."""
-
-
-def _content(value: Any, name: str) -> str:
-    """A text, or the text of content parts."""
-    if not isinstance(value, list):
-        return _text(value, name)
-    if not value:
-        raise BadRow(f"{name} is an empty list")
-    texts: list[str] = []
-    for index, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS or set(part) != {"type", "text"}:
-            raise BadRow(f'{name}[{index}] is not {{"type": "text", "text": ...}}; only text can be learnt')
-        texts.append(_text(part["text"], f"{name}[{index}].text"))
-    return "".join(texts)
 
 
 def _asked(value: Any, task: Task) -> Question:
     if isinstance(value, list):
-        return Question(messages=_turns(value, "prompt"))
+        return Question(messages=turns_of(value, "prompt"))
     if isinstance(value, dict):
         if task == "reversed":
             raise BadRow("prompt is an object of fields, so it cannot be learned reversed")
-        _check_texts(value, "prompt")
+        check_texts(value, "prompt")
         return Question(fields=value)
-    return Question(text=_text(value, "prompt"))
-
-
-def _checked(value: Any, name: str) -> Any:
-    _check_texts(value, name)
-    return value
-
-
-def _check_texts(value: Any, name: str) -> None:
-    """Check every text in JSON; what else an object of fields may hold, the template checks."""
-    if isinstance(value, str):
-        _text(value, name)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _check_texts(item, f"{name}[{index}]")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _text(key, f"a key of {name}")
-            _check_texts(item, f"{name}.{short(key)[1:-1]}")
+    return Question(text=text_of(value, "prompt"))
 
 
 def _answered(value: Any) -> tuple[Message, ...]:
-    return (
-        _turns(value, "completion") if isinstance(value, list) else (_message("assistant", _text(value, "completion")),)
-    )
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{name} is {kind(value)} and not a string")
-    if "\0" in value:
-        raise BadRow(f"{name} contains a NUL character")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow(f"{name} contains half of a surrogate pair, which is no character") from None
-    return value
+    if isinstance(value, list):
+        return turns_of(value, "completion")
+    return (turn_of("assistant", text_of(value, "completion")),)

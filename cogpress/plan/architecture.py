@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogpress import http, source
+from cogpress import source
 from cogpress.errors import CogpressError
-from cogpress.weights import base, fetch, hub, skeleton
+from cogpress.weights import base, fetch, hub, remote_file, skeleton
 
 ATTENTION = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
 """Kinds of attention layers, by transformers' names, and whether a window bounds their cache."""
@@ -168,7 +168,7 @@ def config(text: str, cache: Path) -> dict[str, Any]:
     if wanted.kind == "hub":
         return _parsed(hub.file(wanted, "config.json").read_bytes(), shown)
     if wanted.kind == "files":
-        return _parsed(http.read(fetch.beside(wanted.text, "config.json"), MAX_CONFIG), shown)
+        return _parsed(remote_file.read(fetch.beside(wanted.text, "config.json"), MAX_CONFIG), shown)
     path = Path(wanted.text).expanduser()
     if wanted.kind == "path" and (path.is_dir() or path.suffix == ".json"):
         path = path / "config.json" if path.is_dir() else path

@@ -418,7 +418,7 @@ def _served(model: Architecture, how: Serving, machine: Machine, settings: Confi
 
 def _no_gpu(machine: Machine) -> str | None:
     if not machine.gpus:
-        return "has no GPU, which the image needs"
+        return "has no GPU; scripts/push --cpu serves a small model on it"
     if machine.capability < OLDEST:
         return "is older than CUDA 13 supports"
     return None

@@ -142,7 +142,8 @@ def tables(plan: Estimate) -> RenderableType:
 
 def _table(title: str, *columns: str) -> Table:
     """A narrow table of numbers beside names."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", title_style="bold")
+    table = Table(title=f"\n{title}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.title_justify, table.title_style = "left", "bold"
     for at, name in enumerate(columns):
         table.add_column(name, justify="right" if at else "left", no_wrap=True, vertical="bottom")
     return table
@@ -155,7 +156,7 @@ def _unfit(rows: Sequence[tuple[str, str | None, str]]) -> Text:
         if refused:
             reasons.setdefault(f"{refused}{most}", []).append(sku)
     lines = [f"{', '.join(skus)}: {reason}" for reason, skus in reasons.items()]
-    return Text("".join(f"{line}.\n" for line in lines), style="dim")
+    return Text("\n".join(f"{line}." for line in lines), style="dim")
 
 
 def _most(count: int, length: int, of: str) -> str:
@@ -237,7 +238,7 @@ def _served(plan: Estimate) -> Table:
     how = plan.serving
     table = _table(
         f"Serving {how.scheme}, {how.concurrency} sequences of {how.context:,} tokens",
-        "hardware", "$/s", "room\nGB/GPU", "longest\ncontext", "at\nonce", "tokens/s", "one\nstream", "$/1 M\ntokens",
+        "hardware", "$/s", "GB a\nGPU", "longest\ncontext", "at\nonce", "tokens/s", "one\nstream", "$/1 M\ntokens",
     )  # fmt: skip
     for row in plan.served:
         if row.refused:

@@ -90,7 +90,8 @@ class Verdict:
     @property
     def doubts(self) -> list[str]:
         """Why nothing can be concluded from a check that did not fail."""
-        return [check.cause for check in self.checks if check.passed and not check.conclusive]
+        found = (check.cause for check in self.checks if check.passed and not check.conclusive)
+        return list(dict.fromkeys(found))
 
     def tables(self) -> list[Table]:
         """The checks, and what was measured beside the task, for a terminal."""

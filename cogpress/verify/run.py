@@ -499,6 +499,13 @@ _IGNORANT = (
     "answered. Check that it was trained and that its tokenizer is its own."
 )
 
+_LINES, _ANSWERS = "training lines known by heart", "training answers right, beyond held-out ones"
+
+_NOT_KEPT = (
+    "The run kept none of its training examples, so nothing can be concluded of what was learnt by heart. Train again "
+    "to have it measured."
+)
+
 _FEW = 8
 """Held-out rows without which nothing can be said of what was learnt by heart."""
 
@@ -511,7 +518,10 @@ def _by_heart(
 ) -> list[Check]:
     """What the weights know by heart of their training, beyond what they know of held-out examples."""
     if found is None:
-        return []
+        return [
+            Check(name, "not known", limit, True, _NOT_KEPT, conclusive=False)
+            for name, limit in ((_LINES, limits.memorized), (_ANSWERS, limits.overfit))
+        ]
     held_out_right = forgotten.mean([all(one.most_likely) for one in scored])
     metrics.update(
         memorized_lines=sum(found.trained), trained_answers_right=found.right, held_out_answers_right=held_out_right
@@ -522,8 +532,8 @@ def _by_heart(
         "more examples."
     )
     measured = (
-        ("training lines known by heart", found.share, limits.memorized, len(found.held_out)),
-        ("training answers right, beyond held-out ones", gap, limits.overfit, len(scored)),
+        (_LINES, found.share, limits.memorized, len(found.held_out)),
+        (_ANSWERS, gap, limits.overfit, len(scored)),
     )
     few = f"Fewer than {_FEW} held-out examples say too little of what was learnt by heart. Hold out more."
     return [

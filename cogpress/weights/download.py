@@ -20,10 +20,9 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
-from cogpress import http
 from cogpress.errors import CogpressError
 from cogpress.files import is_full
-from cogpress.weights import pget
+from cogpress.weights import pget, remote_file
 
 SPARE = 64 << 20
 """Bytes of the disk that a download leaves free."""
@@ -32,7 +31,7 @@ _LOOK = 64 << 20
 """Bytes between two looks at the disk, where nobody said how many there are."""
 
 
-def get(wanted: Sequence[tuple[http.RemoteFile, Path]], parts: Path, *, also: int = 0) -> None:
+def get(wanted: Sequence[tuple[remote_file.RemoteFile, Path]], parts: Path, *, also: int = 0) -> None:
     """Download files to their places, with a progress bar; those in place already are not downloaded again.
 
     Args:
@@ -60,7 +59,7 @@ def get(wanted: Sequence[tuple[http.RemoteFile, Path]], parts: Path, *, also: in
         with _bar(name, total, here) as bar:
             left = _by_pget(todo, bar)
             if left:
-                with http.client() as client:
+                with remote_file.client() as client:
                     _Streams(client, bar).run(left)
     except OSError as error:
         for job in todo:
@@ -94,7 +93,7 @@ def check_room(folder: Path, needed: int) -> None:
 class _Job:
     """One file to download, and the part of it that is here."""
 
-    remote: http.RemoteFile
+    remote: remote_file.RemoteFile
     place: Path
     part: Path
 
@@ -129,7 +128,7 @@ class _Streams:
         self._stop = threading.Event()
 
     def run(self, jobs: list[_Job]) -> None:
-        with ThreadPoolExecutor(http.CONNECTIONS) as pool:
+        with ThreadPoolExecutor(remote_file.CONNECTIONS) as pool:
             futures = [pool.submit(self._download, job) for job in jobs]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
@@ -156,7 +155,7 @@ class _Streams:
                 self._count(-at)
                 at = 0
             headers = {"Range": f"bytes={at}-{(size or 0) - 1}", "If-Range": str(remote.validator)}
-            with http.request(self._client, remote.url, headers if job.resumable else None) as response:
+            with remote_file.request(self._client, remote.url, headers if job.resumable else None) as response:
                 expected = f"bytes {at}-{(size or 0) - 1}/{size}"
                 if job.resumable and (response.status_code != 206 or response.headers.get("content-range") != expected):
                     job.forget()
@@ -177,7 +176,9 @@ class _Streams:
 
         try:
             if not job.resumable or at != size:
-                http.retried(stream, remote.shown, progress=lambda: at if job.resumable else 0, pause=self._pause)
+                remote_file.retried(
+                    stream, remote.shown, progress=lambda: at if job.resumable else 0, pause=self._pause
+                )
         except BaseException:
             if not job.resumable or at > (size or 0):
                 job.forget()
@@ -220,7 +221,7 @@ def _by_pget(jobs: list[_Job], bar: tqdm[Any]) -> list[_Job]:
     files = [pget.Wanted(job.remote.url, place, job.remote.size or 0) for place, job in fresh.items()]
     if not files or not pget.get(files, bar.update):
         return jobs
-    after = http.look([job.remote.url for job in fresh.values()])
+    after = remote_file.look([job.remote.url for job in fresh.values()])
     for job, now in zip(fresh.values(), after, strict=True):
         if now.version != job.remote.version:
             for one in fresh:

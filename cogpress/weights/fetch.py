@@ -26,11 +26,11 @@ import filelock
 import numpy  # noqa: F401
 import safetensors
 
-from cogpress import http, source
+from cogpress import source
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, recover, sha256, write_json
 from cogpress.source import Source
-from cogpress.weights import archive, download, embedded, hub, manifest, tensors
+from cogpress.weights import archive, download, embedded, hub, manifest, remote_file, tensors
 from cogpress.weights.filenames import ADAPTER_CONFIG, VERIFICATION, is_taken, refuse_pickle
 
 MAX_MANIFEST = 16 << 20
@@ -226,7 +226,7 @@ def _leave_out(folder: Path, shown: str) -> None:
 def _tar(wanted: Source, cache: Path) -> FetchedModel:
     with _alone(wanted.text, wanted.shown, cache) as entry:
         try:
-            [remote] = http.look([wanted.text])
+            [remote] = remote_file.look([wanted.text])
         except CogpressError as error:
             return _kept(entry, wanted, error)
         tar = entry / "parts" / f"{remote.key}.tar"
@@ -260,14 +260,14 @@ def _files(wanted: Source, cache: Path) -> FetchedModel:
     """A folder published with its manifest, whose URL names it; the files are beside it."""
     with _alone(wanted.text, wanted.shown, cache) as entry:
         try:
-            listed = http.read(wanted.text, MAX_MANIFEST)
+            listed = remote_file.read(wanted.text, MAX_MANIFEST)
         except CogpressError as error:
             return _kept(entry, wanted, error)
 
         def fill(folder: Path) -> None:
             (folder / manifest.NAME).write_bytes(listed)
             sizes = manifest.listed(folder, wanted.shown)
-            remotes = http.look([beside(wanted.text, name) for name in sizes])
+            remotes = remote_file.look([beside(wanted.text, name) for name in sizes])
             for remote, (name, size) in zip(remotes, sizes.items(), strict=True):
                 if remote.size not in (None, size):
                     raise CogpressError(
@@ -291,7 +291,7 @@ def _files(wanted: Source, cache: Path) -> FetchedModel:
 def _fetch_verification(url: str, folder: Path) -> None:
     """Fetch the verification report published beside a manifest, if there is one: it can be newer than the weights."""
     try:
-        report = http.read(beside(url, VERIFICATION), MAX_MANIFEST)
+        report = remote_file.read(beside(url, VERIFICATION), MAX_MANIFEST)
         write_json(folder / VERIFICATION, json.loads(report))
     except (CogpressError, ValueError, RecursionError):
         return  # there is none, or the server answers with a page of its own

@@ -71,9 +71,10 @@ def test_hardware_by_contract_comes_after_what_every_account_may_use_unless_the_
     assert fits == sorted(fits, reverse=True)
     assert found.hardware is not None
     assert found.hardware.access == "general"
-    console = Console(width=160, file=io.StringIO())
+    console = Console(width=80, file=io.StringIO())
     console.print(plan_report.tables(found))
     text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text, "nothing is cut at 80 columns"
     assert "gpu-h100-4x †" in text
     assert "gpu-h100 †" not in text
     assert "† for accounts whose contract has it" in text

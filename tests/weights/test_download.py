@@ -14,7 +14,7 @@ import pytest
 
 from cogpress import http, source
 from cogpress.errors import CogpressError
-from cogpress.weights import download, pget
+from cogpress.weights import download, pget, remote_file
 from tests.standins.fileserver import FileServer
 
 MB = 1 << 20
@@ -36,7 +36,7 @@ def served(site: FileServer, name: str = "a.bin", size: int = 7 * MB + 13) -> by
 
 def get(site: FileServer, folder: Path, name: str = "a.bin", query: str = "") -> Path:
     place = folder / "places" / name
-    [remote] = http.look([f"{site.url}/{name}{query}"])
+    [remote] = remote_file.look([f"{site.url}/{name}{query}"])
     download.get([(remote, place)], folder / "parts")
     return place
 
@@ -74,7 +74,7 @@ def test_a_cut_is_resumed_where_it_was(tmp_path: Path, site: FileServer) -> None
 def test_a_server_that_falls_silent_is_asked_again(
     tmp_path: Path, site: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(remote_file, "SILENCE_SECONDS", 0.5)
     content = served(site)
     site.stalls, site.cut_after = 2, 3 * MB
     assert get(site, tmp_path / "out").read_bytes() == content
@@ -108,7 +108,7 @@ def test_another_process_resumes_but_never_another_version(tmp_path: Path, site:
     for _ in range(2):
         with pytest.raises(CogpressError, match=r"Could not download .*a\.bin: .* times in a row"):
             get(site, tmp_path / "out")
-    [remote] = http.look([f"{site.url}/a.bin"])
+    [remote] = remote_file.look([f"{site.url}/a.bin"])
     # What a killed process leaves
     part = tmp_path / "out" / "parts" / f"{remote.key}.part"
     part.write_bytes(content[: 4 * MB])
@@ -122,7 +122,7 @@ def test_another_process_resumes_but_never_another_version(tmp_path: Path, site:
     content = served(site, size=7 * MB)
     place.unlink()
     assert get(site, tmp_path / "out").read_bytes() == content
-    [remote] = http.look([f"{site.url}/a.bin"])
+    [remote] = remote_file.look([f"{site.url}/a.bin"])
     (tmp_path / "out" / "parts" / f"{remote.key}.part").write_bytes(b"x" * 8 * MB)
     place.unlink()
     assert get(site, tmp_path / "out").read_bytes() == content
@@ -136,7 +136,7 @@ def test_another_process_resumes_but_never_another_version(tmp_path: Path, site:
 
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path, site: FileServer) -> None:
     served(site)
-    [remote] = http.look([f"{site.url}/a.bin"])
+    [remote] = remote_file.look([f"{site.url}/a.bin"])
     os.utime(site.folder / "a.bin", ns=(1, 1))
     with pytest.raises(CogpressError, match="changed while it was downloaded"):
         download.get([(remote, tmp_path / "out" / "a.bin")], tmp_path / "out" / "parts")
@@ -149,18 +149,18 @@ def test_a_busy_server_is_retried_and_a_refusal_is_not(tmp_path: Path, site: Fil
     assert get(site, tmp_path / "out").read_bytes() == content
     site.busy = 1000
     with pytest.raises(CogpressError, match="the server answered 503, 6 times in a row"):
-        http.look([f"{site.url}/a.bin"])
+        remote_file.look([f"{site.url}/a.bin"])
     site.busy = 0
     site.log.clear()
     with pytest.raises(CogpressError, match="the server answered 404"):
-        http.look([f"{site.url}/missing"])
+        remote_file.look([f"{site.url}/missing"])
     assert len(site.log) == 1
 
 
 def test_many_files_of_all_sizes(tmp_path: Path, site: FileServer) -> None:
     contents = {f"f{size}/x y%ü": served(site, f"f{size}", size) for size in (0, 1, 5, 2 * MB, 3 * MB)}
     wanted = [(f"{site.url}/{name.partition('/')[0]}", tmp_path / "out" / name) for name in contents]
-    remotes = http.look([url for url, _ in wanted])
+    remotes = remote_file.look([url for url, _ in wanted])
     download.get([(r, place) for r, (_, place) in zip(remotes, wanted, strict=True)], tmp_path / "out" / "parts")
     assert {name: (tmp_path / "out" / name).read_bytes() for name in contents} == contents
     site.log.clear()
@@ -191,7 +191,7 @@ def test_no_secret_is_shown_or_logged(
             get(site, tmp_path / "other", name, "?signature=secret")
         assert "secret" not in str(error.value)
     with pytest.raises(CogpressError) as error:
-        http.look(["https://user:secret@127.0.0.1:1/a?secret#secret"])
+        remote_file.look(["https://user:secret@127.0.0.1:1/a?secret#secret"])
     assert "secret" not in str(error.value)
     assert source.shown("https://user:secret@host:1/a/b.tar?secret#secret") == "https://host:1/a/b.tar"
     out = capfd.readouterr()
@@ -202,7 +202,7 @@ def test_no_secret_is_shown_or_logged(
 
 def test_room_is_checked_before_anything_is_fetched(tmp_path: Path, site: FileServer) -> None:
     served(site)
-    [remote] = http.look([f"{site.url}/a.bin"])
+    [remote] = remote_file.look([f"{site.url}/a.bin"])
     site.log.clear()
     with pytest.raises(CogpressError, match=r"needs 1000000000\.01 GB.* GB free"):
         download.get([(remote, tmp_path / "a")], tmp_path / "parts", also=10**18)
@@ -254,7 +254,7 @@ def test_pget_is_used_where_it_is_installed(
 ) -> None:
     log = install_pget(tmp_path, monkeypatch, "works")
     contents = {name: served(site, name, size) for name, size in (("a", 5 * MB), ("b", 100), ("empty", 0))}
-    remotes = http.look([f"{site.url}/{name}?signature=secret" for name in contents])
+    remotes = remote_file.look([f"{site.url}/{name}?signature=secret" for name in contents])
     places = [tmp_path / "out" / name for name in contents]
     download.get(list(zip(remotes, places, strict=True)), tmp_path / "out" / "parts")
     assert [place.read_bytes() for place in places] == list(contents.values())
