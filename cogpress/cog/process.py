@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -416,10 +417,33 @@ def _environment(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def free_port(host: str) -> int:
-    """A free port."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A free port that the system gives to nobody who asks for any port, as every outgoing connection does.
+
+    The server binds it seconds later. Linux names its range for "any port"; the ports below it are asked for by number.
+
+    Raises:
+        CogpressError: none of a hundred ports is free.
+    """
+    below, why = _lowest_given_port(), None
+    for _ in range(100):
+        port = secrets.randbelow(below - 10_000) + 10_000
+        try:
+            with socket.socket() as probe:
+                probe.bind((host, port))
+        except OSError as error:
+            why = error.strerror
+        else:
+            return port
+    raise CogpressError(f"No port between 10000 and {below} can be used on {host}: {why}. End what you no longer need.")
+
+
+def _lowest_given_port() -> int:
+    """The first port that the system gives to whoever asks for any; 32768, Linux's default, where that is unknown."""
+    try:
+        lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        lowest = 32_768
+    return lowest if lowest > 10_100 else 65_536
 
 
 def check_free(host: str, port: int) -> None:

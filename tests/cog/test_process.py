@@ -20,7 +20,7 @@ import pytest
 
 from cogpress.cog import client, ending
 from cogpress.cog import process as server
-from cogpress.cog.process import Server
+from cogpress.cog.process import Server, free_port
 from cogpress.errors import CogpressError
 
 pytestmark = pytest.mark.slow
@@ -379,6 +379,15 @@ def test_weights_at_a_url_are_left_to_the_runner(root: Path) -> None:
         while "COG_WEIGHTS" not in process.environ() and time.monotonic() < deadline:
             time.sleep(0.02)  # until the program has replaced the fork of this one
         assert process.environ()["COG_WEIGHTS"] == url
+
+
+def test_a_chosen_port_is_none_that_a_connection_gets_meanwhile() -> None:
+    ports = {free_port("127.0.0.1") for _ in range(50)}
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(1024 < port < first for port in ports)
+    assert len(ports) > 25
+    with pytest.raises(CogpressError, match=r"can be used on 192\.0\.2\.1: Cannot assign requested address"):
+        free_port("192.0.2.1")
 
 
 def test_a_port_in_use_is_named(root: Path) -> None:
