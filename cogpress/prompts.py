@@ -252,6 +252,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: Question, settings: Pro
     return encode_prompt(tokenizer, conversation(question, settings), tools=question.tools, thinking=thinking)
 
 
+def at_least(tokenizer: PreTrainedTokenizerBase, question: Question, settings: Prompt) -> int:
+    """How many tokens a question certainly has, told without tokenizing it; raises as `conversation` does.
+
+    Chat templates may drop what an assistant said before and the blanks around a text, and no more.
+    """
+    texts = [message["content"] for message in conversation(question, settings) if message["role"] != "assistant"]
+    return sum(len(text.strip()) for text in texts) // _longest_token(tokenizer)
+
+
+@functools.lru_cache(maxsize=8)
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most characters that a token stands for; byte-level vocabularies write no fewer."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
 def encode_example(tokenizer: PreTrainedTokenizerBase, example: Conversation) -> list[int]:
     """Token ids of an example up to where its last answer begins; raises as `encode_prompt`."""
     return encode_prompt(tokenizer, example.asked, tools=example.tools, thinking=example.thinking)

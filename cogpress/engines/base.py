@@ -26,7 +26,7 @@ INCOMPLETE = "The engine gave up this answer before its end. Run it again, and s
 CRASHED = "The server failed on this input, which is the server's fault. See its log, or try another input."
 """The error of a prediction on which an exception came that nobody foresaw; its trace is in the log."""
 
-CONTEXT_EXCEEDED = re.compile(r"The prompt is \d+ tokens long and the context (\d+), ")
+CONTEXT_EXCEEDED = re.compile(r"The prompt is (?:more than )?\d+ tokens long and the context (\d+), ")
 """How the error of a prompt begins that leaves no room for an answer, with the context's tokens."""
 
 MAX_LOGPROBS = 20

@@ -23,7 +23,7 @@ from cogpress.playground.files import Files
 from cogpress.playground.keys import Keys
 from cogpress.playground.records import ENDED, Options, QueueFullError, Version, new_id, now
 from cogpress.playground.store import Store, UnwritableError
-from cogpress.weights import archive
+from cogpress.weights import archive, fetch
 
 _BLOCK = 4 << 20  # bytes; a multiple of four, because base64 is decoded in blocks
 
@@ -257,7 +257,7 @@ class Trainings:
         if not part.is_file():
             raise CogpressError("The training's output has no file named weights, so there is no new version.")
         folder = self._store.folder / "trained" / record["id"]
-        await asyncio.to_thread(archive.unpack, part, folder)
+        await asyncio.to_thread(archive.unpack, part, folder, lambda new: fetch.leave_out(new, "the training's tar"))
         label = f"trained {time.strftime('%Y-%m-%d %H:%M')}"
         version = await self._catalog.add(record["destination"], f"folder:{folder}", label=label)
         with part.open("rb") as content:

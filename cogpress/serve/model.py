@@ -86,10 +86,14 @@ class ServedModel:
             tokenizer: another instance of the model's tokenizer, for use in a thread.
 
         Raises:
-            CogpressError: the prompt is empty, an input's JSON is malformed, or the chat template refuses.
+            CogpressError: the prompt is empty or certainly fills the context, an input's JSON is malformed, or the chat
+                template refuses.
         """
-        settings = prompt or self.prompt
-        return prompts.encode(tokenizer or self.tokenizer, inputs.question(request, settings), settings)
+        settings, tokenizer = prompt or self.prompt, tokenizer or self.tokenizer
+        question, context = inputs.question(request, settings), self.engine.max_context
+        if prompts.at_least(tokenizer, question, settings) > context:
+            raise _too_long(f"more than {context}", context)  # tokenizing megabytes takes seconds
+        return prompts.encode(tokenizer, question, settings)
 
     async def answer(self, given: Mapping[str, Any], record: Record, *, stream: bool = True) -> AsyncIterator[str]:
         """Check a request and stream its answer.
@@ -128,10 +132,7 @@ class ServedModel:
         prompt = await self._threaded(self.encode, request, form) if long else self.encode(request, form)
         room = self.engine.max_context - len(prompt)
         if room < 1:
-            raise CogpressError(
-                f"The prompt is {len(prompt)} tokens long and the context {self.engine.max_context}, which must also "
-                "hold the answer. Shorten the prompt."
-            )
+            raise _too_long(str(len(prompt)), self.engine.max_context)
         most = min(sampling.max_tokens, room)
         sampling = replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
         await self.engine.check(sampling)
@@ -218,6 +219,14 @@ def _size(given: Mapping[str, Any]) -> int:
     """Number of characters in a prediction's inputs."""
     texts = [one for value in given.values() for one in (value if isinstance(value, list) else [value])]
     return sum(len(one) for one in texts if isinstance(one, str))
+
+
+def _too_long(tokens: str, context: int) -> CogpressError:
+    """For users, of a prompt that leaves no room for an answer; `engines.base.CONTEXT_EXCEEDED` matches it."""
+    return CogpressError(
+        f"The prompt is {tokens} tokens long and the context {context}, which must also hold the answer. Shorten the "
+        "prompt."
+    )
 
 
 def _crashed() -> CogpressError:

@@ -6,7 +6,7 @@ import gzip
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
@@ -55,10 +55,12 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def unpack(tar: Path, target: Path) -> Path:
-    """Unpack a tar into `target`, all or nothing; see `unpack_into`."""
+def unpack(tar: Path, target: Path, then: Callable[[Path], object] | None = None) -> Path:
+    """Unpack a tar into `target`, all or nothing; see `unpack_into`. `then` has the new folder before it is there."""
     with new_folder(target) as part:
         unpack_into(tar, part)
+        if then is not None:
+            then(part)
     return target
 
 

@@ -187,7 +187,7 @@ def _path(wanted: Source, cache: Path) -> FetchedModel:
     def unpack(folder: Path) -> None:
         archive.unpack_into(path, folder)
         _lift(folder)
-        _leave_out(folder, wanted.shown)
+        leave_out(folder, wanted.shown)
 
     with _alone(str(path.resolve()), wanted.shown, cache) as entry:
         return _version(entry, f"{state.st_size}:{state.st_mtime_ns}", wanted.shown, unpack)
@@ -202,8 +202,12 @@ def _lift(folder: Path) -> None:
         inner.rename(folder)
 
 
-def _leave_out(folder: Path, shown: str) -> None:
+def leave_out(folder: Path, shown: str) -> None:
     """Delete what no model has from an unpacked tar, and say so.
+
+    Args:
+        folder: where it was unpacked.
+        shown: what messages call the tar.
 
     Raises:
         CogpressError: its manifest lists such a file.
@@ -239,7 +243,7 @@ def _tar(wanted: Source, cache: Path) -> FetchedModel:
             get()
             archive.unpack_into(tar, folder, wanted.shown)
             _lift(folder)
-            _leave_out(folder, wanted.shown)
+            leave_out(folder, wanted.shown)
 
         version = remote.key
         try:

@@ -72,6 +72,9 @@ def test_a_training_becomes_a_version_that_can_be_run(client: Any, local: Local,
     assert now.logs.splitlines() == [f"step {number}" for number in range(6)]
     assert client.models.get("local/tuned").latest_version.id == now.output["version"].partition(":")[2]
     assert client.run("local/tuned", input={"prompt": "weights", "count": 1}) == ["raw:what was learnt"]
+    left = [path.name for path in (local.data / "trained" / made.id).iterdir()]
+    assert left == ["config.json"], "what no model has is left out of a version"
+    assert "Left out of the training's tar" in (local.data / "local.log").read_text()
     assert client.run(now.output["version"], input={"prompt": "weights", "count": 1})
     assert client.run("local/echo", input={"prompt": "weights", "count": 1}) == ["raw:untrained"]
     assert httpx.get(now.output["weights"], trust_env=False).headers["content-disposition"].startswith("attachment")

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -31,6 +31,7 @@ def server(tokenizer: Any, prompt: config.Prompt = TEMPLATE) -> serving.ServedMo
     """A model without weights or engine: prompts need neither."""
     made = object.__new__(serving.ServedModel)
     made.prompt, made.tokenizer = prompt, tokenizer
+    made.engine = cast(Any, SimpleNamespace(dead=False, max_context=8192))
     return made
 
 
@@ -271,6 +272,27 @@ def test_long_inputs_are_parsed_and_tokenized_in_a_thread_and_short_ones_are_not
         asyncio.run(understand(given))
         assert threads
         assert {thread == threading.get_ident() for thread in threads} == {inside}
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen million characters would be tokenized for many seconds."""
+    long = "word " * 3_000_000
+    turns = json.dumps([{"role": "user", "content": long}])
+    made, longest = server(tokenizer), max(filter(str.isascii, tokenizer.get_vocab()), key=len)
+    room = 100
+    made.engine.max_context = room
+    # As few tokens as so many characters can be, and not refused.
+    assert len(made.encode(inputs.Request(prompt=longest * (room // 2), system_prompt=""))) <= room
+    # A template may drop what the assistant said, and blanks.
+    said = [{"role": "assistant", "content": "a" * 10_000}, {"role": "user", "content": "a" + " " * 100_000}]
+    assert made.encode(inputs.Request(messages=json.dumps(said)))
+    monkeypatch.setattr(serving.prompts, "encode", lambda *_: pytest.fail("it was tokenized"))
+    for request in (inputs.Request(prompt=long), inputs.Request(messages=turns), inputs.Request("x", long)):
+        with pytest.raises(CogpressError, match="is more than 100 tokens long and the context 100, which") as told:
+            made.encode(request)
+        assert engine.CONTEXT_EXCEEDED.match(str(told.value)), "clients act on its code"
 
 
 async def never(_sampling: Any) -> None:

@@ -86,9 +86,10 @@ async def train(
         await asyncio.sleep(0.2)
     path = pathlib.Path(tempfile.mkdtemp()) / "weights.tar"
     with tarfile.open(path, "w") as tar:
-        member = tarfile.TarInfo("config.json")
-        member.size = len(text)
-        tar.addfile(member, io.BytesIO(text))
+        for name in ("config.json", "notes.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
     return TrainingOutput(weights=cog.Path(path))
 """
 
