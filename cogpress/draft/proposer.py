@@ -57,6 +57,7 @@ class Proposer:
         self._share = 1.0
         self._steps = StepCost()
         self._failed = False
+        self.on = True
 
     def load_model(self, *_: Any, **__: Any) -> None:
         """There is none."""
@@ -76,7 +77,7 @@ class Proposer:
             token_ids_cpu: prompts and answers so far, int32, shape (rows, longest).
             slot_mappings: not used.
         """
-        if self._failed:
+        if self._failed or not self.on:
             return [[] for _ in sampled_token_ids]
         try:
             return self._propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
@@ -111,6 +112,16 @@ class Proposer:
             drafts.append(request.draft(least, min(MOST, self._longest - 1 - length)))
         self._steps.begins(rows, sum(map(len, drafts)), complete=all(sampled_token_ids))
         return drafts
+
+
+class Switch:
+    """What vLLM's worker is extended by (`worker_extension_cls`): the engine's process is asked for it by name."""
+
+    model_runner: Any
+
+    def switch_draft(self, on: bool) -> None:
+        """Draft from the next step on, or no more."""
+        self.model_runner.drafter.on = on
 
 
 class StepCost:

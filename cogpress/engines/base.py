@@ -149,6 +149,9 @@ class Engine(Protocol):
             CogpressError: the engine is dead.
         """
 
+    async def drafting(self, on: bool) -> bool:
+        """Switch the weights' own draft on or off, from the next step; whether there is one to be switched."""
+
     @property
     def dead(self) -> bool:
         """Whether the engine can no longer answer."""

@@ -261,6 +261,10 @@ class Engine:
             self._active = name
         return self._model
 
+    async def drafting(self, on: bool) -> bool:
+        """See `cogpress.engines.base.Engine`."""
+        return False
+
     async def score(self, ids: list[int]) -> list[float]:
         """See `cogpress.engines.base.Engine`."""
         import torch

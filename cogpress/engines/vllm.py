@@ -42,6 +42,9 @@ process there and polls it for its answer, on a core that computing needs (docs/
 DRAFTS = "cogpress.draft.proposer.Proposer"
 """The class that vLLM's engine imports to draft."""
 
+SWITCH = "cogpress.draft.proposer.Switch"
+"""What its worker is extended by, to draft no more."""
+
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts as the largest rank of an adapter."""
 
@@ -169,6 +172,13 @@ class Engine:
         except EngineDeadError:
             raise CogpressError(DEAD) from None
         return [step[one].logprob if step else 0.0 for one, step in zip(ids, found, strict=True)]
+
+    async def drafting(self, on: bool) -> bool:
+        """See `cogpress.engines.base.Engine`."""
+        if self._llm.vllm_config.parallel_config.worker_extension_cls != SWITCH:
+            return False
+        await self._llm.collective_rpc("switch_draft", args=(on,))
+        return True
 
     @property
     def dead(self) -> bool:
@@ -365,7 +375,11 @@ def speculation(folder: Path, serve: Serve, adapters: int = 0) -> dict[str, Any]
         return {}
     table = draft.check(folder, ((manifest.read(folder) or {}).get("merge") or {}).get("adapter"))
     chosen = {"method": "custom_class", "model": DRAFTS, "num_speculative_tokens": proposer.MOST}
-    return {"speculative_config": chosen, "additional_config": {proposer.OPTION: str(table)}}
+    return {
+        "speculative_config": chosen,
+        "additional_config": {proposer.OPTION: str(table)},
+        "worker_extension_cls": SWITCH,
+    }
 
 
 def lower_priority() -> None:

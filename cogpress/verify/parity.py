@@ -49,13 +49,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Served:
-    """What the engine made of held-out rows. Speeds are tokens per second, of one stream and of 16 at once."""
+    """What the engine made of held-out rows.
+
+    Speeds are tokens per second, of one stream whose prompt is known and of 16 at once. `undrafted`: the same without
+    the weights' draft, where that can be switched off; all its prompts are known by then.
+    """
 
     answers: list[Answer]
     expected_logprobs: list[list[float]]
     stream_tokens_per_second: float
     concurrent_tokens_per_second: float
     ready_seconds: float
+    undrafted: Served | None = None
 
 
 @dataclass(frozen=True)
@@ -148,15 +153,13 @@ async def _ask_all(
     engine = make(folder, settings, STREAMS)
     ready = time.perf_counter() - started
     try:
-        await _answer(engine, prompts[0], max_tokens)  # the first request after a start is slower
-        alone = []
-        for prompt in prompts[:_SINGLE]:
-            began = time.perf_counter()
-            answer = await _answer(engine, prompt, max_tokens)
-            alone.append(len(answer.tokens) / (time.perf_counter() - began))
-        began = time.perf_counter()
-        answers = await _at_once(lambda prompt: _answer(engine, prompt, max_tokens), prompts)
-        seconds = time.perf_counter() - began
+        for prompt in prompts[:_SINGLE]:  # the first request after a start is slower, and one with a new prompt
+            await _answer(engine, prompt, 1)
+        answers, single, together = await _timed(engine, prompts, max_tokens)
+        undrafted = None
+        if await engine.drafting(False):
+            plain, *speeds = await _timed(engine, prompts, max_tokens)
+            undrafted = Served(plain, [], speeds[0], speeds[1], ready)
         rows = [] if rows is None else rows
         asked = list(zip(prompts, answers, strict=True))[: len(rows)]
         given = [
@@ -173,10 +176,24 @@ async def _ask_all(
     return Served(
         answers=answers,
         expected_logprobs=expected,
-        stream_tokens_per_second=sorted(alone)[len(alone) // 2],
-        concurrent_tokens_per_second=sum(len(answer.tokens) for answer in answers) / seconds,
+        stream_tokens_per_second=single,
+        concurrent_tokens_per_second=together,
         ready_seconds=ready,
+        undrafted=undrafted,
     )
+
+
+async def _timed(engine: Engine, prompts: Sequence[list[int]], max_tokens: int) -> tuple[list[Answer], float, float]:
+    """All answers, and the tokens per second of one stream and of all at once."""
+    alone = []
+    for prompt in prompts[:_SINGLE]:
+        began = time.perf_counter()
+        answer = await _answer(engine, prompt, max_tokens)
+        alone.append(len(answer.tokens) / (time.perf_counter() - began))
+    began = time.perf_counter()
+    answers = await _at_once(lambda prompt: _answer(engine, prompt, max_tokens), prompts)
+    seconds = time.perf_counter() - began
+    return answers, sorted(alone)[len(alone) // 2], sum(len(answer.tokens) for answer in answers) / seconds
 
 
 async def _at_once(ask: Callable[[list[int]], Awaitable[Any]], prompts: Sequence[list[int]]) -> list[Any]:

@@ -696,9 +696,11 @@ def _draft(
         return []
     if serve.speculative == "auto" and not draft.path_in(case.weights).is_file():
         return []
-    without = serve.model_copy(update={"speculative": "none"})
-    with step("Answers of the engine without a draft", case.console):
-        plain = parity.serve(case.weights, without, case.prompts, None, case.max_tokens, log, make)
+    plain = served.undrafted
+    if plain is None:
+        without = serve.model_copy(update={"speculative": "none"})
+        with step("Answers of the engine without a draft", case.console):
+            plain = parity.serve(case.weights, without, case.prompts, None, case.max_tokens, log, make)
     changed = parity.changed(served.answers, plain.answers, case.limits.served_difference)
     metrics.update(
         draft_changed=changed,

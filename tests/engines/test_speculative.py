@@ -78,6 +78,11 @@ def test_greedy_answers_are_those_without_it(
             alone["cold"] = await answer(fields=asked[0], temperature=0.01, seed=1, top_k=5, top_p=0.9)
             with pytest.raises(CogpressError, match="not yet supported with speculative decoding") as refused:
                 await answer(prompt="x", logit_bias='{"yes": 5}')
+            assert await server.engine.drafting(False) is (side == "table")
+            steps = 0
+            alone["switched off"] = await answer(fields=asked[0])
+            if side == "table":
+                assert steps >= int(metrics["output_token_count"]) - 1, "a step for each token"
             return texts, alone, str(refused.value), taken
         finally:
             server.engine.shutdown()

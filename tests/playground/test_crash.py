@@ -25,7 +25,18 @@ def kill_family(pid: int) -> None:
     family = [leader, *leader.children(recursive=True)]
     for process in family:
         process.kill()
-    psutil.wait_procs(family, timeout=60)
+    deadline = time.monotonic() + 60
+    while any(map(alive, family)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it still runs; a dead one stays a zombie until its parent looks for it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for(local: Local, status: str, identifiers: list[str], seconds: float = 60) -> None:

@@ -25,7 +25,7 @@ from cogpress.files import write_json
 from cogpress.merge import merge
 from cogpress.prompts import Row, encode_example
 from cogpress.train.run import TRAINED_ON
-from cogpress.verify import distributions, parity, references
+from cogpress.verify import distributions, forgotten, parity, references
 from cogpress.verify import report as verdict
 from cogpress.verify import run as verify
 from cogpress.verify.report import Check
@@ -59,6 +59,15 @@ def tiny_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def task_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is asked of the engine, and nothing outside of the task: other tests verify that."""
+    unchanged = forgotten.General(1.0, 1.0, 0.0, *[["Yes."] * len(forgotten.INSTRUCTIONS)] * 2, vocabulary=100)
+    monkeypatch.setattr(verify, "_served", lambda *_: [])
+    monkeypatch.setattr(verify, "_before", lambda _: tmp_path)
+    monkeypatch.setattr(verify, "_beside", lambda *_: (unchanged, None))
+
+
+@pytest.fixture
 def copy(tiny_run: Path, tmp_path: Path) -> Path:
     """The tiny run's weights, to be damaged."""
     return Path(shutil.copytree(tiny_run / "weights", tmp_path / "weights"))
@@ -89,7 +98,7 @@ def test_the_merge_of_a_run_passes(verified: tuple[Path, verdict.Verdict]) -> No
     assert names[:5] == ["files", "tokenizer", "chat template", "prompt", "merge"]
     assert found.metrics["mean_kl"] < 0.001
     assert found.metrics["top1_agreement"] > 0.995
-    assert found.metrics["score"] == pytest.approx(found.metrics["reference_score"], abs=0.02)
+    assert found.metrics["score"] == pytest.approx(found.metrics["reference_score"], abs=0.05)
     assert found.metrics["score"] > 0.7
     assert found.metrics["served_agreement"] >= 0.99
     assert found.metrics["served_perplexity"] == pytest.approx(found.metrics["perplexity"], rel=0.02)
@@ -114,7 +123,7 @@ def test_the_reference_answers_as_if_every_token_were_generated(
     tokenizer, adapter = base.tokenizer(verified[0]), manifest.fingerprint(trained_run / ADAPTER)
     examples = verify.held_out(settings_verified.verify, trained_run, trained_run, settings_verified.prompt)
     known = references.kept(trained_run, adapter, [encode_example(tokenizer, one) for one in examples])
-    assert known == [row["answer"] for row in answered]
+    assert known == [row["answer"] for row in answered[: len(examples)]]
 
 
 @pytest.mark.slow
@@ -151,13 +160,11 @@ def test_weights_that_change_afterwards_count_as_unverified(
 
 
 @pytest.mark.slow
-def test_the_usual_merge_is_caught(
-    trained_run: Path, few: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("task_alone")
+def test_the_usual_merge_is_caught(trained_run: Path, few: config.Config, tmp_path: Path) -> None:
     """peft's own merge onto the original weights, saved by transformers' own code."""
     from peft import PeftModel
 
-    monkeypatch.setattr(verify, "_served", lambda *_: [])
     copy = Path(shutil.copytree(trained_run / "weights", tmp_path / "weights"))
     adapter = trained_run / "adapter"
     source = fetch.base((manifest.read(adapter) or {})["base"]["source"], ROOT / ".cache")
@@ -177,10 +184,8 @@ def test_the_usual_merge_is_caught(
 
 
 @pytest.mark.slow
-def test_the_usual_merge_passes_where_it_is_configured(
-    trained_run: Path, few: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verify, "_served", lambda *_: [])
+@pytest.mark.usefixtures("task_alone")
+def test_the_usual_merge_passes_where_it_is_configured(trained_run: Path, few: config.Config, tmp_path: Path) -> None:
     adapter = trained_run / "adapter"
     source = fetch.base((manifest.read(adapter) or {})["base"]["source"], ROOT / ".cache")
     merge.merge(source, adapter, tmp_path / "weights", onto="original")
