@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cogpress.errors import CogpressError
@@ -110,6 +110,46 @@ def reasoning_of(message: Mapping[str, Any]) -> str:
     return next((text for name in REASONING if isinstance(text := message.get(name), str) and text), "")
 
 
+_OF_MESSAGES = {"assistant": ("tool_calls", *REASONING), "tool": ("tool_call_id",)}
+"""Keys of messages besides role, content and name, by the role that they are read of."""
+
+_SENT_ALONG = frozenset(
+    {
+        *("id", "index", "name", "refusal", "annotations", "parsed", "parsed_arguments", "prefix", "weight"),
+        *("finish_reason", "stop_reason", "created_at", "metadata", "cache_control", "provider_specific_fields"),
+        *("reasoning_details", "extra_content"),
+    }
+)
+"""Keys that clients send along with messages, their parts and calls, such as what an answer had: they ask nothing."""
+
+
+def refuse_unread(value: Mapping[str, Any], known: Collection[str], place: str) -> None:
+    """Refuse keys that would vanish; what clients send along and empty values ask for nothing.
+
+    Raises:
+        CogpressError: there is such a key; names it and the place.
+    """
+    unread = [
+        name
+        for name, one in value.items()
+        if name not in known and name not in _SENT_ALONG and one not in (None, "", [], {}, False)
+    ]
+    if unread:
+        raise CogpressError(f"{place} has the key {unread[0][:80]!r}, which is not read here. Leave it out.")
+
+
+def check_message(message: Mapping[str, Any], place: str) -> None:
+    """Refuse a client's message of which something would vanish.
+
+    Raises:
+        CogpressError: it has a key that its role does not, or two reasonings; names the place.
+    """
+    refuse_unread(message, ("role", "content", *_OF_MESSAGES.get(message["role"], ())), place)
+    reasoning = {name: message[name] for name in REASONING if message.get(name)}
+    if message["role"] == "assistant" and any(one != reasoning_of(message) for one in reasoning.values()):
+        raise CogpressError(f"{place}: {' and '.join(reasoning)} must be text, and the same. Give one of them.")
+
+
 def tool(value: Any, place: str) -> dict[str, Any]:
     """A function that the model may call, as OpenAI's API describes it.
 
@@ -132,12 +172,14 @@ def tool_call(value: Any, place: str) -> dict[str, Any]:
     function = value.get("function") if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise CogpressError(f'{place}: each of tool_calls must be {{"function": {{"name": ..., "arguments": ...}}}}.')
+    within = f"{place[0].lower()}{place[1:]}"
+    refuse_unread(value, ("id", "type", "function"), f"A call in {within}")
+    refuse_unread(function, ("name", "arguments"), f"The call of {function['name'][:80]} in {within}")
     arguments = function.get("arguments")
     if arguments is None:
         arguments = {}
     if isinstance(arguments, str):
-        name = f"arguments in {place[0].lower()}{place[1:]}"
-        arguments = read_json(arguments, name) if arguments.strip() else {}
+        arguments = read_json(arguments, f"arguments in {within}") if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise CogpressError(f"{place}: the arguments of {function['name'][:80]} must be a JSON object, such as {{}}.")
     kept: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}

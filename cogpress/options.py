@@ -200,8 +200,8 @@ class Data(Section):
     task: Task = "answer"
     """What is learned: the `answer`, or `reversed`, the instruction from its response."""
     general: str | None = None
-    """Text that the model should still know after it was trained, for a [balanced merge](merge.md): JSON lines with a
-    `text` each. Default: the kit's own, of several kinds."""
+    """Text that the model should still know after it was trained, for a [balanced merge](merge.md): JSON lines or
+    Parquet with a `text` each, some hundred paragraphs. Default: the kit's own, of several kinds."""
     ignore: tuple[str, ...] = ()
     """Keys of the examples to leave out: of rows, of messages and of a prompt's fields. Others that have no meaning in
     their [form](own-model.md#examples) are refused."""

@@ -300,7 +300,7 @@ def build(
         prepared = prepare(
             config, data_path, base_folder, run, console, validation_path=validation_path, skip_bad=skip_bad
         )
-    if config.merge == "balanced":  # refused before anything is trained
+    if config.merge == "balanced" or general_text:  # refused before anything is trained
         for use in ("fit", "measure"):
             general.pieces(base.tokenizer(base_folder), use, general_text)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cogpress.config import Task
-from cogpress.data.read import BadRow, found_keys, short
+from cogpress.data.read import BadRow, found_keys, parse_text, short
 from cogpress.data.turns import (
     MASKS,
     check_order,
@@ -21,6 +22,7 @@ from cogpress.data.turns import (
     tools_of,
     turn_of,
     turns_of,
+    unfilled,
     unread_keys,
 )
 from cogpress.given import REASONING, kind
@@ -75,6 +77,9 @@ def key_paths(item: Any) -> set[str]:
         if value is None:
             continue
         found.add(name)
+        if name in ("messages", "conversations") and isinstance(value, str):
+            with contextlib.suppress(BadRow):
+                value = parse_text(value, name)
         turns = value if isinstance(value, list) and name != "tools" else []
         found |= {
             f"{name}[].{key}"
@@ -141,24 +146,51 @@ class UnreadKeysError(BadRow):
         self.names = tuple(names)
 
 
+_FUNCTIONS = ("tools", "tool_calls")
+_GIVEN_AS_IS = ("arguments", "default", "const")
+"""Keys inside of `_FUNCTIONS` whose null is a value: of an argument, or in a parameter's JSON schema."""
+
+
 def without(item: Any, ignore: Collection[str]) -> tuple[Any, set[str]]:
     """A row without nulls and without the keys to ignore, at any depth, and which of these it had.
 
-    Inside of `tools` and `tool_calls`, where keys are parameters of functions, none is ignored.
+    Inside of `tools` and `tool_calls`, where keys are parameters of functions, none is ignored, and arguments keep
+    their nulls.
     """
     left: set[str] = set()
 
-    def stripped(value: Any, ignore: Collection[str]) -> Any:
+    def stripped(value: Any, ignore: Collection[str], function: bool = False) -> Any:
         if isinstance(value, dict):
             left.update(name for name, one in value.items() if name in ignore and one is not None)
             return {
-                name: stripped(one, () if name in ("tools", "tool_calls") else ignore)
+                name: one
+                if function and name in _GIVEN_AS_IS
+                else stripped(one, () if name in _FUNCTIONS else ignore, function or name in _FUNCTIONS)
                 for name, one in value.items()
-                if one is not None and name not in ignore
+                if name not in ignore and (one is not None or (function and name in _GIVEN_AS_IS))
             }
-        return [stripped(one, ignore) for one in value] if isinstance(value, list) else value
+        return [stripped(one, ignore, function) for one in value] if isinstance(value, list) else value
 
     return stripped(item, ignore), left
+
+
+def row_of(item: Any, ignore: Collection[str], rename: Mapping[str, str]) -> tuple[Any, set[str]]:
+    """A row as `example_of` takes it: `without` what is ignored, `renamed`, and with turns that are JSON text parsed.
+
+    Returns:
+        the row, and which of the keys to ignore it had.
+
+    Raises:
+        BadRow: it has a key twice, or its turns are no JSON.
+    """
+    item, left = without(item, ignore)
+    row = renamed(item, rename)
+    for name in ("messages", "conversations"):
+        text = row.get(name) if isinstance(row, dict) else None
+        if isinstance(text, str) and text.lstrip().startswith("["):  # as tables hold lists
+            turns, more = without(parse_text(text, name), ignore)
+            row, left = {**row, name: turns}, left | more
+    return row, left
 
 
 def renamed(row: Any, names: Mapping[str, str]) -> Any:
@@ -228,7 +260,11 @@ def example_of(item: Any, line: int, task: Task = "answer") -> Example:
         )
     if tools and task == "reversed":
         raise BadRow("tools cannot be learned reversed")
-    return replace(example, weight=float(weight), question=replace(example.question, tools=tools))
+    question = replace(
+        example.question, tools=tools, messages=[unfilled(turn, tools) for turn in example.question.messages]
+    )
+    answer = tuple(unfilled(turn, tools) for turn in example.answer)
+    return replace(example, weight=float(weight), question=question, answer=answer)
 
 
 def _example_of(has: Mapping[str, Any], line: int, task: Task) -> Example:

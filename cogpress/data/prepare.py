@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cogpress import config, prompts
-from cogpress.data.example import KEYS, EmptyAnswer, Example, NoWeight, UnreadKeysError, example_of, renamed, without
+from cogpress.data.example import KEYS, EmptyAnswer, Example, NoWeight, UnreadKeysError, example_of, row_of
 from cogpress.data.read import BadRow, rows, short
 from cogpress.errors import CogpressError
 from cogpress.prompts import NO_LOSS, Conversation, Row
@@ -239,9 +239,9 @@ def read_examples(
         try:
             if isinstance(item, BadRow):
                 raise item
-            item, left = without(item, ignore)
+            row, left = row_of(item, ignore, rename)
             reading.ignored_keys.update(left)
-            example = example_of(renamed(item, rename), line, task)
+            example = example_of(row, line, task)
             conversation = _conversation(example, prompt)
         except EmptyAnswer:
             empty += 1

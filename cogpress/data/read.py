@@ -92,13 +92,20 @@ def _parquet(file: IO[bytes], path: Path, columns: Sequence[str], ignore: Collec
             for index in range(batch.num_rows):
                 number += 1
                 try:
-                    yield number, batch.slice(index, 1).to_pylist()[0]
+                    yield number, _present(batch.slice(index, 1).to_pylist()[0])
                 except UnicodeDecodeError:  # Parquet does not check that its text is UTF-8
                     yield number, BadRow("not UTF-8")
                 except (ValueError, OverflowError, RecursionError, KeyError) as error:  # such as the year 300000
                     yield number, BadRow(f"not readable: {_one_line(error)}")
     except pyarrow.ArrowException as error:
         raise CogpressError(f"{path} is not readable as Parquet: {_one_line(error)}. Write it again.") from None
+
+
+def _present(value: Any) -> Any:
+    """A value without nulls: a column's objects all have the keys of each, with null for those that they lack."""
+    if isinstance(value, dict):
+        return {name: _present(one) for name, one in value.items() if one is not None}
+    return [_present(one) for one in value] if isinstance(value, list) else value
 
 
 def _json(file: IO[bytes] | gzip.GzipFile, path: Path, suffix: str, columns: Sequence[str]) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,8 +111,6 @@ def turn_of(role: str, content: str) -> Message:
 
 
 def turns_of(value: Any, name: str) -> tuple[Message, ...]:
-    if isinstance(value, str) and value.lstrip().startswith("["):  # as tables hold lists
-        value = parse_text(value, name)
     if not isinstance(value, list):
         raise BadRow(f"{name} is {kind(value)} and not a list")
     if not value:
@@ -205,6 +204,27 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
         raise BadRow(str(error).rstrip(".")) from None
 
 
+def unfilled(turn: Message, tools: Sequence[Any]) -> Message:
+    """A turn whose calls have no null for a parameter that their function does not have.
+
+    A table gives every object the keys of all of them, and what is exported from it has nulls for those.
+    """
+    if not turn.get("tool_calls"):
+        return turn
+    described = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+
+    def call(one: dict[str, Any]) -> dict[str, Any]:
+        function = one["function"]
+        parameters = described.get(function["name"])
+        names = parameters.get("properties") if isinstance(parameters, dict) else None
+        if not isinstance(names, dict):
+            return one
+        kept = {name: value for name, value in function["arguments"].items() if value is not None or name in names}
+        return {**one, "function": {**function, "arguments": kept}}
+
+    return {**turn, "tool_calls": [call(one) for one in turn["tool_calls"]]}
+
+
 def _unflattened(one: Any) -> Any:
     """A function, or a call of one, as OpenAI's API nests it, where a row has only what belongs inside."""
     if not isinstance(one, dict) or "function" in one or one.get("type", "function") != "function":
@@ -237,9 +257,11 @@ def _checked(value: Any, name: str) -> Any:
 
 
 def check_texts(value: Any, name: str) -> None:
-    """Check every text in JSON; what else an object of fields may hold, the template checks."""
+    """Check every text and number in JSON; what else an object of fields may hold, the template checks."""
     if isinstance(value, str):
         text_of(value, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"{name} is {value}, which is no number in JSON: give null, or leave it out")
     elif isinstance(value, list):
         for index, item in enumerate(value):
             check_texts(item, f"{name}[{index}]")

@@ -6,12 +6,13 @@ a merge, the other for measuring one.
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cogpress.config import Data
+from cogpress.data import read
 from cogpress.errors import CogpressError
 from cogpress.files import sha256
 from cogpress.prompts import NO_LOSS, Row, encode_plain
@@ -24,6 +25,9 @@ OWN = Path(__file__).with_name("general.txt")
 
 PIECE = 512
 """Tokens of a piece at most."""
+
+MAX_TOKENS = 1 << 17
+"""Most tokens for each use: all layers compute each of them, and the kit's own text has some thousand."""
 
 Use = Literal["fit", "measure"]
 
@@ -39,20 +43,26 @@ def key(path: Path | None) -> str:
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, use: Use, path: Path | None = None) -> list[list[int]]:
-    """Token ids of general text, in pieces of at most 512.
+    """Token ids of general text, in pieces of at most 512 and `MAX_TOKENS` in all.
 
     Args:
         tokenizer: the base's.
         use: for computing a merge, or for measuring one.
-        path: a file of one's own, JSON lines with a `text` each; every third line is for measuring.
+        path: a file of one's own, JSON lines or Parquet with a `text` each; every third is for measuring.
 
     Raises:
-        CogpressError: the file has no such lines, or too few for both uses.
+        CogpressError: the file has no such lines, too few for both uses, or too much.
     """
-    found = []
+    found: list[list[int]] = []
+    total = 0
     for text in _own(use) if path is None else _given(path, use):
         ids = encode_plain(tokenizer, text)
         found += [ids[at : at + PIECE] for at in range(0, len(ids), PIECE)]
+        if (total := total + len(ids)) > MAX_TOKENS:
+            raise CogpressError(
+                f"{path} has more than {MAX_TOKENS:,} tokens to {use}, and each of them is computed in every merge or "
+                "measurement. Give fewer lines of more kinds: some hundred paragraphs are enough."
+            )
     return [ids for ids in found if len(ids) > 1]
 
 
@@ -66,21 +76,16 @@ def _own(use: Use) -> list[str]:
     return [text.strip() for one, text in zip(parts[::2], parts[1::2], strict=True) if one == use]
 
 
-def _given(path: Path, use: Use) -> list[str]:
-    texts = []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            text = json.loads(line)["text"]
-            if not isinstance(text, str):
-                raise TypeError
-            if (number % 3 == 0) == (use == "measure"):
-                texts.append(text)
-    except OSError:
-        raise CogpressError(f"There is no general text at {path}. Correct data.general.") from None
-    except (ValueError, KeyError, TypeError):
-        raise CogpressError(
-            f'{path}:{number} is no JSON object with a text. Write lines such as {{"text": "..."}}.'
-        ) from None
-    if not texts:
+def _given(path: Path, use: Use) -> Iterator[str]:
+    if not path.is_file():
+        raise CogpressError(f"There is no general text at {path}. Correct data.general.")
+    number = 0
+    for number, (line, row) in enumerate(read.rows(path, ("text",)), 1):
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            why = row if isinstance(row, read.BadRow) else "no JSON object with a text"
+            raise CogpressError(f'{path}:{line} is {why}. Write lines such as {{"text": "..."}}.')
+        if (number % 3 == 0) == (use == "measure"):
+            yield text
+    if number < 3:
         raise CogpressError(f"{path} has fewer than three lines: two of three are for the merge, one for measuring it.")
-    return texts

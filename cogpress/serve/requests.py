@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cogpress.engines.base import Sampling, Structure
 from cogpress.errors import CogpressError
-from cogpress.given import REASONING, parse, read_json, reasoning_of, tool, tool_call, whole_characters
+from cogpress.given import (
+    REASONING,
+    check_message,
+    parse,
+    read_json,
+    reasoning_of,
+    tool,
+    tool_call,
+    whole_characters,
+)
 from cogpress.options import InputName
 from cogpress.prompts import Question
 
@@ -239,6 +248,7 @@ def _message(at: int, message: Any) -> dict[str, Any]:
     role = message["role"]
     if role not in ROLES:
         raise CogpressError(f"Message {at} has role {role[:40]!r}; use system, user, assistant or tool.")
+    check_message(message, f"Message {at}")
     kept: dict[str, Any] = {"role": role, "content": message["content"]}
     if calls:
         listed = calls if isinstance(calls, list) else [calls]

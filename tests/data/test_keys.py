@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from cogpress import config
 from cogpress.data import prepare as data
+from cogpress.data.example import key_paths
 from cogpress.data.prepare import read_examples
 from cogpress.errors import CogpressError
 from cogpress.quantize import calibrate
+from cogpress.serve import requests
 from cogpress.verify import run as verify
 from tests.standins.chatexamples import Write, learnt, messages, pair
 from tests.standins.shapes import SHAPES, tokenizer_of
@@ -86,6 +91,56 @@ def test_nothing_of_a_functions_parameters_is_ignored(write: Write) -> None:
     for found in reading.conversations:
         assert found.tools == tuple(tools)
         assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"id": 7}
+
+
+def called(path: Path) -> list[Any]:
+    """The arguments of the call in each of a file's examples."""
+    reading = read_examples(path)
+    assert not reading.problems
+    return [one.messages[1]["tool_calls"][0]["function"]["arguments"] for one in reading.conversations]
+
+
+def test_a_null_argument_is_learnt(write: Write, tmp_path: Path) -> None:
+    """Pydantic writes `default: null` for an optional parameter, and a client of the served model sends it."""
+    city = {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"sku": {}, "city": city}}}}]
+    arguments = {"sku": "A7", "city": None}
+    rows = []
+    for given in (arguments, json.dumps(arguments)):
+        call = {"id": None, "function": {"name": "f", "arguments": given}}
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        rows += [{"tools": tools, "messages": turns}, {"tools": tools, "messages": json.dumps(turns)}]
+    path = write(*rows)
+    assert called(path) == [arguments] * 4
+    for one in read_examples(path).conversations:
+        assert list(one.tools) == requests.tools(json.dumps(tools))
+
+
+def test_nulls_that_a_table_fills_in_are_absent(write: Write, tmp_path: Path) -> None:
+    """All objects of a column have the keys of each, in Parquet and in what is exported from it."""
+
+    def row(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        tools = [{"function": {"name": name, "parameters": {"properties": {key: {} for key in arguments}}}}]
+        call = {"function": {"name": name, "arguments": arguments}}
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return {"tools": json.dumps(tools), "messages": turns}
+
+    expected = [{"sku": "A7"}, {"city": "Bonn"}]
+    table = pyarrow.Table.from_pylist([row("stock", expected[0]), row("weather", expected[1])])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    exported = write(*table.to_pylist())
+    assert '"city": null' in exported.read_text()
+    assert called(tmp_path / "rows.parquet") == called(exported) == expected
+
+
+def test_turns_in_json_text_lose_no_key(write: Write) -> None:
+    turns = messages("a", "b")
+    path = write({"messages": json.dumps([{**turns[0], "mood": "glad"}, turns[1]])})
+    (found,) = read_examples(path).problems
+    assert found.reason == "the key 'mood' would not be read"
+    reading = read_examples(path, ignore=("mood",))
+    assert (reading.ignored_keys, len(reading.examples)) == ({"mood": 1}, 1)
+    assert "messages[].mood" in key_paths(json.loads(path.read_text()))
 
 
 @pytest.mark.parametrize(
@@ -170,6 +225,14 @@ def test_earlier_answers_that_were_given_stay_without_loss_when_held_out(
         ({"role": "assistant", "content": []}, "messages[1].content is an empty list"),
         ({"role": "assistant", "content": "", "tool_calls": {"name": "f"}}, "tool_calls is an object and not a list"),
         ({"role": "assistant", "tool_calls": [{"arguments": {}}]}, "messages[1]: each of tool_calls must be"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}, "result": 12}]},
+            "The call of f in messages[1] has the key 'result'",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": math.nan}}]},
+            "messages[1].tool_calls.function.arguments.a is nan, which is no number in JSON",
+        ),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
             "arguments in messages[1] is not JSON",

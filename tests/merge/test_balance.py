@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from rich.console import Console
@@ -236,3 +238,21 @@ def test_general_text_of_ones_own(tmp_path: Path, tokenizer: Any) -> None:
         general.pieces(tokenizer, "fit", path)
     with pytest.raises(CogpressError, match=r"no general text at .*missing"):
         general.pieces(tokenizer, "fit", tmp_path / "missing")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["A one.", "A two.", "A three."]}), path := tmp_path / "general.parquet"
+    )
+    assert [tokenizer.decode(ids) for ids in general.pieces(tokenizer, "measure", path)] == ["A three."]
+
+
+def test_general_text_that_would_take_for_ever_is_refused_before_training(
+    tiny_base: Path, examples_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(general, "MAX_TOKENS", 100)
+    path = tmp_path / "general.jsonl"
+    path.write_text("".join(json.dumps({"text": "word " * 30}) + "\n" for _ in range(10)))
+    settings = config.parse({"base": {"source": str(tiny_base)}, "merge": "dequantized"}, "the test")
+    with pytest.raises(CogpressError, match=r"general\.jsonl has more than 100 tokens to fit"):
+        pipeline.build(
+            settings, examples_file, tmp_path / "run", tmp_path / "cache", Console(quiet=True), general_text=path
+        )
+    assert not (tmp_path / "run" / "adapter").exists()

@@ -320,6 +320,13 @@ def test_a_model_with_few_inputs(client: Any) -> None:
             "messages[0].content",
             "use text",
         ),
+        ({"messages": [{"role": "user", "content": "x", "mood": "glad"}]}, "messages[0]", "the key 'mood'"),
+        ({"messages": [{"role": "assistant", "content": "x", "audio": {"id": "a"}}]}, "messages[0]", "the key 'audio'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "image": "y"}]}]},
+            "messages[0].content",
+            "the key 'image'",
+        ),
         ({"tools": [{"type": "function"}]}, "tools", "Tool 1"),
         ({"tool_choice": "required"}, "tool_choice", "tools is empty"),
     ],

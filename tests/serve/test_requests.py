@@ -247,8 +247,8 @@ def test_tool_calls_of_openais_clients_are_understood() -> None:
         json.dumps(
             [
                 {"role": "user", "content": "q", "name": "left out"},
-                {**CALL, "refusal": None},
-                {"role": "tool", "content": "12", "tool_call_id": "c", "x": 1},
+                {**CALL, "refusal": None, "annotations": [], "function_call": None},
+                {"role": "tool", "content": "12", "tool_call_id": "c"},
             ]
         )
     )
@@ -261,6 +261,25 @@ def test_tool_calls_of_openais_clients_are_understood() -> None:
         },
         {"role": "tool", "content": "12", "tool_call_id": "c"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "user", "content": "q", "mood": "glad"}, "Message 1 has the key 'mood', which is not read here"),
+        ({"role": "user", "content": "q", "tool_calls": [1]}, "Message 1 has the key 'tool_calls'"),
+        ({**CALL, "function_call": {"name": "f"}}, "Message 1 has the key 'function_call'"),
+        ({**CALL, "reasoning": "a", "thinking": "b"}, "Message 1: reasoning and thinking must be text, and the same"),
+        ({**CALL, "reasoning": ["a"]}, "Message 1: reasoning must be text"),
+        (
+            {**CALL, "tool_calls": [{"function": {"name": "w", "arguments": {}, "result": 1}}]},
+            "The call of w in message 1 has the key 'result'",
+        ),
+    ],
+)
+def test_nothing_of_a_message_vanishes(message: dict[str, Any], said: str) -> None:
+    with pytest.raises(CogpressError, match=said):
+        inputs.messages(json.dumps([message, *HI]))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from typing import Any
 
 from cogpress.cog import form
 from cogpress.cog.schema import fields
-from cogpress.given import REASONING, reasoning_of
+from cogpress.errors import CogpressError
+from cogpress.given import REASONING, check_message, reasoning_of, refuse_unread
 from cogpress.playground.openai import tools as openai_tools
 from cogpress.playground.openai.errors import OpenAIError
 from cogpress.playground.openai.tools import Tools
@@ -318,6 +319,10 @@ def _message(at: int, given: Any) -> dict[str, Any]:
         raise OpenAIError(f"{place} has the role {role[:40]!r}. Use system, developer, user, assistant or tool.", place)
     if given.get("function_call"):
         raise OpenAIError(f"{place} has function_call, which is deprecated. Use tool_calls.", place)
+    try:
+        check_message({**given, "role": role}, place)
+    except CogpressError as error:
+        raise OpenAIError(str(error), place) from None
     content = given.get("content")
     if content is None and role == "assistant" and given.get("refusal"):
         content = given["refusal"]
@@ -347,5 +352,9 @@ def _content(given: Any, place: str) -> str:
         text = part.get(kind) if kind in ("text", "refusal") else None
         if not isinstance(text, str):
             raise OpenAIError(f"{place}.content has a part of type {kind!r}; use text.", f"{place}.content")
+        try:
+            refuse_unread(part, ("type", str(kind)), f"{place}.content")
+        except CogpressError as error:
+            raise OpenAIError(str(error), f"{place}.content") from None
         texts.append(text)
     return "\n".join(texts)
