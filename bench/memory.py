@@ -135,6 +135,7 @@ def measure_training(folder: Path, how: Training) -> dict[str, Any]:
     import torch
 
     from cogpress.prompts import NO_LOSS, Row
+    from cogpress.train import packing
     from cogpress.train import run as training
     from cogpress.train.arguments import arguments as training_arguments
     from cogpress.train.loop import ObjectiveTrainer, Rows
@@ -183,7 +184,7 @@ def measure_training(folder: Path, how: Training) -> dict[str, Any]:
             model=model,
             args=arguments,
             train_dataset=Rows(rows),
-            data_collator=Collator(0),
+            data_collator=Collator(0, packing.choose(model)),
         )
         training.quiet(trainer)
         tidy()

@@ -71,6 +71,7 @@ def _ours(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, fl
     import torch
 
     base.quiet_libraries()
+    from cogpress.train import packing
     from cogpress.train import run as training
     from cogpress.train.arguments import arguments
     from cogpress.train.loop import ObjectiveTrainer, Rows
@@ -88,7 +89,7 @@ def _ours(config: Config, prepared: Prepared, base_folder: Path) -> dict[str, fl
             model=model,
             args=arguments(config.train, Path(folder), len(prepared.train), False, base.compute_dtype()),
             train_dataset=Rows(prepared.train),
-            data_collator=Collator(pad),
+            data_collator=Collator(pad, packing.choose(model)),
         )
         training.quiet(trainer)
         started = time.perf_counter()

@@ -242,6 +242,9 @@ class Train(Section):
     """Examples per forward pass. Lower it when memory runs out, and raise `gradient_accumulation` in return."""
     gradient_accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
     """Forward passes per optimizer step; the effective batch is `batch_size` times this."""
+    packing: bool = True
+    """Examples of a batch share sequences instead of being padded, where the base keeps them apart, which is tried
+    first. It changes speed and memory, and nothing that is learnt."""
     optimizer: Literal["auto", "adamw", "paged_adamw_8bit", "paged_adamw_32bit"] = "auto"
     """`auto`: paged 8-bit AdamW on a GPU, AdamW on a CPU."""
     evaluations: Annotated[int, Field(ge=0, le=100)] = 4

@@ -122,7 +122,7 @@ class ObjectiveTrainer(Trainer):
     ) -> torch.Tensor:
         """Mean loss per token over the whole batch, accumulated and on all devices."""
         loss, count = self.objective(model, inputs)
-        self.tokens_seen += int(inputs["attention_mask"].sum())
+        self.tokens_seen += inputs["tokens"]
         if num_items_in_batch is None:
             return loss / count
         # Trainer averages gradients over devices, while the count is of all of them.
@@ -204,11 +204,9 @@ class Recorder(TrainerCallback):
         self._started = time.perf_counter()
         self._tokens_before = self.trainer.tokens_seen
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the loss, which is logged next, waits for the device anyway
         self.seconds += time.perf_counter() - self._started
         self.tokens += self.trainer.tokens_seen - self._tokens_before
         if state.global_step % TRIM_STEPS == 0:

@@ -1,53 +1,104 @@
-"""What a batch teaches: padded tensors, and the loss on answer tokens."""
+"""What a batch teaches: tensors of its rows, and the loss on answer tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from cogpress.prompts import NO_LOSS, Row
+from cogpress.train import layouts
+from cogpress.train.layouts import Layout
+
+TILE_BYTES = 1 << 26
+"""Of a tile of logits in float32: the loss is computed from one after the other."""
+
+_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
+"""Of a batch, what a model takes."""
 
 
 class Collator:
-    """Pads a batch on the right to its longest row: tensors of shape (batch, longest), int64.
+    """Makes a batch of rows.
 
-    Where a row has a weight, `weights` holds those of all, shape (batch,), float32.
+    All that can be counted is counted here, on the CPU, so that a step asks the device for nothing:
+
+    - `input_ids`, and `labels` of the same shape, (sequences, length), int64; no row's first token has a label.
+    - `attention_mask` where each row has a sequence of its own, padded on the right.
+    - `position_ids` in the other layouts, and `rows`, which row each place belongs to, where some share a sequence. A
+      padded end is a row of its own. In a flat batch also where rows begin, as FlashAttention takes it.
+    - `places`, the flat indices of positions that predict a labelled token, and `targets`, these tokens, both int64;
+      where a row has a weight, `weights`, those of each target, float32.
+    - `tokens`, how many there are without padding.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
+    def __init__(self, pad_token_id: int, layout: Layout = "padded", *, room: int = 0) -> None:
+        """Make a collator.
+
+        Args:
+            pad_token_id: fills sequences; its value changes nothing.
+            layout: how rows lie.
+            room: least tokens of a packed sequence; that of the longest row where there is none.
+        """
         self.pad_token_id = pad_token_id
+        self.layout: Layout = layout
+        self.room = room
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        longest = max(len(row.input_ids) for row in rows)
-
-        def padded(values: Iterable[list[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([list(value) + [fill] * (longest - len(value)) for value in values])
-
-        weighted = any(row.weight != 1 for row in rows)
-        return {
-            **({"weights": torch.tensor([row.weight for row in rows])} if weighted else {}),
-            "input_ids": padded((row.input_ids for row in rows), self.pad_token_id),
-            "attention_mask": padded(([1] * len(row.input_ids) for row in rows), 0),
-            "labels": padded((row.labels for row in rows), NO_LOSS),
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        lengths = [len(row.input_ids) for row in rows]
+        lying = layouts.sequences(lengths, self.layout, self.room)
+        length = max(sum(lengths[at] for at in sequence) for sequence in lying)
+        ids, labels, positions, numbers = (
+            torch.full((len(lying), length), fill) for fill in (self.pad_token_id, NO_LOSS, 0, len(rows))
+        )
+        weights: list[float] = []
+        for number, sequence in enumerate(lying):
+            begin = 0
+            for at in sequence:
+                end = begin + lengths[at]
+                ids[number, begin:end] = torch.tensor(rows[at].input_ids)
+                labels[number, begin + 1 : end] = torch.tensor(rows[at].labels[1:])
+                positions[number, begin:end] = torch.arange(lengths[at])
+                numbers[number, begin:end] = at
+                weights += [rows[at].weight] * sum(label != NO_LOSS for label in rows[at].labels[1:])
+                begin = end
+            positions[number, begin:] = torch.arange(length - begin)
+        places = (labels[:, 1:] != NO_LOSS).nonzero()
+        made: dict[str, Any] = {
+            "input_ids": ids,
+            "labels": labels,
+            "places": places[:, 0] * length + places[:, 1],
+            "targets": labels[places[:, 0], places[:, 1] + 1],
+            "tokens": sum(lengths),
         }
-
-
-def labelled(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which positions predict a token that is learnt, shape (batch, length), and these tokens, in order."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=NO_LOSS)
-    mask = targets != NO_LOSS
-    return mask, targets[mask]
+        if any(row.weight != 1 for row in rows):
+            made["weights"] = torch.tensor(weights)
+        if self.layout == "padded":
+            return made | {"attention_mask": (numbers != len(rows)).long()}
+        made |= {"position_ids": positions}
+        if len(lying) < len(rows):  # else causal attention keeps a row from its padding, which needs no mask
+            made |= {"rows": numbers}
+        if self.layout == "flat":
+            starts = torch.tensor([0, *lengths]).cumsum(0).int()
+            made |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+            made |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        return made
 
 
 class AnswerLogits:
     """Computes a model's logits at labelled positions only.
 
-    The output layer is the widest of a small model (SmolLM2: 49,152 x 576 of 135 M parameters) and its logits in
-    float32 the largest tensor of a step. A hook on the layer's input keeps only the hidden states that have a label,
-    so that everything a model does to its logits (scaling, soft-capping) stays as its own code has it.
+    The output layer is the widest of a small model (SmolLM2: 49,152 x 576 of 135 M parameters) and its logits the
+    largest tensor of a step. A hook on the layer's input keeps only the hidden states that have a label, so that
+    everything a model does to its logits (scaling, soft-capping) stays as its own code has it.
     """
 
     def __init__(self, model: Any) -> None:
@@ -56,21 +107,22 @@ class AnswerLogits:
         self._hook = plain.get_output_embeddings().register_forward_pre_hook(self._keep_labelled)
 
     def _keep_labelled(self, _module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return inputs if self._keep is None else (inputs[0][self._keep], *inputs[1:])
+        return inputs if self._keep is None else (inputs[0].flatten(0, -2).index_select(0, self._keep), *inputs[1:])
 
-    def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits before each labelled token, shape (labelled tokens, vocabulary), float32, and these tokens.
+    def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits before each labelled token, shape (labelled tokens, vocabulary), and these tokens.
 
         Args:
             model: the one that was given first, or a wrapper of it.
-            batch: `input_ids`, `attention_mask` and `labels`, each of shape (batch, length).
+            batch: as a `Collator` makes it.
         """
-        self._keep, targets = labelled(batch["labels"])
+        self._keep = batch["places"]
         try:
-            found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            with layouts.rows_known(batch.get("rows")):
+                found = model(**{name: batch[name] for name in _INPUTS if name in batch}, use_cache=False)
         finally:
             self._keep = None
-        return found.logits.float(), targets
+        return found.logits, batch["targets"]
 
     def release(self) -> None:
         """Take the hook off the model, which then gives all its logits again."""
@@ -84,13 +136,56 @@ class AnswerLoss:
         self._logits = AnswerLogits(model)
         self.release = self._logits.release
 
-    def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
         """Summed negative log-likelihood (nats) of a batch's labelled tokens, each times its row's weight, and how many
         there are: a weight is a factor on the row's loss, and leaves that of other rows as it is.
         """
         logits, targets = self._logits(model, batch)
-        if "weights" not in batch:
-            return F.cross_entropy(logits, targets, reduction="sum"), targets.numel()
-        mask, _ = labelled(batch["labels"])
-        weights = batch["weights"][:, None].expand(mask.shape)[mask]
-        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum(), targets.numel()
+        loss: torch.Tensor = SummedCrossEntropy.apply(logits, targets, batch.get("weights"))
+        return loss, targets.numel()
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of logits, tile by tile in float32: no float32 copy of all of them is ever made.
+
+    PyTorch's own keeps one, and makes two more for its gradient. This keeps the logits as they are and one number for
+    each position, and computes the softmax again for the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """The sum, in nats, float32.
+
+        Args:
+            ctx: PyTorch's.
+            logits: shape (positions, vocabulary).
+            targets: shape (positions,), int64.
+            weights: factors of each position's loss, shape (positions,); 1 where not given.
+        """
+        scale = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for part in _tiles(logits):
+            tile = logits[part].float()
+            scale[part] = tile.logsumexp(-1)
+            loss = scale[part] - tile.gather(-1, targets[part, None])[:, 0]
+            total += (loss if weights is None else loss * weights[part]).sum()
+        ctx.save_for_backward(logits, targets, scale, weights)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, given: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient of the logits: softmax less one at the target, times the weight."""
+        logits, targets, scale, weights = ctx.saved_tensors
+        made = torch.empty_like(logits)
+        minus = torch.full((1, 1), -1.0, device=logits.device)
+        for part in _tiles(logits):
+            tile = (logits[part].float() - scale[part, None]).exp_()
+            tile.scatter_add_(-1, targets[part, None], minus.expand(tile.shape[0], 1))
+            made[part] = tile.mul_(given if weights is None else (given * weights[part])[:, None])
+        return made, None, None
+
+
+def _tiles(logits: torch.Tensor) -> list[slice]:
+    rows = max(1, TILE_BYTES // (4 * logits.shape[-1]))
+    return [slice(at, at + rows) for at in range(0, logits.shape[0], rows)]

@@ -48,7 +48,7 @@ _TRAINED = ("checkpoints", ADAPTER, "result.json", "metrics.jsonl", "tensorboard
 _PREPARED = {"data", "data.json", HELD_OUT, TRAINED_ON, "lengths.png", "config.json"}
 """What is in a run's folder before the training begins."""
 
-_NOT_LEARNT = {"evaluations", "max_length", "report_to"}
+_NOT_LEARNT = {"evaluations", "max_length", "packing", "report_to"}
 """Options of the section `train` that change nothing that is learnt; `max_length` does by the rows that it leaves."""
 
 
@@ -250,6 +250,7 @@ def _train(
     import torch
 
     from cogpress import plots
+    from cogpress.train import packing
     from cogpress.train.loop import ObjectiveTrainer, Recorder, Rows, memory_gb, read_metrics
     from cogpress.train.objective import AnswerLoss, Collator
 
@@ -260,6 +261,9 @@ def _train(
     compute = base.trained_dtype(read_json(run / "key.json"))
     chosen = layers.choose(base_folder, settings.target_modules, config.base.quantization)
     model = adapted(config, base_folder, chosen, attention=attention(longest), dtype=compute)
+    layout = packing.choose(model) if settings.packing else "padded"
+    if settings.packing and layout == "padded":
+        console.print("  This base mixes rows that share a sequence, so each has one of its own, padded.")
     recorder = Recorder(run / "metrics.jsonl", console)
     objective = AnswerLoss(model)
     trainer = ObjectiveTrainer(
@@ -268,7 +272,7 @@ def _train(
         args=arguments(settings, run, len(prepared.train), bool(prepared.validation), compute),
         train_dataset=Rows(prepared.train),
         eval_dataset=Rows(prepared.validation) if prepared.validation else None,
-        data_collator=Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
+        data_collator=Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, layout),
         callbacks=[*reporters(settings, run), recorder],
     )
     recorder.trainer = trainer

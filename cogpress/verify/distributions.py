@@ -316,13 +316,14 @@ def _log_probs(model: Any, rows: Sequence[Row], pad_token_id: int) -> tuple[torc
     """Log-probabilities before each labelled token, shape (labelled tokens, vocabulary), float32, and these tokens."""
     from cogpress.train.objective import AnswerLogits, Collator
 
-    batch = {name: tensor.to(base.device()) for name, tensor in Collator(pad_token_id)(rows).items()}
+    made = Collator(pad_token_id)(rows).items()
+    batch = {name: one.to(base.device()) if hasattr(one, "to") else one for name, one in made}
     logits = AnswerLogits(model)
     try:
         found, targets = logits(model, batch)
     finally:
         logits.release()
-    return found.log_softmax(-1), targets
+    return found.float().log_softmax(-1), targets
 
 
 def _by_row(log_probs: torch.Tensor, targets: torch.Tensor, rows: Sequence[Row]) -> Iterator[Scored]:

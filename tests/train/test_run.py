@@ -35,12 +35,16 @@ def settings(**train: Any) -> config.Config:
     return config.Config().override(options | train).override({"validation_share": 0.1})
 
 
+def padded(rows: list[Row]) -> dict[str, torch.Tensor]:
+    batch = Collator(0)(rows)
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
 def gradients(model: torch.nn.Module, rows: list[Row]) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model.train()
-    batch = Collator(0)(rows)
     with base.autocast(model.dtype):  # type: ignore[arg-type]
-        model(**batch).loss.backward()
+        model(**padded(rows)).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -55,7 +59,7 @@ def test_evaluation_between_steps_leaves_gradients_as_they_were(tiny_base: Path,
     before = gradients(model, short.train[:4])
     model.eval()
     with torch.no_grad():
-        model(**Collator(0)(short.train[:4]))
+        model(**padded(short.train[:4]))
         model.generate(input_ids=torch.tensor([short.train[0].input_ids]), max_new_tokens=2, do_sample=False)
     after = gradients(model, short.train[:4])
     assert before.keys() == after.keys()

@@ -66,7 +66,7 @@ def test_a_training_with_tools_learns_what_is_served(
     given = {
         "base": {"source": str(folder)},
         "data": {"validation_share": 0},
-        "train": {"max_steps": 2, "batch_size": 4, "rank": 4},
+        "train": {"max_steps": 2, "batch_size": 4, "rank": 4, "packing": False},
         "serve": {"engine": "transformers"},
     }
     settings = config.parse(given, "the test")
