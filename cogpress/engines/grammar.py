@@ -104,7 +104,7 @@ class Guard:
         """Compile a structure, or recall the result of an earlier check.
 
         Raises:
-            CogpressError: it is too large, or takes too long or too much memory.
+            CogpressError: it is too large, takes too long or too much memory, or no text begins as it asks.
         """
         from cogpress.engines.base import INPUT_NAMES
         from cogpress.errors import CogpressError
@@ -129,7 +129,7 @@ class Guard:
         with suppress(KeyError):  # another thread may have dropped it meanwhile
             self._known.move_to_end(structure)
         if fault:
-            raise CogpressError(f"{name} {fault}. Simplify it: fewer nested repetitions, smaller counts.")
+            raise CogpressError(f"{name} {fault}.")
 
     def _ask(self, structure: Structure) -> str:
         self.start()
@@ -143,10 +143,11 @@ class Guard:
         except BrokenPipeError:
             line = ""
         if line:
-            return ""
+            return "" if line.strip() == "done" else "matches no text at all. Correct it"
         timed_out = process.poll() is None
         self.close()
-        return f"takes longer than {SECONDS:.0f} s to compile" if timed_out else "takes too much memory to compile"
+        took = f"longer than {SECONDS:.0f} s" if timed_out else "too much memory"
+        return f"takes {took} to compile. Simplify it: fewer nested repetitions, smaller counts"
 
     def _read(self, seconds: float) -> str:
         """A line of the process; empty if it ended or time is up."""
@@ -220,16 +221,19 @@ def explained(error: Exception) -> str:
 
 
 def _work() -> None:
-    """Read a tokenizer's description, then one structure per line; answer each with a line once it is compiled."""
+    """Read a tokenizer's description, then one structure per line; answer each with a line once it is compiled.
+
+    The line says "nothing" where no token may come first: a model that is left without one writes anything, or ends.
+    """
     import os
     import resource
 
     import xgrammar
 
     os.nice(max(0, NICENESS - os.nice(0)))
-    compiler: Any = xgrammar.GrammarCompiler(
-        xgrammar.TokenizerInfo.deserialize_json(json.loads(sys.stdin.readline())), max_threads=1, cache_enabled=False
-    )
+    info = xgrammar.TokenizerInfo.deserialize_json(json.loads(sys.stdin.readline()))
+    compiler: Any = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    first = xgrammar.allocate_token_bitmask(1, info.vocab_size)
     used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     print("ready", flush=True)
@@ -241,11 +245,14 @@ def _work() -> None:
     }
     for line in sys.stdin:
         kind, value = json.loads(line)
+        answer = "done"
         try:
-            compile_[kind](value)
+            xgrammar.GrammarMatcher(compile_[kind](value)).fill_next_token_bitmask(first)
+            if not first.any():
+                answer = "nothing"
         except MemoryError:
             return
         except Exception as error:  # noqa: BLE001 - invalid; the engine reports that
             if "bad_alloc" in str(error):
                 return
-        print("done", flush=True)
+        print(answer, flush=True)

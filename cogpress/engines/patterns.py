@@ -106,6 +106,30 @@ def _whole(items: list[Any], *, begun: bool) -> str:
     return " ".join([*before, _sequence(items), *after])
 
 
+def repeated(inner: str, low: int, high: int | None) -> str:
+    """EBNF of something that comes from `low` to `high` times; None for any number.
+
+    xgrammar takes seconds for each token of a repetition of some hundreds, so a long one is made of short ones.
+    """
+    if len(inner) > _LONG or max(low, high or 0) <= _SHORT:  # the text of nested ones multiplies
+        return f"{inner}{{{low},{'' if high is None else high}}}"
+    short = f"({inner}{{{_SHORT}}})"
+    before = [f"{short}{{{low // _SHORT}}}", f"{inner}{{{low % _SHORT}}}"] if low else []
+    if high is None:
+        return " ".join([*before, f"{inner}*"])
+    whole, rest = divmod(high - low, _SHORT)
+    most = f"{short}{{{whole}}} {inner}{{0,{rest}}}" if whole else f"{inner}{{0,{rest}}}"
+    fewer = [f"{short}{{0,{whole - 1}}} {inner}{{0,{_SHORT - 1}}}"] if whole else []
+    return " ".join([*before, _either([*fewer, most])])
+
+
+_SHORT = 64
+"""Longest repetition that is one; xgrammar handles those beyond 128 in another, slower way."""
+
+_LONG = 4096
+"""Most characters of what is repeated in pieces."""
+
+
 def _either(branches: Iterable[str]) -> str:
     return f"({' | '.join(branches)})"
 
@@ -117,7 +141,7 @@ def _sequence(items: Iterable[Any]) -> str:
 def _item(kind: Any, value: Any) -> str:
     if kind in (code.MAX_REPEAT, code.MIN_REPEAT):
         low, high, inner = value
-        return f"({_sequence(inner)}){{{low},{'' if high is code.MAXREPEAT else high}}}"
+        return repeated(f"({_sequence(inner)})", low, None if high is code.MAXREPEAT else high)
     if kind is code.SUBPATTERN:
         _, added, removed, inner = value
         if added or removed:

@@ -15,6 +15,9 @@ from cogpress.engines import patterns
 MAX_DEPTH = 64
 """Maximum nesting of objects and lists in a JSON schema."""
 
+UNREACHABLE = 1 << 30
+"""A number of characters or items that no answer has: more than any context's tokens stand for."""
+
 MAX_BRANCHES = 128
 """Most branches of a `oneOf`: each is compared with each."""
 
@@ -167,6 +170,9 @@ def _exact(schema: Any, mark: str, strings: dict[str, None]) -> Any:
     if not isinstance(schema, dict):
         return schema
     made = dict(schema)
+    for name in ("maxItems", "maxProperties"):
+        if made.get(name, 0) >= UNREACHABLE:
+            del made[name]
     for name in ("properties", "$defs", "definitions"):
         if name in made:
             made[name] = {key: _exact(one, mark, strings) for key, one in made[name].items()}
@@ -200,8 +206,10 @@ def _string(schema: dict[str, Any]) -> str:
     pattern = _FORMATS[schema["format"]] if "format" in schema else schema.get("pattern")
     if pattern is not None:
         return patterns.ebnf(pattern if "pattern" in schema else f"^(?:{pattern})$")
-    low, high = schema.get("minLength", 0), schema.get("maxLength", "")
-    return f"{patterns.CHARACTER}{{{low},{high}}}" if low or high != "" else ""
+    low, high = schema.get("minLength", 0), schema.get("maxLength")
+    if high is not None and high >= UNREACHABLE:
+        high = None
+    return patterns.repeated(patterns.CHARACTER, low, high) if low or high is not None else ""
 
 
 def _subschemas(schema: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -223,6 +231,13 @@ def _unenforced_here(schema: dict[str, Any], *, root: bool) -> str:
     wrong = _misshapen(schema)
     if wrong:
         return f"{wrong} has the wrong type"
+    for name in ("minLength", "minItems", "minProperties"):
+        if schema.get(name, 0) >= UNREACHABLE:
+            return f"{name} that no answer reaches"
+    for name in _OF_TYPE["number"]:
+        bound = schema.get(name, 0)
+        if abs(bound) >= 2**63 and (isinstance(bound, int) or "integer" in schema.get("type", ())):
+            return f"{name} beyond 64 bits"
     for name in _NEVER:
         if name in schema and not (name == "uniqueItems" and schema[name] is False):
             return name
@@ -249,6 +264,9 @@ def _misshapen(schema: dict[str, Any]) -> str:
             return name
     for name in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"):
         if type(schema.get(name, 0)) is not int or schema.get(name, 0) < 0:
+            return name
+    for name in _OF_TYPE["number"]:
+        if type(schema.get(name, 0)) not in (int, float):
             return name
     for name in ("required", "type"):
         if not all(isinstance(one, str) for one in schema.get(name, ())):

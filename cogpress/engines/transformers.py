@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 
 from cogpress.config import Serve
-from cogpress.engines.base import DEAD, INPUT_NAMES, Adapter, Delta, Sampling, Structure
+from cogpress.engines.base import DEAD, INCOMPLETE, INPUT_NAMES, Adapter, Delta, Sampling, Structure
 from cogpress.engines.grammar import Guard, explained
 from cogpress.engines.schemas import ebnf
 from cogpress.engines.watch import STUCK_LOOKS, Watch
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import torch
 
 _T = TypeVar("_T")
+
+LOWEST_TEMPERATURE = 0.01
+"""Lower ones but 0 count as this one, as in vLLM: what is divided by them is no number."""
 
 _UNSUPPORTED = {
     "mode": "auto",
@@ -390,7 +393,7 @@ def _processors(prompt: list[int], sampling: Sampling, matcher: Any, ends: list[
     if matcher is not None:
         found.append(_grammar_mask(matcher))
     if sampling.temperature > 0:
-        found.append(library.TemperatureLogitsWarper(float(sampling.temperature)))
+        found.append(library.TemperatureLogitsWarper(max(float(sampling.temperature), LOWEST_TEMPERATURE)))
         if sampling.min_p > 0:
             found.append(library.MinPLogitsWarper(float(sampling.min_p)))
         if sampling.top_k > 0:
@@ -428,6 +431,8 @@ def _choose(logits: torch.Tensor, state: _Request) -> int:
 
     # Cloned, because processors may write in place.
     scores = state.processors(torch.tensor([state.prompt + state.tokens]), logits[None].clone())[0]
+    if not torch.isfinite(scores).any():
+        raise CogpressError(INCOMPLETE)  # the grammar leads nowhere
     if state.sampling.temperature == 0:
         token = int(scores.argmax())
     else:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,13 @@ def test_valid_and_invalid_structures_pass(guard: grammar.Guard) -> None:
     guard.check(Structure("choice", ("a", 'b"')))
     guard.check(Structure("grammar", 'root ::= "a"'))
     guard.check(Structure("regex", "(((("))  # the engine reports what is wrong with it
+
+
+@pytest.mark.parametrize(("kind", "value"), [("regex", r"[^\s\S]"), ("grammar", "root ::= root")])
+def test_a_structure_that_nothing_matches_is_refused(guard: grammar.Guard, kind: Any, value: str) -> None:
+    """A model that no token is allowed ends its answer, as if an empty one were right."""
+    with pytest.raises(CogpressError, match=f"{kind} matches no text at all. Correct it"):
+        guard.check(Structure(kind, value))
 
 
 def test_compiling_has_the_engines_low_priority(guard: grammar.Guard) -> None:

@@ -165,6 +165,10 @@ REFUSED: dict[str, Any] = {
     "minLength above maxLength": {"type": "string", "minLength": 2, "maxLength": 1},
     "minLength has the wrong type": {"type": "string", "minLength": "1"},
     "maxItems has the wrong type": {"type": "array", "maxItems": -1},
+    "minItems that no answer reaches": {"type": "array", "minItems": 1 << 30},
+    "minimum has the wrong type": {"type": "integer", "minimum": "1"},
+    "maximum beyond 64 bits": {"type": "number", "maximum": 10**400},
+    "minimum beyond 64 bits": {"type": "integer", "minimum": -1e30},
     "reference at .* leads back": {"anyOf": [{"$ref": "#"}, INTEGER]},
     "reference at .* leads back to itself": {"$ref": "#/$defs/i", "$defs": {"i": {"allOf": [{"$ref": "#/$defs/i"}]}}},
     "pattern beside a length": {"type": "string", "pattern": "^[a-z]+$", "maxLength": 2},
@@ -355,6 +359,28 @@ def test_a_string_of_some_length_holds_any_character(compiler: Any) -> None:
     assert accepts(grammar, json.dumps('"\n\\\u00e9', ensure_ascii=False))
     assert not accepts(grammar, '"abc\x01"')
     assert not accepts(grammar, r'"ab\ud83d\ude00"'), "two escapes, one character"
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0, 65), (0, 128), (1, 64), (63, 129), (64, 64), (65, 200), (128, 128), (100, None), (300, 3000), (0, 1 << 62)],
+)
+def test_long_strings_have_their_length(low: int, high: int | None, compiler: Any) -> None:
+    """Made of short repetitions: xgrammar takes seconds for each token of a long one, while all others wait."""
+    schema = {"type": "string", "minLength": low} | ({} if high is None else {"maxLength": high})
+    assert unenforced(schema) == ""
+    text = ebnf(json.dumps(schema))
+    assert all(int(count) <= 128 for count in re.findall(r"[{,](\d+)[,}]", text))
+    grammar, most = compiler.compile_grammar(text), 1000 if high is None else min(high, 4000)
+    for length in {0, 1, 63, 64, 65, low - 1, low, low + 1, most - 1, most, most + 1} - {-1}:
+        right = low <= length and (high is None or length <= high)
+        assert accepts(grammar, json.dumps("a" * length)) == right, length
+
+
+def test_a_long_pattern_has_its_length(compiler: Any) -> None:
+    grammar = compiler.compile_grammar(ebnf(json.dumps({"type": "string", "pattern": "^(?:a|b{3}){70,200}$"})))
+    for length in (69, 70, 134, 135, 199, 200, 201):
+        assert accepts(grammar, json.dumps("a" * (length - 2) + "bbbbbb")) == (70 <= length <= 200), length
 
 
 @pytest.mark.parametrize("words", REFUSED)

@@ -7,6 +7,7 @@ import torch
 
 from cogpress.engines import transformers
 from cogpress.engines.base import Sampling
+from cogpress.errors import CogpressError
 
 LOGITS = [2.0, 1.0, 4.0, 3.0, 0.0]
 PROMPT, GENERATED = [0, 1], [2, 2, 3]
@@ -33,6 +34,7 @@ OUT = -float("inf")
         (Sampling(min_tokens=4), [2, 1, 4, OUT, 0]),
         (Sampling(min_tokens=3), LOGITS),
         (Sampling(temperature=2), [1, 0.5, 2, 1.5, 0]),
+        (Sampling(temperature=5e-324), [200, 100, 400, 300, 0]),
         (Sampling(temperature=1, top_k=2), [OUT, OUT, 4, 3, OUT]),
         (Sampling(temperature=1, top_p=0.5), [OUT, OUT, 4, OUT, OUT]),
         (Sampling(temperature=1, min_p=0.1), [2, OUT, 4, 3, OUT]),
@@ -46,12 +48,20 @@ def test_scores_by_hand(sampling: Sampling, expected: list[float]) -> None:
     assert scores(sampling) == pytest.approx(expected)
 
 
+def request(sampling: Sampling) -> transformers._Request:
+    processors = transformers._processors(PROMPT, sampling, None, [END])
+    return transformers._Request(PROMPT, sampling, None, processors, None, transformers._generator(sampling))
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_grammar_that_leads_nowhere_ends_the_answer(temperature: float) -> None:
+    with pytest.raises(CogpressError, match="gave up this answer before its end"):
+        transformers._choose(torch.tensor([OUT] * 5), request(Sampling(temperature=temperature)))
+
+
 def test_a_seed_decides_the_token() -> None:
     def chosen(seed: int) -> list[int]:
-        sampling = Sampling(temperature=1, seed=seed)
-        processors = transformers._processors(PROMPT, sampling, None, [END])
-        generator = transformers._generator(sampling)
-        request = transformers._Request(PROMPT, sampling, None, processors, None, generator)
-        return [transformers._choose(torch.tensor(LOGITS), request) for _ in range(20)]
+        made = request(Sampling(temperature=1, seed=seed))
+        return [transformers._choose(torch.tensor(LOGITS), made) for _ in range(20)]
 
     assert chosen(1) == chosen(1) != chosen(2)
