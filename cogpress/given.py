@@ -54,6 +54,9 @@ def too_deep(value: Any) -> bool:
 MAX_VALUES = 100_000
 """Most values in JSON from outside, with the names of those in objects: each costs the server some microseconds."""
 
+MAX_DIGITS = 4000
+"""Most digits of a whole number: Python reads no more than 4,300, as their time grows with the square."""
+
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 
 
@@ -68,6 +71,12 @@ def _constant(word: str) -> Any:
     raise ValueError(f"{word} is not allowed in JSON")
 
 
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits is too long")
+    return int(text)
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
@@ -75,8 +84,21 @@ def _finite(text: str) -> float:
     return value
 
 
-def parse(text: str) -> Any:
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen = set[str]()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:40]!r} stands twice in one object, so one of its values would be lost")
+    return made
+
+
+def parse(text: str, *, repeated: bool = False) -> Any:
     """Parse JSON from outside, strictly: what is made of it can be written as JSON again.
+
+    Args:
+        text: the JSON.
+        repeated: of a key that an object has several times the last one counts, instead of being refused.
 
     Raises:
         ValueError: it is not JSON, too deep, or of too many values.
@@ -85,7 +107,10 @@ def parse(text: str) -> Any:
         raise ValueError(f"it has more than {MAX_VALUES:,} values")
     deep = ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
     try:
-        found = json.loads(text, parse_constant=_constant, parse_float=_finite)
+        hook = None if repeated else _unrepeated
+        found = json.loads(
+            text, parse_constant=_constant, parse_float=_finite, parse_int=_integer, object_pairs_hook=hook
+        )
     except RecursionError:
         raise deep from None
     if too_deep(found):
@@ -93,14 +118,14 @@ def parse(text: str) -> Any:
     return whole_characters(found)
 
 
-def read_json(text: str, name: str) -> Any:
-    """Parse JSON that a user typed.
+def read_json(text: str, name: str, *, repeated: bool = False) -> Any:
+    """Parse JSON that a user typed; `repeated` as in `parse`.
 
     Raises:
         CogpressError: it is not JSON; says where.
     """
     try:
-        return parse(text)
+        return parse(text, repeated=repeated)
     except ValueError as error:
         raise CogpressError(f"{name} is not JSON: {error}. Give valid JSON, or leave it empty.") from None
 
@@ -179,7 +204,8 @@ def tool_call(value: Any, place: str) -> dict[str, Any]:
     if arguments is None:
         arguments = {}
     if isinstance(arguments, str):
-        arguments = read_json(arguments, f"arguments in {within}") if arguments.strip() else {}
+        # A model wrote them, and whoever acted on them took the last of a repeated key.
+        arguments = read_json(arguments, f"arguments in {within}", repeated=True) if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise CogpressError(f"{place}: the arguments of {function['name'][:80]} must be a JSON object, such as {{}}.")
     kept: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}

@@ -26,7 +26,7 @@ from cogpress import source
 from cogpress.config import Config
 from cogpress.engines.base import DEAD
 from cogpress.errors import CogpressError
-from cogpress.given import kind, whole_characters
+from cogpress.given import kind, parse
 from cogpress.weights import fetch, manifest
 from cogpress.weights.fetch import FetchedModel
 
@@ -238,8 +238,8 @@ def read(line: bytes) -> dict[str, Any]:
         CogpressError: it is not a JSON object.
     """
     try:
-        row = whole_characters(json.loads(line))
-    except (ValueError, RecursionError) as error:
+        row = parse(line.decode(json.detect_encoding(line), "surrogatepass"))
+    except ValueError as error:
         raise CogpressError(f"The line is not JSON: {error}.") from None
     if not isinstance(row, dict):
         raise CogpressError('The line must be a JSON object, such as {"prompt": "..."}.')

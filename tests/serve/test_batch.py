@@ -109,13 +109,15 @@ def test_errors_are_told_line_by_line(tmp_path: Path, go: Callable[..., batch.To
             {"prompt": "x", "temperature": "hot"},
             {"prompt": "x", "max_tokens": True, "custom_id": "mine"},
             {"prompt": {"question": "q"}, "completion": "c"},
+            '{"prompt": "x", "prompt": "y"}',
+            '{"prompt": "x", "temperature": NaN}',
         ],
     )
     totals = go(Model())
     found = results(tmp_path / "out.jsonl")
-    assert [row["line"] for row in found] == [1, 3, 4, 5, 6, 7, 8, 9, 10], "blank lines are none"
+    assert [row["line"] for row in found] == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], "blank lines are none"
     said = [row.get("error", "") for row in found]
-    assert said[0] == said[-1] == ""
+    assert said[0] == said[8] == ""
     assert said[1].startswith("The line is not JSON: Expecting")
     assert said[2].startswith("The line must be a JSON object")
     assert said[3] == "There is nothing to answer."
@@ -126,7 +128,9 @@ def test_errors_are_told_line_by_line(tmp_path: Path, go: Callable[..., batch.To
     assert found[7]["custom_id"] == "mine"
     assert found[8]["output"] == 'answer to {"question": "q"}'
     assert found[8]["completion"] == "c"
-    assert totals.failed == 7
+    assert "the key 'prompt' stands twice" in said[9]
+    assert "NaN is not allowed in JSON" in said[10]
+    assert totals.failed == 9
 
 
 def test_one_line_cannot_end_the_run(tmp_path: Path, go: Callable[..., batch.Totals]) -> None:

@@ -82,6 +82,8 @@ def test_forms(given: dict[str, str], kind: str, value: Any, tokenizer: Any) -> 
         ({"json_schema": "[1]"}, "json_schema must be a JSON object"),
         ({"json_schema": '{"minimum": NaN}'}, "NaN is not allowed in JSON"),
         ({"json_schema": "[" * 100_000}, "json_schema is not JSON"),
+        ({"json_schema": '{"type": "integer", "type": "string"}'}, "the key 'type' stands twice in one object"),
+        ({"logit_bias": '{"5": 100, "5": -100}'}, "the key '5' stands twice"),
         ({"choices": "yes"}, "choices is not JSON"),
         ({"choices": "[]"}, "choices must be a JSON list of texts"),
         ({"choices": '["a", 1]'}, "choices must be a JSON list of texts"),
@@ -100,6 +102,16 @@ def test_forms(given: dict[str, str], kind: str, value: Any, tokenizer: Any) -> 
 def test_what_is_unclear_is_refused(given: dict[str, str], said: str, tokenizer: Any) -> None:
     with pytest.raises(CogpressError, match=said):
         inputs.read(given, tokenizer)
+
+
+def test_a_repeated_key_is_refused_unless_a_model_wrote_it() -> None:
+    """An agent gives back what a model wrote, having acted on the last of the values."""
+    with pytest.raises(CogpressError, match="messages is not JSON: the key 'content' stands twice"):
+        inputs.messages('[{"role": "user", "content": "a", "content": "b"}]')
+    call = {"function": {"name": "f", "arguments": '{"x": 1, "x": 2}'}}
+    turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "ok"}]
+    [first, _] = inputs.messages(json.dumps(turns))
+    assert first["tool_calls"][0]["function"]["arguments"] == {"x": 2}
 
 
 def test_a_refusal_of_a_name_that_is_no_text_can_be_shown(tokenizer: Any) -> None:
