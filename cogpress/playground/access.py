@@ -119,7 +119,8 @@ class Access:
         await self._bounded(scope, receive, send)
 
     def _refused(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[dict[str, Any], dict[str, str]] | None:
-        host = headers.get(b"host", b"").decode("latin-1").lower()
+        # Several are no host: others may read another one of them than this.
+        host = b",".join(value for name, value in scope["headers"] if name == b"host").decode("latin-1").lower()
         try:
             name = urlsplit(f"//{host}").hostname
         except ValueError:

@@ -42,6 +42,7 @@ def listen(application: ASGIApp, host: str, port: int, stopped: asyncio.Event) -
         access_log=False,
         server_header=False,
         date_header=False,
+        ws="none",
         lifespan="on",
         timeout_graceful_shutdown=3,
     )

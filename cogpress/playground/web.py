@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -159,6 +159,11 @@ def _http_error(_request: Request, error: Exception) -> Response:
     return problem_response(access.error(status, titles.get(status, "Error"), detail))
 
 
+def _gone(_request: Request, _error: Exception) -> Response:
+    """For a client that left before its request was whole, which is no fault of the server to be logged as one."""
+    return Response(status_code=400)
+
+
 def _too_large(_request: Request, error: Exception) -> Response:
     assert isinstance(error, access.TooLarge)
     return problem_response(error.body)
@@ -172,6 +177,7 @@ def _internal_error(_request: Request, _error: Exception) -> Response:
 EXCEPTION_HANDLERS: dict[Any, Callable[[Request, Exception], Response]] = {
     HTTPException: _http_error,
     access.TooLarge: _too_large,
+    ClientDisconnect: _gone,
     Exception: _internal_error,
 }
 """What an application answers to a request that no handler of a route answers."""

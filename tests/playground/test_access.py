@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,31 @@ def test_dns_rebinding_is_refused(local: Local, host: str) -> None:
         connection.sendall(f"GET /v1/account HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 421 ")
     assert httpx.get(f"http://localhost:{local.port}/v1/account", trust_env=False).status_code == 200
+
+
+def test_a_request_has_one_host(local: Local) -> None:
+    """Of two, some look at the first and others at the last."""
+    with socket.create_connection(("127.0.0.1", local.port)) as connection:
+        hosts = b"Host: evil.example\r\nHost: localhost\r\n"
+        connection.sendall(b"GET /v1/account HTTP/1.1\r\n" + hosts + b"Connection: close\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 421 ")
+
+
+def test_clients_that_leave_and_those_of_other_protocols_are_no_faults(local: Local) -> None:
+    """At every stage of a request; a fault would fill the log with its trace."""
+    body = b'{"input": {"count": 1}}'
+    head = f"POST /v1/models/local/echo/predictions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    whole = head.encode() + body
+    for sent in (whole[:20], whole[: len(head)], whole[:-1], whole):
+        for reset in (False, True):
+            with socket.create_connection(("127.0.0.1", local.port)) as connection:
+                connection.sendall(sent)
+                if reset:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "a"}
+    assert local.ask("GET", "/v1/account", headers=upgrade).status_code == 200
+    assert local.create({"count": 2}, wait=True)["status"] == "succeeded"
+    assert "Traceback" not in (local.data / "local.log").read_text()
 
 
 def test_the_token_is_asked_for(guarded: Local) -> None:

@@ -327,7 +327,14 @@ def test_a_model_with_few_inputs(client: Any) -> None:
             "messages[0].content",
             "the key 'image'",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "x" * 9999}]}]},
+            "messages[0].content",
+            "x{20,40}; use text",
+        ),
         ({"tools": [{"type": "function"}]}, "tools", "Tool 1"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools", "two functions named 'f'"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]}, "tools", "parameters of f"),
         ({"tool_choice": "required"}, "tool_choice", "tools is empty"),
     ],
 )
@@ -502,6 +509,8 @@ def test_which_tools_the_model_is_told_of(client: Any) -> None:
     assert json.loads(inputs["json_schema"]) == TOOL["function"]["parameters"]  # type: ignore[index]
     assert "tools" not in inputs
     assert len(Tools((TOOL,), single=True).calls(f"[{CALL},{CALL}]")[1]) == 1
+    no_json = CALL.replace('"Köln"', "NaN")
+    assert Tools((TOOL,)).calls(no_json) == (no_json, []), "no client could read such arguments"
 
 
 def test_one_of_several_functions_must_be_called(client: Any) -> None:
@@ -589,6 +598,15 @@ def test_fields_that_ask_for_nothing_are_ignored() -> None:
     for more in ({"ignore_eos": True}, {"chat_template_kwargs": {"a": 1}}, {"reasoning_effort": "low"}):
         with pytest.raises(OpenAIError, match="has no input"):
             parsed(**more)
+
+
+def test_the_switch_for_reasoning_is_found() -> None:
+    knows = {"components": {"schemas": {"Input": {"properties": {"messages": {}, "thinking": {"type": "boolean"}}}}}}
+    for name in ("enable_thinking", "thinking"):
+        body = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {name: False}}
+        assert parameters.parse(body, knows, chat=True).inputs["thinking"] is False
+        with pytest.raises(OpenAIError, match="does not support chat_template_kwargs"):
+            parsed(chat_template_kwargs={name: False})
 
 
 def test_whole_numbers_become_integers() -> None:

@@ -18,6 +18,7 @@ from cogpress.given import REASONING, check_message, reasoning_of, refuse_unread
 from cogpress.playground.openai import tools as openai_tools
 from cogpress.playground.openai.errors import OpenAIError
 from cogpress.playground.openai.tools import Tools
+from cogpress.prompts import SWITCHES
 
 _HARMLESS = frozenset(
     {
@@ -298,6 +299,11 @@ class _Parser:
         if name in self.request.inputs:
             other = self.request.named.get(name, name)
             raise OpenAIError(f"{name} is also set by {other}. Leave out one of them.", name)
+        if name == "chat_template_kwargs" and isinstance(value, dict) and [*value] in [[one] for one in SWITCHES]:
+            # So clients of vLLM and SGLang switch reasoning on or off.
+            [given] = value.values()
+            self.put("thinking", given, name)
+            return
         # vLLM's servers take -1 for all tokens.
         self.put(name, 0 if name == "top_k" and value == -1 else value)
 
@@ -351,7 +357,8 @@ def _content(given: Any, place: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get(kind) if kind in ("text", "refusal") else None
         if not isinstance(text, str):
-            raise OpenAIError(f"{place}.content has a part of type {kind!r}; use text.", f"{place}.content")
+            shown = repr(kind)[:40]
+            raise OpenAIError(f"{place}.content has a part of type {shown}; use text.", f"{place}.content")
         try:
             refuse_unread(part, ("type", str(kind)), f"{place}.content")
         except CogpressError as error:

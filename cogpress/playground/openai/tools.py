@@ -13,6 +13,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from cogpress.given import parse
 from cogpress.playground.openai.errors import OpenAIError
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -114,8 +115,8 @@ class Tools:
     def _read(self, text: str) -> list[tuple[str, str]] | None:
         """(name, arguments as JSON) of each call in JSON; None if it is not calls."""
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
+            value = parse(text, repeated=True)
+        except ValueError:
             return None
         calls = []
         for one in value if isinstance(value, list) else [value]:
@@ -183,6 +184,14 @@ def read(given: Any, choice: Any, parallel: Any) -> Tools | None:
         function = one.get("function") if isinstance(one, dict) and one.get("type") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise OpenAIError(f'Tool {at} must be {{"type": "function", "function": {{"name": ..., ...}}}}.', "tools")
+        if function["name"] in functions:
+            told = (
+                f"tools has two functions named {function['name'][:80]!r}, so a call would not say which. Rename one."
+            )
+            raise OpenAIError(told, "tools")
+        if not isinstance(function.get("parameters", {}), dict | None):
+            told = f'The parameters of {function["name"][:80]} must be a JSON schema, such as {{"type": "object"}}.'
+            raise OpenAIError(told, "tools")
         functions[function["name"]] = function
     single = parallel is False
     if choice in (None, "auto"):
