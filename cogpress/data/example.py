@@ -12,9 +12,11 @@ from cogpress.config import Task
 from cogpress.data.read import BadRow, found_keys, parse_text, short
 from cogpress.data.turns import (
     MASKS,
+    check_calls,
     check_order,
     check_texts,
     history_of,
+    is_call,
     is_learnt,
     masked,
     plain_turn,
@@ -33,7 +35,7 @@ Format = Literal["messages", "conversations", "prompt/completion", "alpaca", "te
 _FORMS: dict[Format, tuple[str, ...]] = {
     "messages": ("messages", "system", "tools", "weight", *MASKS),
     "conversations": ("conversations", "system", "tools", "weight", *MASKS),
-    "prompt/completion": ("prompt", "completion", "system", "tools", "weight", *MASKS),
+    "prompt/completion": ("prompt", "completion", "tool_calls", "system", "tools", "weight", *MASKS),
     "alpaca": ("instruction", "input", "output", "system", "history", "tools", "weight"),
     "text": ("text", "weight"),
 }
@@ -58,6 +60,7 @@ _MEANINGS = {
     "conversations": "a conversation of ShareGPT's form; gpt's turns are learnt",
     "prompt": "the question: a text, turns, or the template's fields",
     "completion": "the answer, learnt",
+    "tool_calls": "the answer's calls of functions, learnt",
     "instruction": "the question",
     "input": "more of the question",
     "output": "the answer, learnt",
@@ -70,6 +73,11 @@ _MEANINGS = {
 }
 
 
+_FUNCTIONS = ("tools", "tool_calls")
+_GIVEN_AS_IS = ("arguments", "default", "const")
+"""Keys inside of `_FUNCTIONS` whose null is a value: of an argument, or in a parameter's JSON schema."""
+
+
 def key_paths(item: Any) -> set[str]:
     """The keys of a row that have a value: its own, `messages[].role` of its turns, `prompt.name` of its fields."""
     found: set[str] = set()
@@ -80,7 +88,7 @@ def key_paths(item: Any) -> set[str]:
         if name in ("messages", "conversations") and isinstance(value, str):
             with contextlib.suppress(BadRow):
                 value = parse_text(value, name)
-        turns = value if isinstance(value, list) and name != "tools" else []
+        turns = value if isinstance(value, list) and name not in _FUNCTIONS else []
         found |= {
             f"{name}[].{key}"
             for turn in turns
@@ -146,16 +154,10 @@ class UnreadKeysError(BadRow):
         self.names = tuple(names)
 
 
-_FUNCTIONS = ("tools", "tool_calls")
-_GIVEN_AS_IS = ("arguments", "default", "const")
-"""Keys inside of `_FUNCTIONS` whose null is a value: of an argument, or in a parameter's JSON schema."""
-
-
-def without(item: Any, ignore: Collection[str]) -> tuple[Any, set[str]]:
+def without(item: Any, ignore: Collection[str], functions: Collection[str] = _FUNCTIONS) -> tuple[Any, set[str]]:
     """A row without nulls and without the keys to ignore, at any depth, and which of these it had.
 
-    Inside of `tools` and `tool_calls`, where keys are parameters of functions, none is ignored, and arguments keep
-    their nulls.
+    Inside of `functions`, where keys are parameters of functions, none is ignored, and arguments keep their nulls.
     """
     left: set[str] = set()
 
@@ -165,7 +167,7 @@ def without(item: Any, ignore: Collection[str]) -> tuple[Any, set[str]]:
             return {
                 name: one
                 if function and name in _GIVEN_AS_IS
-                else stripped(one, () if name in _FUNCTIONS else ignore, function or name in _FUNCTIONS)
+                else stripped(one, () if name in functions else ignore, function or name in functions)
                 for name, one in value.items()
                 if name not in ignore and (one is not None or (function and name in _GIVEN_AS_IS))
             }
@@ -183,7 +185,8 @@ def row_of(item: Any, ignore: Collection[str], rename: Mapping[str, str]) -> tup
     Raises:
         BadRow: it has a key twice, or its turns are no JSON.
     """
-    item, left = without(item, ignore)
+    functions = [*_FUNCTIONS, *(old for old, new in rename.items() if new in _FUNCTIONS)]
+    item, left = without(item, ignore, functions)
     row = renamed(item, rename)
     for name in ("messages", "conversations"):
         text = row.get(name) if isinstance(row, dict) else None
@@ -258,6 +261,12 @@ def example_of(item: Any, line: int, task: Task = "answer") -> Example:
             "tools stand beside a text that lists them in <tools>, and the chat template would list them again: take "
             "the list out of the text, or name tools in data.ignore to keep the text as it is"
         )
+    check_calls([*example.question.messages, *example.answer], tools)
+    if tools and any(turn["role"] == "assistant" and is_call(turn["content"]) for turn in example.answer):
+        raise BadRow(
+            "an answer is a call of a tool as text, which the chat template would write otherwise: give it as "
+            "tool_calls, with data.rename where the row has it under another name, or name tools in data.ignore"
+        )
     if tools and task == "reversed":
         raise BadRow("tools cannot be learned reversed")
     question = replace(
@@ -277,11 +286,11 @@ def _example_of(has: Mapping[str, Any], line: int, task: Task) -> Example:
         turns = masked(has, turns)
         first = [turn["role"] for turn in turns].index("assistant")
         return _example(line, format, Question(messages=turns[:first], system=system), turns[first:], task)
-    if "prompt" in has and "completion" in has:
+    if "prompt" in has and ("completion" in has or "tool_calls" in has):
         _refuse_unread(has, "prompt/completion")
         question = replace(_asked(has["prompt"], task), system=system)
         given = question.messages or (turn_of("user", ""),)
-        answer = masked(has, (*given, *_answered(has["completion"])), len(given))[len(given) :]
+        answer = masked(has, (*given, *_answered(has)), len(given))[len(given) :]
         return _example(line, "prompt/completion", question, answer, task)
     if "instruction" in has and "output" in has:
         _refuse_unread(has, "alpaca")
@@ -303,10 +312,21 @@ def _example_of(has: Mapping[str, Any], line: int, task: Task) -> Example:
         return Example(line, "text", Question(), (), text)
     if "input_ids" in has:
         raise BadRow("input_ids are tokens, which only their own tokenizer reads: give the texts they were made from")
+    if "chosen" in has and "rejected" in has:
+        raise BadRow(
+            "chosen and rejected are a preference, and only answers are learnt here: name rejected in data.ignore, and "
+            f"in data.rename chosen as {'completion' if 'prompt' in has else 'messages'}"
+        )
+    for one, other in (("prompt", "completion"), ("completion", "prompt"), ("instruction", "output")):
+        if one in has:
+            raise BadRow(f"{one} without {other}: {found_keys(list(has))}; {_RENAMED}")
     raise BadRow(
         "unknown format: neither messages, nor prompt and completion, nor instruction and output, nor conversations, "
-        "nor text; " + found_keys(list(has)) + "; if these are the same under other names, say so in data.rename"
+        f"nor text; {found_keys(list(has))}; {_RENAMED}"
     )
+
+
+_RENAMED = "if it has the same under other names, say so in data.rename"
 
 
 def _example(line: int, format: Format, question: Question, answer: tuple[Message, ...], task: Task) -> Example:
@@ -348,7 +368,11 @@ def _asked(value: Any, task: Task) -> Question:
     return Question(text=text_of(value, "prompt"))
 
 
-def _answered(value: Any) -> tuple[Message, ...]:
+def _answered(has: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The turns of `completion`, or one with the row's `tool_calls`, where both stand with that text."""
+    value = has.get("completion", "")
+    if "tool_calls" in has:
+        return turns_of([{"role": "assistant", "content": value, "tool_calls": has["tool_calls"]}], "completion")
     if isinstance(value, list):
         return turns_of(value, "completion")
     return (turn_of("assistant", text_of(value, "completion")),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBLEMS_SHOWN = 20
+_CHAT_MARKS = re.compile(
+    r"\[/?INST\]|<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>"
+    r"|^### ?(?:Human|Assistant|Instruction|Response):",
+    re.MULTILINE,
+)
+"""What chat templates write around turns, and what data made for plain text models has in their place."""
+
 SMALLEST_SPLIT = 20
 """From this many examples on, a validation share above zero gives at least one validation example."""
 
@@ -337,6 +345,11 @@ def prepare(
         raise BadDataError(refusal(report), report)
     if not tokenizer.chat_template:
         report.notes.append("the tokenizer has no chat template: prompt, completion and end token are joined")
+    if marked := sum(bool(_CHAT_MARKS.search(example.text)) for example, _ in [*train, *validation]):
+        report.notes.append(
+            f"{marked:,} plain texts look like chats of another template, questions and marks of which are learnt as "
+            "text: give chats as messages"
+        )
 
     train, validation = (_distinct(part, report) for part in (train, validation))
     report.lengths = [len(row.input_ids) for _, row in [*train, *validation]]

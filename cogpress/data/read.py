@@ -59,8 +59,10 @@ def rows(path: Path, columns: Sequence[str], ignore: Collection[str] = ()) -> Ro
     # Cog downloads to a file without a suffix; the first bytes tell its kind.
     suffix = suffix or ".json"
     if suffix not in (*_JSON_SUFFIXES, ".parquet"):
+        of_table = ": pandas.read_csv(PATH).to_json(PATH, orient='records', lines=True) writes one of a table"
         raise CogpressError(
-            f"{path} has an unknown suffix. Give examples as .jsonl, .json or .parquet (or .jsonl.gz, .json.gz)."
+            f"{path} has an unknown suffix. Give examples as .jsonl, .json or .parquet (or .jsonl.gz, .json.gz)"
+            f"{of_table if suffix in ('.csv', '.tsv') else ''}."
         )
     try:
         with path.open("rb") as file:

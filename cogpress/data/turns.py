@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cogpress.data.read import BadRow, parse_text, short
+from cogpress.data.read import BadRow, found_keys, parse_text, short
 from cogpress.errors import CogpressError
 from cogpress.given import REASONING, kind, tool, tool_call
 from cogpress.prompts import Message
@@ -129,6 +129,8 @@ def _turn(value: Any, name: str) -> Message:
         if said == _CALL:
             value = {**value, text: "", "tool_calls": _said_calls(value.get(text), f"{name}.{text}")}
     else:
+        if not {"role", "from"} & set(value):
+            raise BadRow(f"{name} has neither role and content nor from and value; {found_keys(list(value))}")
         role, text = value.get("role"), "content"
         role = "system" if role == "developer" else role  # OpenAI's newer name
         if not isinstance(role, str) or not role or role not in _MAY_FOLLOW:
@@ -171,6 +173,29 @@ def _said_calls(value: Any, name: str) -> list[dict[str, Any]]:
     if not calls:
         raise BadRow(f"{name} holds no call")
     return [{"function": call} for call in calls]
+
+
+def check_calls(turns: Sequence[Message], tools: Sequence[Any]) -> None:
+    """Check that calls are of functions that the row has, and that results are of the calls before them."""
+    names = {tool["function"]["name"] for tool in tools}
+    ids: set[str] = set()
+    for turn in turns:
+        for call in turn.get("tool_calls", ()):
+            ids |= {call["id"]} if "id" in call else set()
+            if names and call["function"]["name"] not in names:
+                raise BadRow(f"{call['function']['name'][:80]} is called, which is not among the row's tools")
+        if ids and turn["role"] == "tool" and turn.get("tool_call_id", None) not in (None, *ids):
+            raise BadRow(f"tool_call_id {short(turn['tool_call_id'])} is the id of no call before it")
+
+
+def is_call(text: str) -> bool:
+    """Whether a text is nothing but calls of functions, as `function_call` turns hold them."""
+    if not text.lstrip().startswith(("{", "[")):
+        return False
+    try:
+        return bool(_said_calls(text, ""))
+    except BadRow:
+        return False
 
 
 def _calls(value: Any, name: str) -> list[dict[str, Any]]:

@@ -322,6 +322,61 @@ def test_function_turns_of_sharegpt_are_calls_and_their_results(
     assert "units" not in written
 
 
+def test_calls_of_a_row_are_its_answer(write: Write, prepare: Callable[..., data.Prepared]) -> None:
+    """As xLAM's rows have them, under other names."""
+    row = {"query": "How many A7?", "answers": json.dumps([CALL]), "tools": json.dumps(FUNCTIONS)}
+    tokenizer = tokenizer_of(SHAPES["qwen2.5"])
+
+    def made(named: str) -> data.Prepared:
+        renames = config.Data(rename={"query": "prompt", "answers": named})
+        return prepare(write(row), tokenizer=tokenizer, max_length=1024, data=renames)
+
+    call = '<tool_call>\n{"name": "stock_level", "arguments": {"sku": "A7"}}\n</tool_call><|im_end|>'
+    assert learnt(tokenizer, made("tool_calls").train[0]) == call
+    with pytest.raises(data.BadDataError, match=r"an answer is a call of a tool as text, .* give it as tool_calls"):
+        made("completion")
+    null = {**row, "answers": [{**CALL, "arguments": {"sku": None}}]}
+    (found,) = read_examples(write(null), rename={"query": "prompt", "answers": "tool_calls"}).conversations
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"sku": None}
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([("stocks", "c1", None)], "stocks is called, which is not among the row's tools"),
+        ([("stock_level", "c1", "c2")], "tool_call_id 'c2' is the id of no call before it"),
+        ([("stock_level", "c1", "c1"), ("stock_level", "c2", "c1")], None),
+        ([("stock_level", "c1", None)], None),
+    ],
+)
+def test_calls_and_results_belong_together(
+    write: Write, turns: list[tuple[str, str, str | None]], reason: str | None
+) -> None:
+    made = messages("a")
+    for name, id, answers in turns:
+        call = {"id": id, "function": {"name": name, "arguments": {}}}
+        made += [{"role": "assistant", "content": "", "tool_calls": [call]}]
+        made += [{"role": "tool", "content": "12", "tool_call_id": answers}]
+    found = read_examples(write({"messages": [*made, *messages("a", "b")[1:]], "tools": FUNCTIONS})).problems
+    assert [one.reason for one in found] == ([reason] if reason else [])
+
+
+def test_plain_text_with_another_templates_marks_is_noted(write: Write, prepare: Callable[..., data.Prepared]) -> None:
+    path = write({"text": "[INST] a [/INST] b"}, {"text": "### Human: a\n### Assistant: b"}, {"text": "# A title"})
+    (note,) = [note for note in prepare(path).report.notes if "another template" in note]
+    assert note.startswith("2 plain texts look like chats")
+
+
+@pytest.mark.parametrize("asked", [{"prompt": "a"}, {}])
+def test_a_preference_is_refused_with_the_way_out(write: Write, asked: dict[str, str]) -> None:
+    chosen: Any = "b" if asked else messages("a", "b")
+    path = write({**asked, "chosen": chosen, "rejected": chosen})
+    (found,) = read_examples(path).problems
+    assert "chosen and rejected are a preference" in found.reason
+    new = found.reason.rpartition(" ")[2]
+    assert turns_of(path, ignore=("rejected",), rename={"chosen": new}) == [("user", "a"), ("assistant", "b")]
+
+
 @pytest.mark.parametrize(
     ("turn", "reason"),
     [
@@ -390,7 +445,7 @@ def test_names_that_cannot_be_given(write: Write) -> None:
     ):
         read_examples(path, rename={"question": "answer"})
     (found,) = read_examples(write({"question": "a"})).problems
-    assert found.reason.endswith("it has 'question'; if these are the same under other names, say so in data.rename")
+    assert found.reason.endswith("it has 'question'; if it has the same under other names, say so in data.rename")
 
 
 def test_what_verifies_is_read_as_what_trains(write: Write, tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ def test_a_null_is_no_key(write: Write) -> None:
             "nor conversations, nor text; it has",
         ),
         ({"question": "Hi", "answer": "Hello"}, "it has 'question', 'answer'"),
-        ({"prompt": "Hi"}, "it has 'prompt'"),
+        ({"prompt": "Hi", "completion": None}, "prompt without completion: it has 'prompt'; if it has the same under"),
+        ({"instruction": "Hi", "response": "Hello"}, "instruction without output: it has 'instruction', 'response'"),
         ({f"key {number}\x1b[31m": 1 for number in range(20)}, "'key 7\\x1b[31m', ..."),
         ({"text": 3}, "text is a number and not a string"),
         ({"text": True}, "text is a boolean and not a string"),
@@ -118,7 +119,12 @@ def test_a_null_is_no_key(write: Write) -> None:
         ({"messages": "Hi"}, "messages is a string and not a list"),
         ({"messages": []}, "messages is empty"),
         ({"messages": ["Hi"]}, "messages[0] is a string and not an object"),
-        ({"messages": [{"content": "Hi"}]}, "messages[0] has the role None"),
+        (
+            {"messages": [{"content": "Hi"}]},
+            "messages[0] has neither role and content nor from and value; it has 'content'",
+        ),
+        ({"messages": [{"role": 3, "content": "Hi"}]}, "messages[0] has the role 3"),
+        ({"conversations": [{"input": "Hi", "output": "a"}]}, "conversations[0] has neither role"),
         ({"messages": [{"role": "human", "content": "Hi"}]}, "messages[0] has the role 'human'"),
         ({"messages": [{"role": "", "content": "Hi"}]}, "messages[0] has the role ''"),
         ({"messages": [{"role": ["user"], "content": "Hi"}]}, "messages[0] has the role ['user']"),
@@ -228,7 +234,7 @@ def test_broken_gzip(tmp_path: Path, kept: int) -> None:
         ("blank.jsonl", b"\n \r\n", "holds no examples"),
         ("mark.jsonl", b"\xef\xbb\xbf", "holds no examples"),
         ("none.json", b"[]", "holds no examples"),
-        ("examples.csv", b"a,b", "has an unknown suffix"),
+        ("examples.csv", b"a,b", r"has an unknown suffix.*: pandas\.read_csv"),
         ("examples.jsonl.zst", b"a", "has an unknown suffix"),
         ("wide.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16"),
         ("bad.parquet", b"PAR1 and then nothing", "not readable as Parquet|cannot be read"),
@@ -267,7 +273,9 @@ def test_parquet_with_mixed_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [(example.format, example.line) for example in reading.examples] == [
         ("prompt/completion", 1), ("messages", 2), ("text", 4)
     ]  # fmt: skip
-    assert [(found.line, found.reason.split("; ")[1]) for found in reading.problems] == [(3, "it has 'completion'")]
+    assert [(found.line, found.reason.split(";")[0]) for found in reading.problems] == [
+        (3, "completion without prompt: it has 'completion'")
+    ]
 
 
 def test_parquet_text_that_is_no_text(tmp_path: Path) -> None:
