@@ -42,6 +42,9 @@ class Purpose(NamedTuple):
     """Shared libraries that the packages need from the system, checked before anything is downloaded."""
     free_gb: dict[str, int]
     """Disk needed for a new one."""
+    compiled: bool = False
+    """Whether the packages' modules are compiled with the installation. Where Python may not keep what it compiles
+    (PYTHONDONTWRITEBYTECODE), each start of vLLM would compile 5,000 of them again, for 7 s."""
 
 
 MAIN = Purpose(
@@ -50,7 +53,8 @@ MAIN = Purpose(
     locks={"cpu": ("cpu.lock",), "gpu": ("gpu.lock", "gpu-dev.lock")},
     check=CHECK,
     libraries={"cpu": ("libnuma.so.1", "libstdc++.so.6"), "gpu": ("libstdc++.so.6",)},
-    free_gb={"cpu": 6, "gpu": 25},  # the CPU environment is 3.7 GB
+    free_gb={"cpu": 6, "gpu": 25},  # the CPU environment is 4.1 GB
+    compiled=True,
 )
 """What every script runs in."""
 
@@ -248,7 +252,7 @@ class Environment:
             torch = self.venv / "torch.txt"
             torch.write_text(f"torch=={self.torch_version()}+cpu\n", encoding="utf-8")
             locks.insert(0, str(torch))
-        command = uv.sync(str(self.python), locks, configured)
+        command = [*uv.sync(str(self.python), locks, configured), *["--compile-bytecode"] * self.purpose.compiled]
         variables, step = uv.variables(configured), f"the packages of {' and '.join(self.purpose.locks[kind])}"
         try:
             self._run(command, step, variables)

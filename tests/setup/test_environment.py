@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -12,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -435,6 +435,7 @@ def test_a_script_sets_up_enters_updates_and_recovers(small: Small) -> None:
     assert (status, output) == (0, f"{prefix} ['a', 'b c']\n"), messages
     assert "Installed 3 packages" in messages
     assert small.installed() == {"torch", "one", "two", "uv"}
+    assert list(small.repository.glob(".venv/lib/python*/site-packages/__pycache__/one.*.pyc")), "compiled"
 
     status, output, messages = small.run()
     assert (status, output, messages) == (0, f"{prefix} []\n", ""), "nothing to do, nothing said"
@@ -497,16 +498,17 @@ def test_another_environment_lies_beside_it(small: Small) -> None:
 @pytest.mark.slow
 def test_two_commands_at_once_make_it_once(small: Small) -> None:
     small.lock(("one", "1", wheel(small.wheels, "one", "1")))
-    first = small.start()
-    while not (small.repository / ".cache" / "setup.lock").exists() and first.poll() is None:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    second = small.start()
-    said = [process.communicate(timeout=120)[1] for process in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0], said
-    assert "is ready" in said[0]
-    assert "waiting for it" in said[1]
-    assert "is ready" not in said[1]
+    guard = small.repository / ".cache" / "setup.lock"
+    guard.parent.mkdir(exist_ok=True)
+    with guard.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a third command that is at it
+        both = [small.start(), small.start()]
+        for one in both:
+            assert one.stderr is not None
+            assert "waiting for it" in one.stderr.readline()
+    said = [one.communicate(timeout=120)[1] for one in both]
+    assert [one.returncode for one in both] == [0, 0], said
+    assert sorted("is ready" in one for one in said) == [False, True], said
 
 
 @pytest.mark.slow
