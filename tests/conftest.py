@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from tests import Script
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 # A shell's background job ignores SIGINT, and so would every program that a test starts to end it with SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A server on a busy machine may think for longer than the five seconds that httpx waits; no test is about that.
+httpx._config.DEFAULT_TIMEOUT_CONFIG.read = 60
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

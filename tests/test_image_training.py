@@ -7,8 +7,6 @@ import contextlib
 import json
 import shutil
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pytest
 from cogpress.cog import client
 from cogpress.cog.process import Server
 from cogpress.errors import CogpressError
+from tests import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -97,15 +96,6 @@ def server(root: Path) -> Any:
 
 def data(**more: Any) -> dict[str, Any]:
     return {"train_data": f"data:text/plain;base64,{base64.b64encode(b'examples').decode()}", **more}
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def below(server: Server) -> set[psutil.Process]:

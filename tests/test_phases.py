@@ -20,6 +20,7 @@ from rich.console import Console
 from cogpress import config, phases, pipeline
 from cogpress.errors import CogpressError
 from cogpress.weights import base
+from tests import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -112,7 +113,7 @@ def test_a_phase_ends_in_order_with_the_program_that_waits_for_it(tmp_path: Path
         start_new_session=True,
     )
     try:
-        _until((tmp_path / "began").is_file)
+        assert wait_until((tmp_path / "began").is_file)
         if how == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)  # a terminal tells every process
         else:
@@ -122,17 +123,10 @@ def test_a_phase_ends_in_order_with_the_program_that_waits_for_it(tmp_path: Path
         if process.poll() is None:
             process.kill()
     assert process.returncode == status
-    _until((tmp_path / "cleaned").is_file)
+    assert wait_until((tmp_path / "cleaned").is_file)
     assert "Traceback" not in told
     pid = int((tmp_path / "began").read_text())
-    _until(lambda: not alive(pid))
-
-
-def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert wait_until(lambda: not alive(pid))
 
 
 def watched(log: Path, work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
@@ -41,14 +43,15 @@ def test_figures_are_those_of_known_delays() -> None:
     assert server.connections <= 4, "connections are used again"
     assert (found["requests"], found["lost"], found["tokens"]) == (12, 0, 96)
     assert found["prompt_tokens_mean"] == 100
-    # A busy machine delays; nothing comes early.
-    assert 0.098 <= found["ttft_p50"] < 0.5
-    assert 0.045 <= found["itl_p50"] < 0.25
-    assert found["ttft_p50"] <= found["ttft_p90"] <= found["ttft_p99"] < 2
-    assert 0.24 <= found["latency_p50"] < 2
-    assert 7 / 1.5 < found["stream_tokens_per_second"] <= 7 / 0.145
+    # A busy machine delays, by any time; nothing comes early.
+    assert 0.098 <= found["ttft_p50"] <= found["ttft_p90"] <= found["ttft_p99"]
+    assert found["latency_p50"] >= 0.24
+    assert taken.seconds >= 3 * 0.24
+    gaps = [after - before for one in taken.answers for before, after in itertools.pairwise(one.texts)]
+    assert (len(gaps), found["itl_p50"]) == (3 * 12, pytest.approx(statistics.median(gaps)))
+    speeds = [7 / (one.texts[-1] - one.texts[0]) for one in taken.answers]
+    assert found["stream_tokens_per_second"] == pytest.approx(statistics.median(speeds))
     assert found["tokens_per_second"] == pytest.approx(96 / taken.seconds)
-    assert 3 * 0.25 <= taken.seconds < 10
     assert found["client_share"] < 1
 
 
@@ -181,16 +184,20 @@ def test_an_openai_server_is_asked_for_the_same_and_its_chunks_are_read() -> Non
 
 @pytest.mark.slow
 def test_arrivals_of_an_open_loop_are_kept_however_slow_answers_are() -> None:
-    times = load.arrivals(20, 100.0, 3)
-    with standing_in(cog_answer(0.5)) as server, ExitStack() as stack:
+    """None is answered before all are there."""
+    times, usual = load.arrivals(20, 100.0, 3), cog_answer(0.1)
+
+    async def answer(request: Request) -> Reply:
+        while len(server.requests) < 20:
+            await asyncio.sleep(0.01)
+        return await usual(request)
+
+    with standing_in(answer) as server, ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         http = clients.connect(server.url, runner, stack)
         taken = runner.run(load.open_loop(clients.cog(http, server.url), cog_questions(20), times))
-    began = server.requests[0].at - times[0]
-    late = [request.at - began - due for request, due in zip(server.requests, times, strict=True)]
-    assert max(map(abs, late)) < 0.4
-    assert server.most == 20, "all are there before the first is answered"
-    assert load.summary(taken)["ttft_p50"] >= 0.48
+    assert server.most == 20
+    assert load.summary(taken)["ttft_p50"] >= 0.098
     assert [answer.started - taken.answers[0].started for answer in taken.answers] == pytest.approx(
         [at - times[0] for at in times]
     )
@@ -282,7 +289,7 @@ def test_a_model_on_replicate_is_asked_as_its_clients_do(url: str) -> None:
         "a line break is text, nothing is not"
     )
     assert answer.texts[0] - answer.started >= 0.048
-    assert answer.ended - answer.started < 2, "done is the end, whatever the server does with the connection"
+    assert answer.ended - answer.started < 30, "done is the end, whatever the server does with the connection"
     assert [(request.method, request.path) for request in requests] == [
         ("GET", "/v1/models/me/mine"),
         ("POST", "/v1/models/me/mine/predictions"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -13,6 +12,7 @@ from cogpress.cog import client
 from cogpress.cog.client import Event
 from cogpress.cog.process import Server
 from cogpress.errors import CogpressError
+from tests import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -61,12 +61,7 @@ def url(served: str) -> str:
 
 
 def free(url: str) -> bool:
-    deadline = time.monotonic() + 60
-    while (client.health(url) or {}).get("status") != "READY":
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+    return wait_until(lambda: (client.health(url) or {}).get("status") == "READY")
 
 
 def begin(stream: Iterator[Event]) -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cogpress.cog import client, ending
 from cogpress.cog import process as server
 from cogpress.cog.process import Server, free_port
 from cogpress.errors import CogpressError
+from tests import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -114,15 +115,6 @@ def marked(mark: Path) -> list[str]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 def seen(url: str, **inputs: Any) -> dict[str, Any]:
     return dict(json.loads(client.predict(url, inputs)["output"]))
 
@@ -150,7 +142,8 @@ def test_a_runner_is_served_as_its_image_would_be(root: Path, monkeypatch: pytes
     assert "Setup complete" in (root / "server.log").read_text()
 
 
-def test_the_decorator_decides_how_many_are_served_at_once(root: Path) -> None:
+def test_the_decorator_decides_how_many_are_served_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "GRACE_SECONDS", 0.5)
     with ThreadPoolExecutor(3) as pool, Server(root, log=root / "server.log") as served:
         served.wait_ready(120)
         assert seen(served.url)["COG_MAX_CONCURRENCY"] == "3"
@@ -375,9 +368,8 @@ def test_what_is_missing_is_named(root: Path, tmp_path_factory: pytest.TempPathF
 def test_weights_at_a_url_are_left_to_the_runner(root: Path) -> None:
     url = "https://example.com/weights.tar"
     with Server(root, weights=url, log=root / "server.log") as served:
-        process, deadline = psutil.Process(process_of(served).pid), time.monotonic() + 60
-        while "COG_WEIGHTS" not in process.environ() and time.monotonic() < deadline:
-            time.sleep(0.02)  # until the program has replaced the fork of this one
+        process = psutil.Process(process_of(served).pid)
+        assert wait_until(lambda: "COG_WEIGHTS" in process.environ()), "it is still the fork of this process"
         assert process.environ()["COG_WEIGHTS"] == url
 
 

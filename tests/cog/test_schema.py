@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from cogpress.cog import client, schema
 from cogpress.cog.process import Server
 from cogpress.errors import CogpressError
+from tests import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -279,9 +279,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, st
 @pytest.fixture
 def served(started: tuple[Path, str]) -> tuple[Path, str]:
     """The server, once its only slot is free again."""
-    deadline = time.monotonic() + 60
-    while (client.health(started[1]) or {}).get("status") != "READY" and time.monotonic() < deadline:
-        time.sleep(0.02)
+    assert wait_until(lambda: (client.health(started[1]) or {}).get("status") == "READY")
     return started
 
 

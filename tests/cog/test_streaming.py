@@ -19,6 +19,7 @@ import pytest
 from cogpress.cog import client, streaming
 from cogpress.cog.process import Server
 from cogpress.errors import CogpressError
+from tests import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -92,9 +93,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def ours(installed: Server) -> Server:
     """The server once a slot is free: that is a little after an answer's end."""
-    deadline = time.monotonic() + 60
-    while (client.health(installed.url) or {}).get("status") != "READY" and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert wait_until(lambda: (client.health(installed.url) or {}).get("status") == "READY")
     return installed
 
 
@@ -107,12 +106,7 @@ def arrivals(server: Server, count: int) -> list[float]:
 
 def ended(server: Server, seconds: float) -> bool:
     """Whether a prediction's source is closed within so many seconds."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if (server.root / "ended").exists():
-            return True
-        time.sleep(0.02)
-    return False
+    return wait_until((server.root / "ended").exists, seconds)
 
 
 def canceled(server: Server, seconds: float = 15.0) -> bool:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import pytest
 from cogpress.cog import client
 from cogpress.cog.process import Server, free_port
 from cogpress.errors import CogpressError
+from tests import wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -59,7 +60,7 @@ def server(tiny_base: Path, port: int, tmp_path_factory: pytest.TempPathFactory)
 def metrics(port: int) -> dict[str, float]:
     """Each metric's value, summed over its labels."""
     found: dict[str, float] = {}
-    for line in httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines():
+    for line in httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text.splitlines():
         if not line.startswith("#"):
             name, _, value = line.rpartition(" ")
             name = name.partition("{")[0]
@@ -72,15 +73,6 @@ def memory(server: Server) -> float:
     assert server._process is not None
     leader = psutil.Process(server._process.pid)
     return sum(one.memory_full_info().pss for one in [leader, *leader.children(recursive=True)]) / 1e6
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def idle(port: int) -> bool:

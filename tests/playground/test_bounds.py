@@ -256,6 +256,7 @@ def test_a_server_that_takes_nothing_without_end_is_given_up(tmp_path: Path, mon
     """The runtime says that it is busy, and is: with what nobody here asked for."""
     monkeypatch.setattr("cogpress.playground.backend.BUSY_SECONDS", 0.5)
     monkeypatch.setattr("cogpress.playground.queue.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("cogpress.cog.process.GRACE_SECONDS", 0.5)  # what it works on does not end by itself
 
     async def same(inputs: Any, _loopback: bool) -> Any:
         return inputs

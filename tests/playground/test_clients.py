@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from cogpress.cog.process import Server
+from tests import wait_until
 from tests.standins.localreplicate import TOKEN, Local, javascript, project
 from tests.standins.receiver import Receiver
 
@@ -141,10 +142,7 @@ def test_webhooks_are_signed_filtered_and_not_too_often(client: Any, version: st
     inputs = {"count": 60, "delay": 0.02}
     made = client.predictions.create(version=version, input=inputs, webhook=receiver.url)
     made.wait()
-    deadline = time.monotonic() + 60
-    while json.loads(receiver.wait(1)[-1]["body"])["status"] != "succeeded":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert wait_until(lambda: json.loads(receiver.wait(1)[-1]["body"])["status"] == "succeeded")
     bodies = [json.loads(one["body"]) for one in receiver.got]
     assert bodies[0]["status"] == "processing"
     assert bodies[-1]["output"] == made.output

@@ -24,6 +24,7 @@ from cogpress.config import Playground
 from cogpress.errors import CogpressError
 from cogpress.playground import gateway
 from cogpress.playground.gateway import Settings
+from tests import wait_until
 from tests.standins import refusingreplicate
 from tests.standins.localreplicate import ROOT, TOKEN, Local
 from tests.standins.refusingreplicate import Reply, replicate
@@ -67,7 +68,7 @@ def running(log: Path, *arguments: str, **environ: str) -> Iterator[Running]:
         yield Running(log, process, f"http://127.0.0.1:{port}")
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +167,12 @@ def test_a_client_that_leaves_cancels_on_replicate(far: Running, local: Local) -
         client.with_options(timeout=1).chat.completions.create(
             model="teller", messages=say("unstreamed", times=2000, delay=0.05)
         )
-    assert "unstreamed" in json.dumps(newest(local)["input"])
+    assert wait_until(lambda: "unstreamed" in json.dumps(newest(local)["input"])), "which it gave up, came late"
     assert local.wait(newest(local)["id"])["status"] == "canceled"
 
 
 def test_a_client_that_leaves_frees_the_cog_servers_slot(near: Running) -> None:
-    client = near.client(timeout=30)
+    client = near.client(timeout=120)
     for _ in range(20):  # more than there are slots
         stream = client.chat.completions.create(model="teller", messages=say("x", times=2000, delay=0.05), stream=True)
         next(iter(stream))

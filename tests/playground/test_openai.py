@@ -23,6 +23,7 @@ from cogpress.playground.openai.errors import OpenAIError, from_prediction
 from cogpress.playground.openai.responses import Completion, chat_logprobs, encoded, text_logprobs
 from cogpress.playground.openai.tools import Tools
 from cogpress.playground.records import Prediction, Version
+from tests import wait_until
 from tests.standins.localreplicate import ROOT, TOKEN, Local
 from tests.standins.teller import say
 
@@ -163,9 +164,12 @@ def test_closing_cancels(client: Any, local: Local) -> None:
         client.with_options(timeout=1, max_retries=0).chat.completions.create(
             model="teller", messages=say("unstreamed", times=2000, delay=0.05)
         )
-    newest = local.ask("GET", "/v1/predictions").json()["results"][0]
-    assert "unstreamed" in json.dumps(local.get(newest["id"])["input"])
-    assert status_of(local, newest["id"]) == "canceled"
+
+    def newest() -> Any:
+        return local.ask("GET", "/v1/predictions").json()["results"][0]["id"]
+
+    assert wait_until(lambda: "unstreamed" in json.dumps(local.get(newest())["input"])), "it may come late"
+    assert status_of(local, newest()) == "canceled"
 
     async def main() -> str:
         async with openai.AsyncOpenAI(base_url=f"{local.url}/v1", api_key=TOKEN) as made:

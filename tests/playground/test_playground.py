@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from cogpress.playground.records import Options, Prediction, Version
+from tests import wait_until
 from tests.standins.localreplicate import ROOT, Local, echoing, project
 
 pytestmark = pytest.mark.slow
@@ -127,10 +128,7 @@ def test_it_can_be_stopped_while_the_model_starts(tmp_path: Path) -> None:
     root = kit(tmp_path / "kit", "import time; time.sleep(120)")
     with command(root, "--port", "0") as playground:
         playground.wait_for("Starting")
-        deadline = time.monotonic() + 60
-        while not any("cog.server.http" in process.cmdline() for process in servers(root)):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        assert wait_until(lambda: any("cog.server.http" in process.cmdline() for process in servers(root)))
         assert playground.interrupt() == 130
     assert "Ready" not in "".join(playground.said)
     assert "Traceback" not in "".join(playground.said)

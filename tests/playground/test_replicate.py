@@ -17,6 +17,7 @@ from starlette.requests import Request
 from cogpress.cog.process import Server
 from cogpress.playground.api import resources
 from cogpress.playground.web import HTTPProblem
+from tests import wait_until
 from tests.standins.localreplicate import SLOTS, Local, echoing
 
 pytestmark = pytest.mark.slow
@@ -194,8 +195,7 @@ def test_more_than_there_are_slots_wait_their_turn(local: Local) -> None:
 
 def test_cancel_while_running_and_while_waiting(local: Local) -> None:
     running = [local.create({"count": 10_000, "delay": 0.05}) for _ in range(SLOTS)]
-    while not all("started_at" in local.get(one["id"]) for one in running):
-        time.sleep(0.05)
+    assert wait_until(lambda: all("started_at" in local.get(one["id"]) for one in running))
     waiting = local.create({"count": 1000, "delay": 0.05})
     time.sleep(0.5)
     assert local.get(waiting["id"])["status"] == "starting"
@@ -253,8 +253,7 @@ def test_a_prediction_ends_at_its_deadline(local: Local) -> None:
     assert answer["deadline"] > answer["created_at"]
     # One that has not begun by then is aborted: every slot is held for longer than it may wait.
     others = [local.create(body["input"]) for _ in range(SLOTS)]
-    while sum("started_at" in local.get(one["id"]) for one in (answer, *others)) < SLOTS:
-        time.sleep(0.05)
+    assert wait_until(lambda: sum("started_at" in local.get(one["id"]) for one in (answer, *others)) == SLOTS)
     late = until(5)
     ended = local.wait(answer["id"], 60)
     assert ended["status"] == "canceled"

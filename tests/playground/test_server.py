@@ -89,17 +89,17 @@ def test_every_prediction_is_accounted_for_when_the_model_server_is_killed(clien
     long = {"prompt": "Count up.", "min_tokens": 2000, "max_tokens": 2000}
     version = client.models.get(MODEL).latest_version.id
     made = [client.predictions.create(version=version, input=long) for _ in range(100)]  # more than there are slots
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while sum(bool(local.get(one.id)["output"]) for one in made) < 70:
         assert time.monotonic() < deadline
-        time.sleep(0.5)
+        time.sleep(2)  # a hundred requests: more often, they would slow the engine down
     [noted] = json.loads((local.data / "servers.json").read_text())
     leader = psutil.Process(noted["pid"])
     family = [leader, *leader.children(recursive=True)]
     leader.kill()
     # Those that ran fail at once and say why; those that waited are given to the server that is started anew.
     short = local.create({"prompt": "Say a word.", "max_tokens": 2}, MODEL)
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     states: dict[str, list[dict[str, Any]]] = {}
     while True:
         states = {}
@@ -109,7 +109,7 @@ def test_every_prediction_is_accounted_for_when_the_model_server_is_killed(clien
         if len(states.get("failed", [])) >= 70 and states.get("processing") and not states.get("starting"):
             break
         assert time.monotonic() < deadline, {name: len(found) for name, found in states.items()}
-        time.sleep(0.5)
+        time.sleep(2)
     assert sum(map(len, states.values())) == len(made)
     assert all("stopped while" in one["error"] for one in states["failed"])
     _, alive = psutil.wait_procs(family, timeout=60)

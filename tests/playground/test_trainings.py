@@ -9,7 +9,6 @@ import os
 import socket
 import sqlite3
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 from cogpress.errors import CogpressError
 from cogpress.playground import sources, trainings
 from cogpress.playground.records import REDACTED, Version
+from tests import wait_until
 from tests.standins.localreplicate import SLOTS, TOKEN, Local, javascript, project, refusal
 from tests.standins.receiver import Receiver
 
@@ -46,12 +46,9 @@ def client(local: Local) -> Any:
     return replicate.Client(base_url=local.url, api_token="any")
 
 
-def wait(client: Any, identifier: str, seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while (found := client.trainings.get(identifier)).status in ("starting", "processing"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
+def wait(client: Any, identifier: str) -> Any:
+    assert wait_until(lambda: client.trainings.get(identifier).status not in ("starting", "processing"))
+    return client.trainings.get(identifier)
 
 
 def test_a_training_becomes_a_version_that_can_be_run(client: Any, local: Local, tmp_path: Path) -> None:
@@ -80,10 +77,7 @@ def test_a_training_becomes_a_version_that_can_be_run(client: Any, local: Local,
     assert httpx.get(now.output["weights"], trust_env=False).headers["content-disposition"].startswith("attachment")
     statuses = [json.loads(one["body"])["status"] for one in receiver.wait(2)]
     assert statuses[0] == "processing"
-    deadline = time.monotonic() + 60
-    while json.loads(receiver.got[-1]["body"])["status"] != "succeeded":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert wait_until(lambda: json.loads(receiver.got[-1]["body"])["status"] == "succeeded")
     assert made.id in [one.id for one in client.trainings.list()]
 
 
@@ -108,10 +102,7 @@ def test_a_training_is_canceled_while_it_waits_and_while_it_runs(client: Any, lo
         for _ in range(2)
     ]
     assert client.trainings.cancel(made[1].id).status == "canceled"
-    deadline = time.monotonic() + 60
-    while "step 1" not in (client.trainings.get(made[0].id).logs or ""):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert wait_until(lambda: "step 1" in (client.trainings.get(made[0].id).logs or ""))
     client.trainings.cancel(made[0].id)
     assert wait(client, made[0].id).status == "canceled"
 
@@ -160,10 +151,7 @@ def test_trained_weights_go_with_their_version(client: Any, local: Local) -> Non
     gone = local.ask("POST", "/v1/models/local/one/predictions", {"input": {}})
     assert (gone.status_code, "has no version yet" in gone.json()["detail"]) == (404, True)
     assert local.wait(long["id"])["status"] == "succeeded"  # what ran is not cut off
-    deadline = time.monotonic() + 60
-    while (trained / made[0].id).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert wait_until(lambda: not (trained / made[0].id).exists())
     assert list(client.run(versions[1], input={"prompt": "weights", "count": 1})) == ["raw:what was learnt"]
     # What a run left behind that was killed while it trained goes at the next start.
     (trained / "left.part").write_text("half")
@@ -209,10 +197,7 @@ def test_a_killed_playground_leaves_no_trainer(tmp_path: Path) -> None:
         base = api.models.get("local/echo").latest_version
         inputs = {"train_data": DATA, "steps": 1000}
         made = api.trainings.create(model="local/echo", version=base.id, destination="local/echo", input=inputs)
-        deadline = time.monotonic() + 60
-        while "step 1" not in (api.trainings.get(made.id).logs or ""):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        assert wait_until(lambda: "step 1" in (api.trainings.get(made.id).logs or ""))
         assert trainers()
         alone.kill()
         assert trainers(), "it goes on, with the GPU"
@@ -251,10 +236,7 @@ def test_a_model_on_replicate_is_fronted(tmp_path: Path, monkeypatch: pytest.Mon
             failed = near.create({"prompt": "fail"}, "local/near", wait=True)
             assert (failed["status"], failed["error"]) == ("failed", "ValueError: bad things happen")
             long = near.create({"count": 1000, "delay": 0.05}, "local/near")
-            deadline = time.monotonic() + 60
-            while not near.get(long["id"])["output"]:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            assert wait_until(lambda: near.get(long["id"])["output"])
             assert near.ask("POST", f"/v1/predictions/{long['id']}/cancel").json()["status"] == "canceled"
             assert far.ask("GET", "/v1/predictions").json()["results"][0]["status"] == "canceled"
             many = [near.create({"count": 3, "delay": 0.05}, "local/near") for _ in range(3 * SLOTS)]

@@ -212,7 +212,6 @@ def test_a_failing_test_stops_the_push_and_is_not_asked_again(here: Machine, rem
         ({"input": {"prompt": "fail"}, "error": "other"}, "another error"),
         ({"input": {"prompt": "a"}, "error": "x"}, "should have failed"),
         ({"input": {"prompt": "a", "count": 1}, "streams": True}, "in 1 piece"),
-        ({"input": {"prompt": "a"}, "cancels": True}, "before it could be canceled"),
         ({"input": {"prompt": "a", "count": 5, "delay": 0.1}, "seconds": 0.2}, "more than 0.2 s"),
     ],
 )
@@ -221,7 +220,7 @@ def test_what_a_test_asks_for_is_judged(pushed: Any, test: dict[str, Any], said:
 
     replicate, version = pushed
     case = config.Case.model_validate(test)
-    [outcome] = testcases.run(replicate, version, [case], verify.scorer("exact"), timeout=30, parallel=1)
+    [outcome] = testcases.run(replicate, version, [case], verify.scorer("exact"), timeout=120, parallel=1)
     assert not outcome.passed
     assert said in outcome.message
 
@@ -245,7 +244,7 @@ def test_a_prediction_that_does_not_end_is_canceled(pushed: Any) -> None:
     case = config.Case(input={"count": 100000, "delay": 1})
     [outcome] = testcases.run(replicate, version, [case], str.__eq__, timeout=1, parallel=1)
     assert "did not end within 1 s and was canceled" in outcome.message
-    assert replicate.wait(replicate.ask(routes.prediction(outcome.prediction)), 20)["status"] == "canceled"
+    assert replicate.wait(replicate.ask(routes.prediction(outcome.prediction)), 60)["status"] == "canceled"
 
 
 def test_a_model_that_only_seems_to_stream_is_found(pushed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,12 +252,12 @@ def test_a_model_that_only_seems_to_stream_is_found(pushed: Any, monkeypatch: py
     real = Replicate.stream
 
     def late(self: Replicate, made: dict[str, Any], seconds: float) -> Any:
-        self.wait(made, 20)
+        self.wait(made, 60)
         yield from real(self, made, seconds)
 
     monkeypatch.setattr(Replicate, "stream", late)
     case = config.Case(input={"prompt": "s", "count": 10, "delay": 0.1}, streams=True)
-    [outcome] = testcases.run(replicate, version, [case], str.__eq__, timeout=30, parallel=1)
+    [outcome] = testcases.run(replicate, version, [case], str.__eq__, timeout=120, parallel=1)
     assert "after the prediction had ended" in outcome.message
 
 
@@ -267,7 +266,7 @@ def test_fuzz_finds_a_fault_of_the_program_and_takes_a_refusal(pushed: Any) -> N
 
     replicate, version = pushed
     asked = [{"prompt": "broken"}, {"prompt": "fail"}, {"prompt": "fine", "count": 1}, {"count": 0}]
-    found = fuzz.run(replicate, version, asked, timeout=30, parallel=2)
+    found = fuzz.run(replicate, version, asked, timeout=120, parallel=2)
     assert [outcome.passed for outcome in found] == [False, True, True, False]
     assert "KeyError" in found[0].message
     assert "its own schema rejects it" in found[3].message

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,7 +23,6 @@ class Request:
     def __init__(self, method: str, path: str, headers: dict[str, str], body: bytes) -> None:
         self.method, self.path, self.headers = method, path, headers
         self.body: dict[str, Any] = json.loads(body) if body else {}
-        self.at = time.perf_counter()
 
 
 class StandIn:
@@ -155,7 +153,7 @@ class FakeReplicate:
         elif request.path == "/streams/key":
             pieces = b"event: output\r\nid: 1\r\ndata: SELECT\r\n\r\nevent: output\nid: 2\ndata: \ndata: \n\n"
             pieces += b"event: output\nid: 3\ndata: \n\n"
-            return 200, "text/event-stream", body(0.05, pieces, b"event: done\nid: 4\ndata: {}\n\n", 0.2)
+            return 200, "text/event-stream", body(0.05, pieces, b"event: done\nid: 4\ndata: {}\n\n", 60.0)
         elif request.path == "/v1/predictions/p1":
             made = {"status": "succeeded", "metrics": {"input_token_count": 11, "output_token_count": 22}}
         else:

@@ -25,6 +25,7 @@ from cogpress.files import write_json
 from cogpress.weights import archive, download, fetch, manifest, pget
 from cogpress.weights.fetch import FetchedModel
 from cogpress.weights.filenames import INDEX, VERIFICATION
+from tests import wait_until
 from tests.standins.fileserver import FileServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -396,9 +397,7 @@ def test_concurrent_starts_download_once(
     said = tmp_path / "said"
     with said.open("w") as file:
         starts = [process(published + place, tmp_path / "cache", stderr=file) for _ in range(4)]
-    deadline = time.monotonic() + 60
-    while said.read_text().count("waiting for it") < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert wait_until(lambda: said.read_text().count("waiting for it") == 3), said.read_text()
     site.hold.set()
     folders = {start.communicate()[0].strip() for start in starts}
     assert [start.returncode for start in starts] == [0] * 4, said.read_text()
@@ -419,14 +418,11 @@ def test_a_killed_start_is_resumed(small: Path, tmp_path: Path, site: FileServer
     archive.pack(model, site.folder / "model.tar")
     site.delay = 0.02
     first = process(published + place, tmp_path / "cache")
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if any(path.stat().st_size > 2 << 20 for path in (tmp_path / "cache").rglob("*.part")):
-            break
-        time.sleep(0.02)
+    parts = (tmp_path / "cache").rglob
+    assert wait_until(lambda: any(path.stat().st_size > 2 << 20 for path in parts("*.part")))
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    largest = max((tmp_path / "cache").rglob("*.part"), key=lambda path: path.stat().st_size)
+    largest = max(parts("*.part"), key=lambda path: path.stat().st_size)
     here = largest.stat().st_size
     site.delay = 0
     time.sleep(0.3)  # the server still answers the first process
