@@ -93,20 +93,29 @@ def _read(stored: dict[str, tensors.Stored], strength: float, layer: str) -> tor
     return tensors.load(stored[f"{layer}@{strength}"], f"{layer}@{strength}")
 
 
-def kept(task: torch.Tensor, general: torch.Tensor | None, strength: float) -> torch.Tensor:
-    """C (C + gG)⁻¹, in float64: second moments span more magnitudes than float32 can be solved in.
+def kept(
+    error: torch.Tensor, task: torch.Tensor, general: torch.Tensor | None, strengths: Sequence[float]
+) -> list[torch.Tensor]:
+    """E C (C + gG)⁻¹ for each strength, in float64: second moments span more magnitudes than float32 can be solved in.
+
+    E C is multiplied first, once: solving for it is less work than for C where a layer narrows.
 
     Args:
+        error: E, shape (outputs, inputs).
         task: C, shape (inputs, inputs).
         general: G, of the same shape; None where no general text got there.
-        strength: g.
+        strengths: the values of g.
     """
     import torch
 
     task = task.double()
-    both = task.clone() if general is None else task + strength * general.double()
-    both.diagonal().add_(DAMPING * both.diagonal().mean() + 1e-30)
-    return torch.cholesky_solve(task, torch.linalg.cholesky(both)).T
+    wanted = (error.double() @ task).T
+    found = []
+    for strength in strengths:
+        both = task.clone() if general is None else task + strength * general.double()
+        both.diagonal().add_(DAMPING * both.diagonal().mean() + 1e-30)
+        found.append(torch.cholesky_solve(wanted, torch.linalg.cholesky(both)).T)
+    return found
 
 
 def _begun(folder: Path, wanted: dict[str, Any]) -> bool:
@@ -181,12 +190,10 @@ def _corrected(
 
     error = planned.error(layer)
     c, g = task.pop(layer, None), general.pop(layer, None)
-    found = {}
-    for strength in strengths:
-        # An expert that no row of the task asked for needs nothing kept.
-        value = torch.zeros_like(error) if c is None else error @ kept(c, g, strength).to(error.dtype)
-        found[f"{layer}@{strength}"] = value.to(planned.dtype).cpu().contiguous()
-    return found
+    # An expert that no row of the task asked for needs nothing kept.
+    values = [torch.zeros_like(error) for _ in strengths] if c is None else kept(error, c, g, strengths)
+    pairs = zip(strengths, values, strict=True)
+    return {f"{layer}@{strength}": value.to(planned.dtype).cpu().contiguous() for strength, value in pairs}
 
 
 class _PastGroup(Exception):

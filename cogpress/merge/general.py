@@ -55,7 +55,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, use: Use, path: Path | None = Non
     """
     found: list[list[int]] = []
     total = 0
-    for text in _own(use) if path is None else _given(path, use):
+    for text in texts(use) if path is None else _given(path, use):
         ids = encode_plain(tokenizer, text)
         found += [ids[at : at + PIECE] for at in range(0, len(ids), PIECE)]
         if (total := total + len(ids)) > MAX_TOKENS:
@@ -71,7 +71,8 @@ def rows(pieces: list[list[int]]) -> list[Row]:
     return [Row(ids, [NO_LOSS, *ids[1:]]) for ids in pieces]
 
 
-def _own(use: Use) -> list[str]:
+def texts(use: Use) -> list[str]:
+    """The kit's own texts, whole."""
     _, *parts = re.split(r"^### (fit|measure) \w+\n", OWN.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return [text.strip() for one, text in zip(parts[::2], parts[1::2], strict=True) if one == use]
 

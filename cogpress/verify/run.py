@@ -107,6 +107,7 @@ def verify(
     *,
     run: Path | None = None,
     make: parity.MakeEngine | None = None,
+    served: bool = True,
 ) -> Verdict:
     """Compare weights with what training scored, and write the report into their folder.
 
@@ -120,6 +121,7 @@ def verify(
         console: where progress is shown.
         run: the run that trained the adapter; the one in `runs/` whose adapter the weights name, where not given.
         make: makes the engine; the configured one by default.
+        served: check what the engine answers, too.
 
     Raises:
         CogpressError: there is nothing to compare with: no weights, no run, no base or no held-out examples.
@@ -149,7 +151,7 @@ def verify(
             checks += _judged(found, case.limits, _cause(checks) or _distribution_cause(case))
             checks += _forgotten(beside, case.limits, metrics)
             checks += _by_heart(by_heart, found.scored, case.limits, metrics)
-        if merged:
+        if merged and served:
             reference = _reference_answers(case, run or case.adapter.parent, found.reference_scored)
             with step("Answers of the engine", console):
                 checks += _served(case, found, metrics, pictures, reference, make)

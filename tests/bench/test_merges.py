@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import merges
+from bench import merges, small
+from cogpress import config
+from cogpress.data.prepare import Prepared, Report
 from cogpress.merge import general
 from cogpress.prompts import NO_LOSS, Row
 from cogpress.verify import strength
-from cogpress.weights import tensors
+from cogpress.weights import base, tensors
 from tests.merge.test_merge import an_adapter
 
 ROWS = [
@@ -36,11 +37,14 @@ def test_four_merges_of_one_adapter_are_measured(
     monkeypatch.setattr(general, "pieces", lambda *_: [list(range(5, 65))])
     adapter, out = an_adapter(tiny_base, tmp_path / "adapter", "nf4"), io.StringIO()
     work, console = tmp_path / "work", Console(file=out, width=120)
-    found = merges.run(tmp_path / "merges.json", tiny_base, adapter, (ROWS[:4], ROWS[4:]), ROWS[4:], work, console)
+    learnt, test = (Prepared(rows, ROWS[4:], [], [], Report()) for rows in (ROWS[:4], ROWS[4:]))
+    case = merges.Case(config.Config(), tiny_base, adapter, learnt, test)
+    found = merges.measure(case, work, console)
     assert list(found["merges"]) == ["usual", "dequantized", "rounded", "balanced"]
     assert found["merges"]["dequantized"]["mean_kl"] < found["merges"]["usual"]["mean_kl"]
     assert all(one["general_perplexity"] > 1 for one in found["merges"].values())
-    assert json.loads((tmp_path / "merges.json").read_text())["merges"].keys() == found["merges"].keys()
+    for table in merges.tables("a tiny base", found):
+        console.print(table)
     assert all(name in out.getvalue() for name in merges.NAMES.values())
     plain, rounded = (tensors.stored(work / name) for name in ("dequantized", "rounded"))
     different = {
@@ -48,3 +52,18 @@ def test_four_merges_of_one_adapter_are_measured(
     }
     assert {name.split(".")[-2] for name in different} <= {"embed_tokens", "lm_head"}
     assert different
+    monkeypatch.setattr(merges, "in_fresh_process", None)
+    assert merges.measure(case, work, console) == found, "not measured again"
+
+
+@pytest.mark.train
+def test_a_small_base_of_another_family_learns_to_read(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    folder = small.make(tmp_path / "base", root, steps=3)
+    tokenizer = base.tokenizer(folder)
+    text = "Which is larger, the Moon or the Earth?"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer(text)["input_ids"]) < len(text), "pairs of bytes are learnt"
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    small.make(folder, root, steps=3)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
