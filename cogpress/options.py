@@ -202,6 +202,8 @@ class Data(Section):
     general: str | None = None
     """Text that the model should still know after it was trained, for a [balanced merge](merge.md): JSON lines or
     Parquet with a `text` each, some hundred paragraphs. Default: the kit's own, of several kinds."""
+    replay_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of general text among the training rows, which [forgets less](merge.md#training-that-forgets-less)."""
     ignore: tuple[str, ...] = ()
     """Keys of the examples to leave out: of rows, of messages and of a prompt's fields. Others that have no meaning in
     their [form](own-model.md#examples) are refused."""

@@ -29,7 +29,7 @@ from cogpress.merge import adapter as adapters
 from cogpress.merge import general, merge
 from cogpress.plan import architecture, room
 from cogpress.source import parse, shown
-from cogpress.train import answers, layers
+from cogpress.train import answers, layers, replay
 from cogpress.train import run as training
 from cogpress.train.arguments import check_report
 from cogpress.verify import distributions, limits, strength
@@ -272,7 +272,8 @@ def build(
         cache: where base models are kept.
         console: where progress is shown.
         validation_path: the examples to hold out, where a file of their own has them.
-        general_text: what a balanced merge keeps the base's knowledge of; the kit's own where not given.
+        general_text: what replayed rows and a balanced merge keep the base's knowledge of; the kit's own where not
+            given.
         resume: go on with an interrupted training.
         skip_bad: leave bad lines out instead of refusing the file.
         tar: pack weights and adapter into a tar.
@@ -304,6 +305,8 @@ def build(
         for use in ("fit", "measure"):
             general.pieces(base.tokenizer(base_folder), use, general_text)
 
+    replayed = _replayed(config, prepared, base_folder, general_text, console)
+
     def begin() -> None:
         taken = room.of_files(base_folder, chosen, config, _compared(prepared))
         if caution := taken.check(run, tar=tar, copy=copy, replaced=[run / "weights", run / TAR]):
@@ -311,7 +314,15 @@ def build(
 
     with step("Training", console) as say:
         result = training.train(
-            config, prepared, base_folder, run, console=console, resume=resume, score=score, begin=begin
+            config,
+            prepared,
+            base_folder,
+            run,
+            console=console,
+            replayed=replayed,
+            resume=resume,
+            score=score,
+            begin=begin,
         )
         say(_trained(result))
     with step("Merge", console) as say:
@@ -339,6 +350,18 @@ def build(
     except CogpressError as error:
         raise UnfitError(str(error), built) from None
     return built
+
+
+def _replayed(
+    config: Config, prepared: Prepared, base_folder: Path, general_text: Path | None, console: Console
+) -> list[Row]:
+    """The rows of general text that `data.replay_share` asks for."""
+    if not config.data.replay_share:
+        return []
+    text = general.pieces(base.tokenizer(base_folder), "fit", general_text)
+    made = replay.rows(prepared.train, config.data.replay_share, text, config.train.seed)
+    console.print(f"  {len(made)} rows of general text beside the examples (data.replay_share)", highlight=False)
+    return made
 
 
 def judge(config: Config, built: Built, score: verify.Score) -> None:

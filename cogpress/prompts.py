@@ -109,6 +109,8 @@ class Row:
     labels: list[int]
     weight: float = 1.0
     """Factor on the loss in training."""
+    like_base: bool = False
+    """Whether its tokens are to stay as likely as the base has them, instead of becoming likelier."""
 
     @property
     def learnt(self) -> int:

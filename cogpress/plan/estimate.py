@@ -315,7 +315,8 @@ def training_tokens(settings: Config, report: Mapping[str, Any]) -> tuple[int, s
             return round(steps * counted / rows), "train.max_steps, with rows as long as the last run's"
         return steps * train.max_length, "train.max_steps, each row as long as max_length: an upper bound"
     if rows and counted:
-        return round(report["train"] / rows * counted * train.epochs), "the last run's data"
+        tokens = report["train"] / rows * counted * train.epochs / (1 - settings.data.replay_share)
+        return round(tokens), "the last run's data"
     return None
 
 

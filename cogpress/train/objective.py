@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,6 +39,8 @@ class Collator:
       padded end is a row of its own. In a flat batch also where rows begin, as FlashAttention takes it.
     - `places`, the flat indices of positions that predict a labelled token, and `targets`, these tokens, both int64;
       where a row has a weight, `weights`, those of each target, float32.
+    - where rows are to stay like the base, `kept`, which of the targets are theirs, int64, whose weight is 0, and
+      `alone`, a padded batch of these rows in the same order.
     - `tokens`, how many there are without padding.
     """
 
@@ -60,6 +64,7 @@ class Collator:
             torch.full((len(lying), length), fill) for fill in (self.pad_token_id, NO_LOSS, 0, len(rows))
         )
         weights: list[float] = []
+        kept: list[bool] = []
         for number, sequence in enumerate(lying):
             begin = 0
             for at in sequence:
@@ -68,7 +73,9 @@ class Collator:
                 labels[number, begin + 1 : end] = torch.tensor(rows[at].labels[1:])
                 positions[number, begin:end] = torch.arange(lengths[at])
                 numbers[number, begin:end] = at
-                weights += [rows[at].weight] * sum(label != NO_LOSS for label in rows[at].labels[1:])
+                learnt = sum(label != NO_LOSS for label in rows[at].labels[1:])
+                weights += [0.0 if rows[at].like_base else rows[at].weight] * learnt
+                kept += [rows[at].like_base] * learnt
                 begin = end
             positions[number, begin:] = torch.arange(length - begin)
         places = (labels[:, 1:] != NO_LOSS).nonzero()
@@ -81,6 +88,10 @@ class Collator:
         }
         if any(row.weight != 1 for row in rows):
             made["weights"] = torch.tensor(weights)
+        if any(kept):
+            some = [replace(rows[at], like_base=False) for at in chain(*lying) if rows[at].like_base]
+            made["weights"], made["kept"] = torch.tensor(weights), torch.tensor(kept).nonzero()[:, 0]
+            made["alone"] = Collator(self.pad_token_id)(some)
         if self.layout == "padded":
             return made | {"attention_mask": (numbers != len(rows)).long()}
         made |= {"position_ids": positions}
@@ -130,19 +141,37 @@ class AnswerLogits:
 
 
 class AnswerLoss:
-    """Cross-entropy on answer tokens."""
+    """Cross-entropy on answer tokens; of rows that are to stay like the base, the KL from it."""
 
     def __init__(self, model: Any) -> None:
+        self._tuned = model
         self._logits = AnswerLogits(model)
         self.release = self._logits.release
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        """Summed negative log-likelihood (nats) of a batch's labelled tokens, each times its row's weight, and how many
-        there are: a weight is a factor on the row's loss, and leaves that of other rows as it is.
+        """Summed loss (nats) of a batch's labelled tokens, each times its row's weight, and how many there are: a
+        weight is a factor on the row's loss, and leaves that of other rows as it is.
+
+        A token's loss is its negative log-likelihood; in a row that is to stay like the base, the KL divergence of the
+        model's distribution from the base's.
         """
         logits, targets = self._logits(model, batch)
         loss: torch.Tensor = SummedCrossEntropy.apply(logits, targets, batch.get("weights"))
+        if "kept" in batch:
+            ours = logits.index_select(0, batch["kept"])
+            divergence: torch.Tensor = SummedDivergence.apply(ours, self._of_the_base(batch["alone"]))
+            loss = loss + divergence
         return loss, targets.numel()
+
+    def _of_the_base(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Logits of the model without its adapter and without dropout."""
+        training = self._tuned.training
+        self._tuned.eval()
+        try:
+            with torch.no_grad(), self._tuned.disable_adapter():
+                return self._logits(self._tuned, batch)[0]
+        finally:
+            self._tuned.train(training)
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -184,6 +213,30 @@ class SummedCrossEntropy(torch.autograd.Function):
             tile.scatter_add_(-1, targets[part, None], minus.expand(tile.shape[0], 1))
             made[part] = tile.mul_(given if weights is None else (given * weights[part])[:, None])
         return made, None, None
+
+
+class SummedDivergence(torch.autograd.Function):
+    """Summed KL divergence of logits from expected ones, tile by tile in float32 as `SummedCrossEntropy`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        """KL(expected || model) summed over positions, in nats, float32; both of shape (positions, vocabulary)."""
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for part in _tiles(logits):
+            wanted = expected[part].float().log_softmax(-1)
+            total += (wanted.exp() * (wanted - logits[part].float().log_softmax(-1))).sum()
+        ctx.save_for_backward(logits, expected)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, given: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient of the logits: their softmax less that of the expected ones."""
+        logits, expected = ctx.saved_tensors
+        made = torch.empty_like(logits)
+        for part in _tiles(logits):
+            made[part] = (logits[part].float().softmax(-1) - expected[part].float().softmax(-1)).mul_(given)
+        return made, None
 
 
 def _tiles(logits: torch.Tensor) -> list[slice]:

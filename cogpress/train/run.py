@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from cogpress.data import prepare
 from cogpress.data.prepare import Prepared
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, read_json, write_json
+from cogpress.prompts import Row
 from cogpress.train import answers, layers
 from cogpress.train.arguments import arguments, check_report, lora, reporters, too_few
 from cogpress.train.layers import Layers
@@ -67,18 +68,23 @@ class Result:
     reused: bool = False
 
 
-def run_key(config: Config, prepared: Prepared, base_fingerprint: str) -> dict[str, Any]:
+def run_key(config: Config, prepared: Prepared, base_fingerprint: str, replayed: Sequence[Row] = ()) -> dict[str, Any]:
     """Everything that decides what a run learns, but the machine and its compute dtype."""
-    rows = hashlib.sha256()
-    for row in prepared.train:
-        weight = [] if row.weight == 1 else [row.weight]
-        rows.update(json.dumps([row.input_ids, row.labels, *weight]).encode())
     return {
         "base": base_fingerprint,
         "quantization": config.base.quantization,
         "train": config.train.model_dump(mode="json", exclude=_NOT_LEARNT),
-        "rows": rows.hexdigest(),
+        "rows": _hash(prepared.train),
+        "replay": _hash(replayed) if replayed else None,
     }
+
+
+def _hash(rows: Sequence[Row]) -> str:
+    found = hashlib.sha256()
+    for row in rows:
+        weight = [] if row.weight == 1 else [row.weight]
+        found.update(json.dumps([row.input_ids, row.labels, *weight]).encode())
+    return found.hexdigest()
 
 
 def discard(run: Path, console: Console) -> None:
@@ -142,6 +148,7 @@ def train(
     run: Path,
     *,
     console: Console,
+    replayed: Sequence[Row] = (),
     resume: bool = False,
     score: Callable[[str, str], bool] | None = None,
     begin: Callable[[], object] = lambda: None,
@@ -156,6 +163,7 @@ def train(
         base_folder: the base model.
         run: the run's folder, made when missing.
         console: where progress is shown.
+        replayed: rows beside them that are to stay like the base.
         resume: resume an interrupted run from its newest checkpoint.
         score: judges answers, as `answers.compare` takes it.
         begin: called before anything is changed, unless a finished run is reused; may refuse.
@@ -168,7 +176,7 @@ def train(
     check_folder(run)
     check_report(config.train)
     fingerprint = manifest.fingerprint(base_folder)
-    key = run_key(config, prepared, fingerprint)
+    key = run_key(config, prepared, fingerprint, replayed)
     finished = _finished(run, key)
     if finished is not None:
         shutil.rmtree(run / "checkpoints", ignore_errors=True)  # a kill came between the result and this
@@ -177,9 +185,8 @@ def train(
     layers.check_rows(base_folder, prepared.train + prepared.validation, pad)
     begin()
     checkpoint = _open_run(run, key, config, resume)
-    return phases.run(
-        "training", _train, config, prepared, base_folder, fingerprint, run, checkpoint, score, console=console
-    )
+    given = config, prepared, replayed, base_folder, fingerprint, run, checkpoint, score
+    return phases.run("training", _train, *given, console=console)
 
 
 def _finished(run: Path, key: dict[str, Any]) -> Result | None:
@@ -239,6 +246,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _train(
     config: Config,
     prepared: Prepared,
+    replayed: Sequence[Row],
     base_folder: Path,
     fingerprint: str,
     run: Path,
@@ -256,7 +264,8 @@ def _train(
 
     settings = config.train
     torch.manual_seed(settings.seed)
-    longest = max(len(row.input_ids) for row in prepared.train + prepared.validation)
+    learnt = [*prepared.train, *replayed]
+    longest = max(len(row.input_ids) for row in learnt + prepared.validation)
     tokenizer = base.tokenizer(base_folder)
     compute = base.trained_dtype(read_json(run / "key.json"))
     chosen = layers.choose(base_folder, settings.target_modules, config.base.quantization)
@@ -269,15 +278,15 @@ def _train(
     trainer = ObjectiveTrainer(
         objective=objective,
         model=model,
-        args=arguments(settings, run, len(prepared.train), bool(prepared.validation), compute),
-        train_dataset=Rows(prepared.train),
+        args=arguments(settings, run, len(learnt), bool(prepared.validation), compute),
+        train_dataset=Rows(learnt),
         eval_dataset=Rows(prepared.validation) if prepared.validation else None,
         data_collator=Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, layout),
         callbacks=[*reporters(settings, run), recorder],
     )
     recorder.trainer = trainer
     quiet(trainer)
-    if few := too_few(settings, len(prepared.train)):
+    if few := too_few(settings, len(learnt)):
         console.print(few)
     started = time.perf_counter()
     try:

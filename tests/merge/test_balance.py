@@ -39,28 +39,29 @@ def test_what_is_kept_minimizes_both_errors_and_needs_float64() -> None:
     c, g = (rows.T @ rows / len(rows) for rows in (task, text))
     error = torch.randn(3, 12, dtype=torch.float64)
     added = balance.DAMPING * float((c + 0.1 * g).diagonal().mean())
-    correction = (error @ balance.kept(c, g, 0.1)).requires_grad_()
+    correction = balance.kept(error, c, g, [0.1])[0].requires_grad_()
     lost = correction - error
     total = (lost @ c @ lost.T).trace() + 0.1 * (correction @ g @ correction.T).trace() + added * correction.norm() ** 2
     total.backward()
     assert correction.grad is not None
     assert float(correction.grad.norm() / (error @ c).norm()) < 1e-9
     # Moments that were summed up in float32 are accurate enough.
-    rough = balance.kept((task.float().T @ task.float() / 400), (text.float().T @ text.float() / 400), 0.1)
-    exact = balance.kept(c, g, 0.1)
+    few = (task.float().T @ task.float() / 400, text.float().T @ text.float() / 400)
+    rough, exact = (balance.kept(error, *moments, [0.1])[0] for moments in (few, (c, g)))
     assert float((rough - exact).norm() / exact.norm()) < 1e-5
 
 
 def test_nothing_is_added_where_neither_text_says_anything() -> None:
     task, text = torch.zeros(2, 8, 8)
     task[0, 0], text[1, 1] = 1.0, 1.0
-    kept = balance.kept(task, text, 0.1)
+    kept = balance.kept(torch.eye(8), task, text, [0.1])[0]
     assert float(kept[0, 0]) > 0.9
     assert float(kept.abs().sum()) == pytest.approx(float(kept[0, 0]))
     torch.manual_seed(1)
     few = torch.randn(2, 5, 64, dtype=torch.float64)  # fewer inputs than directions
     c, g = (rows.T @ rows / 5 for rows in few)
-    assert all(float(torch.linalg.matrix_norm(balance.kept(c, g, s), 2)) < 4 for s in (1.0, 0.1, 0.01))
+    made = balance.kept(torch.eye(64), c, g, (1.0, 0.1, 0.01))
+    assert all(float(torch.linalg.matrix_norm(one, 2)) < 4 for one in made)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_a_run_measures_strengths_and_takes_the_largest_that_keeps_the_task(
     text.write_text("".join(json.dumps({"text": f"Line {n} of a short text."}) + "\n" for n in range(6)))
     settings = config.parse(
         {
-            "data": {"general": str(text)},
+            "data": {"general": str(text), "replay_share": 0.25},
             "base": {"source": str(tiny_base)},
             "train": {"max_steps": 2, "rank": 4, "evaluations": 0},
             "merge": "balanced",
@@ -196,6 +197,7 @@ def test_a_run_measures_strengths_and_takes_the_largest_that_keeps_the_task(
     assert (run / "balance.png").is_file()
     assert not (run / "balance").exists(), "what it computed is removed when the weights are written"
     assert "← taken" in out.getvalue()
+    assert "rows of general text beside the examples" in out.getvalue()
     assert max(map(len, out.getvalue().splitlines())) <= 80
     before = (run / "weights" / "model.safetensors").stat().st_mtime_ns
     pipeline.build(settings, examples_file, run, tmp_path / "cache", console, general_text=text)

@@ -157,6 +157,8 @@ def test_the_tokens_of_a_training_say_where_they_are_from(tmp_path: Path) -> Non
     assert tokens(max_steps=10, batch_size=4, max_length=100)[0] == 4000
     assert tokens(report, max_steps=10, batch_size=4)[0] == 10 * 4 * 200
     assert tokens(report, epochs=2)[0] == 2 * 90 * 200
+    replayed = config.parse({"data": {"replay_share": 0.1}}, "test")
+    assert (estimate.training_tokens(replayed, report) or (0,))[0] == 100 * 200, "general text among the rows"
     (tmp_path / "data.json").write_text(json.dumps(report))
     assert estimate.data_report(tmp_path) == report
     assert estimate.data_report(tmp_path / "none") == {}
