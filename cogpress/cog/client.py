@@ -194,14 +194,20 @@ def _unreachable(url: str, error: Exception) -> CogpressError:
     return CogpressError(f"{url} does not answer ({http.reason(error)}). Start a server with scripts/serve.")
 
 
-def _refused(response: httpx.Response) -> CogpressError:
+def refusal(content: bytes) -> str:
+    """What the body of a refusal says: its `detail`, with each invalid input by name, or its `error`; else itself."""
     try:
-        answer = response.json()
+        answer = json.loads(content)
         detail = answer.get("detail") or answer.get("error") or answer
     except (ValueError, AttributeError):
-        detail = response.text
+        detail = content[:300].decode(errors="replace")
     if isinstance(detail, list) and all(isinstance(item, dict) for item in detail):
         detail = "; ".join(f"{'.'.join(map(str, item.get('loc', ())[2:]))}: {item.get('msg')}" for item in detail)
+    return str(detail)
+
+
+def _refused(response: httpx.Response) -> CogpressError:
+    detail = refusal(response.content)
     if response.status_code == 409:
         # The runtime refuses so too when its worker or engine is gone.
         at = response.request.url

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import psutil
@@ -61,7 +60,6 @@ class Server:
         mode: Literal["predict", "train"] = "predict",
         log: Path | None = None,
         env: Mapping[str, str] | None = None,
-        max_concurrency: int | None = None,
     ) -> None:
         """Describe a server; nothing starts yet.
 
@@ -72,8 +70,7 @@ class Server:
             host: the address to listen on.
             mode: which endpoints to serve.
             log: a file for the server's output; None prints to the terminal.
-            env: more environment variables.
-            max_concurrency: concurrent predictions; None takes the runner's `@cog.concurrent`.
+            env: more environment variables, which win.
 
         Raises:
             CogpressError: the weights do not exist.
@@ -85,7 +82,6 @@ class Server:
         self.port = port or free_port(host)
         self._weights = _weights(weights)
         self._env = dict(env or {})
-        self._max_concurrency = max_concurrency
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -107,9 +103,7 @@ class Server:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -149,9 +143,7 @@ class Server:
         atexit.register(self.stop)
 
     def _variables(self, settings: dict[str, Any], run: str | None, train: str | None) -> dict[str, str]:
-        concurrency = self._max_concurrency
-        if concurrency is None:
-            concurrency = schema.concurrency(self.root, run) if run else 1  # the image's, in both modes
+        concurrency = schema.concurrency(self.root, run) if run else 1  # the image's, in both modes
         variables = {
             **os.environ,
             **_environment(settings),
@@ -173,20 +165,14 @@ class Server:
             variables["COG_WEIGHTS"] = self._weights
         return variables | self._env
 
-    def wait_ready(
-        self, timeout: float = 1800.0, on_wait: Callable[[float], None] = lambda _seconds: None
-    ) -> dict[str, Any]:
-        """Wait until the runner's `setup()` is done and return the last health report.
-
-        Args:
-            timeout: seconds.
-            on_wait: called about four times a second with the seconds waited.
+    def wait_ready(self, timeout: float = 1800.0) -> dict[str, Any]:
+        """Wait, at most `timeout` seconds, until the runner's `setup()` is done; returns the last health report.
 
         Raises:
             CogpressError: setup failed, the server exited, or time is up; quotes the end of the log.
         """
         started = alone_since = time.monotonic()
-        while (waited := time.monotonic() - started) < timeout:
+        while time.monotonic() - started < timeout:
             self._check_alive(" before it was ready")
             health = client.health(self.url) or {}
             # The endpoint always answers 200; only `status` tells.
@@ -200,7 +186,6 @@ class Server:
                 alone_since = time.monotonic()
             elif time.monotonic() - alone_since > ALONE_SECONDS:
                 raise CogpressError(f"The server's worker process exited before its setup began.{self._log_end()}")
-            on_wait(waited)
             time.sleep(0.25)
         raise CogpressError(f"The server was not ready after {timeout:.0f} s.{self._log_end()}")
 

@@ -98,15 +98,15 @@ def write(root: Path, predict: str | None, train: str | None = None) -> Path:
 
 def inputs(root: Path, reference: str) -> dict[str, dict[str, Any]]:
     """A runner's inputs; see `fields`."""
-    return _fields(_schemas(_inspect(root, reference), _PREDICTIONS), "Input")
+    return _fields(_schemas(_inspect(root, reference), _PREDICTIONS))
 
 
-def fields(document: dict[str, Any], key: str = "Input") -> dict[str, dict[str, Any]]:
-    """Each prediction input's JSON schema by name, in the form's order; training inputs with the key `TrainingInput`.
+def fields(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each prediction input's JSON schema by name, in the form's order.
 
     Choices are in `enum`, and `required` says whether the input must be given.
     """
-    return _fields(document.get("components", {}).get("schemas", {}), key)
+    return _fields(document.get("components", {}).get("schemas", {}))
 
 
 def concurrency(root: Path, reference: str) -> int:
@@ -253,9 +253,9 @@ def _bound(written: float | None) -> float | None:
     return int(Decimal(repr(float(written)))) if isinstance(written, int) else written
 
 
-def _fields(schemas: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+def _fields(schemas: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    made = schemas.get(key, {})
+    made = schemas.get("Input", {})
     for name, field in sorted(made.get("properties", {}).items(), key=lambda item: item[1].get("x-order", 0)):
         chosen = schemas.get(name, {}) if "allOf" in field else {}
         found[name] = {**chosen, **{key: value for key, value in field.items() if key != "allOf"}}

@@ -292,7 +292,7 @@ def _scheme(settings: Config, model: Architecture) -> Scheme:
                 f"The weights are quantized with {model.scheme}, which has no formula here. Set plan.scheme to the "
                 "scheme that is closest in bits."
             )
-        return known[known.index(model.scheme)]  # type: ignore[arg-type]
+        return model.scheme  # type: ignore[return-value]
     dtype = settings.serve.dtype if settings.serve.dtype != "auto" else model.dtype
     # float32 checkpoints are trained and merged in 16 bits.
     return "float16" if dtype == "float16" else "float32" if settings.serve.dtype == "float32" else "bfloat16"

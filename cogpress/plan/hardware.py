@@ -63,11 +63,6 @@ class Machine(pydantic.BaseModel):
         """Memory of the machine beside its GPUs, in bytes; without bound if unknown."""
         return float("inf") if self.host_memory_gb is None else self.host_memory_gb * 1e9
 
-    @property
-    def price_per_hour(self) -> float | None:
-        """In US dollars; None if unknown."""
-        return None if self.price_per_second is None else 3600 * self.price_per_second
-
 
 @dataclass(frozen=True)
 class Table:

@@ -240,10 +240,5 @@ def _parse_response(call: exchange.Exchange) -> dict[str, Any]:
         answer = None
     if call.status == 200 and isinstance(answer, dict) and "status" in answer:
         return answer
-    detail: Any = call.body[:300].decode(errors="replace")
-    if isinstance(answer, dict):
-        detail = answer.get("detail") or answer.get("error") or answer
-    if isinstance(detail, list) and all(isinstance(item, dict) for item in detail):
-        detail = "; ".join(f"{'.'.join(map(str, item.get('loc', ())[2:]))}: {item.get('msg')}" for item in detail)
     kind = Rejected if call.status < 500 else CogpressError
-    raise kind(f"The model server refused the prediction ({call.status}): {detail}")
+    raise kind(f"The model server refused the prediction ({call.status}): {client.refusal(call.body)}")

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jsonschema
 
@@ -19,6 +19,9 @@ ENDED = frozenset({"succeeded", "failed", "canceled", "aborted"})
 """The final states."""
 
 Fault = Literal["input", "server"]
+
+Kind = Literal["Input", "TrainingInput"]
+"""The schema of a prediction's inputs, or of a training's."""
 
 REDACTED = "[REDACTED]"
 """Shown and stored in place of a secret input."""
@@ -78,28 +81,17 @@ class Version:
             return self.iterator
         return bool(self.schema.get("paths", {}).get("/predictions", {}).get("post", {}).get("x-cog-streaming"))
 
-    @cached_property
-    def secrets(self) -> frozenset[str]:
-        """The names of a prediction's secret inputs."""
-        return self._secrets("Input")
-
-    def _secrets(self, schema: str) -> frozenset[str]:
-        properties = self._schemas.get(schema, {}).get("properties", {})
-        return frozenset(
-            name for name, one in properties.items() if one.get("x-cog-secret") or one.get("format") == "password"
-        )
+    def _secrets(self, kind: Kind) -> set[str]:
+        properties = self._schemas.get(kind, {}).get("properties", {})
+        return {name for name, one in properties.items() if one.get("x-cog-secret") or one.get("format") == "password"}
 
     @property
     def _schemas(self) -> dict[str, Any]:
         return self.schema.get("components", {}).get("schemas", {})
 
-    def redacted(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A prediction's inputs as they may be shown and stored."""
-        return {name: REDACTED if name in self.secrets else value for name, value in inputs.items()}
-
-    def redacted_training(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A training's inputs as they may be shown and stored."""
-        secrets = self._secrets("TrainingInput")
+    def redacted(self, inputs: dict[str, Any], kind: Kind = "Input") -> dict[str, Any]:
+        """Inputs as they may be shown and stored."""
+        secrets = self._secrets(kind)
         return {name: REDACTED if name in secrets else value for name, value in inputs.items()}
 
     def unknown(self, inputs: dict[str, Any]) -> list[str]:
@@ -107,40 +99,28 @@ class Version:
         properties = self._schemas.get("Input", {}).get("properties")
         return [] if properties is None else [name for name in inputs if name not in properties]
 
-    def check(self, inputs: dict[str, Any]) -> None:
-        """Validate a prediction's inputs.
+    @cached_property
+    def _validators(self) -> dict[Kind, jsonschema.Draft7Validator]:
+        components = {"schemas": {**{kind: {} for kind in get_args(Kind)}, **self._schemas}}
+        return {
+            kind: jsonschema.Draft7Validator({"$ref": f"#/components/schemas/{kind}", "components": components})
+            for kind in get_args(Kind)
+        }
+
+    def check(self, inputs: dict[str, Any], kind: Kind = "Input") -> None:
+        """Validate inputs.
 
         Raises:
             InvalidInput: listing each invalid input.
         """
-        self._check(self._validator, inputs, self.secrets)
-
-    def check_training(self, inputs: dict[str, Any]) -> None:
-        """Validate a training's inputs; raises as `check` does."""
-        self._check(self._training_validator, inputs, self._secrets("TrainingInput"))
-
-    @cached_property
-    def _validator(self) -> jsonschema.Draft7Validator:
-        return self._build_validator("Input")
-
-    @cached_property
-    def _training_validator(self) -> jsonschema.Draft7Validator:
-        return self._build_validator("TrainingInput")
-
-    def _build_validator(self, name: str) -> jsonschema.Draft7Validator:
-        components = {"schemas": {name: {}, **self._schemas}}
-        return jsonschema.Draft7Validator({"$ref": f"#/components/schemas/{name}", "components": components})
-
-    @staticmethod
-    def _check(validator: jsonschema.Draft7Validator, inputs: dict[str, Any], secret: frozenset[str]) -> None:
-        wrong = []
-        for error in validator.iter_errors(inputs):
+        secrets, wrong = self._secrets(kind), []
+        for error in self._validators[kind].iter_errors(inputs):
             name = str(error.absolute_path[0]) if error.absolute_path else "input"
             if error.validator == "required":
                 missing = [one for one in error.validator_value if one not in inputs]
                 wrong += [(one, f"{one} is required") for one in missing if (one, f"{one} is required") not in wrong]
             else:
-                wrong.append((name, "does not match the schema" if name in secret else _shorten(error.message)))
+                wrong.append((name, "does not match the schema" if name in secrets else _shorten(error.message)))
         if wrong:
             raise InvalidInput(wrong)
 

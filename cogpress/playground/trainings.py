@@ -79,14 +79,14 @@ class Trainings:
         if len(self._alive) >= MOST_WAITING:
             raise QueueFullError(f"{MOST_WAITING} trainings wait or run already. Start it once one has ended.")
         payload = {name: value for name, value in inputs.items() if value is not None}
-        version.check_training(payload)
+        version.check(payload, "TrainingInput")
         record: dict[str, Any] = {
             "id": new_id(),
             "model": version.model,
             "version": version.id,
             "destination": destination,
             "status": "starting",
-            "input": version.redacted_training(payload),
+            "input": version.redacted(payload, "TrainingInput"),
             "output": None,
             "error": None,
             "logs": "",

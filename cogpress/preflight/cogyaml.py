@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from cogpress.preflight.check import Check, Finding, failed, passed, skipped, some, warning
 from cogpress.preflight.facts import Facts
-from cogpress.preflight.packages import FOR_CPU, lock
+from cogpress.preflight.packages import FOR_CPU, commands, lock
 
 TOPIC = "Configuration"
 
@@ -144,11 +144,8 @@ def _cpu(facts: Facts) -> Iterator[Finding]:
 
 
 def _commands(facts: Facts) -> Iterator[Finding]:
-    listed = facts.build.get("run")
-    given = listed if isinstance(listed, list) else []
-    found = []
-    for number, command in enumerate(given, 1):
-        text = str((command.get("command") if isinstance(command, dict) else command) or "")
+    given, found = commands(facts), []
+    for number, text in enumerate(given, 1):
         where = f"Command {number} of build.run"
         if "\n" in text.strip():
             found.append(failed(f"{where} has several lines, which the build refuses.", "Join them with &&."))

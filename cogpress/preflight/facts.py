@@ -245,7 +245,7 @@ def _weights(root: Path) -> Weights:
     folder = root / "weights"
     places = [*root.glob(".*.part-*"), *root.glob("runs/.*.part-*"), *root.glob("runs/*/.*.part-*")]
     left = tuple(sorted(path.relative_to(root).as_posix() for path in places))
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = manifest.weights_bytes(folder)
     if not size:
         return Weights(folder, problem="holds no *.safetensors", left=left)
     try:

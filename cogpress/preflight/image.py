@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from rich.filesize import decimal as size
+
 from cogpress.files import is_file
 from cogpress.preflight import secrets
-from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
+from cogpress.preflight.check import Check, Finding, failed, passed, skipped, some, warning
 from cogpress.preflight.facts import Facts
 from cogpress.preflight.ignore import NAME, Entry
 
 TOPIC = "Image"
 
-NEVER = (
-    *("**/.env", "**/.env.*", "**/*.env", "**/*.pem", "**/*.key", "**/.netrc", "**/.git", "**/.cache"),
-    *(".venv*", "runs", "data", "**/__pycache__", "**/*.py[cod]"),
-)
-"""Patterns that `.dockerignore` must exclude from every image."""
-
-SAMPLES = {
+NEVER = {
     "**/.env": ("x.d/.env", ".env"),
     "**/.env.*": ("x.d/.env.local", ".env.local"),
     "**/*.env": ("x.d/prod.env", "prod.env"),
@@ -34,7 +30,7 @@ SAMPLES = {
     "**/__pycache__": ("cogpress/__pycache__/base.pyc",),
     "**/*.py[cod]": ("cogpress/base.pyc",),
 }
-"""Paths that test whether each of these is excluded."""
+"""Patterns that `.dockerignore` must exclude from every image, and paths that test whether it does."""
 
 LARGE_OTHER = 200_000_000
 """Bytes beside the weights above which something superfluous is in the image."""
@@ -52,7 +48,7 @@ def missing(facts: Facts) -> list[str]:
     """Patterns that `.dockerignore` lacks."""
     if facts.ignore is None:
         return list(NEVER)
-    return [line for line in NEVER if not all(map(facts.ignore.ignores, SAMPLES[line]))]
+    return [line for line, samples in NEVER.items() if not all(map(facts.ignore.ignores, samples))]
 
 
 def _left_out(facts: Facts) -> Iterator[Finding]:

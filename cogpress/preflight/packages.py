@@ -64,12 +64,12 @@ def lock(facts: Facts) -> dict[str, str]:
     """The versions that the image's requirements pin, by name, and that of torch's CPU build, which no index has."""
     name = _file(facts)
     found = pins(facts.text(name) or "") if name else {}
-    apart = re.findall(r"(?<![\w-])torch==(\S+\+cpu)\b", " ".join(_commands(facts)))
+    apart = re.findall(r"(?<![\w-])torch==(\S+\+cpu)\b", " ".join(commands(facts)))
     return {**found, "torch": apart[-1]} if apart else found
 
 
-def _commands(facts: Facts) -> list[str]:
-    """The commands of build.run."""
+def commands(facts: Facts) -> list[str]:
+    """The commands of build.run, as text."""
     listed = facts.build.get("run")
     given = listed if isinstance(listed, list) else []
     return [str(item.get("command") if isinstance(item, dict) else item) for item in given]
@@ -370,7 +370,7 @@ def _sdk(facts: Facts) -> Iterator[Finding]:
 
 def _runtime(facts: Facts) -> Iterator[Finding]:
     """`build.sdk_version` pins Cog's SDK; which coglet comes with it is left to pip."""
-    found = [name for text in _commands(facts) for name in re.findall(r"(?<![\w-])coglet(?:==([\w.+!-]+))?", text)]
+    found = [name for text in commands(facts) for name in re.findall(r"(?<![\w-])coglet(?:==([\w.+!-]+))?", text)]
     fix = f"Add to build.run: {streaming.PIN}"
     if not found:
         yield failed(f"{facts.file} does not pin coglet; streaming is tested with {streaming.COGLET}.", fix)

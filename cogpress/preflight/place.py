@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from rich.filesize import decimal as size
+
 from cogpress.cog.program import API_TOKEN_PREFIX, CLI_TOKEN, CLI_TOKEN_PAGE, REGISTRY
 from cogpress.http import Reply
-from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
+from cogpress.preflight.check import Check, Finding, failed, passed, skipped, some, warning
 from cogpress.preflight.facts import Facts
 from cogpress.replicate.api import explained
 

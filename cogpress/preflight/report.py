@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,8 +104,5 @@ def _table(rows: list[Row], width: int, everything: bool) -> Table:
 
 def _said(row: Row) -> RenderableType:
     finding = row.finding
-    dim = "dim" if finding.outcome in ("skipped", "passed") else ""
-    lines: Iterator[Text] = iter([Text(finding.message, dim)])
-    if finding.fix:
-        lines = iter([*lines, Text.assemble(("→ ", "cyan"), (finding.fix, "cyan"))])
-    return Group(*lines)
+    message = Text(finding.message, "dim" if finding.outcome in ("skipped", "passed") else "")
+    return Group(message, Text(f"→ {finding.fix}", "cyan")) if finding.fix else message

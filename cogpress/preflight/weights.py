@@ -6,34 +6,22 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from rich.filesize import decimal as size
+
 from cogpress import source
 from cogpress.config import Serve
 from cogpress.errors import CogpressError
-from cogpress.plan import memory
-from cogpress.preflight.check import Check, Finding, failed, passed, size, skipped, some, warning
+from cogpress.plan import estimate, memory
+from cogpress.plan.architecture import scheme_of
+from cogpress.plan.memory import gigabytes
+from cogpress.preflight.check import Check, Finding, failed, passed, skipped, some, warning
 from cogpress.preflight.facts import Facts
 from cogpress.publish.licence import find_origin, public_name
 from cogpress.weights.filenames import PICKLES
 
 TOPIC = "Weights"
 
-NEEDS = {"bfloat16": (8, 0), "fp8": (8, 9), "int8": (7, 5), "int4": (7, 5), "awq": (7, 5)}
-"""Lowest compute capability that supports a data type or scheme."""
-
 NOT_FOR_SALE = re.compile(r"cc-by-nc.*|.*non-?commercial.*|.*research.*", re.IGNORECASE)
-
-
-def scheme(model: dict[str, object]) -> str | None:
-    """The quantization scheme in the model's config.json; None for 16 or 32-bit weights."""
-    quantization = model.get("quantization_config")
-    if not isinstance(quantization, dict):
-        return None
-    text = str(quantization).lower()
-    if quantization.get("quant_method") == "fp8" or "'type': 'float'" in text:
-        return "fp8"
-    if "awq" in text:
-        return "awq"
-    return "int4" if re.search(r"'(num_bits|bits)': 4", text) else "int8"
 
 
 def _there(facts: Facts) -> Iterator[Finding]:
@@ -142,11 +130,12 @@ def _generation(facts: Facts) -> Iterator[Finding]:
         yield warning(f"{hardware} has a GPU, which an image for CPUs does not use.", "Name hardware without one.")
         return
     capability = gpu.capability
-    made = scheme(facts.weights.model)
+    made = scheme_of(facts.weights.model.get("quantization_config"))
     dtype = settings.serve.dtype if settings else "auto"
     shown = f"{hardware} (compute capability {capability[0]}.{capability[1]})"
+    lacking = {name for name, (needed, _) in estimate.NEEDS.items() if capability < needed}
     good = True
-    if made and capability < NEEDS[made]:
+    if made in lacking or (made and capability < estimate.OLDEST):
         good = False
         if made == "fp8":
             yield warning(
@@ -155,10 +144,10 @@ def _generation(facts: Facts) -> Iterator[Finding]:
             )
         else:
             yield failed(f"{shown} does not support {made} weights.", "Use a newer GPU.")
-    if dtype == "bfloat16" and capability < NEEDS["bfloat16"]:
+    if dtype == "bfloat16" and "bfloat16" in lacking:
         good = False
         yield failed(f"serve.dtype is bfloat16, which {shown} lacks.", "Write dtype: float16, or auto.")
-    if settings and settings.serve.kv_cache_dtype.startswith("fp8") and capability < NEEDS["fp8"]:
+    if settings and settings.serve.kv_cache_dtype.startswith("fp8") and "fp8" in lacking:
         good = False
         yield failed(f"serve.kv_cache_dtype is fp8, which {shown} lacks.", "Write kv_cache_dtype: auto.")
     if good:
@@ -171,8 +160,8 @@ def _fits(facts: Facts) -> Iterator[Finding]:
         cache = (settings.serve if settings else Serve()).cpu_kv_cache_gb
         needed = memory.host_of_serving_on_cpu(facts.weights.bytes, cache * 2**30)
         told = (
-            f"Serving takes about {size(needed)} of memory for {size(facts.weights.bytes)} of weights and "
-            f"{cache:g} GiB of KV cache; {gpu.sku} has {size(gpu.host_bytes)}"
+            f"Serving takes about {gigabytes(needed)} of memory for {size(facts.weights.bytes)} of weights and "
+            f"{cache:g} GiB of KV cache; {gpu.sku} has {gigabytes(gpu.host_bytes)}"
         )
         if needed > gpu.host_bytes:
             yield failed(f"{told}.", "Lower serve.cpu_kv_cache_gb, quantize the weights, or push to a GPU.")
@@ -192,7 +181,8 @@ def _fits(facts: Facts) -> Iterator[Finding]:
         return
     share = (settings.serve if settings else Serve()).memory_share
     room = gpu.gpu_bytes * gpu.gpus * share
-    told = f"{size(facts.weights.bytes)} of weights in {size(room)} of {gpu.sku} ({gpu.gpus} x {size(gpu.gpu_bytes)})"
+    gpus = f"{gpu.gpus} x {gigabytes(gpu.gpu_bytes)}"
+    told = f"{size(facts.weights.bytes)} of weights in {gigabytes(room)} of {gpu.sku} ({gpus})"
     if facts.weights.bytes * 1.05 > room:
         yield failed(f"{told} do not fit.", "scripts/plan shows the hardware that fits; or scripts/quantize.")
     elif facts.weights.bytes * 1.25 > room:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -231,18 +232,12 @@ def _check_arrived(files: Bundle, repo: str, there: ModelInfo | None) -> None:
         )
 
 
-def _size(size: int) -> str:
-    if size < 1000:
-        return f"{size} B"
-    return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size / 1e3:,.1f} kB"
-
-
 def _table(files: Bundle, published: Published | None = None) -> Table:
     total = sum(file.size for file in files.files)
     table = Table(title="Files", title_justify="left", show_footer=True)
     caption = f"{len(files.files)} files"
     table.add_column("file", caption, overflow="fold")
-    table.add_column("size", _size(total), justify="right", no_wrap=True)
+    table.add_column("size", decimal(total), justify="right", no_wrap=True)
     table.add_column("sha256", no_wrap=True)
     if published is not None:
         sent = sum(file.size for file in files.files if file.name in published.sent)
@@ -250,5 +245,5 @@ def _table(files: Bundle, published: Published | None = None) -> Table:
         table.add_column("on the Hub", speed, no_wrap=True)
     for file in files.files:
         state = [] if published is None else ["sent, checked" if file.name in published.sent else "was there, checked"]
-        table.add_row(Text(file.name), _size(file.size), file.sha256[:12], *state)
+        table.add_row(Text(file.name), decimal(file.size), file.sha256[:12], *state)
     return table

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cogpress.cog.process import CPU_IMAGE, GPU_IMAGE, read_cog_yaml
+from cogpress.errors import CogpressError
 from cogpress.files import link
 from cogpress.preflight import ignore
 
@@ -32,7 +33,7 @@ def build_context(root: Path, folder: Path, file: str = GPU_IMAGE) -> Iterator[P
     place = folder / "context"
     shutil.rmtree(place, ignore_errors=True)
     link(root / file, place / GPU_IMAGE)
-    for name in sorted({*_needed(root, file), *_entries(root)} - {GPU_IMAGE, CPU_IMAGE}):
+    for name in sorted({*_needed(root, file), *(entry.name for entry in entries(root))} - {GPU_IMAGE, CPU_IMAGE}):
         source, target = root / name, place / name
         if source.is_symlink():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -47,12 +48,21 @@ def build_context(root: Path, folder: Path, file: str = GPU_IMAGE) -> Iterator[P
 
 def code_beside_weights(root: Path) -> list[str]:
     """The files below `weights/` that keep the weights out of a layer of their own."""
-    return [name for name in _entries(root) if name.startswith("weights/") and name.endswith(CODE)]
+    names = (entry.name for entry in entries(root))
+    return [name for name in names if name.startswith("weights/") and name.endswith(CODE)]
 
 
-def _entries(root: Path) -> list[str]:
-    patterns = ignore.Ignore((root / ignore.NAME).read_text(encoding="utf-8"))
-    return [entry.name for entry in ignore.context(root, patterns) if not entry.name.startswith(".cog/")]
+def entries(root: Path) -> list[ignore.Entry]:
+    """The project's files that enter an image; Cog makes those in `.cog/` itself.
+
+    Raises:
+        CogpressError: there is no `.dockerignore`.
+    """
+    try:
+        patterns = ignore.Ignore((root / ignore.NAME).read_text(encoding="utf-8"))
+    except OSError:
+        raise CogpressError(f"{root / ignore.NAME} is missing. Write it with scripts/preflight --fix.") from None
+    return [entry for entry in ignore.context(root, patterns) if not entry.name.startswith(".cog/")]
 
 
 def _needed(root: Path, file: str) -> list[str]:

@@ -27,9 +27,6 @@ from cogpress.verify.report import Check
 from cogpress.weights import base, fetch, manifest
 from cogpress.weights.filenames import ADAPTER
 
-NEEDED = ("messages", "system_prompt", "temperature", "max_tokens", "logprobs")
-"""Inputs that the comparison needs."""
-
 _CAUSE = (
     "Replicate's answers differ from those of transformers here with the same weights. Check serve.* in model.yaml "
     "(mode, dtype), the hardware, and whether the image has these weights."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -252,12 +253,7 @@ class PushRun:
         return ""
 
     def _versions(self, model: str) -> list[dict[str, Any]]:
-        try:
-            return list(self.replicate.ask(routes.versions(model))["results"])
-        except RefusedError as error:
-            if error.status == 404:
-                return []
-            raise
+        return list((self.replicate.find(routes.versions(model)) or {"results": []})["results"])
 
     def _appeared(self, model: str, before: set[str], digest: str | None) -> str:
         began = time.monotonic()
@@ -295,7 +291,7 @@ class PushRun:
             testcases.judge(outcomes, "test predictions", version)
             say(f"{len(outcomes)}/{len(outcomes)} passed")
             spent = sum(outcome.seconds for outcome in outcomes)
-            return {"outcomes": [outcome.to_dict() for outcome in outcomes], summary.SPENT: spent}
+            return {"outcomes": [asdict(outcome) for outcome in outcomes], summary.SPENT: spent}
 
         self._steps.kept(TESTS, self.tests_depend(version), act)
 

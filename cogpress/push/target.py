@@ -13,6 +13,7 @@ from cogpress.files import sha256
 from cogpress.plan import report as plan
 from cogpress.preflight import ignore, place
 from cogpress.push import journal
+from cogpress.push.context import entries
 from cogpress.weights import manifest
 
 CPU = "cpu"
@@ -101,14 +102,10 @@ def fingerprint(root: Path, settings: Config, file: str = GPU_IMAGE) -> str:
     `push`.
 
     Raises:
-        CogpressError: weights that are to be fetched at the start would enter the image.
+        CogpressError: there is no `.dockerignore`, or weights that are fetched at the start would enter the image.
     """
-    try:
-        patterns = ignore.Ignore((root / ignore.NAME).read_text(encoding="utf-8"))
-    except OSError:
-        raise CogpressError(f"{root / ignore.NAME} is missing. Write it with scripts/preflight --fix.") from None
-    entries = [entry for entry in ignore.context(root, patterns) if not entry.name.startswith(".cog/")]
-    inside = [entry.name for entry in entries if entry.name.endswith(".safetensors")]
+    found = entries(root)
+    inside = [entry.name for entry in found if entry.name.endswith(".safetensors")]
     if settings.push.weights == "fetched":
         if inside:
             raise CogpressError(
@@ -119,7 +116,7 @@ def fingerprint(root: Path, settings: Config, file: str = GPU_IMAGE) -> str:
             raise CogpressError("push.weights is fetched, but serve.weights names no URL. Name one in model.yaml.")
     listed = (manifest.read(root / "weights") or {}).get("files") or {}
     files = {}
-    for entry in entries:
+    for entry in found:
         if entry.name in (GPU_IMAGE, CPU_IMAGE):
             continue
         recorded = listed.get(entry.name.removeprefix("weights/")) if entry.name.startswith("weights/") else None

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import jsonschema
@@ -55,10 +55,6 @@ class Outcome:
     output: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
     waited: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
 
 
 class _Wrong(Exception):

@@ -51,7 +51,9 @@ def port() -> int:
 @pytest.fixture(scope="module")
 def server(tiny_base: Path, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = project(tmp_path_factory.mktemp("faults"), metrics_port=port, log="requests", cpu_kv_cache_gb=1)
-    with Server(root, weights=str(tiny_base), log=root / "server.log", max_concurrency=SLOTS) as server:
+    with Server(
+        root, weights=str(tiny_base), log=root / "server.log", env={"COG_MAX_CONCURRENCY": str(SLOTS)}
+    ) as server:
         server.wait_ready(300)
         client.predict(server.url, {"prompt": "warm up", "max_tokens": 2})
         yield server

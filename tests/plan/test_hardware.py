@@ -34,7 +34,7 @@ def test_a_machine_of_several_gpus_is_like_one_of_one() -> None:
     assert (four.gpus, four.gpu_memory_gb, four.capability) == (4, one.gpu_memory_gb, one.capability)
     assert four.price_per_second == pytest.approx(4 * (one.price_per_second or 0))
     assert table.machine("gpu-4x-l40s") == four
-    assert one.price_per_hour == pytest.approx(3.51)
+    assert one.price_per_second == pytest.approx(3.51 / 3600)
 
 
 def test_host_memory_and_access_are_those_of_each_machine() -> None:

@@ -169,9 +169,9 @@ def test_a_training_s_secrets_are_neither_shown_nor_quoted(mark: dict[str, Any])
     key = {"type": "string", "maxLength": 8, **mark}
     training = {"type": "object", "properties": {"key": key, "data": {"type": "string"}}}
     version = Version("1", "local/m", 1.0, {"components": {"schemas": {"TrainingInput": training}}}, "folder:x")
-    assert version.redacted_training({"key": "s3cret", "data": "d"}) == {"key": REDACTED, "data": "d"}
+    assert version.redacted({"key": "s3cret", "data": "d"}, "TrainingInput") == {"key": REDACTED, "data": "d"}
     with pytest.raises(CogpressError, match=r"^key: does not match the schema$"):
-        version.check_training({"key": "a long s3cret"})
+        version.check({"key": "a long s3cret"}, "TrainingInput")
 
 
 def test_a_report_without_its_key_is_refused(local: Local) -> None:

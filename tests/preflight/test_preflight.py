@@ -21,7 +21,7 @@ from cogpress.cog import form
 from cogpress.cog.process import CPU_IMAGE
 from cogpress.files import new_folder
 from cogpress.plan import estimate
-from cogpress.preflight import place, secrets, weights
+from cogpress.preflight import place, secrets
 from cogpress.preflight.check import Row
 from cogpress.preflight.ignore import Ignore, context
 from tests import Script
@@ -392,7 +392,7 @@ def test_what_is_wrong_with_an_image_for_cpus(here: Path) -> None:
         "Packages: vLLM and torch": "would have no torch",
         "Packages: Python": "is for Python 3.11",
         "Image: let in": "keeps cog.cpu.yaml out",
-        "Weights: memory": "cpu-small has 2.0 GB",
+        "Weights: memory": "cpu-small has 2.00 GB",
     }.items():
         assert [text for check, outcome, text in said if (check, outcome) == (name, "failed") and message in text], name
     assert [text for check, outcome, text in said if check == "Configuration: CUDA" and "torchvision" in text]
@@ -400,21 +400,6 @@ def test_what_is_wrong_with_an_image_for_cpus(here: Path) -> None:
     said = found("gpu-l40s")
     assert [text for _, outcome, text in said if outcome == "failed" and "compiled for torch 2.13" in text]
     assert [text for _, outcome, text in said if outcome == "warning" and "has a GPU, which an image for CPUs" in text]
-
-
-@pytest.mark.parametrize(
-    ("config", "scheme"),
-    [
-        ({}, None),
-        (FP8, "fp8"),
-        ({"quantization_config": {"config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}}}}, "fp8"),
-        ({"quantization_config": {"config_groups": {"g": {"weights": {"num_bits": 8, "type": "int"}}}}}, "int8"),
-        ({"quantization_config": {"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}}}, "int4"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
-    ],
-)
-def test_the_scheme_is_read_from_the_weights(config: dict[str, Any], scheme: str | None) -> None:
-    assert weights.scheme(config) == scheme
 
 
 @pytest.mark.parametrize(("size", "outcome"), [(10, "passed"), (38, "warning"), (60, "failed")])

@@ -106,7 +106,8 @@ def parse(body: dict[str, Any], schema: dict[str, Any], adapter: str = "", *, ch
         OpenAIError: it is not in OpenAI's form, or this model cannot do it.
     """
     body = {name: value for name, value in body.items() if value is not None}
-    parser = _Parser(body, inputs_of(schema))
+    known = fields(schema)
+    parser = _Parser(body, known)
     if adapter:
         if "adapter" not in parser.known:
             raise OpenAIError("This model has no adapters. Leave out the @ and what follows it.", "model", status=404)
@@ -122,16 +123,8 @@ def parse(body: dict[str, Any], schema: dict[str, Any], adapter: str = "", *, ch
     if chat:
         parser.tools()
     parser.others(chat=chat)
-    parser.request.inputs = form.completed(parser.request.inputs, fields(schema))
+    parser.request.inputs = form.completed(parser.request.inputs, known)
     return parser.request
-
-
-def inputs_of(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The schemas of a model's inputs, by name."""
-    found: dict[str, dict[str, Any]] = (
-        schema.get("components", {}).get("schemas", {}).get("Input", {}).get("properties", {})
-    )
-    return found
 
 
 class _Parser:

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from cogpress.cog.schema import fields
 from cogpress.errors import CogpressError
 from cogpress.playground.catalog import NotFound
 from cogpress.playground.openai import errors, parameters
@@ -133,7 +134,7 @@ def entries(parts: Parts) -> list[dict[str, Any]]:
     found = []
     for one in parts.catalog.models.values():
         if one.versions:
-            adapters = parts.adapters if "adapter" in parameters.inputs_of(one.versions[-1].schema) else ()
+            adapters = parts.adapters if "adapter" in fields(one.versions[-1].schema) else ()
             made = entry(one)
             found += [made, *({**made, "id": f"{one.full_name}@{name}"} for name in adapters)]
     return found
