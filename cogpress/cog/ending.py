@@ -1,7 +1,7 @@
 """End a container whose model has stopped working, so that its platform starts another.
 
 Cog's runtime outlives its worker and its engine, and refuses every prediction from then on. This file is also the
-program that looks after it, which imports nothing of this package: it has to outlive the worker too.
+program that watches it, which imports nothing of this package: it has to outlive the worker too.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import sys
 import time
 
 WATCHED = "COGPRESS_WATCHED"
-"""Set where something else looks after the server, as `process.Server` does."""
+"""Set where something else watches the server, as `process.Server` does."""
 
 STOPPED = ("UNHEALTHY", "DEFUNCT")
 """Statuses of a server that worked once. Of one that never did, the platform wants to hear the reason."""
 
 
 def watch(seconds: float = 5.0, looks: int = 6) -> None:
-    """Look after the runtime from a process of its own, once the runner is set up.
+    """Watch the runtime from a separate process, once the runner is set up.
 
     Args:
-        seconds: between two looks.
-        looks: how often in turn the runtime must say that it has stopped working before it is killed.
+        seconds: between health checks.
+        looks: the number of consecutive checks that must fail before the runtime is killed.
     """
     if not os.environ.get(WATCHED):
         runtime, port = str(os.getppid()), os.environ.get("PORT", "5000")

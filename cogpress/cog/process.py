@@ -30,13 +30,13 @@ GRACE_SECONDS = 10.0
 """For a stopping server to end its predictions before it is killed."""
 
 ALONE_SECONDS = 15.0
-"""For a starting runtime without a worker process; it starts one at once."""
+"""How long a starting runtime may lack a worker process; it normally starts one at once."""
 
 FAMILY_SECONDS = 2.0
-"""For the engine's processes to end after the server, and again after SIGTERM, before they are killed."""
+"""For the engine's processes to end once the server has, and again after SIGTERM, before they are killed."""
 
 LOOK_SECONDS, DEAD_LOOKS = 5.0, 2
-"""Seconds between two looks at a server's health, and how often in turn it must be dead."""
+"""Seconds between health checks, and the number of consecutive failures after which a server counts as dead."""
 
 RESTART_SECONDS = 60.0
 """A server that stops working sooner after its start is not started again."""
@@ -402,14 +402,14 @@ def _environment(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def free_port(host: str) -> int:
-    """A free port that the system gives to nobody who asks for any port, as every outgoing connection does.
+    """A free port below the kernel's ephemeral range, from which outgoing connections get theirs.
 
-    The server binds it seconds later. Linux names its range for "any port"; the ports below it are asked for by number.
+    The server binds it seconds later, and no connection may have taken it by then.
 
     Raises:
         CogpressError: none of a hundred ports is free.
     """
-    below, why = _lowest_given_port(), None
+    below, why = _ephemeral_start(), None
     for _ in range(100):
         port = secrets.randbelow(below - 10_000) + 10_000
         try:
@@ -422,8 +422,8 @@ def free_port(host: str) -> int:
     raise CogpressError(f"No port between 10000 and {below} can be used on {host}: {why}. End what you no longer need.")
 
 
-def _lowest_given_port() -> int:
-    """The first port that the system gives to whoever asks for any; 32768, Linux's default, where that is unknown."""
+def _ephemeral_start() -> int:
+    """The start of the kernel's ephemeral ports; 32768, Linux's default, where that is unknown."""
     try:
         lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except (OSError, ValueError, IndexError):

@@ -63,15 +63,15 @@ OLDEST = (0, 22)
 """The first release that checks a project without building it; an older one would run `cog run`'s words in an image."""
 
 VERDICT_SECONDS = 60.0
-"""Longest time for one question; Cog needs a second."""
+"""Timeout of each of these commands; Cog takes about a second."""
 
 _ASKED = re.compile(r"(unknown|missing required) input", re.IGNORECASE)
-"""The refusal of the input itself, which comes after the project has been found good."""
+"""Cog's refusal of the input alone, after it has accepted the project."""
 
 _NO_COMMAND = re.compile(r"unknown (command|flag|shorthand)", re.IGNORECASE)
 _DEPRECATED = re.compile(r"deprecat", re.IGNORECASE)
 _UNKNOWN_PAIR = "Cog doesn't know if CUDA"
-"""Said of each CUDA and torch that is newer than Cog's own table; it changes nothing."""
+"""A harmless notice about each CUDA and torch that is newer than Cog's own table."""
 
 _MARKS = "\u2717\u2a2f\u2179\u26a0\u00d7 "
 """Before Cog's errors and warnings."""

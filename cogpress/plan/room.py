@@ -1,4 +1,4 @@
-"""The disk and the memory that a training and all that follows it take, known before its first step."""
+"""Disk and memory that a training and the steps after it need, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that a training and what follows it take.
+    """Bytes that a training and the steps after it need.
 
     Attributes:
         weights: the merged weights.

@@ -25,7 +25,7 @@ _OPEN = re.compile(
 """Paths that need no token: the page itself, which holds no data, and URLs that carry a key."""
 
 _CLIENTS = 10_000
-"""How many client addresses are rate-limited at once; the least recent are forgotten."""
+"""Most client addresses that are tracked for rate limits; the least recent are dropped."""
 
 
 class TooLarge(Exception):
@@ -54,7 +54,7 @@ class RequestLimits:
 
 
 def client(address: str) -> str:
-    """Who an address is of, for limits: in IPv6 one client has a whole network of 64 bits."""
+    """The client behind an address, for rate limits: in IPv6 its /64 network."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

@@ -56,7 +56,7 @@ PAGE_HEADERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How a playground is set up.
+    """A playground's settings.
 
     Attributes:
         root: the project's folder.

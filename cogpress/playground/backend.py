@@ -1,4 +1,4 @@
-"""What a queue needs of whatever runs predictions, and its plainest kind: a Cog server at an address."""
+"""The protocol of whatever runs predictions, and its simplest implementation: a Cog server at an address."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ CANCEL_SECONDS = 3.0
 CONNECT_SECONDS = 10.0
 
 BUSY_SECONDS = 1800.0
-"""How long everything may be refused as busy; Replicate gives a prediction no longer."""
+"""How long a server may refuse everything as busy: Replicate's own limit for a prediction."""
 
 _APART_SECONDS = 300.0
-"""Refusals further apart have nothing to do with one another: the longest wait that Replicate asks for is shorter."""
+"""Refusals further apart are unrelated: Replicate never asks for a wait this long."""
 
 
 class Busy(Exception):
@@ -48,13 +48,13 @@ class Rejected(CogpressError):
 
 
 class Refusals:
-    """How long a server has taken nothing: one that is busy takes something now and then."""
+    """How long a server has refused everything; one that is merely busy accepts a prediction now and then."""
 
     def __init__(self) -> None:
         self._first = self._last = -math.inf
 
     def add(self) -> bool:
-        """Note a refusal; whether it is one too many."""
+        """Record a refusal; returns whether they have gone on for too long."""
         now = time.monotonic()
         if now - self._last > _APART_SECONDS:
             self._first = now
@@ -62,7 +62,7 @@ class Refusals:
         return now - self._first > BUSY_SECONDS
 
     def end(self) -> None:
-        """Note that something was taken."""
+        """Record that a prediction was accepted."""
         self._last = -math.inf
 
 
@@ -154,7 +154,7 @@ class Cog:
         self._conclude(prediction, call)
 
     async def _refused(self) -> None:
-        """A prediction was refused. The runtime does not say why: every slot is taken, or nothing works any more.
+        """Find out why a prediction was refused, which the runtime does not say: no free slot, or a dead server.
 
         Raises:
             Busy: it may run later.

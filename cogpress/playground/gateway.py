@@ -1,6 +1,6 @@
 """OpenAI's API in front of one model: a version or deployment on Replicate, or a Cog server.
 
-It keeps nothing but what runs. A caller's token goes to Replicate and nowhere else.
+It stores nothing. A caller's token goes to Replicate and nowhere else.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from cogpress.playground.remote import CALLERS, Missing, ReplicateBackend
 from cogpress.replicate.api import RefusedError, address
 
 FRESH_SECONDS = 300.0
-"""How long a schema holds: a deployment or a container may have another one after an update."""
+"""How long a schema is cached: an update of a deployment or a container may change it."""
 
 MOST_LINKS = 1000
-"""Of how many tokens the connections are kept; the least recently opened goes first."""
+"""Most tokens with open connections; the oldest connection is closed first."""
 
 _TOKEN = re.compile(r"[!-~]{1,500}")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a gateway is set up.
+    """A gateway's settings.
 
     Attributes:
         name: by which clients name the model.
@@ -92,10 +92,10 @@ class _Link:
 
 
 class Gateway:
-    """The model, and the predictions of it that run."""
+    """The model and its running predictions."""
 
     def __init__(self, settings: Settings) -> None:
-        """Asks nothing yet."""
+        """Sends nothing yet."""
         self._settings = settings
         self._links: OrderedDict[str, asyncio.Task[_Link]] = OrderedDict()
         self._running: dict[Prediction, Queue] = {}

@@ -37,7 +37,7 @@ _LATE_SECONDS = 0.25
 
 
 class _Lines:
-    """What waits, in a line for each client; the clients take turns, so that a long line delays nobody else."""
+    """Waiting predictions, one line per client; clients take turns, so that a long line delays nobody else."""
 
     def __init__(self) -> None:
         self._lines: OrderedDict[str, list[tuple[int, Prediction]]] = OrderedDict()
@@ -56,7 +56,7 @@ class _Lines:
             self._lines.move_to_end(client, last=False)
 
     def take(self) -> tuple[int, Prediction]:
-        """The first of the next client, whose turn is then over."""
+        """Remove and return the next client's first prediction, with its number."""
         client, line = next(iter(self._lines.items()))
         first = line.pop(0)
         self._lines.move_to_end(client)
@@ -65,7 +65,7 @@ class _Lines:
         return first
 
     def remove(self, prediction: Prediction) -> None:
-        """Forget it, if it waits."""
+        """Remove a prediction if it waits."""
         client = prediction.options.client
         line = [one for one in self._lines.get(client, ()) if one[1] is not prediction]
         if line:
@@ -99,7 +99,7 @@ class Queue:
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
+        """The number of waiting predictions."""
         return len(self._waiting)
 
     def put(self, prediction: Prediction) -> None:

@@ -17,7 +17,7 @@ from cogpress.playground.records import Prediction
 READY_SECONDS = 1800.0
 
 TURN_SECONDS = 30.0
-"""How long a server may be busy while others wait for its room; then it finishes what runs, and makes room."""
+"""How long a server may stay busy while others wait; then it accepts nothing new, finishes, and makes room."""
 
 
 class ServerPool:
@@ -32,11 +32,11 @@ class ServerPool:
         """
         self.folder = folder
         self.at_once, self.known = at_once, 0
-        """How many may run, and how many there are to start."""
+        """How many may run, and how many are registered."""
         self._running: list[OnDemandServer] = []
-        """The one that started first is the first."""
+        """In the order in which they started."""
         self._waiting: dict[OnDemandServer, int] = {}
-        """How many wait for the room of each server, the one that came first first."""
+        """Number of requests that wait for each server to start, in order of arrival."""
         self._room = asyncio.Condition()
         self._processes = folder / "servers.json"
         process.end_noted(self._processes)
@@ -77,7 +77,7 @@ class ServerPool:
             raise
 
     def must_yield(self, one: OnDemandServer) -> bool:
-        """Whether a running server had its turn, and begins nothing until another one has had the room."""
+        """Whether a running server had its turn and must make room for another before it starts more predictions."""
         others = sum(other is not one for other in self._waiting)
         had_its_turn = time.monotonic() - one.ready_at > TURN_SECONDS
         return had_its_turn and one in self._running[:others]

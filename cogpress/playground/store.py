@@ -24,7 +24,7 @@ CRASHED = "The playground ended while this was waiting or running. Run it again.
 """The error of whatever had not ended when the store was opened."""
 
 RETRY_SECONDS = 1.0
-"""How long what could not be written waits for the next attempt."""
+"""Between attempts to write after a failure."""
 
 SEARCHED = 100_000
 """Characters of a text that are indexed for search; the rest is stored too."""

@@ -33,7 +33,7 @@ from cogpress.playground.trainings import Trainings
 GONE = "There is no such prediction. It was deleted because of its age or number, or the id is incomplete."
 
 LONG_BODY = 1 << 20
-"""Number of characters from which a body is parsed in a thread; a shorter one takes a few milliseconds."""
+"""Characters from which a body is parsed in a thread; shorter ones take a few milliseconds."""
 
 PAGE_SIZE = 100
 
@@ -43,7 +43,7 @@ PAGE_BYTES = 8 << 20
 
 @dataclass
 class Parts:
-    """What routes work with."""
+    """The components that routes use."""
 
     store: Store
     keys: Keys
@@ -61,7 +61,7 @@ class Parts:
 
 
 RETRY = {"Retry-After": "5"}
-"""A header of refusals that time heals."""
+"""A header for refusals that are temporary."""
 
 
 class HTTPProblem(Exception):
@@ -180,7 +180,7 @@ EXCEPTION_HANDLERS: dict[Any, Callable[[Request, Exception], Response]] = {
     ClientDisconnect: _gone,
     Exception: _internal_error,
 }
-"""What an application answers to a request that no handler of a route answers."""
+"""Responses to errors outside the routes' own handlers."""
 
 
 def string(body: dict[str, Any], name: str, *, required: bool = False) -> str | None:

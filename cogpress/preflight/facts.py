@@ -31,10 +31,10 @@ from cogpress.weights.manifest import State
 HUB = "https://huggingface.co"
 
 TRIES = 4
-"""Of each request to a server."""
+"""Attempts at each request to a server."""
 
 LONGEST_WAIT = 20.0
-"""Seconds between two of them: a check that waits longer is no help."""
+"""Longest pause between two tries, in seconds: a check should be quick."""
 
 
 @dataclass(frozen=True)

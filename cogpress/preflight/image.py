@@ -33,13 +33,13 @@ NEVER = {
 """Patterns that `.dockerignore` must exclude from every image, and paths that test whether it does."""
 
 LARGE_OTHER = 200_000_000
-"""Bytes beside the weights above which something superfluous is in the image."""
+"""Bytes beside the weights above which the image probably holds something superfluous."""
 
 LARGE_WEIGHTS = 10_000_000_000
 """Bytes of weights above which it is better to download them at the start than to push them."""
 
 TEXT_BYTES = 8 << 20
-"""Larger files are not text that a person wrote."""
+"""Files above this size are not text that a person wrote."""
 
 _BINARY = {".safetensors", ".png", ".jpg", ".jpeg", ".gif", ".woff2", ".tar", ".gz", ".zip", ".so", ".parquet"}
 

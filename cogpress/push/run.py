@@ -30,7 +30,7 @@ from cogpress.verify import limits
 from cogpress.verify import run as verify
 
 APPEAR_SECONDS = 300.0
-"""For a pushed version to be listed."""
+"""How long a pushed version may take to be listed."""
 
 PREFLIGHT, MODELS = "Preflight", "Models on Replicate"
 BESIDE, PUSHED = "Schema compared with the live version", "Schema of the pushed version compared"

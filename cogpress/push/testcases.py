@@ -22,7 +22,7 @@ from cogpress.replicate import api, routes
 from cogpress.replicate.api import RefusedError, Replicate, text_of
 
 CANCEL_SECONDS = 15.0
-"""For a canceled prediction to end."""
+"""How long a canceled prediction may take to end."""
 
 LATE_SHARE = 0.25
 """Text counts as streamed where it arrives over at least this share of the prediction's run time."""

@@ -29,7 +29,7 @@ ENDED = ("succeeded", "failed", "canceled", "aborted")
 POLL_SECONDS = 0.5
 
 TRIES = 7
-"""Of a request, while Replicate is busy or out of reach."""
+"""Attempts at a request while Replicate is busy or cannot be reached."""
 
 LONGEST_WAIT = 120.0
 """Seconds between two tries, whatever Replicate asks for."""
@@ -38,10 +38,10 @@ UPLOAD_BYTES = 100_000_000
 """Of the largest file that Replicate takes."""
 
 RATE_SECONDS = 10.0
-"""Between two predictions where a 429 does not say: an account without credit may make 6 a minute."""
+"""Between two predictions where a 429 names no pause: an account without credit may make 6 a minute."""
 
 RATE_TRIES = 30
-"""Of a prediction that the rate limit refuses; others take its turn meanwhile."""
+"""Attempts at a creation that the rate limit refuses."""
 
 CODES = {
     "E1001": "out of memory: choose hardware with more, or lower serve.max_context or serve.gpu_memory_share",
@@ -67,7 +67,7 @@ class RefusedError(CogpressError):
     """Replicate answered with an error: `status`, and whether it is the input that the model refuses."""
 
     def __init__(self, status: int, text: str, title: str = "") -> None:
-        """Note what callers decide by."""
+        """Keep what callers decide by."""
         super().__init__(text)
         self.status = status
         self.input = status == 422 and "input" in title.lower()  # an unknown version is a 422 too
@@ -102,14 +102,14 @@ def _stream_url(made: Mapping[str, Any], base: str) -> str:
 
 
 class _Rate:
-    """The pace of creations: free until Replicate refuses one, then an interval between two, for all threads."""
+    """Paces creations over all threads: unlimited until Replicate refuses one, then at an interval."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._interval = self._next = 0.0
 
     def wait(self) -> None:
-        """Take a turn, and sleep until it has come."""
+        """Sleep until it is this thread's turn."""
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._next)
@@ -117,7 +117,7 @@ class _Rate:
         time.sleep(turn - now)
 
     def slow(self, seconds: float) -> None:
-        """Replicate refused a turn, and asks for a pause."""
+        """Slow down after a refusal, by the pause that Replicate asks for."""
         with self._lock:
             self._interval = max(self._interval, seconds)
             self._next = max(self._next, time.monotonic() + seconds)

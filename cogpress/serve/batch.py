@@ -41,11 +41,11 @@ WAITING_SHARE = 0.5
 step, instead of leaving its slot empty until this process responds."""
 
 FLUSH_SECONDS = 1.0
-"""How long a finished line may stay in memory only."""
+"""Longest time before a finished line is on disk."""
 
 
 INDIFFERENT = {"weights", "form", "metrics_port", "log", "cpu_threads", "gpu_memory_share", "cpu_kv_cache_gb"}
-"""Options of serving that decide no answer; `weights` is looked at itself."""
+"""Serving options that change no answer; `weights` is compared by its files."""
 
 
 class Answering(Protocol):
@@ -106,7 +106,7 @@ def run(
         server: makes the model; called only if there is something to answer.
         fields: the inputs, as `schema.inputs` describes them.
         concurrency: number of lines that the engine runs at once.
-        made_by: all that decides the answers beside the lines; a journal made by anything else is replaced.
+        made_by: everything but the lines that determines the answers; a journal made by anything else is replaced.
         fresh: replace any journal.
         progress: called when a line finishes, with the number finished, the number failed, and tokens so far.
 
@@ -139,7 +139,7 @@ def run(
 
 
 def made_by(wanted: str | None, settings: Config, root: Path) -> dict[str, Any]:
-    """All that decides the answers beside the lines: the weights and adapters themselves, the prompt, and options.
+    """Everything but the lines that determines the answers: weights, adapters, prompt and options.
 
     Fetches them; loading them afterwards finds them in the cache.
 
@@ -367,7 +367,7 @@ class BatchJournal:
         return end
 
     def _take(self, result: dict[str, Any], at: int) -> None:
-        """Take a journal's result for the line that it answers, wherever that stands in the input now."""
+        """Assign a journal's result to the line that it answers, wherever that is in the input now."""
         where = self._open.get(result["of"], [])
         if not where:
             self._strange += 1
