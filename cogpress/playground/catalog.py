@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cogpress.errors import CogpressError
+from cogpress.playground.background import Background
 from cogpress.playground.queue import Queue
 from cogpress.playground.records import HostedModel, Prediction, Version
 from cogpress.playground.sources import Sources
@@ -64,7 +65,7 @@ class Catalog:
         """Called with each prediction that has ended."""
         self._store, self._sources = store, sources
         self._queues: dict[str, Queue] = {}
-        self._removals: set[asyncio.Task[None]] = set()
+        self._removals = Background()
 
     async def load(self) -> None:
         """Read the store."""
@@ -129,9 +130,7 @@ class Catalog:
         folder = Path(version.source.removeprefix("folder:"))
         if version.source.startswith("folder:") and folder.parent.name == TRAINED:
             self._store.write("INSERT OR IGNORE INTO removed VALUES (?)", folder.name)
-        task = asyncio.get_running_loop().create_task(self._release(version.source))
-        self._removals.add(task)
-        task.add_done_callback(self._removals.discard)
+        self._removals.start(self._release(version.source))
 
     async def _release(self, source: str) -> None:
         """Close the backend of a source that no version has any more, once its last prediction has ended."""
@@ -240,8 +239,7 @@ class Catalog:
 
     async def close(self) -> None:
         """Fail what waits or runs, and close every backend."""
-        for task in list(self._removals):
-            task.cancel()
+        await self._removals.close()
         await asyncio.gather(*(queue.close() for queue in self._queues.values()))
 
 

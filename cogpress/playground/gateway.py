@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +30,7 @@ from cogpress.config import Playground
 from cogpress.errors import CogpressError
 from cogpress.playground import access, listen, web
 from cogpress.playground.backend import Backend, Cog
+from cogpress.playground.background import Background
 from cogpress.playground.openai import errors
 from cogpress.playground.openai import routes as openai
 from cogpress.playground.openai.errors import OpenAIError
@@ -99,7 +100,7 @@ class Gateway:
         self._settings = settings
         self._links: OrderedDict[str, asyncio.Task[_Link]] = OrderedDict()
         self._running: dict[Prediction, Queue] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._background = Background()
 
     async def resolve(self, request: Request, named: str) -> Asked:
         """The model of a request.
@@ -145,7 +146,7 @@ class Gateway:
             self._retire(token)
             opening = None
         if opening is None:
-            opening = self._links[token] = self._later(self._open(token))
+            opening = self._links[token] = self._background.start(self._open(token))
             if len(self._links) > MOST_LINKS:
                 self._retire(next(iter(self._links)))
         return await asyncio.shield(opening)
@@ -181,7 +182,7 @@ class Gateway:
 
     def _retire(self, token: str) -> None:
         opening = self._links.pop(token)
-        self._later(_close(opening))
+        self._background.start(_close(opening))
 
     async def _create(self, link: _Link, client: str, inputs: dict[str, Any]) -> Prediction:
         payload = {name: value for name, value in inputs.items() if value is not None}
@@ -198,21 +199,13 @@ class Gateway:
 
     def _cancel(self, prediction: Prediction) -> None:
         if prediction in self._running:
-            self._later(self._running[prediction].cancel(prediction))
-
-    def _later(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+            self._background.start(self._running[prediction].cancel(prediction))
 
     async def close(self) -> None:
         """Cancel what runs, which would go on and cost on Replicate, and close every connection."""
         running = [queue.cancel(prediction) for prediction, queue in self._running.items()]
         await asyncio.gather(*running, return_exceptions=True)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         links = [task.result() for task in self._links.values() if task.done() and not task.cancelled()]
         await asyncio.gather(*(link.queue.close() for link in links))
 

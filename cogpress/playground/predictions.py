@@ -12,13 +12,13 @@ For example:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from cogpress.playground.background import Background
 from cogpress.playground.catalog import Catalog
 from cogpress.playground.queue import Queue, check_room, memory
 from cogpress.playground.records import Options, Prediction, Version, new_id
@@ -50,7 +50,7 @@ class Predictions:
         self._alive: dict[str, tuple[Prediction, Queue]] = {}
         self._kept: OrderedDict[str, Prediction] = OrderedDict()
         self._kept_bytes = 0
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._background = Background()
         catalog.on_end = self._end
 
     async def create(self, version: Version, inputs: dict[str, Any], options: Options | None = None) -> Prediction:
@@ -106,9 +106,7 @@ class Predictions:
 
     def later(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run something in the background until `close`."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._background.start(work)
 
     def find(self, identifier: str) -> Prediction | None:
         """A prediction that runs, or ended so recently that its events are still kept."""
@@ -145,6 +143,4 @@ class Predictions:
 
     async def close(self) -> None:
         """Stop the background work."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()

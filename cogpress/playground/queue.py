@@ -15,6 +15,7 @@ from typing import Any
 
 from cogpress.errors import CogpressError
 from cogpress.playground.backend import Backend, Busy, Rejected, Unreachable
+from cogpress.playground.background import Background
 from cogpress.playground.records import Prediction, QueueFullError
 
 PATIENCE_SECONDS = 10.0
@@ -95,7 +96,7 @@ class Queue:
         self._paused: asyncio.TimerHandle | None = None
         self._refused_at = 0.0
         self._ended_at = 0.0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     @property
     def waiting(self) -> int:
@@ -130,9 +131,7 @@ class Queue:
         while self._waiting and len(self.running) < self._limit:
             number, prediction = self._waiting.take()
             self.running.add(prediction)
-            task = asyncio.get_running_loop().create_task(self._run(number, prediction))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._background.start(self._run(number, prediction))
 
     async def _run(self, number: int, prediction: Prediction) -> None:
         again = False
@@ -209,9 +208,7 @@ class Queue:
             stopped = "The playground was stopped before this prediction ran. Run it again."
             prediction.end("failed", error=stopped, fault="server")
             self._on_end(prediction)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         await self.backend.close()
 
 

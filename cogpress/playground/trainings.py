@@ -18,6 +18,7 @@ import httpx
 from cogpress.cog import client, process
 from cogpress.errors import CogpressError
 from cogpress.http import reason
+from cogpress.playground.background import Background
 from cogpress.playground.catalog import Catalog, full_name
 from cogpress.playground.files import Files
 from cogpress.playground.keys import Keys
@@ -55,7 +56,7 @@ class Trainings:
         self._server: process.Server | None = None
         self._noted = store.folder / "trainer.json"
         process.end_noted(self._noted)  # a killed run leaves its trainer, with the GPU
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     async def create(
         self, version: Version, destination: str, inputs: dict[str, Any], options: Options
@@ -158,9 +159,7 @@ class Trainings:
 
     def _notify(self, record: dict[str, Any], event: str) -> None:
         if record["webhook"] and (record["events"] is None or event in record["events"]):
-            task = asyncio.get_running_loop().create_task(self.send(dict(record), event))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._background.start(self.send(dict(record), event))
 
     async def _work(self) -> None:
         while self._waiting:

@@ -41,7 +41,7 @@ def test_a_store_begun_afresh_keeps_trained_weights(tmp_path: Path) -> None:
         version = Version("1", "local/m", 1.0, {}, f"folder:{weights}", "", None)
         catalog.models["local/m"].versions.append(version)
         catalog.remove_version(version)
-        await asyncio.gather(*catalog._removals)
+        await asyncio.gather(*catalog._removals.tasks)
 
     with_store(tmp_path, remove)
     assert not weights.exists()
