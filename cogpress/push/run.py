@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cogpress import preflight
 from cogpress.cog import program as cog
 from cogpress.cog import schema
 from cogpress.cog.process import read_cog_yaml
@@ -18,6 +17,8 @@ from cogpress.errors import CogpressError
 from cogpress.files import sha256, write_json
 from cogpress.plan import hardware
 from cogpress.preflight import machine
+from cogpress.preflight import run as preflight
+from cogpress.preflight.facts import Request
 from cogpress.push import compatibility, deployment, fuzz, journal, page, parity, summary, testcases
 from cogpress.push.context import build_context, code_beside_weights
 from cogpress.push.journal import RejectedError, Say, StepRunner
@@ -142,7 +143,7 @@ class PushRun:
             named: str | None = self.hardware
         except CogpressError:
             named = None  # reported later, if a model has to be created
-        report = preflight.run(preflight.Request(self.target.root, self.target.destination, named, self.target.file))
+        report = preflight.run(Request(self.target.root, self.target.destination, named, self.target.file))
         if not report.passed:
             report.print(self.console)
             raise CogpressError(

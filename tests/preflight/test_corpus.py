@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from cogpress import preflight
 from cogpress.cog import reading, schema
 from cogpress.cog.process import CPU_IMAGE, GPU_IMAGE, read_cog_yaml
 from cogpress.errors import CogpressError
+from cogpress.preflight import run as preflight
+from cogpress.preflight.facts import Request, gather
 from tests.standins import cogreading, preflightproject
 
 CORPUS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "corpus.json").read_text(encoding="utf-8"))
@@ -45,7 +46,7 @@ def write(one: dict[str, Any], root: Path) -> Path:
 
 
 def found(root: Path, outcome: str) -> set[str]:
-    facts = preflight.gather(preflight.Request(root, offline=True))
+    facts = gather(Request(root, offline=True))
     return {
         f"{row.topic}: {row.name}: {row.finding.message}"
         for row in preflight.check(facts, OUTSIDE)

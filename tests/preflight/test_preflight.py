@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cogpress import config, http, preflight
+from cogpress import config, http
 from cogpress.cog import form
 from cogpress.cog.process import CPU_IMAGE
 from cogpress.files import new_folder
 from cogpress.plan import estimate
-from cogpress.preflight import place, secrets
+from cogpress.preflight import image, place, secrets
+from cogpress.preflight import run as preflight
 from cogpress.preflight.check import Row
+from cogpress.preflight.facts import Request, gather
 from cogpress.preflight.ignore import Ignore, context
+from cogpress.preflight.report import Report
 from tests import Script
 from tests.standins import preflightproject
 from tests.standins.preflightproject import TOKEN, Stub, for_cpus, git, program, project, seal, stub
@@ -58,8 +61,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: Stub) -> Path:
     return project(tmp_path / "project")
 
 
-def run(root: Path, **more: Any) -> preflight.Report:
-    request = preflight.Request(root, **{"destination": "you/model", "hardware": "gpu-l40s", **more})
+def run(root: Path, **more: Any) -> Report:
+    request = Request(root, **{"destination": "you/model", "hardware": "gpu-l40s", **more})
     return preflight.run(request)
 
 
@@ -305,7 +308,7 @@ def test_without_cog_only_the_repositorys_own_forms_are_known(
 @pytest.mark.slow
 def test_the_repositorys_own_files_need_no_cog_to_be_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    rows = preflight.run(preflight.Request(ROOT, offline=True), skip=["weights", "image", "machine", "replicate"]).rows
+    rows = preflight.run(Request(ROOT, offline=True), skip=["weights", "image", "machine", "replicate"]).rows
     assert [row.finding.message for row in rows if "nly Cog can tell" in row.finding.message] == []
     assert [row for row in rows if row.finding.outcome in ("failed", "warning")] == []
 
@@ -365,8 +368,8 @@ def test_an_image_for_cpus_passes_and_cog_is_asked_about_it(here: Path) -> None:
 
 @pytest.mark.slow
 def test_this_repositorys_image_for_cpus_passes() -> None:
-    request = preflight.Request(ROOT, file=CPU_IMAGE, offline=True)
-    rows = preflight.check(preflight.gather(request), ("weights", "image", "machine", "replicate"))
+    request = Request(ROOT, file=CPU_IMAGE, offline=True)
+    rows = preflight.check(gather(request), ("weights", "image", "machine", "replicate"))
     assert [row for row in rows if row.finding.outcome in ("failed", "warning")] == []
 
 
@@ -404,7 +407,7 @@ def test_what_is_wrong_with_an_image_for_cpus(here: Path) -> None:
 
 @pytest.mark.parametrize(("size", "outcome"), [(10, "passed"), (38, "warning"), (60, "failed")])
 def test_weights_must_fit_the_gpu(here: Path, size: int, outcome: str) -> None:
-    facts = preflight.gather(preflight.Request(here, hardware="gpu-l40s"))
+    facts = gather(Request(here, hardware="gpu-l40s"))
     facts = replace(facts, weights=replace(facts.weights, bytes=size * 10**9))
     [row] = [row for row in preflight.check(facts) if (row.topic, row.name) == ("Weights", "memory")]
     assert row.finding.outcome == outcome
@@ -412,7 +415,7 @@ def test_weights_must_fit_the_gpu(here: Path, size: int, outcome: str) -> None:
 
 @pytest.mark.parametrize(("refused", "outcome"), [(None, "passed"), ("lacks 3.0 GB on each GPU", "failed")])
 def test_the_plan_tells_whether_it_fits(here: Path, refused: str | None, outcome: str) -> None:
-    facts = preflight.gather(preflight.Request(here, hardware="gpu-l40s", offline=True))
+    facts = gather(Request(here, hardware="gpu-l40s", offline=True))
     assert facts.hardware is not None
     served = estimate.ServingEstimate(facts.hardware, refused, None, 1e9, 4096, 32)  # type: ignore[arg-type]
     [row] = [row for row in preflight.check(replace(facts, served=served)) if row.name == "memory"]
@@ -568,13 +571,13 @@ def test_an_example_of_a_file_for_secrets_is_none() -> None:
 
 
 def test_large_images_are_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight.image, "LARGE_OTHER", 100)
+    monkeypatch.setattr(image, "LARGE_OTHER", 100)
     [row] = findings(here, "Image: size")
     assert row.finding.outcome == "warning"
-    monkeypatch.setattr(preflight.image, "LARGE_OTHER", 10**9)
+    monkeypatch.setattr(image, "LARGE_OTHER", 10**9)
     [row] = findings(here, "Image: size")
     assert (row.finding.outcome, "best in the image" in row.finding.message) == ("passed", True)
-    monkeypatch.setattr(preflight.image, "LARGE_WEIGHTS", 1)
+    monkeypatch.setattr(image, "LARGE_WEIGHTS", 1)
     [row] = findings(here, "Image: size")
     assert (row.finding.outcome, "fetched at the start, pget gets" in row.finding.message) == ("warning", True)
     assert "push.weights to fetched" in (row.finding.fix or "")
@@ -596,7 +599,7 @@ def test_data_that_is_let_in_by_name_is_meant(here: Path) -> None:
     (here / ".dockerignore").write_text((here / ".dockerignore").read_text() + "!units.csv\n")
     [row] = findings(here, "Image: private data")
     assert row.finding.outcome == "warning"
-    assert preflight.run(preflight.Request(here, offline=True), fixes=True).fixed == ()
+    assert preflight.run(Request(here, offline=True), fixes=True).fixed == ()
 
 
 def test_links_lead_nowhere_in_an_image(here: Path, tmp_path: Path) -> None:
@@ -703,7 +706,7 @@ def test_without_a_token_nothing_is_asked(here: Path, api: Stub, monkeypatch: py
 
 @pytest.mark.parametrize(("free", "outcome"), [(10**12, "passed"), (600, "warning"), (10, "failed")])
 def test_the_disk_must_have_room(here: Path, free: int, outcome: str) -> None:
-    facts = preflight.gather(preflight.Request(here, offline=True))
+    facts = gather(Request(here, offline=True))
     facts = replace(facts, entries=[], machine=replace(facts.machine, free=free))
     [row] = [row for row in preflight.check(facts) if row.name == "disk"]
     assert row.finding.outcome == outcome
@@ -806,18 +809,18 @@ def test_fix_leaves_out_what_must_not_enter(here: Path) -> None:
     (here / ".dockerignore").write_text("runs")
     for name in (".env", "deep/server.pem", "people.csv"):
         write(name, "x")(here)
-    report = preflight.run(preflight.Request(here, offline=True), fixes=True)
+    report = preflight.run(Request(here, offline=True), fixes=True)
     assert len(report.fixed) == 1
     assert (here / ".dockerignore").read_text().startswith("runs\n\n# Never in an image")
     bad = [row for row in report.rows if row.topic == "Image" and row.finding.outcome == "failed"]
     assert bad == []
-    assert preflight.run(preflight.Request(here, offline=True), fixes=True).fixed == ()
+    assert preflight.run(Request(here, offline=True), fixes=True).fixed == ()
 
 
 def test_fix_writes_a_missing_dockerignore(here: Path) -> None:
     (here / ".dockerignore").unlink()
     assert not run(here).passed
-    assert preflight.run(preflight.Request(here, offline=True), fixes=True).fixed
+    assert preflight.run(Request(here, offline=True), fixes=True).fixed
     assert [row.finding.outcome for row in findings(here, "Image: left out")] == ["passed"]
 
 
@@ -825,7 +828,7 @@ def test_fix_recovers_an_interrupted_writer(here: Path) -> None:
     place = here / ".weights.part-abc"
     place.mkdir()
     (here / "weights").rename(place / "old")
-    report = preflight.run(preflight.Request(here, offline=True), fixes=True)
+    report = preflight.run(Request(here, offline=True), fixes=True)
     assert "interrupted writer" in report.fixed[0]
     assert (here / "weights" / "model.safetensors").is_file()
     assert not place.exists()
@@ -835,7 +838,7 @@ def test_fix_recovers_an_interrupted_writer(here: Path) -> None:
 def test_fix_recovers_what_a_run_left(here: Path) -> None:
     place = here / "runs" / "one" / ".adapter.part-abc"
     write("runs/one/.adapter.part-abc/new/a", "a")(here)
-    report = preflight.run(preflight.Request(here, offline=True), fixes=True)
+    report = preflight.run(Request(here, offline=True), fixes=True)
     assert report.fixed == (
         "runs/one/adapter: removed what an interrupted writer left; there was no folder to put back",
     )
@@ -846,7 +849,7 @@ def test_fix_leaves_a_writer_at_work(here: Path) -> None:
 
     with new_folder(here / "weights") as new:
         (new / "config.json").write_text("{}")
-        report = preflight.run(preflight.Request(here, offline=True), fixes=True)
+        report = preflight.run(Request(here, offline=True), fixes=True)
         assert "at work" in report.fixed[0]
 
 
@@ -859,7 +862,7 @@ def test_without_fix_nothing_is_written(here: Path) -> None:
 
 
 def test_topics_can_be_left_out(here: Path) -> None:
-    report = preflight.run(preflight.Request(here), skip=["machine", "weights"])
+    report = preflight.run(Request(here), skip=["machine", "weights"])
     assert {row.topic for row in report.rows} == {"Configuration", "Inputs", "Packages", "Image", "Replicate"}
 
 
