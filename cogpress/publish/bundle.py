@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import read_json, sha256
 from cogpress.publish import card
 from cogpress.publish.licence import CardData, find_origin, named_licence, public_name
+from cogpress.redact import PATTERNS
 from cogpress.train import run as training
 from cogpress.weights import manifest
 from cogpress.weights.filenames import HUB_FILES, VERIFICATION_FILES, refuse_pickle
@@ -22,12 +22,6 @@ from cogpress.weights.filenames import HUB_FILES, VERIFICATION_FILES, refuse_pic
 CARD = "README.md"
 _TEXT_BYTES = 32 << 20
 """Files up to this size are searched for secrets; larger ones are weights."""
-
-_SECRETS = {
-    "a token of the Hugging Face Hub": rb"\bhf_[A-Za-z0-9]{30,}",
-    "a token of Replicate": rb"\br8_[A-Za-z0-9]{30,}",
-    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-}
 
 
 @dataclass(frozen=True)
@@ -196,10 +190,10 @@ def _refuse_secrets(file: BundleFile) -> None:
 
     if file.size > _TEXT_BYTES or file.name.endswith(".safetensors"):
         return
-    content = file.read()
+    content = file.read().decode(errors="replace")
     token = get_token()
-    found = ["your own token"] if token and token.encode() in content else []
-    found += [kind for kind, pattern in _SECRETS.items() if re.search(pattern, content)]
+    found = ["your own token"] if token and token in content else []
+    found += [kind for kind, pattern in PATTERNS.items() if pattern.search(content)]
     if found:
         raise CogpressError(
             f"{file.name} holds {found[0]}. Nothing was uploaded; remove it at its source (model.yaml's prompt, the "

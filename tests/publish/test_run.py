@@ -388,6 +388,7 @@ def test_a_manifest_may_list_only_files_of_a_model(name: str, said: str, weights
     [
         (f"Call with {WRITE}.", "holds your own token"),
         ("Call with r8_" + "a1" * 20, "holds a token of Replicate"),
+        ("Call with ghp_" + "a1" * 20, "holds a token of GitHub"),
         ("-----BEGIN RSA PRIVATE KEY-----", "holds a private key"),
     ],
 )
