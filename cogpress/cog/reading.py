@@ -190,7 +190,7 @@ def losses(target: Target) -> Iterator[Loss]:
         if argument.annotation is None:
             yield Loss(line, f"{name} has no type, and Cog drops it", f"Write {name}: str = Input(...)")
         elif any(_is_pathlib(node, paths) for node in ast.walk(argument.annotation)):
-            told = f"{name} is pathlib's Path, and the runtime hands over a text with the URL"
+            told = f"{name} is pathlib's Path, and the runtime passes the URL as text"
             yield Loss(line, told, "Write cog.Path")
         if any(part and not part[0].isascii() for part in name.split("_")):
             yield Loss(line, f"Cog breaks the first letter of {name} in the form", "Begin it with a to z", shown=True)

@@ -230,8 +230,8 @@ def check_room(new: Prediction, alive: Collection[Prediction], most: int, most_b
         # One alone may be of any size that a request may have.
         if found and (len(found) >= most // share or size + new.size > most_bytes // share):
             raise QueueFullError(
-                f"Too much waits or runs: {len(found):,} predictions of {size >> 20:,} MB{whose}. Try again once some "
-                "have ended, or raise playground.max_waiting and playground.max_waiting_mb in model.yaml."
+                f"Too many predictions are queued or running: {len(found):,} with {size >> 20:,} MB{whose}. Try again "
+                "once some have ended, or raise playground.max_waiting and playground.max_waiting_mb in model.yaml."
             )
 
 

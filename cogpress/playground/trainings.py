@@ -78,7 +78,7 @@ class Trainings:
         if not process.read_cog_yaml(self._root).get("train") or not version.source.startswith("folder:"):
             raise CogpressError("This version cannot be trained here: only the project's own weights can.")
         if len(self._alive) >= MOST_WAITING:
-            raise QueueFullError(f"{MOST_WAITING} trainings wait or run already. Start it once one has ended.")
+            raise QueueFullError(f"{MOST_WAITING} trainings are queued or running. Start it once one has ended.")
         payload = {name: value for name, value in inputs.items() if value is not None}
         version.check(payload, "TrainingInput")
         record: dict[str, Any] = {

@@ -153,7 +153,7 @@ def _read_by_cog(facts: Facts) -> Iterator[Finding]:
         yield failed(f"Cog drops what follows # in {some(cut)}.", "Name a package, or an address without #.")
     if whole:
         yield failed(
-            f"Cog passes {some(whole)} of {name} to pip with its hashes, and pip then requires everybody's.",
+            f"Cog passes {some(whole)} of {name} to pip with its hashes, and pip then wants hashes of all.",
             "Write name==version there, without extras or URLs, or remove its hashes.",
         )
     if marked:

@@ -59,7 +59,7 @@ def _login(facts: Facts) -> Iterator[Finding]:
     elif here.logged_in:
         yield passed(f"Docker is logged in to {REGISTRY}")
     elif here.logged_in is None:
-        yield passed("Docker keeps its log-ins in a store of the system, which is not asked")
+        yield passed("Docker keeps its log-ins in the system's credential store, which is not read")
     elif token is None:
         yield failed(f"Docker is not logged in to {REGISTRY}, and {CLI_TOKEN} is not set.", fix)
     elif problem:
@@ -96,9 +96,9 @@ def _token(facts: Facts) -> Iterator[Finding]:
 def _disk(facts: Facts) -> Iterator[Finding]:
     free, needed = facts.machine.free, IMAGE_BYTES + 3 * sum(entry.size for entry in facts.entries)
     if free < needed / 3:
-        yield failed(f"{size(free)} of disk are free; a build needs about {size(needed)}.", "docker system prune")
+        yield failed(f"{size(free)} of disk is free; a build needs about {size(needed)}.", "docker system prune")
     elif free < needed:
-        yield warning(f"{size(free)} of disk are free; a build needs up to {size(needed)}.", "docker system prune")
+        yield warning(f"{size(free)} of disk is free; a build needs up to {size(needed)}.", "docker system prune")
     else:
         yield passed(f"{size(free)} free, about {size(needed)} needed where Docker's files are on this disk")
 

@@ -73,7 +73,7 @@ def _verified(facts: Facts) -> Iterator[Finding]:
     if not weights.bytes or weights.problem:
         yield skipped("there are no weights to check")
     elif weights.state == "verified":
-        yield passed("these very files passed scripts/verify")
+        yield passed("exactly these files passed scripts/verify")
     elif weights.state == "failed":
         yield failed("The weights failed verification.", "Read weights/verification.md for the likely cause.")
     elif weights.state == "changed":
@@ -177,7 +177,7 @@ def _fits(facts: Facts) -> Iterator[Finding]:
         return
     if served is not None:
         told = f"context up to {served.context:,} tokens, or {served.concurrency:,} predictions at once"
-        yield passed(f"{gpu.sku}: {told}, as scripts/plan reckons")
+        yield passed(f"{gpu.sku}: {told}, as scripts/plan estimates")
         return
     share = (settings.serve if settings else Serve()).memory_share
     room = gpu.gpu_bytes * gpu.gpus * share

@@ -440,7 +440,7 @@ def test_the_plan_is_asked_about_real_weights(here: Path) -> None:
     weights_config(config)(here)
     [row] = findings(here, "Weights: memory")
     assert row.finding.outcome == "passed"
-    assert "as scripts/plan reckons" in row.finding.message
+    assert "as scripts/plan estimates" in row.finding.message
 
 
 @pytest.mark.parametrize(
