@@ -1,4 +1,4 @@
-"""Servers that the tests of OpenAI's API share."""
+"""Servers that the playground's tests share."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ def teller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def local(teller: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
-    """The playground with that model, and with one of few inputs."""
-    with echoing(tmp_path_factory.mktemp("echo")) as echo:
-        models = [("teller", teller.url), ("acme/echo", echo.url)]
-        with Local(teller.root, models, token=TOKEN, adapters=["blue"], options={"max_input_mb": 1}) as local:
-            yield local
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A model of few inputs that repeats a word."""
+    with echoing(tmp_path_factory.mktemp("echo")) as cog:
+        yield cog
+
+
+@pytest.fixture(scope="session")
+def local(teller: Server, echo: Server) -> Iterator[Local]:
+    """The playground with both models."""
+    models = [("teller", teller.url), ("acme/echo", echo.url)]
+    with Local(teller.root, models, token=TOKEN, adapters=["blue"], options={"max_input_mb": 1}) as local:
+        yield local

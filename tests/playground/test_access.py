@@ -14,28 +14,23 @@ from cogpress.cog.process import Server
 from cogpress.errors import CogpressError
 from cogpress.playground import access
 from cogpress.playground.api import routes
-from tests.standins.localreplicate import TOKEN, Local, echoing, refusal
+from tests.standins.localreplicate import TOKEN, Local, refusal
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def cog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with echoing(tmp_path_factory.mktemp("echo")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def local(cog: Server) -> Iterator[Local]:
-    with Local(cog.root, [("echo", cog.url)], options={"max_input_mb": 1}) as local:
+def local(echo: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    data = tmp_path_factory.mktemp("data")
+    with Local(echo.root, [("echo", echo.url)], data=data, options={"max_input_mb": 1}) as local:
         yield local
 
 
 @pytest.fixture(scope="module")
-def guarded(cog: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+def guarded(echo: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     data = tmp_path_factory.mktemp("guarded")
     options = {"requests_per_minute": 120}
-    with Local(cog.root, [("echo", cog.url)], data=data, token=TOKEN, host="0.0.0.0", options=options) as local:
+    with Local(echo.root, [("echo", echo.url)], data=data, token=TOKEN, host="0.0.0.0", options=options) as local:
         yield local
 
 
@@ -157,9 +152,9 @@ def test_headers_with_endless_numbers_are_read() -> None:
     assert routes._wait(f"respond-async, wait={'9' * 5000}") == routes.WAIT_SECONDS
 
 
-def test_a_rate_limited_client_is_told_when_to_retry(cog: Server, tmp_path: Path) -> None:
+def test_a_rate_limited_client_is_told_when_to_retry(echo: Server, tmp_path: Path) -> None:
     options = {"requests_per_minute": 20}
-    with Local(cog.root, [("echo", cog.url)], data=tmp_path, options=options) as limited:
+    with Local(echo.root, [("echo", echo.url)], data=tmp_path, options=options) as limited:
         answers = [limited.ask("GET", "/v1/account") for _ in range(60)]
     refused = [answer for answer in answers if answer.status_code == 429]
     assert refused

@@ -18,20 +18,14 @@ from cogpress.cog.process import Server
 from cogpress.playground.api import resources
 from cogpress.playground.web import HTTPProblem
 from tests import wait_until
-from tests.standins.localreplicate import SLOTS, Local, echoing
+from tests.standins.localreplicate import SLOTS, Local
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def cog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with echoing(tmp_path_factory.mktemp("echo")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def local(cog: Server) -> Iterator[Local]:
-    with Local(cog.root, [("echo", cog.url)]) as local:
+def local(echo: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    with Local(echo.root, [("echo", echo.url)], data=tmp_path_factory.mktemp("data")) as local:
         yield local
 
 
@@ -325,7 +319,7 @@ def test_models_and_versions(local: Local) -> None:
         assert (made["status"], made["version"]) == ("succeeded", latest["id"])
 
 
-def test_files_as_inputs_and_safe_downloads(local: Local, cog: Server) -> None:
+def test_files_as_inputs_and_safe_downloads(local: Local) -> None:
     answer = httpx.post(
         f"{local.url}/v1/files",
         files={"content": ("a<b>.html", b"<script>x</script>", "text/html")},
