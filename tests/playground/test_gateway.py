@@ -223,7 +223,7 @@ def test_its_end_ends_what_runs_on_replicate(local: Local, tmp_path: Path) -> No
         )
         next(iter(stream))
         made.process.send_signal(signal.SIGTERM)
-        made.process.wait(30)
+        made.process.wait(120)
     assert local.wait(newest(local)["id"])["status"] == "canceled"
 
 

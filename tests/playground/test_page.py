@@ -170,11 +170,11 @@ def playground(cogs: list[Server], folder: Path, port: int = 0, **variables: str
         yield address
     except Killed:
         process.kill()
-        process.wait(30)
+        process.wait(120)
         yield ""
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(120)
 
 
 @pytest.fixture(scope="module")

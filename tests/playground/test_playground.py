@@ -79,8 +79,8 @@ class Command:
     def interrupt(self) -> int:
         """As Ctrl-C does; the server is in another session and gets no signal."""
         self.process.send_signal(signal.SIGINT)
-        status = self.process.wait(30)
-        self._reading.join(5)
+        status = self.process.wait(120)
+        self._reading.join(60)
         return status
 
 
@@ -92,7 +92,7 @@ def command(root: Path, *arguments: str) -> Iterator[Command]:
     finally:
         if made.process.poll() is None:
             made.process.terminate()
-            made.process.wait(30)
+            made.process.wait(120)
 
 
 def test_it_says_where_it_is_and_leaves_nothing_running(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_it_says_where_it_is_and_leaves_nothing_running(tmp_path: Path) -> None:
             json={"input": {"prompt": "weights", "count": 1}},
             headers={"Prefer": "wait"},
             trust_env=False,
-            timeout=30,
+            timeout=60,
         )
         assert answer.json()["output"] == ["raw:weights of the project"]
         assert (root / "runs" / "playground" / "predictions.sqlite").is_file()
@@ -139,7 +139,7 @@ def test_a_model_that_does_not_start_is_told(tmp_path: Path) -> None:
     root = kit(tmp_path / "kit", 'raise ValueError("no such engine")')
     with command(root, "--port", "0") as playground:
         assert playground.process.wait(60) == 1
-        playground._reading.join(5)
+        playground._reading.join(60)
     said = "".join(playground.said)
     assert "no such engine" in said
     assert "Traceback" not in said.partition("The log ends")[0]

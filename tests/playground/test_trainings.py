@@ -176,7 +176,7 @@ def test_a_training_s_secrets_are_neither_shown_nor_quoted(mark: dict[str, Any])
 
 def test_a_report_without_its_key_is_refused(local: Local) -> None:
     assert local.ask("POST", "/hooks/trainings/abc/def", {"logs": "x"}).status_code == 404
-    with socket.create_connection(("127.0.0.1", local.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", local.port), timeout=60) as connection:
         head = "POST /hooks/trainings/abc/def HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 60000000\r\n\r\n"
         connection.sendall(head.encode())
         assert connection.recv(64).startswith(b"HTTP/1.1 404"), "before a byte of the body"
