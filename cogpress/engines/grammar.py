@@ -214,6 +214,21 @@ def _inside(value: Any) -> list[Any]:
     return [one for one in inner if isinstance(one, dict | list)]
 
 
+def ebnf(kind: str, value: str) -> str:
+    """The grammar of a structure's value, but choices', in xgrammar's notation; one in Lark's stays as it is.
+
+    Raises:
+        RuntimeError, ValueError: xgrammar does not understand it.
+    """
+    import xgrammar
+
+    if kind == "json":
+        return schemas.ebnf(value)
+    if kind == "regex":
+        return patterns.shortened(str(xgrammar.Grammar.from_regex(value)))
+    return patterns.shortened(str(xgrammar.Grammar.from_ebnf(value))) if "::=" in value else value
+
+
 def explained(error: Exception) -> str:
     """What xgrammar says of a structure, without the time and the place in its source."""
     text = str(error).strip()
@@ -237,17 +252,12 @@ def _work() -> None:
     used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     print("ready", flush=True)
-    compile_ = {
-        "json": lambda schema: compiler.compile_grammar(schemas.ebnf(schema)),
-        "regex": compiler.compile_regex,
-        "grammar": compiler.compile_grammar,
-        "choice": lambda texts: compiler.compile_grammar("root ::= " + " | ".join(map(json.dumps, texts))),
-    }
     for line in sys.stdin:
         kind, value = json.loads(line)
         answer = "done"
         try:
-            xgrammar.GrammarMatcher(compile_[kind](value)).fill_next_token_bitmask(first)
+            text = "root ::= " + " | ".join(map(json.dumps, value)) if kind == "choice" else ebnf(kind, value)
+            xgrammar.GrammarMatcher(compiler.compile_grammar(text)).fill_next_token_bitmask(first)
             if not first.any():
                 answer = "nothing"
         except MemoryError:

@@ -123,6 +123,19 @@ def repeated(inner: str, low: int, high: int | None) -> str:
     return " ".join([*before, _either([*fewer, most])])
 
 
+def shortened(grammar: str) -> str:
+    """A grammar as xgrammar prints it, with its long repetitions made as `repeated` makes them."""
+
+    def short(found: re.Match[str]) -> str:
+        rule, low, high = found.groups()
+        return found[0] if rule is None else f"({repeated(rule, int(low), None if high == '-1' else int(high))})"
+
+    return _REPETITION.sub(short, grammar)
+
+
+_REPETITION = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|(\w+)\{(\d+), (-?\d+)\}')
+"""A repetition of a rule; or a text or a class, which may hold the like."""
+
 _SHORT = 64
 """Longest repetition that is one; xgrammar handles those beyond 128 in another, slower way."""
 

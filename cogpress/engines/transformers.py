@@ -19,8 +19,7 @@ import psutil
 
 from cogpress.config import Serve
 from cogpress.engines.base import DEAD, INCOMPLETE, INPUT_NAMES, Adapter, Delta, Sampling, Structure
-from cogpress.engines.grammar import Guard, explained
-from cogpress.engines.schemas import ebnf
+from cogpress.engines.grammar import Guard, ebnf, explained
 from cogpress.engines.watch import STUCK_LOOKS, Watch
 from cogpress.errors import CogpressError
 from cogpress.weights import base
@@ -123,14 +122,9 @@ class Engine:
             if structure in self._grammars:
                 return self._grammars[structure]
             try:
-                if isinstance(structure.value, tuple):
-                    made = self._compiler.compile_grammar(choice_grammar(structure.value))
-                elif structure.kind == "json":
-                    made = self._compiler.compile_grammar(ebnf(structure.value))
-                elif structure.kind == "regex":
-                    made = self._compiler.compile_regex(structure.value)
-                else:
-                    made = self._compiler.compile_grammar(structure.value)
+                value = structure.value
+                text = choice_grammar(value) if isinstance(value, tuple) else ebnf(structure.kind, value)
+                made = self._compiler.compile_grammar(text)
             except (RuntimeError, ValueError) as error:
                 raise CogpressError(f"{INPUT_NAMES[structure.kind]} cannot be used: {explained(error)}.") from None
             if len(self._grammars) >= 64:

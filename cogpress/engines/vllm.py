@@ -19,8 +19,7 @@ from cogpress.draft import file as draft
 from cogpress.draft import proposer
 from cogpress.engines.base import DEAD, INPUT_NAMES, MAX_LOGPROBS, Adapter, Delta, Sampling
 from cogpress.engines.gpus import free_and_total, memory_share, parallel
-from cogpress.engines.grammar import NICENESS, Guard, explained
-from cogpress.engines.schemas import ebnf
+from cogpress.engines.grammar import NICENESS, Guard, ebnf, explained
 from cogpress.engines.watch import Watch
 from cogpress.errors import CogpressError
 from cogpress.files import read_json
@@ -267,11 +266,11 @@ def _params(sampling: Sampling) -> Any:
 
     structure = None
     if sampling.structure is not None:
-        kind: str = sampling.structure.kind
         value = sampling.structure.value
-        if kind == "json":
-            kind, value = "grammar", _ebnf(str(value))
-        structure = StructuredOutputsParams(**{kind: value if isinstance(value, str) else list(value)})
+        if isinstance(value, tuple):
+            structure = StructuredOutputsParams(choice=list(value))
+        else:
+            structure = StructuredOutputsParams(grammar=_ebnf(sampling.structure.kind, value))
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,

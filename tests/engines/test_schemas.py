@@ -17,7 +17,7 @@ import pytest
 import xgrammar
 
 from cogpress.config import Serve
-from cogpress.engines import vllm
+from cogpress.engines import grammar, vllm
 from cogpress.engines.base import Structure
 from cogpress.engines.grammar import Guard
 from cogpress.engines.schemas import ebnf, unenforced
@@ -381,6 +381,24 @@ def test_a_long_pattern_has_its_length(compiler: Any) -> None:
     grammar = compiler.compile_grammar(ebnf(json.dumps({"type": "string", "pattern": "^(?:a|b{3}){70,200}$"})))
     for length in (69, 70, 134, 135, 199, 200, 201):
         assert accepts(grammar, json.dumps("a" * (length - 2) + "bbbbbb")) == (70 <= length <= 200), length
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("regex", "(?:[a-z]|[0-9]){70,200}"),
+        ("regex", "(?:(?:a|b){10}){7,20}"),
+        ("grammar", 'root ::= y{70,200}\ny ::= [a{0, 99}] | "{0, 99}"'),
+    ],
+)
+def test_long_repetitions_have_their_count(kind: str, value: str, compiler: Any) -> None:
+    text = grammar.ebnf(kind, value)
+    assert all(int(count) <= 128 for count in re.findall(r"\w\{\d+, ?(\d+)\}", text))
+    compiled = compiler.compile_grammar(text)
+    for count in (0, 60, 70, 130, 140, 200, 210):
+        assert accepts(compiled, "a" * count) == (70 <= count <= 200), count
+    if kind == "grammar":
+        assert accepts(compiled, "{0, 99}" * 70), "texts and classes stay as they are"
 
 
 @pytest.mark.parametrize("words", REFUSED)
