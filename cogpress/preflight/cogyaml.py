@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from cogpress.preflight.check import Check, Finding, failed, passed, skipped, some, warning
 from cogpress.preflight.facts import Facts
@@ -60,11 +61,16 @@ def _unsure(facts: Facts) -> Iterator[str]:
     """What the repository's own cog.yaml does not use."""
     cog, build = facts.cog or {}, facts.build
     yield from (str(name) for name in cog if name in KEYS - OWN)
+    yield from (name for name in ("image", "run", "train") if not isinstance(cog.get(name, ""), str))
     yield from (f"build.{name}" for name in build if name in BUILD_KEYS - OWN_BUILD)
-    typed = {"gpu": bool, "run": list, "system_packages": list, "cuda": str, "python_version": str, "sdk_version": str}
-    yield from (f"build.{name}" for name, kind in typed.items() if not isinstance(build.get(name, kind()), kind))
+    typed: dict[str, Any] = {"gpu": bool} | dict.fromkeys(("run", "system_packages"), list)
+    typed |= dict.fromkeys(("cuda", "python_requirements", "python_version", "sdk_version"), str)
+    for name, kind in typed.items():
+        value = build.get(name, kind())
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(one, str) for one in value)):
+            yield f"build.{name}"
     listed = cog.get("environment") or []
-    names = [str(entry).partition("=")[0] for entry in listed] if isinstance(listed, list) else []
+    names = [str(one).partition("=")[0] for one in listed if "=" in str(one)] if isinstance(listed, list) else []
     # Without the entry itself, which may be a secret.
     if len(names) != len(listed) or not set(names) <= OWN_VARIABLES or len(set(names)) < len(names):
         yield "environment"

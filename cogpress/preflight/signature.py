@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterator
 
 from cogpress.cog import reading
@@ -114,22 +115,27 @@ def _own_input(annotation: ast.expr | None, default: ast.expr | None) -> bool:
     if kind not in {*_TYPES, "cog.Path"} or not isinstance(default, ast.Call) or ast.unparse(default.func) != "Input":
         return False
     try:
-        words = {word.arg: ast.literal_eval(word.value) for word in default.keywords}
-    except ValueError:
+        words = {str(word.arg): ast.literal_eval(word.value) for word in default.keywords}
+    except (ValueError, TypeError):  # the latter of a list as a key
         return False
     if default.args or not words.keys() <= {"description", "default", "ge", "le", "choices"}:
         return False
+    choices = words.get("choices")
+    if choices is not None and not (
+        kind == "str" and isinstance(choices, list) and choices and all(isinstance(one, str) for one in choices)
+    ):
+        return False
+    numbers = {"int": (int,), "float": (int, float)}.get(kind, ())
+    low, high = words.get("ge", -math.inf), words.get("le", math.inf)
+    bounds = [words[name] for name in ("ge", "le") if name in words]
+    if not all(type(one) in numbers and math.isfinite(one) for one in bounds) or low > high:
+        return False
     if words.get("default") is None:
         return "default" not in words or optional
-    value, wanted = words["default"], (int, float) if kind == "float" else _TYPES.get(kind, type(None))
-    choices = words.get("choices")
-    return (
-        isinstance(value, wanted)
-        and (kind == "bool" or not isinstance(value, bool))
-        and ("ge" not in words or value >= words["ge"])
-        and ("le" not in words or value <= words["le"])
-        and (choices is None or (kind == "str" and isinstance(choices, list) and value in choices))
-    )
+    value = words["default"]
+    if numbers:
+        return type(value) in numbers and low <= value <= high
+    return type(value) is _TYPES.get(kind) and (choices is None or value in choices)
 
 
 def _concurrency(facts: Facts) -> Iterator[Finding]:

@@ -278,6 +278,10 @@ def test_an_older_cog_is_not_asked(here: Path, tmp_path: Path) -> None:
         (runner("prompt: str", "prompt: Secret"), "prompt"),
         (runner('default=""', "default=None"), "prompt"),
         (runner("default=None, ge", "default=-2, ge"), "count"),
+        (runner("default=None, ge=-1, le=9", "default=1, ge=-1.5"), "count"),
+        (runner("default=None, ge=-1, le=9", "ge=9, le=1"), "count"),
+        (runner("default=None, ge=-1, le=9", "default={[]: 1}"), "count"),
+        (runner('default=""', 'default="", ge=1'), "prompt"),
         (runner('default="a", choices=CHOICES + ["c"]', 'default="z", choices=["c"]'), "kind"),
         (runner("max=8", "max=MOST"), "cog.concurrent(max=MOST)"),
         (runner("-> ConcatenateIterator[str]", "-> list[str]"), "the output list[str]"),
@@ -286,6 +290,9 @@ def test_an_older_cog_is_not_asked(here: Path, tmp_path: Path) -> None:
         (cog("build:", "weights: [a]\nbuild:"), "weights"),
         (cog('cuda: "13.0"', "cuda: [13]"), "build.cuda"),
         (cog("DO_NOT_TRACK=1", SECRET), "environment"),
+        (cog("DO_NOT_TRACK=1", "DO_NOT_TRACK"), "environment"),
+        (cog("- curl", "- command: curl"), "build.run"),
+        (cog("requirements/gpu.lock", "[requirements/gpu.lock]"), "build.python_requirements"),
     ],
 )
 def test_without_cog_only_the_repositorys_own_forms_are_known(
