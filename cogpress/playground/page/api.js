@@ -10,10 +10,9 @@ export const tokenWanted = signal(null);
 
 /** A failed request; the message is for people. */
 export class ApiError extends Error {
-  constructor(message, status = 0, fields = []) {
+  constructor(message, status = 0) {
     super(message);
     this.status = status;
-    this.fields = fields;
   }
 }
 
@@ -55,10 +54,8 @@ async function problemOf(response) {
   } catch {
     // Not from this server, so only the status is known.
   }
-  const fields = said.invalid_fields ?? [];
-  const listed = fields.map((field) => `${field.field}: ${field.description}`).join("; ");
-  const detail = typeof said.detail === "string" ? said.detail : listed;
-  return new ApiError(detail || said.title || `The server answered ${response.status}.`, response.status, fields);
+  const detail = typeof said.detail === "string" ? said.detail : said.title;
+  return new ApiError(detail || `The server answered ${response.status}.`, response.status);
 }
 
 export const get = async (path, options) => (await send(path, options)).json();

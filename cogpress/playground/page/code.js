@@ -13,8 +13,8 @@ class Secret {
   }
 }
 
-const lines = (open, items, close, indent) =>
-  items.length ? `${open}\n${items.map((item) => `${indent}    ${item},\n`).join("")}${indent}${close}` : open + close;
+const lines = (open, items, close, indent, deeper) =>
+  items.length ? `${open}\n${items.map((item) => `${deeper}${item},\n`).join("")}${indent}${close}` : open + close;
 
 /** A Python literal. JSON strings are valid in Python; its words and brackets are translated. */
 export function python(value, indent = "") {
@@ -25,8 +25,9 @@ export function python(value, indent = "") {
   if (typeof value === "number") return String(value);
   if (typeof value === "string") return json(value);
   const deeper = `${indent}    `;
-  if (Array.isArray(value)) return lines("[", value.map((item) => python(item, deeper)), "]", indent);
-  return lines("{", Object.entries(value).map(([key, item]) => `${json(key)}: ${python(item, deeper)}`), "}", indent);
+  if (Array.isArray(value)) return lines("[", value.map((item) => python(item, deeper)), "]", indent, deeper);
+  const items = Object.entries(value).map(([key, item]) => `${json(key)}: ${python(item, deeper)}`);
+  return lines("{", items, "}", indent, deeper);
 }
 
 /** A JavaScript literal. */
@@ -34,12 +35,11 @@ export function javascript(value, indent = "") {
   if (value instanceof Secret) return `process.env.${value.variable}`;
   if (value === null || typeof value !== "object") return json(value ?? null);
   const deeper = `${indent}  `;
-  const wrap = (open, items, close) =>
-    items.length ? `${open}\n${items.map((item) => `${deeper}${item},\n`).join("")}${indent}${close}` : open + close;
-  if (Array.isArray(value)) return wrap("[", value.map((item) => javascript(item, deeper)), "]");
+  if (Array.isArray(value)) return lines("[", value.map((item) => javascript(item, deeper)), "]", indent, deeper);
   // A plain "__proto__" would set the object's prototype instead of a key.
   const name = (key) => (key === "__proto__" ? '["__proto__"]' : /^[A-Za-z_$][\w$]*$/.test(key) ? key : json(key));
-  return wrap("{", Object.entries(value).map(([key, item]) => `${name(key)}: ${javascript(item, deeper)}`), "}");
+  const items = Object.entries(value).map(([key, item]) => `${name(key)}: ${javascript(item, deeper)}`);
+  return lines("{", items, "}", indent, deeper);
 }
 
 /** An argument for a POSIX shell. */

@@ -44,10 +44,13 @@ export const choices = computed(() =>
     options: model.versions.flatMap((version) => {
       const target = { owner: model.owner, name: model.name, version: version.id, adapter: null };
       const label = (version.label || short(version.id)).replace(/^https?:\/\//, "");
-      const adapters = (config.value.adapters ?? []).map((given) => (typeof given === "string" ? given : given.name));
       return [
         { target, label },
-        ...adapters.map((adapter) => ({ target: { ...target, adapter }, label: `${label} with ${adapter}`, adapter })),
+        ...config.value.adapters.map((adapter) => ({
+          target: { ...target, adapter },
+          label: `${label} with ${adapter}`,
+          adapter,
+        })),
       ];
     }),
   })),

@@ -24,11 +24,7 @@ export function Answer({ live, letter }) {
   const json = done && layout(text) !== null;
   const looksJson = json || (!done && /^\s*[[{]["\s{[]/.test(text)); // so that the font does not change at the end
   const name = `answer${letter}`;
-  const wasDone = useRef(done);
-  useEffect(() => {
-    if (done && !wasDone.current) announceEnd(live);
-    wasDone.current = done;
-  }, [done]);
+  useAnnounced(live, done);
 
   const tabs = [
     { id: "output", label: "Output" },
@@ -85,6 +81,15 @@ function tweak() {
   control?.focus();
   control?.scrollIntoView({ block: "center" });
   if (control?.setSelectionRange) control.setSelectionRange(control.value.length, control.value.length);
+}
+
+/** Announce how an answer ended, once it does. */
+export function useAnnounced(live, done) {
+  const before = useRef(done);
+  useEffect(() => {
+    if (done && !before.current) announceEnd(live);
+    before.current = done;
+  }, [done]);
 }
 
 /** Keep the end of a growing answer in view, unless the user has scrolled away. */

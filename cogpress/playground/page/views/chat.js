@@ -6,8 +6,8 @@ import {
   answering, begin, converses, draft, edit, regenerate, say, settings, stop, system, turns, unanswered, wrong,
 } from "../chat.js";
 import { ended } from "../stream.js";
-import { announceEnd, choose, schema, schemaProblem, showProblems, targets } from "../workbench.js";
-import { Failures, useFollowing } from "./answer.js";
+import { choose, schema, schemaProblem, showProblems, targets } from "../workbench.js";
+import { Failures, useAnnounced, useFollowing } from "./answer.js";
 import { Copy, Notice, Text } from "./parts.js";
 import { Folded, Targets } from "./run.js";
 
@@ -78,11 +78,7 @@ function Reply({ live, last }) {
   const text = live.text.value;
   const done = ended(status);
   const end = useFollowing(text, done);
-  const wasDone = useRef(done);
-  useEffect(() => {
-    if (done && !wasDone.current) announceEnd(live);
-    wasDone.current = done;
-  }, [done]);
+  useAnnounced(live, done);
   // A new turn comes into view even after the reader scrolled away.
   useEffect(() => last && end.current?.scrollIntoView({ block: "nearest" }), []);
   const id = live.prediction.value?.id;

@@ -47,7 +47,7 @@ export function Field({ field, compact = false }) {
 const typed = (change) => (event) => change(event.currentTarget.value);
 
 function TextControl({ field, value, common, change }) {
-  if (field.name === "adapter" && config.value?.adapters?.length)
+  if (field.name === "adapter" && config.value?.adapters.length)
     return html`<${AdapterControl} ...${{ value, common, change }} />`;
   const rows = field.order === 0 || field.required || field.lines ? 5 : 2;
   return html`<textarea ...${common} class="grows" rows=${rows} dir="auto" spellcheck="true" value=${value}
@@ -55,10 +55,9 @@ function TextControl({ field, value, common, change }) {
 }
 
 function AdapterControl({ value, common, change }) {
-  const names = config.value.adapters.map((given) => (typeof given === "string" ? given : given.name));
   return html`<select ...${common} value=${value} onChange=${typed(change)}>
     <option value="">None</option>
-    ${names.map((name) => html`<option value=${name}>${name}</option>`)}
+    ${config.value.adapters.map((name) => html`<option value=${name}>${name}</option>`)}
   </select>`;
 }
 
