@@ -120,6 +120,7 @@ def test_a_blocked_event_loop_accuses_nobody(program: Callable[[str], psutil.Pro
 def test_a_step_of_the_reference_engine_that_hangs_ends_it(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It computes in this very process, which goes on."""
     monkeypatch.setattr(watch, "WORKING_SHARE", 0.5)
+    monkeypatch.setattr(watch, "IDLE_LOOKS", 15)  # a busy machine lets a step wait
     made: Any = engine.load(tiny_base, config.Serve(engine="transformers"), 4, 0)
     step, hangs, released = made._step, threading.Event(), threading.Event()
 
@@ -147,31 +148,3 @@ def test_a_step_of_the_reference_engine_that_hangs_ends_it(tiny_base: Path, monk
     assert made._thread._thread.is_alive()
     assert made._thread._thread.daemon, "a program ends although the step does not"
     released.set()
-
-
-@pytest.mark.server
-def test_vllm_with_a_dead_thread_is_ended_and_what_runs_fails(tiny_base: Path) -> None:
-    """Its process lives, and its loop waits for requests that no longer come in."""
-
-    async def run() -> list[Any]:
-        made: Any = engine.load(tiny_base, config.Serve(cpu_kv_cache_gb=1, max_context=2048), 4, 0)
-
-        async def ask() -> int:
-            return sum([delta.tokens async for delta in made.generate([1, 2, 3], Sampling(max_tokens=8, min_tokens=8))])
-
-        try:
-            assert await ask() == 8
-            client = made._llm.engine_core
-            processes = made._processes()
-            assert processes
-            await client._send_input_message((b"nonsense",), client.core_engine)
-            answers = await asyncio.wait_for(asyncio.gather(*(ask() for _ in range(3)), return_exceptions=True), 120)
-            assert made.dead
-            with pytest.raises(CogpressError, match="has stopped"):
-                await ask()
-            assert not psutil.wait_procs(processes, 30)[1]
-            return answers
-        finally:
-            made.shutdown()
-
-    assert [str(answer) for answer in asyncio.run(run())] == [DEAD] * 3

@@ -151,27 +151,27 @@ def test_mixed_traffic_is_answered_as_training_scored_it(
     answered: list[dict[str, Any]],
     tokenizer: Any,
 ) -> None:
-    rows = questions.generate(16, "test", seed=0)
+    rows = questions.generate(8, "test", seed=0)
     work = [
         ("queries", {"fields": json.dumps({"question": row["question"], "columns": row["columns"]})}) for row in rows
     ]
     work += [("operations", {"prompt": row["question"]}) for row in rows]
-    order = sorted(range(32), key=lambda at: at % 16)  # in turn, so that every batch holds both
+    order = sorted(range(16), key=lambda at: at % 8)  # in turn, so that every batch holds both
     with ThreadPoolExecutor(16) as pool:
         running = {at: pool.submit(ask, server, adapter=work[at][0], **work[at][1]) for at in order}
-        texts = [running[at].result() for at in range(32)]
+        texts = [running[at].result() for at in range(16)]
     # What training scored: the adapters on the quantized base, by transformers.
-    assert sum(one["answer"] == text for one, text in zip(answered, texts[:16], strict=False)) >= 15
+    assert sum(one["answer"] == text for one, text in zip(answered, texts[:8], strict=False)) >= 7
     reference = distributions.reference_model(base_folder, operations_adapter)
     form = config.Prompt(system="Name the operation.")
     asked = [prompts.encode(tokenizer, prompts.Question(row["question"]), form) for row in rows]
     expected = generate(reference, tokenizer, asked, 8)
     wanted = [operations_row(row)["completion"] for row in rows]
     trained = sum(one == want for one, want in zip(expected, wanted, strict=True))
-    served = sum(one == want for one, want in zip(texts[16:], wanted, strict=True))
-    assert trained >= 12
+    served = sum(one == want for one, want in zip(texts[8:], wanted, strict=True))
+    assert trained >= 6
     assert served >= trained - 1
-    assert sum(one == other for one, other in zip(texts[16:], expected, strict=True)) >= 15
+    assert sum(one == other for one, other in zip(texts[8:], expected, strict=True)) >= 7
 
 
 @pytest.mark.slow
