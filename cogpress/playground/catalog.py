@@ -184,10 +184,10 @@ class Catalog:
         Raises:
             NotFound: there is none.
         """
-        name, _, identifier = reference.rpartition(":") if ":" in reference else (reference, "", "")
-        if identifier:
+        if ":" in reference:  # also with nothing after it: whoever lost the version does not mean the newest
+            name, _, identifier = reference.rpartition(":")
             return self.version(name, identifier)
-        for full in (name, f"{OWNER}/{name}"):
+        for full in (reference, f"{OWNER}/{reference}"):
             if full in self.models:
                 return self.latest(self.models[full])
         for model in self.models.values():

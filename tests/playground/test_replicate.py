@@ -317,6 +317,8 @@ def test_models_and_versions(local: Local) -> None:
     for body in ({"version": latest["id"]}, {"version": f"local/echo:{latest['id']}"}, {"version": "local/echo"}):
         made = local.ask("POST", "/v1/predictions", {**body, "input": {"count": 1}}, headers={"Prefer": "wait"}).json()
         assert (made["status"], made["version"]) == ("succeeded", latest["id"])
+    lost = local.ask("POST", "/v1/predictions", {"version": "local/echo:", "input": {"count": 1}})
+    assert (lost.status_code, lost.json()["title"]) == (422, "Invalid version or not permitted")
 
 
 def test_files_as_inputs_and_safe_downloads(local: Local) -> None:
