@@ -298,7 +298,8 @@ def scheme_of(found: Any) -> str | None:
         return None
     method = str(found.get("quant_method") or "")
     if method != "compressed-tensors":
-        return {"awq": "awq", "gptq": "int4", "fp8": "fp8"}.get(method, method or None)
+        gptq = "int8" if found.get("bits") == 8 else "int4"
+        return {"awq": "awq", "gptq": gptq, "fp8": "fp8"}.get(method, method or None)
     groups = list((found.get("config_groups") or {}).values())
     weights = (groups[0].get("weights") or {}) if groups and isinstance(groups[0], Mapping) else {}
     if weights.get("type") == "float":

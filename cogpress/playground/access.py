@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cogpress import source
@@ -113,7 +114,7 @@ class Access:
         headers = dict(scope["headers"])
         refused = self._refused(scope, headers)
         if refused is not None:
-            await send_error(send, *refused)
+            await problem(*refused)(scope, receive, send)
             return
         scope["authorized"] = self.authorized(headers)
         await self._bounded(scope, receive, send)
@@ -195,10 +196,7 @@ def _is_visit(scope: Scope, headers: dict[bytes, bytes]) -> bool:
     return scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"
 
 
-async def send_error(send: Send, body: dict[str, Any], headers: dict[str, str]) -> None:
-    """Send an error."""
-    content = json.dumps(body).encode()
-    sent = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(content)).encode())]
-    sent += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": body["status"], "headers": sent})
-    await send({"type": "http.response.body", "body": content})
+def problem(body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    """The response with the body of an `error`; a lone surrogate becomes a question mark."""
+    content = json.dumps(body, ensure_ascii=False).encode(errors="replace")
+    return Response(content, body["status"], headers, "application/problem+json")

@@ -85,7 +85,7 @@ def _endpoint(parts: Parts, handler: Handler) -> Callable[[Request], Awaitable[R
         try:
             return await handler(parts, request)
         except HTTPProblem as problem:
-            return problem_response(problem.body)
+            return access.problem(problem.body)
         except InvalidInput as error:
             fields = [
                 {"type": "required", "field": "input", "description": what}
@@ -97,15 +97,15 @@ def _endpoint(parts: Parts, handler: Handler) -> Callable[[Request], Awaitable[R
                 }
                 for name, what in error.fields
             ]
-            return problem_response(invalid(fields).body)
+            return access.problem(invalid(fields).body)
         except NotFound as error:
-            return problem_response(access.error(404, "Not found", str(error)))
+            return access.problem(access.error(404, "Not found", str(error)))
         except QueueFullError as error:
-            return problem_response(access.error(429, "Too many requests", str(error)), RETRY)
+            return access.problem(access.error(429, "Too many requests", str(error)), RETRY)
         except UnwritableError as error:
-            return problem_response(access.error(503, "Unavailable", str(error)))
+            return access.problem(access.error(503, "Unavailable", str(error)))
         except CogpressError as error:
-            return problem_response(access.error(422, "Unprocessable", str(error)))
+            return access.problem(access.error(422, "Unprocessable", str(error)))
 
     return endpoint
 
@@ -121,17 +121,10 @@ def invalid_field(field: str, description: str, kind: str = "value_error") -> HT
     return invalid([{"type": kind, "field": field, "description": description}])
 
 
-def problem_response(body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
-    """An error as `application/problem+json`."""
-    return json_response(body, int(body["status"]), "application/problem+json", headers)
-
-
-def json_response(
-    body: Any, status: int = 200, media_type: str = "application/json", headers: dict[str, str] | None = None
-) -> Response:
+def json_response(body: Any, status: int = 200) -> Response:
     """JSON in UTF-8; a lone surrogate becomes a question mark."""
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
-    return Response(content, status, headers, media_type)
+    return Response(content, status, media_type="application/json")
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -156,7 +149,7 @@ def _http_error(_request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     titles = {404: "Not found", 405: "Method not allowed", 400: "Bad request"}
     detail = "There is nothing at this address." if status == 404 else str(getattr(error, "detail", ""))
-    return problem_response(access.error(status, titles.get(status, "Error"), detail))
+    return access.problem(access.error(status, titles.get(status, "Error"), detail))
 
 
 def _gone(_request: Request, _error: Exception) -> Response:
@@ -166,12 +159,12 @@ def _gone(_request: Request, _error: Exception) -> Response:
 
 def _too_large(_request: Request, error: Exception) -> Response:
     assert isinstance(error, access.TooLarge)
-    return problem_response(error.body)
+    return access.problem(error.body)
 
 
 def _internal_error(_request: Request, _error: Exception) -> Response:
     detail = "The server failed on this request; its log says why."
-    return problem_response(access.error(500, "Internal error", detail))
+    return access.problem(access.error(500, "Internal error", detail))
 
 
 EXCEPTION_HANDLERS: dict[Any, Callable[[Request, Exception], Response]] = {

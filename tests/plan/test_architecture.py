@@ -138,6 +138,7 @@ def test_a_config_is_read_from_a_folder_or_a_file(tmp_path: Path) -> None:
         (None, None),
         ({"quant_method": "awq"}, "awq"),
         ({"quant_method": "gptq", "bits": 4}, "int4"),
+        ({"quant_method": "gptq", "bits": 8}, "int8"),
         ({"quant_method": "mxfp4"}, "mxfp4"),
         ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 8}}}}, "int8"),
         (

@@ -13,7 +13,7 @@ import re
 from starlette.types import Receive, Scope, Send
 
 from cogpress.playground import events
-from cogpress.playground.access import error, send_error
+from cogpress.playground.access import error, problem
 from cogpress.playground.keys import Keys
 from cogpress.playground.predictions import Predictions
 from cogpress.playground.records import Prediction
@@ -53,14 +53,14 @@ class Streams:
         """Serve one reader."""
         identifier, _, key = scope["path"].removeprefix("/v1/stream/").partition("/")
         if scope["method"] != "GET" or not self._keys.match("stream", identifier, key):
-            await send_error(send, error(404, "Not found", "There is no such stream."), {})
+            await problem(error(404, "Not found", "There is no such stream."))(scope, receive, send)
             return
         headers = dict(scope["headers"])
         place = headers.get(b"last-event-id", b"").decode("latin-1")
         python = headers.get(b"user-agent", b"").startswith(b"replicate-python")
         prediction = self._predictions.find(identifier)
         if prediction is None:
-            await self._ended(identifier, place, send)
+            await self._ended(identifier, place, scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         reader = _Reader(prediction, place, python=python)
@@ -71,11 +71,11 @@ class Streams:
             left.cancel()
             reader.close()
 
-    async def _ended(self, identifier: str, place: str, send: Send) -> None:
+    async def _ended(self, identifier: str, place: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Replay a prediction whose events are no longer in memory from its stored output."""
         record = await self._predictions.record(identifier)
         if record is None:
-            await send_error(send, error(404, "Not found", "This prediction was deleted."), {})
+            await problem(error(404, "Not found", "This prediction was deleted."))(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         seen = place.partition(":")[2]
