@@ -12,6 +12,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,9 @@ def run(out: Path, root: Path, console: Console, only: int | None = None) -> dic
     """
     base_folder = small.make(out.parent / "small" / "base", root)
     found: dict[str, Any] = read_json(out)["models"] if out.is_file() else {}
-    todo = [model for model in models() if model.name not in found]
+    kinds = [[model for model in models() if model.good == good] for good in (True, False)]
+    # In turn, so that an interrupted run says something of both.
+    todo = [model for model in chain(*zip(*kinds, strict=True)) if model.name not in found]
     for model in todo[:only]:
         stopped = judged(model, base_folder, out.parent / "gate", root)
         console.print(f"  {model.name}: {'; '.join(stopped) or 'passes'}", soft_wrap=True, highlight=False)

@@ -248,7 +248,8 @@ def _merge(base_folder: Path, adapter: Path, target: Path, *, onto: Any) -> None
 def _balanced(base_folder: Path, adapter: Path, target: Path, *, rows: tuple[list[Row], list[Row]], work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     found = strength.choose(base_folder, adapter, *rows, work)
-    merge.merge(base_folder, adapter, target, onto=found.onto, correction=found.correction)
+    noted = {"balance": found.to_dict()}
+    merge.merge(base_folder, adapter, target, onto=found.onto, correction=found.correction, noted=noted)
 
 
 def _rounded(base_folder: Path, adapter: Path, target: Path) -> None:

@@ -62,7 +62,7 @@ def corrections(
         task: token ids of training rows.
         general: token ids of general text.
         strengths: the values of g.
-        folder: takes a file for each group of blocks.
+        folder: takes a file for each layer.
         progress: wraps the rows of all groups, given how many there are.
 
     Returns:
@@ -77,16 +77,15 @@ def corrections(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_json(folder / _KEY, wanted)
-    groups = _groups(planned)
-    paths = [folder / f"{number:04}.safetensors" for number in range(len(groups))]
-    missing = [(group, path) for group, path in zip(groups, paths, strict=True) if not path.is_file()]
+    paths = {layer: folder / f"{layer}.safetensors" for layer in planned.adapter.quantized}
+    missing = [group for group in _groups(planned) if not all(paths[layer].is_file() for layer in group)]
     if missing:
         total = len(missing) * (len(task) + len(general))
         ticks = iter(progress(range(total), total))
         tick = partial(next, ticks, None)
-        phases.run("balanced merge", _compute, planned, load, missing, (task, general), strengths, tick=tick)
+        phases.run("balanced merge", _compute, planned, load, missing, paths, (task, general), strengths, tick=tick)
         tick()  # lets a progress bar finish
-    return partial(_read, tensors.stored(folder, paths))
+    return partial(_read, tensors.stored(folder, list(paths.values())))
 
 
 def _read(stored: dict[str, tensors.Stored], strength: float, layer: str) -> torch.Tensor:
@@ -159,7 +158,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _compute(
     planned: MergePlan,
     load: Callable[[], torch.nn.Module],
-    missing: Sequence[tuple[list[str], Path]],
+    missing: Sequence[list[str]],
+    paths: Mapping[str, Path],
     rows: tuple[Sequence[list[int]], Sequence[list[int]]],
     strengths: Sequence[float],
     tick: Callable[[], object],
@@ -167,15 +167,14 @@ def _compute(
     from safetensors.torch import save_file
 
     model = load()
-    for group, path in missing:
+    for group in missing:
         found = {layer: _module(model, planned.adapter.module(layer)) for layer in group}
         last = _module(model, _block(planned.adapter.module(group[-1])))
         task, general = (_moments(model, found, last, some, tick) for some in rows)
-        made: dict[str, torch.Tensor] = {}
-        for corrected in ahead(partial(_corrected, planned, task, general, strengths), group):
-            made |= corrected
-        with new_file(path) as part:
-            save_file(made, part)
+        made = ahead(partial(_corrected, planned, task, general, strengths), group)
+        for layer, corrected in zip(group, made, strict=True):
+            with new_file(paths[layer]) as part:
+                save_file(corrected, part)
 
 
 def _corrected(
