@@ -6,8 +6,6 @@ import ast
 import functools
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 from cogpress import config
 from cogpress.cog import schema
 from cogpress.config import Config
+from tests import Script
 
 ROOT = Path(__file__).resolve().parents[1]
 README, AGENTS, TROUBLES = ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "docs" / "troubleshooting.md"
@@ -123,20 +122,20 @@ def commands() -> list[str]:
     return sorted(set(found))
 
 
-@functools.cache
-def usage(script: str) -> str:
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+USAGES: dict[str, str] = {}
+"""What each script says to --help."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", commands())
-def test_a_command_shown_has_these_options(line: str) -> None:
-    words = shlex.split(line, comments=True)
-    assert (ROOT / words[0]).is_file(), line
+def test_a_command_shown_has_these_options(line: str, script: Script) -> None:
+    name, *words = shlex.split(line, comments=True)
+    assert (ROOT / name).is_file(), line
+    if name not in USAGES:
+        status, USAGES[name], error = script(name.removeprefix("scripts/"), "--help")
+        assert status == 0, error
     for option in (word.partition("=")[0] for word in words if word.startswith("-")):
-        assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", usage(words[0])), f"{line}: no {option}"
+        assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", USAGES[name]), f"{line}: no {option}"
 
 
 def test_each_fact_about_cog_is_watched() -> None:

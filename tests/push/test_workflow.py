@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import yaml
 
 from cogpress.cog.process import read_cog_yaml
+from tests import Script
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / ".github" / "workflows" / "model.yml").read_text()
@@ -44,14 +43,15 @@ def test_answers_are_uploaded_from_private_repositories_alone() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [words for job in JOBS for words in commands(job)], ids=" ".join)
-def test_each_command_exists_with_its_options(words: list[str]) -> None:
+def test_each_command_exists_with_its_options(words: list[str], script: Script) -> None:
     if not words[0].startswith("scripts/"):
         assert words[:2] in (["sudo", "apt-get"], ["sudo", "curl"], ["sudo", "chmod"], ["cog", "--version"])
         return
     assert (ROOT / words[0]).is_file()
-    shown = subprocess.run([sys.executable, ROOT / words[0], "--help"], capture_output=True, text=True, check=True)
+    status, shown, _ = script(words[0].removeprefix("scripts/"), "--help")
+    assert status == 0
     options = [word for word in words[1:] if word.startswith("--")]
-    assert not [option for option in options if option not in shown.stdout]
+    assert not [option for option in options if option not in shown]
 
 
 def test_the_tests_that_are_left_out_are_by_markers_that_exist() -> None:
