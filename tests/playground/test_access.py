@@ -14,7 +14,8 @@ from cogpress.cog.process import Server
 from cogpress.errors import CogpressError
 from cogpress.playground import access
 from cogpress.playground.api import routes
-from tests.standins.localreplicate import TOKEN, Local, refusal
+from tests import Script
+from tests.standins.localreplicate import TOKEN, Local
 
 pytestmark = pytest.mark.slow
 
@@ -45,8 +46,9 @@ def test_any_other_address_needs_a_token() -> None:
         access.check_address("0.0.0.0", "short")
 
 
-def test_the_command_refuses_to_start_without_a_token(tmp_path: Path) -> None:
-    said = refusal("--url", "http://127.0.0.1:9", "--host", "0.0.0.0", "--data", str(tmp_path))
+def test_the_command_refuses_to_start_without_a_token(tmp_path: Path, script: Script) -> None:
+    status, _, said = script("playground", "--url", "http://127.0.0.1:9", "--host", "0.0.0.0", "--data", tmp_path)
+    assert status == 1
     assert "a token is required" in said
 
 

@@ -20,8 +20,8 @@ import pytest
 from cogpress.errors import CogpressError
 from cogpress.playground import sources, trainings
 from cogpress.playground.records import REDACTED, Version
-from tests import wait_until
-from tests.standins.localreplicate import SLOTS, TOKEN, Local, javascript, project, refusal
+from tests import Script, wait_until
+from tests.standins.localreplicate import SLOTS, TOKEN, Local, javascript, project
 from tests.standins.receiver import Receiver
 
 pytestmark = pytest.mark.slow
@@ -266,6 +266,7 @@ def test_what_is_no_source_is_said(text: str) -> None:
         sources.parse(text)
 
 
-def test_the_command_serves_until_told_to_stop(tmp_path: Path) -> None:
-    said = refusal("--url", "http://127.0.0.1:9", "--port", "0", "--data", str(tmp_path))
+def test_the_command_says_that_a_server_does_not_answer(tmp_path: Path, script: Script) -> None:
+    status, _, said = script("playground", "--url", "http://127.0.0.1:9", "--port", "0", "--data", tmp_path)
+    assert status == 1
     assert "127.0.0.1:9 does not answer" in said

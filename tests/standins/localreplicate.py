@@ -114,16 +114,6 @@ def echoing(folder: Path) -> Iterator[Server]:
         yield server
 
 
-def refusal(*arguments: str) -> str:
-    """The error with which scripts/playground does not start."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "playground", *arguments], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
-
 def javascript() -> Path:
     """The folder with Replicate's and OpenAI's JavaScript clients, installed on first use."""
     import pytest  # not for the process that this file also is
