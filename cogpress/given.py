@@ -142,7 +142,7 @@ _SENT_ALONG = frozenset(
     {
         *("id", "index", "name", "refusal", "annotations", "parsed", "parsed_arguments", "prefix", "weight"),
         *("finish_reason", "stop_reason", "created_at", "metadata", "cache_control", "provider_specific_fields"),
-        *("reasoning_details", "extra_content"),
+        *("reasoning_details", "extra_content", "train"),
     }
 )
 """Keys that clients send along with messages, their parts and calls, such as what an answer had: they ask nothing."""

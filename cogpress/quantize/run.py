@@ -187,14 +187,7 @@ def _make(
             "source": str(source.folder.resolve()),
             "rows": rows,
             "schemes": [
-                {
-                    "name": plan.scheme.name,
-                    "out": str(raw[plan.scheme.name].resolve()),
-                    "algorithm": plan.scheme.algorithm,
-                    "preset": plan.scheme.preset,
-                    "group_size": plan.facts["group_size"],
-                    "smoothing": plan.facts["smoothing"],
-                }
+                task(plan.scheme, raw[plan.scheme.name], plan.facts["group_size"], plan.facts["smoothing"])
                 for plan in plans
             ],
         }
@@ -211,6 +204,18 @@ def _make(
                     say(f"{before / 1e6:.0f} MB became {after / 1e6:.0f} MB ({after / before:.0%})")
                 made[plan.scheme.name] = done
     return made
+
+
+def task(scheme: Scheme, out: Path, group: int | None, smoothing: float | None) -> dict[str, Any]:
+    """One scheme of the worker's job, which `cogpress.quantize.worker.main` describes."""
+    return {
+        "name": scheme.name,
+        "out": str(out.resolve()),
+        "algorithm": scheme.algorithm,
+        "preset": scheme.preset,
+        "group_size": group,
+        "smoothing": smoothing,
+    }
 
 
 @contextlib.contextmanager
@@ -329,18 +334,10 @@ def refuse_failed(folder: Path) -> None:
 def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:
     """Make a folder of weights from the worker's tensors and the source's own settings, all or nothing."""
     result = read_json(raw / compress.RESULT)
-    written = read_json(raw / "config.json")
-    if "quantization_config" not in written or not list(raw.glob("*.safetensors")):
-        raise CogpressError(f"llmcompressor wrote no quantized weights for {plan.scheme.name}. Nothing is kept.")
     with new_folder(plan.target) as part:
-        for path in [*raw.glob("*.safetensors"), *raw.glob("*.safetensors.index.json")]:
-            shutil.move(path, part / path.name)
-        # Tokenizer and settings are the source's own: another version of transformers writes them differently.
-        copy_serving_files(source.folder, part)
+        collect(raw, source.folder, part)
         if (source.folder / DRAFT).is_dir():
             shutil.copytree(source.folder / DRAFT, part / DRAFT)
-        settings = read_json(source.folder / "config.json")
-        write_json(part / "config.json", {**settings, "quantization_config": written["quantization_config"]})
         compression = {
             **plan.facts,
             "llmcompressor": result["llmcompressor"],
@@ -350,3 +347,20 @@ def _finish(plan: _Plan, source: Source, raw: Path) -> Quantized:
         }
         facts = manifest.write(part, "weights", {**_carried(source.facts), "compression": compression})
     return Quantized(plan.scheme.name, plan.target, facts, reused=False)
+
+
+def collect(raw: Path, source: Path, folder: Path) -> None:
+    """Move what the worker made of `source` from `raw` into `folder`, and add what an engine needs beside it.
+
+    Raises:
+        CogpressError: the worker wrote no quantized weights.
+    """
+    written = read_json(raw / "config.json")
+    if "quantization_config" not in written or not list(raw.glob("*.safetensors")):
+        raise CogpressError(f"llmcompressor wrote no quantized weights for {raw.name}. Nothing is kept.")
+    for path in [*raw.glob("*.safetensors"), *raw.glob("*.safetensors.index.json")]:
+        shutil.move(path, folder / path.name)
+    # Tokenizer and settings are the source's own: another version of transformers writes them differently.
+    copy_serving_files(source, folder)
+    settings = read_json(source / "config.json")
+    write_json(folder / "config.json", {**settings, "quantization_config": written["quantization_config"]})

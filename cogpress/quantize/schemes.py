@@ -56,18 +56,22 @@ def linear_widths(folder: Path) -> dict[str, int]:
     Raises:
         CogpressError: it is no language model, or has no linear layer.
     """
+    import torch
+
     base.quiet_libraries()
     model = skeleton.of(folder)
     widths = {
         name: skeleton.shape(layer)[1]
         for name, layer in skeleton.linears(model).items()
-        if not skeleton.transposed(layer)
+        if type(layer) is torch.nn.Linear  # of a model's own kind, llmcompressor writes what no engine loads
     }
     for name, shape in skeleton.experts(model).items():
         # Either of the last two dimensions may be the input's.
         widths |= {f"{name} ({width})": width for width in shape[1:]}
     if not widths:
-        raise CogpressError(f"{folder} has no linear layers besides the output layer, so there is nothing to quantize.")
+        raise CogpressError(
+            f"{folder} has no plain linear layers besides the output layer, so there is nothing to quantize."
+        )
     return widths
 
 

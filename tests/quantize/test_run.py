@@ -103,7 +103,13 @@ def test_convolutions_and_what_sees_are_no_layers_that_are_quantized(tmp_path: P
     sees = schemes.linear_widths(bases.make("gemma3", tmp_path / "gemma3"))
     assert all("language_model" in name for name in sees)
     experts = schemes.linear_widths(bases.make("mixtral", tmp_path / "mixtral"))
-    assert experts["model.layers.0.mlp.experts.gate_up_proj (256)"] == 256
+    assert experts["model.layers.0.mlp.experts.gate_up_proj (512)"] == 512
+
+
+def test_layers_that_llmcompressor_cannot_write_are_refused_first(tmp_path: Path) -> None:
+    """Falcon's linear layers are of its own kind: their weights stay as they are, under a name that no engine loads."""
+    with pytest.raises(CogpressError, match="no plain linear layers besides the output layer"):
+        schemes.linear_widths(bases.make("falcon", tmp_path / "falcon"))
 
 
 def test_only_where_smoothing_changes_nothing_else_is_it_used(tiny_base: Path, tmp_path: Path) -> None:
