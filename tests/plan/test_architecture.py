@@ -102,7 +102,7 @@ def test_quantized_weights_are_counted_as_unquantized_ones() -> None:
 def test_layers_are_counted_that_are_stored_transposed_or_are_of_their_own_kind() -> None:
     gpt2 = architecture.read(bases.settings("gpt2").to_dict())
     assert {one.name for one in gpt2.linears} == {"c_attn", "c_proj", "c_fc"}
-    assert gpt2.adapter(2, "c_attn") == 2 * 2 * (64 + 192)
+    assert gpt2.adapter(2, "c_attn") == 2 * 2 * (128 + 384)
     falcon = architecture.read(bases.settings("falcon").to_dict())
     assert falcon.linears
     assert not any(one.quantizable for one in falcon.linears)
