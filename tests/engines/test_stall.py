@@ -88,7 +88,7 @@ def test_what_works_has_not_stalled_until_the_limit(
     program: Callable[[str], psutil.Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     works = program(WORKS)
-    assert found(never, works, 3) == ""
+    assert found(never, works, 2) == ""
     monkeypatch.setattr(watch, "BUSY_LOOKS", 10)
     assert "did not finish a step" in found(never, works)
 
@@ -97,9 +97,9 @@ def test_what_answers_has_not_stalled_unless_nothing_moves(
     program: Callable[[str], psutil.Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sleeps = program(SLEEPS)
-    assert found(at_once, sleeps, 3) == ""
+    assert found(at_once, sleeps, 2) == ""
     monkeypatch.setattr(watch, "STUCK_LOOKS", 5)
-    assert found(at_once, sleeps, 3, moves=True) == ""
+    assert found(at_once, sleeps, 2, moves=True) == ""
     assert "no request made progress" in found(at_once, sleeps)
 
 
