@@ -91,8 +91,7 @@ def run(out: Path, cache: Path, work: Path, console: Console, *, quick: bool = F
         for how in cases:
             if isinstance(how, Training):
                 # As training chooses on this machine: see train.arguments.
-                optimizer = "paged_adamw_8bit" if cuda else "adamw"
-                how = replace(how, optimizer=optimizer, fused=cuda or how.length > 512)  # type: ignore[arg-type]
+                how = replace(how, optimizer="adamw", fused=cuda or how.length > 512)
             measure = measure_training if isinstance(how, Training) else measure_serving
             found = in_fresh_process(measure, folder, how)
             rows.append({"model": name, **found})

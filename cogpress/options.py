@@ -248,7 +248,7 @@ class Train(Section):
     """Examples of a batch share sequences instead of being padded, where the base keeps them apart, which is tried
     first. It changes speed and memory, and nothing that is learnt."""
     optimizer: Literal["auto", "adamw", "paged_adamw_8bit", "paged_adamw_32bit"] = "auto"
-    """`auto`: paged 8-bit AdamW on a GPU, AdamW on a CPU."""
+    """`auto`: AdamW. The paged ones need a GPU and are for many trained parameters in little memory."""
     evaluations: Annotated[int, Field(ge=0, le=100)] = 4
     """Validations during training, evenly spaced."""
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"

@@ -23,6 +23,7 @@ from cogpress.config import Config, Merge, Prompt, load
 from cogpress.data import prepare as data
 from cogpress.data.prepare import Prepared
 from cogpress.draft import file as draft
+from cogpress.engines.gpus import free_and_total
 from cogpress.errors import CogpressError
 from cogpress.files import new_folder, read_json, sha256, write_json
 from cogpress.merge import adapter as adapters
@@ -312,6 +313,10 @@ def build(
         if caution := taken.check(run, tar=tar, copy=copy, replaced=[run / "weights", run / TAR]):
             console.print(f"  {caution}", soft_wrap=True, highlight=False)
 
+    def recomputes() -> bool:
+        rows = [*prepared.train, *replayed, *prepared.validation]
+        return room.recomputes(config, base_folder, rows, free_and_total(1)[0])
+
     with step("Training", console) as say:
         result = training.train(
             config,
@@ -323,6 +328,7 @@ def build(
             resume=resume,
             score=score,
             begin=begin,
+            checkpointing=phases.apart() and recomputes(),
         )
         say(_trained(result))
     with step("Merge", console) as say:

@@ -258,7 +258,7 @@ def training_of(settings: Config, model: Architecture, report: Mapping[str, Any]
         accumulation=train.gradient_accumulation,
         checkpointing=True,
         answers=settings.plan.answer_share or min(1.0, counted),
-        optimizer="adamw" if train.optimizer in ("adamw", "paged_adamw_32bit") else "paged_adamw_8bit",
+        optimizer="paged_adamw_8bit" if train.optimizer == "paged_adamw_8bit" else "adamw",
     )
 
 
@@ -342,8 +342,9 @@ def _trained(
     model: Architecture, how: Training, machine: Machine, settings: Config, tokens: tuple[int, str] | None
 ) -> TrainingEstimate:
     def room(**changed: Any) -> float:
-        return machine.gpu_bytes - memory.training(model, replace(how, **changed)).total
+        return machine.gpu_bytes - memory.training(model, replace(how, checkpointing=True, **changed)).total
 
+    how = replace(how, checkpointing=memory.checkpoints(model, how, machine.gpu_bytes))
     needed = memory.training(model, how)
     left = machine.gpu_bytes - needed.total
     host = memory.host_of_training(model, how)

@@ -6,10 +6,11 @@ Constants that are assumed rather than derived say so.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cogpress.plan.architecture import Architecture
+from cogpress.train.layouts import TILE_BYTES
 from cogpress.verify.distributions import BATCH_TOKENS
 
 Method = Literal["full", "lora", "int8", "nf4"]
@@ -267,12 +268,17 @@ def cast_weights(model: Architecture) -> float:
 
 
 def logits(model: Architecture, tokens: float) -> float:
-    """Logits of tokens with loss in 16 bits, and the loss's log-probabilities and two gradients in 32 bits.
+    """Logits of tokens with loss and their gradient in 16 bits, and two tiles of them in 32 bits.
 
-    `train.loop.AnswerTrainer` computes them for answers only. PyTorch's cross_entropy keeps the log-probabilities, and
-    its backward pass makes their gradient and then that of the logits before anything is freed.
+    `train.objective` computes logits for answers only, and their loss and gradient tile by tile.
     """
-    return 14.0 * model.vocabulary * tokens
+    return 4.0 * model.vocabulary * tokens + 2 * min(TILE_BYTES, 4.0 * model.vocabulary * tokens)
+
+
+def checkpoints(model: Architecture, how: Training, room: float) -> bool:
+    """Whether a training has to compute activations again to fit into so many bytes; a tenth is left for what the plan
+    does not know."""
+    return training(model, replace(how, checkpointing=False)).total > 0.9 * room
 
 
 def serving_weights(model: Architecture, scheme: Scheme) -> float:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import psutil
 from cogpress.config import Config
 from cogpress.draft.table import ENTRIES
 from cogpress.errors import CogpressError
+from cogpress.plan import architecture, estimate, memory
 from cogpress.plan.architecture import Architecture
 from cogpress.plan.memory import gigabytes
 from cogpress.prompts import NO_LOSS, Row
@@ -32,6 +33,24 @@ TABLES = 5
 """Tensors as large as a batch's log-probabilities that the comparison holds at once; 4.9 were measured."""
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+def recomputes(config: Config, base_folder: Path, rows: Sequence[Row], free: float) -> bool:
+    """Whether a training has to compute activations again in its backward pass, by the plan's formulas.
+
+    Args:
+        config: the configuration.
+        base_folder: the base.
+        rows: all that it computes.
+        free: bytes of the GPU that nobody uses.
+    """
+    model = architecture.of(str(base_folder), base_folder)
+    counted = {
+        "tokens": sum(len(row.input_ids) for row in rows),
+        "learnt_tokens": sum(label != NO_LOSS for row in rows for label in row.labels),
+    }
+    how = estimate.training_of(config, model, counted)
+    return memory.checkpoints(model, replace(how, length=max(len(row.input_ids) for row in rows)), free)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rich.text import Text
 from cogpress import prompts
 from cogpress.files import write_json
 from cogpress.prompts import Conversation
+from cogpress.train.layouts import by_tokens
 from cogpress.weights import base
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers.json"
 """The file of a run that holds them."""
+
+GENERATED_TOKENS = 8192
+"""Places of a batch whose answers are generated together, prompts and answers: 1 GiB of the keys and values of an 8 B
+model."""
 
 JUDGED = 32
 """Validation answers that a model is judged on where its first ones are all wrong."""
@@ -31,7 +36,14 @@ SHOWN_CHARACTERS = 400
 
 
 def generate(model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[list[int]], max_tokens: int) -> list[str]:
-    """Greedy answers to prompts of token ids, computed as training computes, in one batch."""
+    """Greedy answers to prompts of token ids, computed as training computes, in batches of `GENERATED_TOKENS`."""
+    found: dict[int, str] = {}
+    for batch in by_tokens([len(prompt) + max_tokens for prompt in asked], GENERATED_TOKENS):
+        found |= zip(batch, _together(model, tokenizer, [asked[at] for at in batch], max_tokens), strict=True)
+    return [found[at] for at in range(len(asked))]
+
+
+def _together(model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[list[int]], max_tokens: int) -> list[str]:
     import torch
 
     longest = max(map(len, asked))

@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import TrainerCallback, TrainingArguments
 
-OPTIMIZERS = {
-    "adamw": "adamw_torch",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "paged_adamw_32bit": "paged_adamw_32bit",
-}
-"""transformers' names by ours."""
-
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 """transformers' names by ours."""
 
@@ -85,7 +78,33 @@ def reporters(settings: Train, run: Path) -> list[TrainerCallback]:
     return [{"trackio": integrations.TrackioCallback, "wandb": integrations.WandbCallback}[settings.report_to]()]
 
 
-def arguments(settings: Train, run: Path, rows: int, validation: bool, compute: torch.dtype) -> TrainingArguments:
+def optimizer(settings: Train) -> str:
+    """transformers' name of the optimizer. `auto` is AdamW, in one kernel on a GPU: an adapter's two moments are small
+    beside its base, so that neither 8 bits nor paging gains anything.
+
+    Raises:
+        CogpressError: it does not run on this machine.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if settings.optimizer.startswith("paged") and not cuda:
+        raise CogpressError(f"optimizer {settings.optimizer} needs a GPU. Set it to auto or adamw.")
+    if settings.optimizer in ("auto", "adamw"):
+        return "adamw_torch_fused" if cuda else "adamw_torch"
+    return settings.optimizer
+
+
+def arguments(
+    settings: Train,
+    run: Path,
+    rows: int,
+    validation: bool,
+    compute: torch.dtype,
+    *,
+    checkpointing: bool = False,
+    optim: str = "",
+) -> TrainingArguments:
     """The loop: steps, schedule, optimizer, evaluations and checkpoints. Steps are optimizer steps.
 
     Args:
@@ -94,6 +113,8 @@ def arguments(settings: Train, run: Path, rows: int, validation: bool, compute: 
         rows: how many there are to train on.
         validation: whether there are rows to evaluate on.
         compute: what matrix products run in.
+        checkpointing: compute activations again in the backward pass.
+        optim: transformers' name of the optimizer, where a run that goes on has it; `optimizer` where not given.
 
     Raises:
         CogpressError: the optimizer does not run on this machine.
@@ -105,11 +126,6 @@ def arguments(settings: Train, run: Path, rows: int, validation: bool, compute: 
     per_epoch = max(1, rows // (settings.batch_size * settings.gradient_accumulation))
     total = settings.max_steps or max(1, round(per_epoch * settings.epochs))
     evaluate = validation and settings.evaluations > 0
-    optimizer = settings.optimizer
-    if optimizer == "auto":
-        optimizer = "paged_adamw_8bit" if cuda else "adamw"
-    if optimizer.startswith("paged") and not cuda:
-        raise CogpressError(f"optimizer {optimizer} needs a GPU. Set it to auto or adamw.")
     made = TrainingArguments(
         output_dir=str(run / "checkpoints"),
         per_device_train_batch_size=settings.batch_size,
@@ -122,12 +138,12 @@ def arguments(settings: Train, run: Path, rows: int, validation: bool, compute: 
         warmup_steps=settings.warmup_share,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim=OPTIMIZERS[optimizer],
+        optim=optim or optimizer(settings),
         bf16=compute == torch.bfloat16,
         fp16=compute == torch.float16,
         use_cpu=not cuda,
-        gradient_checkpointing=cuda,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         seed=settings.seed,
         data_seed=settings.seed,
         eval_strategy="steps" if evaluate else "no",

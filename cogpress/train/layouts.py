@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Layout = Literal["padded", "packed", "flat"]
 """How a batch's rows lie: each in a sequence of its own; several in one, where that saves padding; or all in one, for
 attention that knows where each begins."""
+
+TILE_BYTES = 1 << 26
+"""Of a tile of logits in float32: the loss is computed from one after the other."""
 
 ROOM = 512
 """Tokens up to which a packed sequence may be longer than its longest row, and twice as long as that at most."""
@@ -39,6 +43,18 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
             packed[place].append(at)
             left[place] -= lengths[at]
     return packed
+
+
+def by_tokens(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices of rows, by length, in batches of at most `most` places, padding among them; a longer row is alone."""
+    batch: list[int] = []
+    for at in sorted(range(len(lengths)), key=lambda at: lengths[at]):
+        if batch and (len(batch) + 1) * lengths[at] > most:
+            yield batch
+            batch = []
+        batch.append(at)
+    if batch:
+        yield batch
 
 
 def sequences(lengths: Sequence[int], layout: Layout, room: int = 0) -> list[list[int]]:

@@ -11,10 +11,7 @@ import torch
 
 from cogpress.prompts import NO_LOSS, Row
 from cogpress.train import layouts
-from cogpress.train.layouts import Layout
-
-TILE_BYTES = 1 << 26
-"""Of a tile of logits in float32: the loss is computed from one after the other."""
+from cogpress.train.layouts import TILE_BYTES, Layout
 
 _INPUTS = (
     "input_ids",
@@ -40,7 +37,7 @@ class Collator:
     - `places`, the flat indices of positions that predict a labelled token, and `targets`, these tokens, both int64;
       where a row has a weight, `weights`, those of each target, float32.
     - where rows are to stay like the base, `kept`, which of the targets are theirs, int64, whose weight is 0, and
-      `alone`, a padded batch of these rows in the same order.
+      `alone`, a batch of these rows in the same order, flat where this one is, else padded.
     - `tokens`, how many there are without padding.
     """
 
@@ -91,7 +88,7 @@ class Collator:
         if any(kept):
             some = [replace(rows[at], like_base=False) for at in chain(*lying) if rows[at].like_base]
             made["weights"], made["kept"] = torch.tensor(weights), torch.tensor(kept).nonzero()[:, 0]
-            made["alone"] = Collator(self.pad_token_id)(some)
+            made["alone"] = Collator(self.pad_token_id, "flat" if self.layout == "flat" else "padded")(some)
         if self.layout == "padded":
             return made | {"attention_mask": (numbers != len(rows)).long()}
         made |= {"position_ids": positions}

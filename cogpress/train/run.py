@@ -21,7 +21,7 @@ from cogpress.errors import CogpressError
 from cogpress.files import new_folder, read_json, write_json
 from cogpress.prompts import Row
 from cogpress.train import answers, layers
-from cogpress.train.arguments import arguments, check_report, lora, reporters, too_few
+from cogpress.train.arguments import arguments, check_report, lora, optimizer, reporters, too_few
 from cogpress.train.layers import Layers
 from cogpress.weights import base, manifest
 from cogpress.weights.filenames import ADAPTER
@@ -152,6 +152,7 @@ def train(
     resume: bool = False,
     score: Callable[[str, str], bool] | None = None,
     begin: Callable[[], object] = lambda: None,
+    checkpointing: bool | None = None,
 ) -> Result:
     """Train an adapter into `run/adapter`, with all measurements beside it.
 
@@ -167,6 +168,7 @@ def train(
         resume: resume an interrupted run from its newest checkpoint.
         score: judges answers, as `answers.compare` takes it.
         begin: called before anything is changed, unless a finished run is reused; may refuse.
+        checkpointing: compute activations again in the backward pass; on a GPU where not given.
 
     Raises:
         CogpressError: nothing to train on; the folder holds another run; nothing to resume.
@@ -185,7 +187,9 @@ def train(
     layers.check_rows(base_folder, prepared.train + prepared.validation, pad)
     begin()
     checkpoint = _open_run(run, key, config, resume)
-    given = config, prepared, replayed, base_folder, fingerprint, run, checkpoint, score
+    if checkpointing is None:
+        checkpointing = phases.apart()
+    given = (config, prepared, replayed, base_folder, fingerprint, run, checkpoint, score, checkpointing)
     return phases.run("training", _train, *given, console=console)
 
 
@@ -221,8 +225,12 @@ def _open_run(run: Path, key: dict[str, Any], config: Config, resume: bool) -> P
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", config.public())
-    # Last, as it makes the folder a run's. A resumed run computes as it began, even where another format is faster.
-    write_json(run / "key.json", {**key, "compute_dtype": str(base.compute_dtype()).removeprefix("torch.")})
+    # Last, as it makes the folder a run's. A resumed run computes as it began, even where another way is faster.
+    machine = {
+        "compute_dtype": str(base.compute_dtype()).removeprefix("torch."),
+        "optimizer": optimizer(config.train),
+    }
+    write_json(run / "key.json", key | machine)
     return None
 
 
@@ -252,6 +260,7 @@ def _train(
     run: Path,
     checkpoint: Path | None,
     score: Callable[[str, str], bool] | None,
+    checkpointing: bool,
     *,
     console: Console,
 ) -> Result:
@@ -267,9 +276,12 @@ def _train(
     learnt = [*prepared.train, *replayed]
     longest = max(len(row.input_ids) for row in learnt + prepared.validation)
     tokenizer = base.tokenizer(base_folder)
-    compute = base.trained_dtype(read_json(run / "key.json"))
+    began = read_json(run / "key.json")
+    compute = base.trained_dtype(began)
     chosen = layers.choose(base_folder, settings.target_modules, config.base.quantization)
-    model = adapted(config, base_folder, chosen, attention=attention(longest), dtype=compute)
+    model = adapted(
+        config, base_folder, chosen, attention=attention(longest), dtype=compute, checkpointing=checkpointing
+    )
     layout = packing.choose(model) if settings.packing else "padded"
     if settings.packing and layout == "padded":
         console.print("  This base mixes rows that share a sequence, so each has one of its own, padded.")
@@ -278,7 +290,15 @@ def _train(
     trainer = ObjectiveTrainer(
         objective=objective,
         model=model,
-        args=arguments(settings, run, len(learnt), bool(prepared.validation), compute),
+        args=arguments(
+            settings,
+            run,
+            len(learnt),
+            bool(prepared.validation),
+            compute,
+            checkpointing=checkpointing,
+            optim=began.get("optimizer", ""),
+        ),
         train_dataset=Rows(learnt),
         eval_dataset=Rows(prepared.validation) if prepared.validation else None,
         data_collator=Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, layout),
@@ -295,6 +315,8 @@ def _train(
     finally:
         recorder.close()
         objective.release()
+        if layout == "flat":  # what follows pads its batches
+            model.get_base_model().set_attn_implementation(attention(longest))
     check_learnt(model, output.global_step)
     facts = {
         "base": {"source": source.shown(config.base.source), "fingerprint": fingerprint},
@@ -360,6 +382,7 @@ def adapted(
     *,
     attention: str = "sdpa",
     dtype: torch.dtype | None = None,
+    checkpointing: bool = False,
 ) -> PeftModel:
     """The quantized base with a fresh LoRA adapter, in float32, on the chosen layers.
 
@@ -369,6 +392,7 @@ def adapted(
         chosen: its layers that are trained; as the configuration names them where not given.
         attention: transformers' name of an attention implementation.
         dtype: what the base computes in; this machine's fastest where not given.
+        checkpointing: compute activations again in the backward pass.
 
     Raises:
         CogpressError: as `layers.choose`.
@@ -379,7 +403,7 @@ def adapted(
     chosen = chosen or layers.choose(base_folder, config.train.target_modules, config.base.quantization)
 
     model = base.load(base_folder, config.base.quantization, attention=attention, dtype=dtype)
-    if base.device().type == "cuda":
+    if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return get_peft_model(model, lora(config.train, chosen.adapted))  # type: ignore[return-value]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cogpress import phases
 from cogpress.merge import adapter as adapters
 from cogpress.prompts import NO_LOSS
+from cogpress.train.layouts import by_tokens
 from cogpress.weights import base, manifest
 
 if TYPE_CHECKING:
@@ -302,14 +303,7 @@ def each(model: Any, rows: Sequence[Row], pad_token_id: int) -> Iterator[tuple[l
 
 def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
     """Indices of the rows, by length, in batches of at most `BATCH_TOKENS`."""
-    batch: list[int] = []
-    for at in sorted(range(len(rows)), key=lambda at: len(rows[at].input_ids)):
-        if batch and (len(batch) + 1) * len(rows[at].input_ids) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(at)
-    if batch:
-        yield batch
+    return by_tokens([len(row.input_ids) for row in rows], BATCH_TOKENS)
 
 
 def _log_probs(model: Any, rows: Sequence[Row], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -105,7 +105,8 @@ def test_a_plan_says_where_files_are_larger_than_the_host_memory() -> None:
     assert "Training on gpu-a100-large (144 GB), gpu-h100 (72 GB): the host memory does not hold" in said
     assert "files (141 GB)" in said
     assert "Serving on" not in said
-    assert "does not hold" not in " ".join(made({"concurrency": 4}).notes)
+    assert "Training on gpu-t4 (16 GB): the host memory does not hold" in " ".join(made({"concurrency": 4}).notes)
+    assert "does not hold" not in " ".join(made({"concurrency": 4}, model=SMOLLM2).notes)
 
 
 def test_a_gpus_generation_decides() -> None:

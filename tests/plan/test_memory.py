@@ -10,6 +10,7 @@ from cogpress.errors import CogpressError
 from cogpress.plan import memory
 from cogpress.plan.architecture import Architecture, Cache
 from cogpress.plan.memory import Method, Serving, Training
+from cogpress.train.layouts import TILE_BYTES
 from tests.standins.architectures import LLAMA3, SMOLLM2
 
 
@@ -54,7 +55,7 @@ def test_gradients_and_activations_of_full_fine_tuning_are_not_there_at_once() -
     how = Training(method="full", batch=8, length=512, optimizer="adamw", frame=0)
     found = memory.training(SMOLLM2, how)
     # Between the passes: the output layer's gradient. Where batches are accumulated, those of the batches before.
-    assert found.logits == 14 * 49_152 * 8 * 512
+    assert found.logits == 4 * 49_152 * 8 * 512 + 2 * TILE_BYTES
     assert found.gradients == 4 * 49_152 * 576
     accumulated = memory.training(SMOLLM2, replace(how, accumulation=2))
     assert accumulated.gradients == 4 * 134_515_008
@@ -84,9 +85,9 @@ def test_a_layer_saves_what_its_derivation_lists() -> None:
 
 def test_checkpointing_keeps_one_tensor_a_layer() -> None:
     how = Training(method="nf4", batch=2, length=50, answers=0.25, checkpointing=True, fused=True, frame=0)
-    assert memory.logits(SMOLLM2, 25) == 14 * 49_152 * 25
+    assert memory.logits(SMOLLM2, 25) == 12 * 49_152 * 25
     found = memory.training(SMOLLM2, how)
-    assert found.logits == 17_203_200
+    assert found.logits == 12 * 49_152 * 25
     kept = 2 * 576 * 100 * 30
     layer = 28_676 * 100
     passing = layer + 10 * 1536 * 100 + 2 * 576 * 1536
@@ -179,3 +180,11 @@ def test_serving_on_a_cpu_takes_what_was_measured_or_a_little_more() -> None:
     # The embedded base, 269 MB of files, with 2 GiB of cache: 3.9 GB in all processes, shared pages counted once.
     needed = memory.host_of_serving_on_cpu(269e6, 2 * 2**30)
     assert 3.9e9 <= needed <= 1.25 * 3.9e9
+
+
+def test_activations_are_computed_again_only_where_memory_needs_it() -> None:
+    how = Training(method="nf4", batch=4, length=512)
+    kept, again = (memory.training(LLAMA3, replace(how, checkpointing=one)).total for one in (False, True))
+    assert not memory.checkpoints(LLAMA3, how, kept / 0.9 + 1)
+    assert memory.checkpoints(LLAMA3, how, kept / 0.9 - 1)
+    assert memory.checkpoints(LLAMA3, how, again)

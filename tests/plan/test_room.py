@@ -200,3 +200,10 @@ def test_a_plan_says_what_a_training_here_takes(
 
 def test_words_for_bytes() -> None:
     assert [memory.gigabytes(number) for number in (1.5e9, 25e9, -3e9)] == ["1.50 GB", "25.0 GB", "-3.00 GB"]
+
+
+@pytest.mark.slow
+def test_what_a_gpu_has_free_decides_whether_activations_are_computed_again(tiny_base: Path) -> None:
+    rows = [Row([1] * 200, [1] * 200)]
+    assert not room.recomputes(settings(), tiny_base, rows, 80 * GB)
+    assert room.recomputes(settings(), tiny_base, rows, 0.6 * GB)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 from rich.console import Console
 
 from cogpress.train import answers
@@ -41,3 +45,28 @@ def test_differences_from_the_expected_answer_are_marked() -> None:
     assert [red.plain[span.start : span.end] for span in red.spans] == ["id", "[]"]
     assert not answers.differences(EXPECTED, "Sure! SELECT * FROM players", marked=True).spans
     assert answers.differences(EXPECTED, EXPECTED, marked=True).plain == EXPECTED
+
+
+@pytest.mark.train
+def test_answers_are_generated_in_batches_of_bounded_size(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from cogpress.weights import base
+
+    tokenizer = base.tokenizer(tiny_base)
+    model: Any = base.load(tiny_base, "none", dtype=torch.float32)
+    asked = [[11 + number, *range(20, 20 + length)] for number, length in enumerate((30, 2, 17, 5, 9, 40))]
+    together = answers.generate(model, tokenizer, asked, 4)
+    places = []
+    generate = model.generate
+
+    def watched(**given: Any) -> Any:
+        rows, longest = given["input_ids"].shape
+        places.append(rows * (longest + given["max_new_tokens"]))
+        return generate(**given)
+
+    monkeypatch.setattr(model, "generate", watched)
+    monkeypatch.setattr(answers, "GENERATED_TOKENS", 40)
+    assert answers.generate(model, tokenizer, asked, 4) == together
+    assert len(places) == 5
+    assert sorted(places)[-2] <= 40 < max(places)  # the longest prompt alone is above the bound

@@ -10,7 +10,7 @@ import torch
 from cogpress import config
 from cogpress.errors import CogpressError
 from cogpress.train import run as training
-from cogpress.train.arguments import OPTIMIZERS, SCHEDULES, arguments
+from cogpress.train.arguments import SCHEDULES, arguments, optimizer
 
 pytestmark = pytest.mark.train
 
@@ -22,10 +22,16 @@ def test_a_layer_that_does_not_exist_is_named(tiny_base: Path) -> None:
         training.adapted(config.Config().override({"target_modules": "nonsense"}), tiny_base)
 
 
-def test_every_optimizer_and_schedule_has_transformers_name() -> None:
-    for option, names in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        allowed = config.Train.model_json_schema()["properties"][option]["enum"]
-        assert set(allowed) - {"auto"} == set(names)
+def test_every_optimizer_and_schedule_has_transformers_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.training_args import OptimizerNames
+
+    allowed = {name: config.Train.model_json_schema()["properties"][name]["enum"] for name in ("optimizer", "schedule")}
+    assert set(allowed["schedule"]) == set(SCHEDULES)
+    for cuda in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        names = [name for name in allowed["optimizer"] if cuda or not name.startswith("paged")]
+        assert {optimizer(config.Train(optimizer=name)) for name in names} <= set(OptimizerNames)
+        assert optimizer(config.Train()) == ("adamw_torch_fused" if cuda else "adamw_torch")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what only a GPU has")

@@ -122,4 +122,7 @@ def test_the_labels_of_a_batch_are_counted_as_they_are_learnt() -> None:
         assert torch.equal(learnt, batch["targets"])
         assert int((batch["labels"][:, 1:] != NO_LOSS).sum()) == 4  # as transformers' trainer counts them
         assert batch["tokens"] == 10
+    kept = [replace(rows[0], like_base=True), rows[1]]
+    assert "cu_seq_lens_q" in Collator(0, "flat")(kept)["alone"]  # the kernel of a flat batch takes no other
+    assert "attention_mask" in Collator(0, "packed")(kept)["alone"]
     assert Collator(0, "packed")(rows)["input_ids"].tolist() == [[6, 7, 8, 9, 10], [1, 2, 3, 4, 5]]

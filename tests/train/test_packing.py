@@ -181,3 +181,12 @@ def test_a_step_asks_the_device_for_nothing(tiny_base: Path, short: Prepared, tm
     with Watch():
         trainer.training_step(model, batch, num_items_in_batch=torch.tensor(40))
     assert asked == []
+
+
+def test_activations_that_are_computed_again_give_the_same_gradients(tmp_path: Path) -> None:
+    model = base.load(bases.make("llama", tmp_path), "none", attention="sdpa", dtype=torch.float32)
+    _, _, expected = learnt(model, "packed")
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, _, got = learnt(model, "packed")
+    assert torch.allclose(got, expected, atol=1e-6)
