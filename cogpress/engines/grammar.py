@@ -232,7 +232,7 @@ def ebnf(kind: str, value: str) -> str:
 def explained(error: Exception) -> str:
     """What xgrammar says of a structure, without the time and the place in its source."""
     text = str(error).strip()
-    return re.sub(r"\[[\d:]+\] \S+?:\d+: ", "", text).rstrip(".").partition("\n")[0]
+    return re.sub(r"\[[\d:]+\] \S+?:\d+: ", "", text).rstrip(".").partition("\n")[0] or "it is not understood"
 
 
 def _work() -> None:

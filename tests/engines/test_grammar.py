@@ -40,6 +40,12 @@ def test_a_structure_that_nothing_matches_is_refused(guard: grammar.Guard, kind:
         guard.check(Structure(kind, value))
 
 
+def test_what_the_compiler_says_is_shown_without_its_source() -> None:
+    told = "[05:09:09] /project/cpp/json_schema_converter.cc:936: Integer exceeds maximum limit.\n"
+    assert grammar.explained(RuntimeError(told)) == "Integer exceeds maximum limit"
+    assert grammar.explained(RuntimeError("")) == "it is not understood"
+
+
 def test_compiling_has_the_engines_low_priority(guard: grammar.Guard) -> None:
     guard.start()
     assert guard._process is not None
