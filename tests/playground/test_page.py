@@ -67,6 +67,7 @@ class Runner(BaseRunner):
         times: int = Input(description="How often to say it.", default=1, ge=1, le=50),
         exact: bool = Input(description="Whether to leave it as it is.", default=True),
         stop: str = Input(description="Ends it; several as a JSON list.", default=""),
+        adapter: str = Input(description="Which adapter.", default=""),
         key: Optional[cog.Secret] = Input(description="Something that nobody may see.", default=None),
         picture: Optional[cog.Path] = Input(description="A file to measure.", default=None),
     ) -> ConcatenateIterator[str]:
@@ -299,7 +300,7 @@ def test_the_form_is_made_from_the_schema(visit: Opener) -> None:
     unfold(page)
     names = page.eval_on_selector_all(".form .field-head code", "codes => codes.map((code) => code.textContent)")
     assert names == [  # the question, then what may stay empty, then settings; each in the model's order
-        *("prompt", "system_prompt", "fields", "messages", "key", "picture"),
+        *("prompt", "system_prompt", "fields", "messages", "adapter", "key", "picture"),
         *("style", "pause", "times", "exact", "stop"),
     ]
     assert page.locator('label[for="input-system_prompt"]').inner_text() == "System prompt"
@@ -308,6 +309,7 @@ def test_the_form_is_made_from_the_schema(visit: Opener) -> None:
     assert field(page, "exact").is_checked()
     assert field(page, "key").get_attribute("type") == "password"
     assert field(page, "picture").get_attribute("type") == "file"
+    assert field(page, "adapter").get_attribute("type") == "text", "a name has one line"
     described = field(page, "prompt").get_attribute("aria-describedby")
     assert page.locator(f"#{described}").inner_text() == "What to say back."
 
@@ -511,6 +513,7 @@ def test_a_conversation_has_turns_that_are_stopped_regenerated_and_edited(visit:
     page.get_by_label("System text").fill("Be brief.")
     say(page, "one")
     expect(replies(page)).to_have_text(["Be brief.one"])
+    expect(page.locator(".reply .turn-who")).to_have_text(re.compile(r"^talk · 127\.0\.0\.1:\d+$"))
     say(page, "two")
     both = "s:Be brief. u:one a:Be brief.one u:two."
     expect(replies(page)).to_have_text(["Be brief.one", both])
@@ -1072,4 +1075,8 @@ def test_a_token_is_asked_for_once_and_is_in_no_address(visit: Opener, cogs: lis
         assert token not in (page.get_by_test_id("code").text_content() or "")
         page.reload()
         expect(output(page)).to_have_text("with a token")
+        page.get_by_role("link", name="Chat", exact=True).click()
+        say(page, "hello")
+        expect(replies(page)).to_have_text(["hello"])
+        expect(page.locator(".reply .turn-who")).to_have_text("talk")  # of the only version, no address
         page.wait_for_load_state("networkidle")  # what it still asks for would find nobody

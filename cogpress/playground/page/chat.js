@@ -1,7 +1,7 @@
 // State of the chat view: the turns of one conversation and its system text. It survives a visit to other views.
 
 import { batch, computed, signal } from "./vendor/signals.js";
-import { announcement, bodyOf, config, fields, grouped, labelOf, request, targets } from "./workbench.js";
+import { announcement, bodyOf, config, fields, grouped, nameOf, request, targets } from "./workbench.js";
 import { ended, Live } from "./stream.js";
 
 // Inputs that the conversation takes the place of.
@@ -58,7 +58,7 @@ function inputOf(before, asked) {
 
 function answer(before, asked) {
   const [target] = targets.value;
-  const live = new Live(`${target.name} · ${labelOf(target)}`);
+  const live = new Live(nameOf(target));
   const body = bodyOf(target, inputOf(before, asked));
   batch(() => {
     turns.value = [...before, { asked, live }];

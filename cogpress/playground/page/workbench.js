@@ -63,6 +63,13 @@ export const labelOf = (target) => {
   return [short(target.version), target.adapter && `with ${target.adapter}`].filter(Boolean).join(" ");
 };
 
+/** The model, version and adapter, in words; the model alone where there is nothing to tell it from. */
+export const nameOf = (target) => {
+  const model = choices.value.find(({ label }) => label === `${target.owner}/${target.name}`);
+  const alone = model?.options.length === 1 && key(model.options[0].target) === key(target);
+  return alone ? target.name : `${target.name} · ${labelOf(target)}`;
+};
+
 /** What the form opens with: an example of each of the template's fields. */
 const examples = () =>
   Object.fromEntries(Object.entries(config.value?.fields ?? {}).filter(([, example]) => example !== null));
@@ -108,7 +115,7 @@ export async function run() {
   }
   lives.value.forEach((live) => live.close());
   const before = lives.value.length === 1 ? lives.value[0].prediction.value?.id : null;
-  const asked = targets.value.map((target) => ({ target, live: new Live(`${target.name} · ${labelOf(target)}`) }));
+  const asked = targets.value.map((target) => ({ target, live: new Live(nameOf(target)) }));
   batch(() => {
     lives.value = asked.map(({ live }) => live);
     announcement.value = "Running.";
@@ -173,7 +180,7 @@ export function targetOf(prediction) {
 /** The model, version and adapter of a prediction, in words. */
 export function whoOf(prediction) {
   const target = targetOf(prediction);
-  return `${target.name} · ${labelOf({ ...target, adapter: prediction.input?.adapter || null })}`;
+  return nameOf({ ...target, adapter: prediction.input?.adapter || null });
 }
 
 /** Clear the form and the answers. */

@@ -47,14 +47,15 @@ export function Field({ field, compact = false }) {
 const typed = (change) => (event) => change(event.currentTarget.value);
 
 function TextControl({ field, value, common, change }) {
-  if (field.name === "adapter" && config.value?.adapters.length)
-    return html`<${AdapterControl} ...${{ value, common, change }} />`;
+  if (field.name === "adapter") return html`<${AdapterControl} ...${{ value, common, change }} />`;
   const rows = field.order === 0 || field.required || field.lines ? 5 : 2;
   return html`<textarea ...${common} class="grows" rows=${rows} dir="auto" spellcheck="true" value=${value}
     onInput=${typed(change)}></textarea>`;
 }
 
 function AdapterControl({ value, common, change }) {
+  if (!config.value?.adapters.length)
+    return html`<input ...${common} type="text" autocomplete="off" value=${value} onInput=${typed(change)} />`;
   return html`<select ...${common} value=${value} onChange=${typed(change)}>
     <option value="">None</option>
     ${config.value.adapters.map((name) => html`<option value=${name}>${name}</option>`)}
