@@ -1,12 +1,13 @@
 """What a draft gains: tokens per second without one, with n-gram lookup and with the weights' own table.
 
-On the task and off it, with and without a JSON schema, at several loads, side by side in one run; and whether every
-greedy answer stays the same.
+On the task and off it, with and without a JSON schema, at several loads, side by side in one run; how much of each
+draft is taken; and whether every greedy answer stays the same.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import statistics
 import time
@@ -24,6 +25,7 @@ from rich.table import Table
 from bench.measure import alternate_aloud, in_fresh_process, medians
 from bench.report import judged, write_report
 from cogpress import config, plots
+from cogpress.cog.process import free_port
 from cogpress.draft import file as draft
 from cogpress.draft import proposer
 from cogpress.errors import CogpressError
@@ -37,6 +39,9 @@ SIDES: dict[str, Any] = {
     "table": "auto",
 }
 """`serve.speculative` of each side; `auto` is the table that comes with the weights."""
+
+SUFFIX = {"method": "suffix", "num_speculative_tokens": proposer.MOST}
+"""A side of its own where its package, arctic-inference, is installed."""
 
 LOADS = {1: 12, 4: 24, 16: 48, 64: 64}
 """Streams, and the answers that each load asks for."""
@@ -94,13 +99,14 @@ def run(
     if not draft.path_in(weights).is_file():
         raise CogpressError(f"{weights} has no draft. Make one with scripts/draft.")
     answers: dict[str, dict[str, list[str]]] = {}
+    chosen = SIDES | ({"suffix": SUFFIX} if importlib.util.find_spec("arctic_inference") else {})
 
     def side(name: str) -> dict[str, float]:
-        found, texts = in_fresh_process(_measure, root, weights, list(rows), SIDES[name])
+        found, texts = in_fresh_process(_measure, root, weights, list(rows), chosen[name])
         answers[name] = texts
         return dict(found)
 
-    sides = {name: partial(side, name) for name in SIDES}
+    sides = {name: partial(side, name) for name in chosen}
     measured = alternate_aloud(sides, rounds, console, lambda found: f"{found['task 1']:.1f} tokens/s in one stream")
     found = medians(measured)
     ratios = {
@@ -109,7 +115,7 @@ def run(
     }
     same = {
         name: [sum(one == other for one, other in zip(*pair, strict=True)) for pair in _pairs(answers, name)]
-        for name in SIDES
+        for name in chosen
     }
     total = [len(texts) for texts in answers["none"].values()]
     checks = [
@@ -136,7 +142,7 @@ def run(
     asked = _asking(root, weights, rows)
     report = {
         "asking_ms": asked,
-        "sides": SIDES,
+        "sides": chosen,
         "found": found,
         "ratios": ratios,
         "same": same,
@@ -193,8 +199,15 @@ def _table(found: dict[str, dict[str, float]], ratios: dict[str, dict[str, float
             for name, figures in found.items()
         ]
         table.add_row(kind, load, *cells)
-    accepted = [f"{found[name].get('share tokens per step', 1.0):.2f}" for name in found]
-    table.add_row("tokens per step", "1", *accepted)
+    for streams in LOADS:
+        steps = [one[f"share per step {streams}"] for one in found.values()]
+        table.add_row("tokens per step", str(streams), *(f"{one:.2f}" for one in steps))
+    for streams in LOADS:
+        shares = [one.get(f"share taken {streams}") for one in found.values()]
+        table.add_row("taken of those drafted", str(streams), *("" if one is None else f"{one:.0%}" for one in shares))
+    for place in range(1, proposer.MOST + 1):
+        shares = [one.get(f"share place {place}") for one in found.values()]
+        table.add_row(f"taken, place {place}", "1", *("" if one is None else f"{one:.0%}" for one in shares))
     return table
 
 
@@ -208,17 +221,9 @@ async def _ask_all(
     root: Path, weights: Path, rows: Sequence[dict[str, Any]], speculative: Any
 ) -> tuple[dict[str, float], dict[str, list[str]]]:
     settings = config.load(root / "model.yaml")
-    serve = settings.serve.model_copy(update={"speculative": speculative})
+    # With metrics, vLLM counts what is drafted and taken.
+    serve = settings.serve.model_copy(update={"speculative": speculative, "metrics_port": free_port("127.0.0.1")})
     server = serving.ServedModel(str(weights), settings.model_copy(update={"serve": serve}), root, concurrency=64)
-    steps: Counter[int] = Counter()
-    generate = server.engine.generate
-
-    async def counted(*given: Any) -> Any:
-        async for delta in generate(*given):
-            steps[delta.tokens] += 1
-            yield delta
-
-    server.engine.generate = counted  # type: ignore[method-assign, assignment]
 
     async def ask(inputs: dict[str, Any]) -> tuple[str, int]:
         metrics: dict[str, Any] = {}
@@ -226,7 +231,7 @@ async def _ask_all(
         text = "".join([chunk async for chunk in chunks])
         return text, int(metrics["output_token_count"])
 
-    async def speed(asked: Sequence[dict[str, Any]], streams: int) -> tuple[float, list[str]]:
+    async def speed(asked: Sequence[dict[str, Any]], streams: int) -> tuple[float, list[str], int]:
         slots = asyncio.Semaphore(streams)
 
         async def one(inputs: dict[str, Any]) -> tuple[str, int]:
@@ -235,7 +240,8 @@ async def _ask_all(
 
         started = time.perf_counter()
         got = await asyncio.gather(*map(one, asked))
-        return sum(count for _, count in got) / (time.perf_counter() - started), [text for text, _ in got]
+        tokens = sum(count for _, count in got)
+        return tokens / (time.perf_counter() - started), [text for text, _ in got], tokens
 
     task = [{"fields": json.dumps(row["prompt"])} for row in rows]
     other = [{"prompt": text, "system_prompt": "", "max_tokens": 96} for text in OTHER]
@@ -244,15 +250,51 @@ async def _ask_all(
     try:
         await speed(task[:2], 2)  # the first requests after a start are slower
         for streams, count in LOADS.items():
-            steps.clear()
-            found[f"task {streams}"], texts["task"] = await speed(task[:count], streams)
-            if streams == 1:
-                found["share tokens per step"] = sum(size * many for size, many in steps.items()) / steps.total()
+            before = _counted()
+            found[f"task {streams}"], texts["task"], tokens = await speed(task[:count], streams)
+            counted = _counted()
+            counted.subtract(before)
+            found |= _shares(counted, streams, tokens)
         with_schema = [{**inputs, "json_schema": SCHEMA} for inputs in task]
-        found["schema 1"], _ = await speed(with_schema[:8], 1)
-        found["schema 16"], texts["schema"] = await speed(with_schema[:32], 16)
-        found["off task 1"], _ = await speed(other[:3], 1)
-        found["off task 8"], texts["off task"] = await speed(other, 8)
+        found["schema 1"], _, _ = await speed(with_schema[:8], 1)
+        found["schema 16"], texts["schema"], _ = await speed(with_schema[:32], 16)
+        found["off task 1"], _, _ = await speed(other[:3], 1)
+        found["off task 8"], texts["off task"], _ = await speed(other, 8)
     finally:
         server.engine.shutdown()
     return found, texts
+
+
+def _counted() -> Counter[str]:
+    """What vLLM has counted since its start: drafts (`drafts`), their tokens (`drafted`), and those taken, by place."""
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
+    names = {"vllm:spec_decode_num_drafts": "drafts", "vllm:spec_decode_num_draft_tokens": "drafted"}
+    found: Counter[str] = Counter()
+    for metric in get_metrics_snapshot():
+        if metric.name in names:
+            found[names[metric.name]] += metric.value
+        elif metric.name == "vllm:spec_decode_num_accepted_tokens_per_pos":
+            found.update({str(place): count for place, count in enumerate(metric.values, 1)})
+    return found
+
+
+def _shares(counted: Counter[str], streams: int, tokens: int) -> dict[str, float]:
+    """Tokens that a request gets in a step, what share of its drafted ones, and by place where it is alone.
+
+    Args:
+        counted: a difference of `_counted`.
+        streams: the load.
+        tokens: of the answers.
+    """
+    taken = sum(count for name, count in counted.items() if name.isdecimal())
+    found = {f"share per step {streams}": tokens / max(1, tokens - taken)}
+    if "drafted" in counted:
+        found[f"share taken {streams}"] = taken / max(1, counted["drafted"])
+        if streams == 1:
+            found |= {
+                f"share place {place}": counted[place] / max(1, counted["drafts"])
+                for place in counted
+                if place.isdecimal()
+            }
+    return found

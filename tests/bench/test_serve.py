@@ -9,6 +9,7 @@ import runpy
 import struct
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -375,3 +376,17 @@ def test_speculation_and_batches_are_measured_with_held_out_rows(
     assert all(
         row.keys() == {"prompt", "completion"} and row["prompt"].keys() == {"question", "columns"} for row in rows
     )
+
+
+def test_what_is_taken_of_drafts_is_counted_by_place() -> None:
+    counted = Counter({"drafts": 10, "drafted": 40, "1": 10, "2": 6, "3": 0})
+    found = speculative._shares(counted, 1, 26)
+    assert found == {
+        "share per step 1": 2.6,  # 16 of 26 tokens came beside another
+        "share taken 1": 0.4,
+        "share place 1": 1.0,
+        "share place 2": 0.6,
+        "share place 3": 0.0,
+    }
+    assert speculative._shares(counted, 16, 26) == {"share per step 16": 2.6, "share taken 16": 0.4}
+    assert speculative._shares(Counter(), 1, 26) == {"share per step 1": 1.0}
