@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cogpress.draft.rules import CONTEXT, Rules
 from cogpress.draft.symbols import Alphabet
 from cogpress.draft.table import Table, answers, build
 from cogpress.errors import CogpressError
@@ -20,13 +21,19 @@ from cogpress.weights.filenames import DRAFT
 
 NAME = "table.safetensors"
 
-FORMAT = "1"
+FORMAT = "2"
 
 _FACTS = "cogpress"
 """The entry of the file's metadata that says what it belongs to."""
 
 _TYPES = {"U64": np.uint64, "I32": np.int32, "F32": np.float32, "U8": np.uint8}
 _PARTS = {"keys": "U64", "symbols": "I32", "shares": "F32", "tail": "I32", "ends": "I32", "kinds": "U8", "bare": "I32"}
+_PARTS |= {"rules": "I32", "rule_shares": "F32"}
+
+_RULE = CONTEXT + 2
+"""Numbers of a rule: its context, filled up with `_NONE` at the front, its word and the symbol that follows."""
+
+_NONE = -(1 << 31)
 
 
 def path_in(weights: Path) -> Path:
@@ -69,6 +76,7 @@ def write(path: Path, table: Table, *, tokenizer: Path, adapter: str) -> None:
         "ends": np.array(table.ends, np.int32),
         "kinds": table.alphabet.kinds,
         "bare": table.alphabet.bare,
+        **_flat(table.rules),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     # One entry, as the library writes several in any order, and the same rows must give the same file.
@@ -102,7 +110,26 @@ def read(path: Path) -> Table:
         tuple(found["tail"].tolist()),
         tuple(found["ends"].tolist()),
         Alphabet(found["kinds"], found["bare"]),
+        _rules(path, found["rules"], found["rule_shares"]),
     )
+
+
+def _flat(rules: Rules) -> dict[str, np.ndarray]:
+    every = [(context, *rule) for context, some in rules.items() for rule in some]
+    numbers = [(*[_NONE] * (CONTEXT - len(context)), *context, word, symbol) for context, word, symbol, _ in every]
+    return {
+        "rules": np.array(numbers, np.int32).reshape(-1),
+        "rule_shares": np.array([one[3] for one in every], np.float32),
+    }
+
+
+def _rules(path: Path, numbers: np.ndarray, shares: np.ndarray) -> Rules:
+    if len(numbers) != _RULE * len(shares):
+        raise CogpressError(f"{path} is no draft. Make it again with scripts/draft.")
+    found: Rules = {}
+    for (*context, word, symbol), share in zip(numbers.reshape(-1, _RULE).tolist(), shares.tolist(), strict=True):
+        found.setdefault(tuple(one for one in context if one != _NONE), []).append((word, symbol, share))
+    return found
 
 
 def facts(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,17 @@ class Proposer:
         self._requests: list[_Request | None] = []
         self._share = 1.0
         self._steps = StepCost()
+        self._seeded: Callable[[], Container[int]] = tuple
         self._failed = False
         self.on = True
+
+    def attach(self, runner: Any) -> None:
+        """Leave the requests with a seed of vLLM's model runner without a draft.
+
+        Rejection sampling takes more random numbers the more is drafted, and how much is drafted depends on the load:
+        the same seed would give other answers.
+        """
+        self._seeded = lambda: runner.input_batch.generators  # by row; vLLM makes none where temperature is 0
 
     def load_model(self, *_: Any, **__: Any) -> None:
         """There is none."""
@@ -95,9 +104,10 @@ class Proposer:
         self._requests = [None] * rows
         least = self._steps.least(rows, sum(len(sampled) for sampled in sampled_token_ids))
         drafts: list[list[int]] = []
+        seeded = self._seeded()
         for row, sampled in enumerate(sampled_token_ids):
             length = int(num_tokens_no_spec[row])
-            if not sampled or length >= self._longest - 1:
+            if not sampled or length >= self._longest - 1 or row in seeded:
                 drafts.append([])
                 continue
             ids = token_ids_cpu[row]
@@ -169,6 +179,7 @@ class _Request:
         self._table = table
         start = _answer_start(ids, length, table.tail, length - sampled)
         self._prompt = ids[:start].copy()
+        self._words = table.alphabet.words_of(self._prompt)  # type: ignore[arg-type]
         self._answer = Answer(self._prompt.tolist(), table.alphabet)
         for token in ids[start : length - sampled].tolist():
             self._answer.push(token)
@@ -227,7 +238,7 @@ class _Request:
             if rest := answer.rest():
                 return rest, _BEGUN
             return None
-        predicted = self._table.predict(answer.symbols)
+        predicted = self._table.predict(answer.symbols, self._words)
         if predicted is not None and (tokens := answer.meaning(predicted[0])):
             return tokens, predicted[1]
         return self._copied(found)

@@ -44,6 +44,10 @@ class Alphabet:
         """The tokens without spaces around them, int32, shape (tokens,); unknown ones are as the last."""
         return np.asarray(self.bare.take(tokens, mode="clip"))
 
+    def words_of(self, prompt: Sequence[int]) -> frozenset[int]:
+        """The different tokens of a prompt, without spaces around them."""
+        return frozenset(self.bare_of(prompt).tolist())
+
     @classmethod
     def of(cls, texts: Sequence[str], special: Sequence[int] = ()) -> Alphabet:
         """Of the tokens with these texts; special ones end a line."""

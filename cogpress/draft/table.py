@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from cogpress.draft.rules import CONTEXT, OPEN, Rules, learn
 from cogpress.draft.symbols import NAME, Alphabet, Answer
 from cogpress.prompts import NO_LOSS, Row
 
@@ -39,6 +40,7 @@ class Table:
         tail: the last tokens of every training prompt, after which the answer begins.
         ends: tokens that end an answer.
         alphabet: what tokens are.
+        rules: which words of the prompt decide where a context leaves open what follows.
     """
 
     keys: np.ndarray
@@ -47,6 +49,7 @@ class Table:
     tail: tuple[int, ...]
     ends: tuple[int, ...]
     alphabet: Alphabet
+    rules: Rules = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Views and a cache, because an element of an array takes microseconds to read.
@@ -54,8 +57,21 @@ class Table:
         object.__setattr__(self, "_views", views)
         object.__setattr__(self, "_known", {})
 
-    def predict(self, symbols: Sequence[int]) -> tuple[int, float] | None:
-        """The next symbol after these, by the longest context that the table has, and its share."""
+    def predict(self, symbols: Sequence[int], words: Container[int] = ()) -> tuple[int, float] | None:
+        """The next symbol after these, by the longest context that the table has or by a surer rule, and its share.
+
+        Args:
+            symbols: of the answer so far.
+            words: tokens of the prompt, without spaces around them.
+        """
+        found = self._longest(symbols)
+        if found is None or found[1] < OPEN:
+            for word, symbol, share in self.rules.get(tuple(symbols[-CONTEXT:]), ()):
+                if word < 0 or word in words:
+                    return (symbol, share) if found is None or share > found[1] else found
+        return found
+
+    def _longest(self, symbols: Sequence[int]) -> tuple[int, float] | None:
         known: dict[tuple[int, ...], tuple[int, float] | None] = self._known  # type: ignore[attr-defined]
         context = tuple(symbols[-LONGEST:])
         if context not in known:
@@ -88,6 +104,7 @@ def build(rows: Iterable[tuple[Sequence[int], Sequence[int]]], alphabet: Alphabe
     """
     contexts: list[list[int]] = []
     targets: list[list[list[int]]] = []
+    words: list[frozenset[int]] = []
     tail: tuple[int, ...] | None = None
     for prompt, answer in rows:
         end = tuple(prompt[-LONGEST:])
@@ -96,8 +113,11 @@ def build(rows: Iterable[tuple[Sequence[int], Sequence[int]]], alphabet: Alphabe
         context, target = _lesson(prompt, answer[: last + 1], alphabet)
         contexts.append(context)
         targets.append(target)
+        words.append(alphabet.words_of(prompt))
     keys, symbols, shares = _counted(contexts, targets)
-    return Table(keys, symbols, shares, tail or (), tuple(ends), alphabet)
+    return Table(
+        keys, symbols, shares, tail or (), tuple(ends), alphabet, learn(zip(words, contexts, targets, strict=True))
+    )
 
 
 def answers(rows: Iterable[Row]) -> Iterator[tuple[list[int], list[int]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,6 +166,39 @@ def test_prefill_is_left_alone(table: Table) -> None:
     assert made(table).propose([[]], np.array([5]), np.array([prompt], np.int32)) == [[]]
 
 
+def test_where_a_context_leaves_it_open_a_word_of_the_prompt_decides() -> None:
+    """A third of the answers is `sum`; the other prompts have a word that says otherwise, among names that do not."""
+    rows = []
+    for seed in range(60):
+        others = random.Random(seed).sample(PARTS, 3)
+        kind = ("group", "columns", "")[seed % 3]
+        prompt = ids("ask", *others, *([kind] if kind else []), "ask", ":")
+        rows.append((prompt, ids('{"', kind or "sum", '"}', "<end>")))
+    built = build(rows, ALPHABET, [END])
+    begun = [START, *ids('{"')]
+    guess = replace(built, rules={}).predict(begun)
+    assert guess is not None
+    assert guess[1] < 0.5
+    for word, follows in (("group", "group"), ("columns", "columns"), (" of", "sum")):
+        found = built.predict(begun, frozenset(ids(word, *PARTS[:3])))
+        assert found is not None
+        assert found[0] == IDS[follows]
+        assert found[1] > 0.9
+
+
+def test_requests_with_a_seed_have_no_draft(table: Table) -> None:
+    """Their random numbers must not depend on how much was drafted, which depends on the load."""
+    prompt, answer = example("a1x", "b2x", "c3x", [])
+    one = made(table)
+    generators: dict[int, None] = {}
+    one.attach(SimpleNamespace(input_batch=SimpleNamespace(generators=generators)))
+    asked = [answer[:1]] * 2, np.array([len(prompt) + 1] * 2), np.array([[*prompt, *answer]] * 2, np.int32)
+    assert all(one.propose(*asked))
+    generators[0] = None
+    first, second = one.propose(*asked)
+    assert (first, bool(second)) == ([], True)
+
+
 def test_a_fault_costs_the_draft_and_not_the_engine(table: Table, caplog: pytest.LogCaptureFixture) -> None:
     prompt, answer = example("a1x", "b2x", "c3x", [])
     one = made(table)
@@ -218,6 +252,10 @@ def test_a_table_is_written_and_mapped(table: Table, tmp_path: Path) -> None:
         assert np.array_equal(getattr(read, name), getattr(table, name))
         assert isinstance(getattr(read, name), np.memmap)
     assert (read.tail, read.ends) == (table.tail, table.ends)
+    assert read.rules == {
+        context: [(word, symbol, pytest.approx(share)) for word, symbol, share in rules]
+        for context, rules in table.rules.items()
+    }
     assert table.tail == tuple(ids("\n", "ask", ":"))[-len(table.tail) :]
     unseen = examples(PARTS[32:], 3)
     assert steps(read, unseen) == steps(table, unseen)
