@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -32,6 +32,15 @@ T = TypeVar("T")
 
 GRACE_SECONDS = 10.0
 """For a process to end in order before it is killed."""
+
+Meter = Callable[[], AbstractContextManager[list[int]]]
+"""Measures the block that it is given to, in a list's only number, which is there when the block ends."""
+
+meter: Meter | None = None
+"""Where set, a function of a module's top level: each phase runs in a process of its own and is measured."""
+
+measured: list[tuple[str, int]] = []
+"""What `meter` found, by phase."""
 
 _inside = False
 """Whether this is the process of a phase, where what it calls stays."""
@@ -67,7 +76,7 @@ def run(
         CogpressError: the process was ended from outside.
         Exception: whatever the function raises.
     """
-    if _inside or not apart():
+    if _inside or not (apart() or meter):
         given = {"console": console, "tick": tick}
         try:
             return work(*arguments, **{key: value for key, value in given.items() if value is not None})
@@ -76,7 +85,9 @@ def run(
             give_back()
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(
-        target=_serve, args=(theirs, work, arguments, console and _settings(console), tick is not None), name=name
+        target=_serve,
+        args=(theirs, work, arguments, console and _settings(console), tick is not None, meter),
+        name=name,
     )
     # Ctrl-C reaches every process of a terminal. This one decides what it means, and tells that one by SIGTERM.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -131,6 +142,8 @@ def _follow(
             console.file.flush()
         elif kind == "tick" and tick is not None:
             tick()
+        elif kind == "measured":
+            measured.append((name, content))
         elif kind == "result":
             return _Result(content)
         elif kind == "error":
@@ -174,7 +187,12 @@ class _Pipe(io.TextIOBase):
 
 
 def _serve(
-    pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], settings: dict[str, Any] | None, ticks: bool
+    pipe: Connection,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    settings: dict[str, Any] | None,
+    ticks: bool,
+    meter: Meter | None,
 ) -> None:
     """The process of a phase."""
     global _inside
@@ -195,7 +213,11 @@ def _serve(
     if ticks:
         given["tick"] = partial(send, "tick")
     try:
-        send("result", work(*arguments, **given))
+        with nullcontext() if meter is None else meter() as found:
+            result = work(*arguments, **given)
+        if found is not None:
+            send("measured", found[0])
+        send("result", result)
     except Exception as error:  # noqa: BLE001 - raised again where the phase was called
         send("error", _portable(error))
 
