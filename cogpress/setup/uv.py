@@ -60,7 +60,7 @@ def without_credentials(text: str) -> str:
     return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
-PROGRESS = r"Resolved|Downloading \S+ \((\d\d+\.\d+M|\S+G)iB|Prepared|Uninstalled|Installed|warning"
+PROGRESS = r"Resolved|Downloading \S+ \((\d\d+\.\d+M|\S+G)iB|Prepared|Uninstalled|Installed|Bytecode|warning"
 """The lines of uv's output that are worth showing: its stages and its large downloads."""
 
 FETCHING = r"Failed to (fetch|download|read `--find-links`)|No solution found|Request failed|No matching distribution"
