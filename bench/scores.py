@@ -74,7 +74,7 @@ def reason(said: str) -> str:
     """The last error that a failed start or a failed step names: its first sentence, without details."""
     errors = re.findall(r"\b[A-Z]\w*(?:Error|Exception): +(?!Engine core)(.+)|^ +Value error, (.+)", said, re.MULTILINE)
     found = "".join(errors[-1]) if errors else "".join(said.strip().splitlines()[-1:]) or "it ended without a word"
-    return re.split(r"\. |: |, \w+=| \(| \[type=", " ".join(found.split()))[0].replace("|", "\\|")[:160].rstrip(". ")
+    return re.split(r"\. |, \w+=| \(| \[type=", " ".join(found.split()))[0].replace("|", "\\|")[:160].rstrip(". ")
 
 
 if __name__ == "__main__":
