@@ -35,7 +35,7 @@ questions are further from the training rows: the worked example's merge at stre
 rows, measures 0.0013 on questions over other columns."""
 
 MOST_LOST = 0.02
-"""The share of held-out rows by which fewer may be right, as where weights are verified: one of 64, which the smallest
+"""The share of held-out rows by which fewer may be right, as where weights are verified; always one, which the smallest
 change turns either way."""
 
 
@@ -139,7 +139,7 @@ def choose(
         progress=progress,
     )
     tried = [Tried(*kinds[name], one.mean_kl, _right(one.scored), one.beside) for name, one in found.items()]
-    strength = largest(tried, _right(found["dequantized"].reference_scored) - MOST_LOST * len(held_out))
+    strength = largest(tried, least_right(_right(found["dequantized"].reference_scored), len(held_out)))
     return Choice(strength, tried, _of(correction, strength))
 
 
@@ -151,6 +151,11 @@ def _trial(
         part = Path(folder) / "weights"
         merge.merge(base_folder, adapter, part, onto=onto, correction=correction)
         return distributions.merged_model(part)
+
+
+def least_right(reference: int, rows: int) -> float:
+    """How many held-out rows must be right, given how many are of what training scored, and how many there are."""
+    return reference - max(1.0, MOST_LOST * rows)
 
 
 def largest(tried: Sequence[Tried], least_right: float) -> float | None:

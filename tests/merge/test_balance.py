@@ -224,6 +224,10 @@ def test_the_rule(tried: list[tuple[float, int, float]], wanted: float | None) -
     assert strength.largest(merges, 9) == wanted
 
 
+def test_one_row_fewer_is_no_loss_and_of_many_rows_two_in_a_hundred() -> None:
+    assert (strength.least_right(21, 38), strength.least_right(900, 1000)) == (20, 880)
+
+
 def test_general_text_of_ones_own(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "general.jsonl"
     path.write_text("".join(json.dumps({"text": f"Line {number} of the text."}) + "\n" for number in range(1, 7)))
