@@ -149,6 +149,8 @@ def _inspect(root: Path, reference: str) -> _Described:
     loaded = sys.modules.pop(module, None)
     sys.path.insert(0, str(root))
     importlib.invalidate_caches()
+    # A file that changes again within the second, to the same length, would be taken for its compiled one.
+    compiles, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         info = _inspector.create_predictor(module, name)
         found = getattr(sys.modules[module], name)
@@ -157,6 +159,7 @@ def _inspect(root: Path, reference: str) -> _Described:
     except (ImportError, SyntaxError, ValueError, TypeError) as error:
         raise CogpressError(f"Could not describe {reference}: {error}") from error
     finally:
+        sys.dont_write_bytecode = compiles
         sys.path.remove(str(root))
         sys.modules.pop(module, None)
         if loaded is not None:

@@ -168,20 +168,20 @@ def test_what_waits_is_bounded_by_number_and_size_and_for_each_client(tmp_path: 
             return predictions.create(version, {"prompt": "x" * size}, Options(client=client))
 
         first = [await create("a") for _ in range(3)]
-        with pytest.raises(QueueFullError, match=r"3 predictions of 0 MB from this address\. Try again once"):
+        with pytest.raises(QueueFullError, match=r"3 with 0 MB from this address\. Try again once"):
             await create("a")
         first += [await create("b"), await create("b"), await create("c")]
-        with pytest.raises(QueueFullError, match=r"6 predictions of 0 MB\. Try again once"):
+        with pytest.raises(QueueFullError, match=r"6 with 0 MB\. Try again once"):
             await create("d")
         backend.gate.set()
         assert all([await one.wait(60) for one in first])
         backend.gate.clear()
         large = await create("a", 3 << 20)
         assert large.size > 3 << 20
-        with pytest.raises(QueueFullError, match="of 3 MB from this address"):
+        with pytest.raises(QueueFullError, match="with 3 MB from this address"):
             await create("a")
         await create("b", 500_000)
-        with pytest.raises(QueueFullError, match="2 predictions of 3 MB\\. "):
+        with pytest.raises(QueueFullError, match="2 with 3 MB\\. "):
             await create("c", 2 << 20)
         backend.gate.set()
         await queue.idle()
