@@ -168,6 +168,7 @@ def test_no_two_models_live_at_once_and_the_result_is_that_of_one_process(
 
     monkeypatch.setattr(phases, "run", run)
     monkeypatch.setattr(phases, "apart", lambda: True)
+    monkeypatch.setattr(pipeline, "free_and_total", lambda _gpus: (80 << 30, 80 << 30))
     monkeypatch.setattr(base, "load", lambda *_, **__: pytest.fail("a model was loaded here"))
     apart, printed_apart = build("apart")
     base.compute_dtype.cache_clear()
