@@ -74,7 +74,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
                 "layer_types": ["sliding_attention", "full_attention"]},
     "deepseek_v3": {**_LATENT, **_EXPERTS, "head_dim": 16, "num_key_value_heads": 4, "topk_method": "noaux_tc"},
     "glm4_moe": {**_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 256, "conv_dim": 128},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_dim": 128, "block_ff_dim": 256, "conv_dim": 128},
     "mamba2": {"num_heads": 8, "head_dim": 32, "state_size": 16, "n_groups": 1, "expand": 2},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 256},
